@@ -1,0 +1,68 @@
+"""The engine protocol: everything the loop needs from whatever generates.
+
+Order is kept and every sample is accounted for: a result list has one entry per prompt and `n` samples in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to draw completions.
+
+    temperature: 0 is greedy (the log-probs are then those of the temperature-1 distribution).
+    seed: with the prompt's key and the sample's number it fixes every draw, whatever else is in the batch.
+    stop_token_ids: a completion ends with, and includes, the first of these.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A tokenised prompt. `key` names it for seeding (stable over resumes); it need not be unique."""
+
+    tokens: Sequence[int]
+    key: int
+
+
+@dataclass(slots=True)
+class Sample:
+    """One completion.
+
+    tokens, logprobs: as long as each other; `logprobs` are of the distribution that was sampled from, in nats.
+    versions: spans (weight version, start, end) over `tokens`; one span covers all when nothing was updated meanwhile.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+    versions: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+Progress = Callable[[int, int], None]  # tokens generated so far, samples still running
+
+
+class Engine(Protocol):
+    """A generator of completions that knows the version of its weights."""
+
+    version: int
+
+    def generate(
+        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, progress: Progress | None = None
+    ) -> list[list[Sample]]:
+        """`n` samples for each prompt, in the order of the prompts."""
+        ...
+
+    def sync(self, version: int) -> None:
+        """Take over the policy's current weights as `version`."""
+        ...
+
+    def close(self) -> None: ...
