@@ -1,0 +1,241 @@
+"""The configuration of a run: pydantic models over TOML, with dotted overrides.
+
+An unknown key is an error that names the nearest known one. Batch words are global, never per device:
+`prompts_per_step` x `samples_per_prompt` samples make one optimiser step.
+This module imports neither torch nor transformers, so `--dry-run` and `--help` are instant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from omni_fast.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    path: str = "smollm2-135m-instruct"  # that name, "tiny", a local folder, or a Hugging Face id
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the working copy; the master weights are always fp32
+    device: str = "auto"
+    lora_rank: NonNegative = 0  # 0 trains all weights
+    lora_alpha: float = 16.0
+
+
+class RolloutConfig(Section):
+    prompts_per_step: Positive = 8
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    max_prompt_tokens: Positive = 256
+    max_rows: Positive = 128  # samples decoded at the same time
+    refill: NonNegative = 0  # how often a step may redraw groups whose rewards are all equal
+
+
+class LossConfig(Section):
+    policy: Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "gspo"] = "dapo"
+    eps_low: Annotated[float, Field(gt=0.0)] = 0.2
+    eps_high: Annotated[float, Field(gt=0.0)] = 0.28
+    beta: Annotated[float, Field(ge=0.0)] = 0.0  # KL to the reference policy; > 0 keeps a frozen copy of the weights
+    entropy_bonus: float = 0.0
+    advantage_scale: Literal["std", "none"] = "std"
+
+
+class OptimizerConfig(Section):
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-5
+    warmup_steps: NonNegative = 2  # linear, at the start of each stage
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    tokens_per_microbatch: Positive = 4096  # memory only: never changes the result
+
+
+class CurriculumConfig(Section):
+    mode: Literal["curriculum", "reversed", "random", "order", "joint"] = "curriculum"
+    order: list[str] = []  # for mode "order"
+    steps_per_stage: Positive = 12
+    replay_fraction: Fraction = 0.0  # share of a stage's prompts drawn from tasks of earlier stages
+    refresh_steps: NonNegative = 0  # a last short stage on the task with the largest realised drop
+    reset_optimizer: bool = True  # at a stage's start
+
+
+class EvaluationConfig(Section):
+    select_items: Positive = 48  # per task; decides: transfer, order
+    test_items: Positive = 100  # per task; is reported
+    probe_items: NonNegative = 16  # per task; fixed completions on which the entropy is read after each stage
+    bootstrap_draws: Positive = 2000
+
+
+class CheckpointConfig(Section):
+    every_steps: Positive = 10
+    keep_last: Positive = 2
+
+
+class TaskConfig(Section):
+    """One domain. `kind` names a built-in domain, `jsonl` (a file of the user) or `python` (a class of the user)."""
+
+    name: str
+    kind: Literal["math", "code", "qa", "writing", "jsonl", "python"]
+    level: str = "default"  # of a built-in domain; "tiny" is made for the model "tiny"
+    max_new_tokens: Positive = 16  # while training; evaluation allows twice as many
+    system: str | None = None  # None: the domain's own
+    weight: Annotated[float, Field(gt=0.0)] = 1.0  # share in joint training
+    file: str = ""  # jsonl: JSON lines or parquet
+    prompt: str = ""  # jsonl: template with {column} places
+    answer: str = ""  # jsonl: column (or template) of the gold answer
+    reference: str = ""  # jsonl: column of the reference reply (verifier "judge")
+    verifier: Literal["", "math", "qa", "code", "judge"] = ""  # jsonl
+    cls: str = ""  # python: "module:Class"
+
+    @model_validator(mode="after")
+    def _fields_of_the_kind(self) -> TaskConfig:
+        needed = {"jsonl": ("file", "prompt", "verifier"), "python": ("cls",)}.get(self.kind, ())
+        missing = [key for key in needed if not getattr(self, key)]
+        if missing:
+            raise ValueError(f"task '{self.name}' of kind '{self.kind}' needs {', '.join(missing)}")
+        return self
+
+
+class JudgeConfig(Section):
+    backend: Literal["embedded", "rubric", "openai"] = "embedded"
+    url: str = ""
+    model: str = ""
+    timeout_s: Annotated[float, Field(gt=0.0)] = 60.0
+
+
+class SandboxConfig(Section):
+    workers: NonNegative = 0  # 0: one per core
+    memory_mb: Positive = 512
+    cpu_s: Annotated[float, Field(gt=0.0)] = 2.0
+    wall_s: Annotated[float, Field(gt=0.0)] = 4.0
+    unsafe: bool = False  # run model-written code without isolation; logged and in the report
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = False
+    trackio: bool = False
+    wandb: bool = False
+
+
+class Config(Section):
+    seed: NonNegative = 0
+    threads: NonNegative = 0  # 0: the cores this process may use
+    model: ModelConfig = ModelConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    judge: JudgeConfig = JudgeConfig()
+    sandbox: SandboxConfig = SandboxConfig()
+    logging: LoggingConfig = LoggingConfig()
+    tasks: Annotated[list[TaskConfig], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Config:
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"task names must differ, got {names}")
+        order, mode = self.curriculum.order, self.curriculum.mode
+        if mode == "order" and sorted(order) != sorted(names):
+            raise ValueError(f"curriculum.order must name each task once: expected some order of {names}, got {order}")
+        return self
+
+    def fingerprint(self) -> str:
+        """Hash of all that the result depends on (not of logging)."""
+        fields = self.model_dump(mode="json", exclude={"logging", "checkpoint"})
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load(source: str, overrides: tuple[str, ...] = ()) -> Config:
+    """Read a TOML file, or a recipe that ships with the package by its name, and apply `key.sub=value` overrides.
+
+    Raises UserError naming the file, the key and the remedy.
+    """
+    path = Path(source)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif source in recipes():
+        text = resources.files("omni_fast.recipes").joinpath(f"{source}.toml").read_text(encoding="utf-8")
+    else:
+        raise UserError(f"no config file or recipe '{source}'; recipes: {', '.join(recipes())}")
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{source} is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(data, override)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    folder = resources.files("omni_fast.recipes")
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def _apply_override(data: dict, override: str) -> None:
+    """`a.b=value` or `tasks.NAME.key=value`; the value is TOML, or a bare string."""
+    path, separator, text = override.partition("=")
+    if not separator:
+        raise UserError(f"override '{override}' has no '='; write for example rollout.prompts_per_step=4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    node: dict | list = data
+    keys = path.strip().split(".")
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):  # the list of tasks is addressed by name
+            named = [entry for entry in node if entry.get("name") == key]
+            if not named or last:
+                raise UserError(f"override '{override}': no task named '{key}' in the config")
+            node = named[0]
+        elif last:
+            node[key] = value
+        else:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict | list):
+                raise UserError(f"override '{override}': '{'.'.join(keys[: depth + 1])}' is a value, not a section")
+
+
+def _explain(item: dict) -> str:  # one line per pydantic error
+    where = ".".join(str(part) for part in item["loc"]) or "config"
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(item["loc"][:-1])
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
+        return f"unknown key '{where}'" + (f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}")
+    if item["type"] == "missing":
+        return f"'{where}' is missing"
+    got = item.get("input")
+    shown = f", got {got!r}" if not isinstance(got, dict | list) else ""
+    return f"'{where}': {item['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _keys_at(location: tuple) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else TaskConfig
+    return list(model.model_fields)

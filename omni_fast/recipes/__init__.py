@@ -1,0 +1,1 @@
+"""TOML presets that ship in the wheel; `omni-fast train NAME` takes any of them."""
