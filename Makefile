@@ -1,0 +1,38 @@
+# Two commands do everything: `make quickstart` (sets up, runs the main job) and `make test` (sets up, passes the tests).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+
+.PHONY: quickstart setup test test-real lint bench gpu clean
+.DEFAULT_GOAL := quickstart
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+	PYTHON="$(PYTHON)" VENV="$(VENV)" bash scripts/setup.sh
+	touch $(STAMP)
+
+quickstart: setup
+	$(BIN)/omni-fast quickstart
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-real: setup
+	$(BIN)/python -m pytest --override-ini addopts="-q --strict-markers --import-mode=importlib" tests/real
+
+bench: setup
+	$(BIN)/python -m benchmarks.run
+
+gpu:
+	@bash benchmarks/gpu.sh
+
+clean:
+	rm -rf $(VENV) build dist
