@@ -1,0 +1,198 @@
+"""The in-process engine: generates with the policy's own weights, on CPU or one GPU, with nothing to start.
+
+Each prompt is computed once, whatever the number of its samples; rows then decode in lockstep over a cache that is
+allocated once, and leave the batch as they finish. What would not fit the memory bound runs as several waves, prompts
+of like length together. Draws depend on (seed, prompt key, sample number, token number) and the row's own
+probabilities alone; log-probs are those of the distribution sampled from, computed from the logits in float32.
+
+Limits: decoders of the Llama layout (Llama, Qwen2, Qwen3, Mistral) without sliding windows; in bf16 the rounding of a
+GEMM may depend on the number of rows, so that a draw on the edge of two tokens can differ between batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from omni_fast.errors import UserError
+from omni_fast.rollout.decode import ATTENTION, Wave
+from omni_fast.rollout.engine import Progress, Prompt, Sample, Sampling
+from omni_fast.rollout.packed_linear import inference_copy, repack
+from omni_fast.rollout.sampling import draw, uniforms
+
+ROW_STEP = 8  # rows leave the batch in such steps: a new row count costs the GEMM library a new kernel
+
+
+class LocalEngine:
+    """Implements `Engine` over a model of transformers that stays in this process.
+
+    The engine reads the parameters of `model` as they are at construction and at each `sync`; it never writes them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        tokens_in_flight: int = 65_536,
+        max_rows: int = 256,
+        threads: int | None = None,
+    ) -> None:
+        """tokens_in_flight: bound on the cache, in tokens of prompt and completion over all rows of a wave.
+
+        max_rows: bound on the rows of a wave. threads: CPU threads while generating (None: as the process has them).
+        """
+        self.version = 0
+        self.tokens_in_flight = tokens_in_flight
+        self.max_rows = max_rows
+        self.threads = threads
+        self.config = model.config
+        self.fast = inference_copy(model, ATTENTION, rows=64)
+
+    def sync(self, version: int) -> None:
+        """Read the model's parameters again; samples from now on carry `version`."""
+        with torch.no_grad():
+            repack(self.fast)
+        self.version = version
+
+    def close(self) -> None:
+        """Give the packed weights back."""
+        del self.fast
+
+    def generate(
+        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, progress: Progress | None = None
+    ) -> list[list[Sample]]:
+        """`n` samples for each prompt, in the order of the prompts.
+
+        progress: called after each token with the tokens generated so far and the samples still running.
+        Raises UserError for a prompt without tokens, or one that does not fit with its new tokens.
+        """
+        for number, prompt in enumerate(prompts):
+            self._check(number, len(prompt.tokens), sampling.max_new_tokens)
+        results: list[list[Sample]] = [[Sample([], [], "length") for _ in range(n)] for _ in prompts]
+        running = n * len(prompts)
+        tokens = 0
+        with torch.inference_mode(), _threads(self.threads):
+            for wave in self._waves(prompts, n, sampling.max_new_tokens):
+                for added, finished in self._run(prompts, wave, results, sampling):
+                    tokens += added
+                    running -= finished
+                    if progress is not None:
+                        progress(tokens, running)
+        for samples in results:
+            for sample in samples:
+                sample.versions = [(self.version, 0, len(sample.tokens))]
+        return results
+
+    def _check(self, number: int, length: int, new: int) -> None:
+        limit = min(self.config.max_position_embeddings, self.tokens_in_flight) - new
+        if length > limit:
+            raise UserError(
+                f"prompt {number} has {length} tokens and at most {limit} fit beside {new} new ones: shorten the prompt, "
+                "lower max_new_tokens, or raise tokens_in_flight if the model's context allows it"
+            )
+        if length == 0:
+            raise UserError(f"prompt {number} has no tokens: give each prompt at least one (a BOS token, for example)")
+
+    def _waves(self, prompts: Sequence[Prompt], n: int, new: int) -> Iterator[list[tuple[int, int]]]:
+        """(prompt, sample number) pairs that run together, by length of prompt, each wave within the bounds."""
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].tokens))
+        wave: list[tuple[int, int]] = []
+        for index in order:
+            columns = len(prompts[index].tokens) + new  # the longest so far
+            for number in range(n):
+                if wave and (len(wave) >= self.max_rows or (len(wave) + 1) * columns > self.tokens_in_flight):
+                    yield wave
+                    wave = []
+                wave.append((index, number))
+        if wave:
+            yield wave
+
+    def _run(
+        self,
+        prompts: Sequence[Prompt],
+        members: list[tuple[int, int]],
+        results: list[list[Sample]],
+        sampling: Sampling,
+    ) -> Iterator[tuple[int, int]]:
+        """Generate one wave into `results`; yields (tokens added, samples finished) after each step."""
+        device = self.fast.device
+        indices = list(dict.fromkeys(index for index, _ in members))
+        counts = [sum(index == member for member, _ in members) for index in indices]
+        wave = Wave(
+            self.config,
+            [len(prompts[index].tokens) for index in indices],
+            counts,
+            sampling.max_new_tokens,
+            self.fast.dtype,
+            device,
+        )
+        streams = [
+            uniforms(sampling.seed, prompts[index].key, number, sampling.max_new_tokens) for index, number in members
+        ]
+        uniform_RT = torch.stack(streams).to(device)
+        rows = [results[index][number] for index, number in members]
+        alive = [True] * len(rows)
+        position_R = wave.lengths[wave.prompt_of_row]
+        flat = torch.tensor([token for index in indices for token in prompts[index].tokens], device=device)
+        hidden = self._forward(flat[None], wave.positions(), wave)[0]
+        logits_RV = self.fast.lm_head(hidden[wave.starts + wave.lengths - 1])[wave.prompt_of_row]
+        wave.prefilling = False
+        stops = frozenset(sampling.stop_token_ids)
+        for step in range(sampling.max_new_tokens):
+            token_R, logprob_R = draw(logits_RV, uniform_RT[:, step], sampling.temperature)
+            added = finished = 0
+            for row, (token, logprob) in enumerate(zip(token_R.tolist(), logprob_R.tolist(), strict=True)):
+                if alive[row]:
+                    rows[row].tokens.append(token)
+                    rows[row].logprobs.append(logprob)
+                    added += 1
+                    if token in stops:
+                        rows[row].finish_reason = "stop"
+                        alive[row] = False
+                        finished += 1
+            last = step + 1 == sampling.max_new_tokens
+            if last:
+                finished += sum(alive)
+            yield added, finished
+            if last or not any(alive):
+                return
+            keep = _compaction(alive)
+            if keep is not None:
+                wave.move(keep)
+                rows, alive = [rows[row] for row in keep], [alive[row] for row in keep]
+                kept = torch.tensor(keep, device=device)
+                token_R, position_R, uniform_RT = token_R[kept], position_R[kept], uniform_RT[kept]
+            hidden_R1H = self._forward(token_R[:, None], position_R[:, None], wave)
+            wave.column += 1
+            position_R = position_R + 1
+            logits_RV = self.fast.lm_head(hidden_R1H[:, 0])
+
+    def _forward(self, tokens: Tensor, positions: Tensor, wave: Wave) -> Tensor:
+        return self.fast.model(input_ids=tokens, position_ids=positions, use_cache=False, wave=wave).last_hidden_state
+
+
+def _compaction(alive: list[bool]) -> list[int] | None:
+    """Which row stands at each place after finished rows have left, or None while too few have.
+
+    A finished row's place is taken by the last running one, so that few rows move.
+    """
+    places = -(-sum(alive) // ROW_STEP) * ROW_STEP
+    if places >= len(alive):
+        return None
+    spare = [row for row in range(places, len(alive)) if alive[row]]
+    return [row if alive[row] or not spare else spare.pop() for row in range(places)]
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,123 @@
+"""A decoder prepared for inference: the same modules and parameters, with its linear layers packed for the CPU.
+
+`inference_copy` makes a second module tree over the policy's own parameters (nothing is copied but the tree) and swaps in
+what generation gains from: on CPU, linear layers whose weight oneDNN has laid out once per weight version, with
+q/k/v and gate/up as one GEMM each; everywhere, the fused RMSNorm of PyTorch and an attention function of our own.
+The forward passes of the layers stay those of transformers.
+
+Limits: decoders with the Llama layout of names (`q_proj`, `k_proj`, `v_proj`, `gate_proj`, `up_proj`), called in that
+order on one input, as Llama, Qwen2, Qwen3 and Mistral do. The packed weights need as much memory as the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class PackedLinear(nn.Module):
+    """One or more linear layers of the same input as one GEMM, with weights that oneDNN has reordered.
+
+    `pack` reads the sources' weights; until the next `pack`, changes to them have no effect. Inference only.
+    """
+
+    def __init__(self, sources: Sequence[nn.Linear], rows: int) -> None:
+        """`rows`: the number of input rows to lay the weights out for (any other number works as well)."""
+        super().__init__()
+        self.sources = tuple(sources)  # a tuple is not registered: the parameters stay the policy's
+        self.sizes = [source.out_features for source in sources]
+        self.rows = rows
+        self.weight: Tensor
+        self.bias: Tensor | None
+        self.pack()
+
+    def pack(self) -> None:
+        weights = [source.weight.detach() for source in self.sources]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, self.rows)
+        biases = [source.bias for source in self.sources if source.bias is not None]
+        self.bias = torch.cat([bias.detach() for bias in biases]) if biases else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class FirstPart(nn.Module):
+    """Runs the fused GEMM and returns the first part of its output; the others fetch theirs from here."""
+
+    def __init__(self, fused: PackedLinear) -> None:
+        super().__init__()
+        self.fused = fused
+        self.parts: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *self.parts = self.fused(x).split(self.fused.sizes, dim=-1)
+        return first
+
+
+class LaterPart(nn.Module):
+    """The next part of what `FirstPart` has just computed of the same input."""
+
+    def __init__(self, first: FirstPart) -> None:
+        super().__init__()
+        self.first = (first,)  # not registered twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first[0].parts.pop(0)
+
+
+class FusedRMSNorm(nn.Module):
+    """RMSNorm in one call, over the original's weight."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def inference_copy(model: PreTrainedModel, attention: str, rows: int) -> PreTrainedModel:
+    """A module tree over `model`'s parameters for generation, in eval mode, using the registered `attention`.
+
+    rows: how many rows a decode step has, for the layout of packed weights.
+    """
+    shared: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    fast = copy.deepcopy(model, shared).eval()
+    fast.config._attn_implementation = attention
+    for name, module in list(fast.named_modules()):
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            fast.set_submodule(name, FusedRMSNorm(module.weight, module.variance_epsilon))
+    if model.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        _pack_linears(fast, rows)
+    return fast
+
+
+def _pack_linears(fast: PreTrainedModel, rows: int) -> None:
+    for module in list(fast.modules()):
+        for names in FUSED:
+            parts = [getattr(module, name, None) for name in names]
+            linears = [part for part in parts if type(part) is nn.Linear]
+            if len(linears) == len(names) and len({part.bias is None for part in linears}) == 1:
+                first = FirstPart(PackedLinear(linears, rows))
+                setattr(module, names[0], first)
+                for name in names[1:]:
+                    setattr(module, name, LaterPart(first))
+    for name, module in list(fast.named_modules()):
+        if type(module) is nn.Linear:
+            fast.set_submodule(name, PackedLinear([module], rows))
+
+
+def repack(fast: PreTrainedModel) -> None:
+    """Read the parameters again after they changed."""
+    for module in fast.modules():
+        if isinstance(module, PackedLinear):
+            module.pack()

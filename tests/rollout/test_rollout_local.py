@@ -1,0 +1,186 @@
+"""The local engine against transformers' own generate and forward, and its promises about seeds and order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
+from transformers import Qwen3ForCausalLM
+
+from omni_fast.errors import UserError
+from omni_fast.rollout.engine import Prompt, Sample, Sampling
+from omni_fast.rollout.local import LocalEngine
+
+SIZES = dict(
+    vocab_size=517,  # not a multiple of anything that the code likes
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    initializer_range=0.3,  # peaked enough that greedy has no near ties
+)
+KINDS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=False)),
+}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+
+
+@pytest.fixture(params=KINDS)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    torch.manual_seed(7)
+    made = KINDS[request.param]().eval()
+    made.generation_config.eos_token_id = None
+    with torch.no_grad():  # biases and norms that are not the identity
+        for name, parameter in made.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter) * (1 + name.endswith("bias")))
+    return made
+
+
+def some_prompts(lengths: tuple[int, ...] = (5, 11, 1, 8, 5)) -> list[Prompt]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        Prompt(torch.randint(517, (length,), generator=generator).tolist(), key=100 + number)
+        for number, length in enumerate(lengths)
+    ]
+
+
+def token_lists(results: list[list[Sample]]) -> list[list[list[int]]]:
+    return [[sample.tokens for sample in samples] for samples in results]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_greedy_is_transformers_generate(model: PreTrainedModel, device: str) -> None:
+    model.to(device)
+    prompts = some_prompts()
+    results = LocalEngine(model).generate(prompts, 2, Sampling(12, temperature=0.0))
+    for prompt, samples in zip(prompts, results, strict=True):
+        expected = model.generate(torch.tensor([prompt.tokens], device=device), max_new_tokens=12, do_sample=False)
+        for sample in samples:
+            assert sample.tokens == expected[0, len(prompt.tokens) :].tolist()
+            assert sample.finish_reason == "length"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_logprobs_are_those_of_a_forward_pass(model: PreTrainedModel, temperature: float, device: str) -> None:
+    model.to(device)
+    prompts = some_prompts()
+    for prompt, samples in zip(
+        prompts, LocalEngine(model).generate(prompts, 3, Sampling(9, temperature, seed=1)), strict=True
+    ):
+        for sample in samples:
+            ids = torch.tensor([[*prompt.tokens, *sample.tokens]], device=device)
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(prompt.tokens) - 1 : -1].double() / (temperature or 1.0)
+            expected = logits.log_softmax(-1).gather(1, ids[0, len(prompt.tokens) :, None])[:, 0]
+            torch.testing.assert_close(
+                torch.tensor(sample.logprobs, dtype=torch.float64), expected.cpu(), atol=1e-4, rtol=0
+            )
+
+
+def test_a_draw_depends_on_nothing_else_in_the_batch(model: PreTrainedModel) -> None:
+    prompts = some_prompts()
+    sampling = Sampling(10, temperature=1.0, seed=11)
+    together = token_lists(LocalEngine(model).generate(prompts, 4, sampling))
+    assert len({tuple(tokens) for tokens in together[0]}) == 4, "samples of one prompt must differ"
+    engine = LocalEngine(model)
+    assert token_lists(engine.generate(prompts[::-1], 4, sampling)) == together[::-1]
+    for prompt, expected in zip(prompts, together, strict=True):
+        assert token_lists(engine.generate([prompt], 1, sampling)) == [expected[:1]]
+    # Waves of at most three rows split groups; a small token bound splits them elsewhere.
+    assert token_lists(LocalEngine(model, max_rows=3).generate(prompts, 4, sampling)) == together
+    assert token_lists(LocalEngine(model, tokens_in_flight=40).generate(prompts, 4, sampling)) == together
+    assert token_lists(engine.generate(prompts, 4, Sampling(10, seed=12))) != together
+    shorter = token_lists(engine.generate(prompts, 4, Sampling(6, seed=11)))
+    assert shorter == [[tokens[:6] for tokens in samples] for samples in together]
+
+
+def test_a_stop_token_ends_its_row_alone(model: PreTrainedModel) -> None:
+    prompts = some_prompts()
+    engine = LocalEngine(model)
+    free = engine.generate(prompts, 8, Sampling(30, seed=5))
+    # Frequent tokens as stops, so that rows leave at many different steps.
+    stops = tuple(range(0, 517, 9))
+    stopped = engine.generate(prompts, 8, Sampling(30, seed=5, stop_token_ids=stops))
+    reasons = set()
+    for before, after in zip(sum(free, []), sum(stopped, []), strict=True):
+        ends = [place for place, token in enumerate(before.tokens) if token in stops]
+        length = ends[0] + 1 if ends else 30
+        assert after.tokens == before.tokens[:length]
+        torch.testing.assert_close(after.logprobs, before.logprobs[:length], atol=1e-4, rtol=0)
+        assert after.finish_reason == ("stop" if ends else "length")
+        assert after.versions == [(0, 0, length)]
+        reasons.add(after.finish_reason)
+    assert reasons == {"stop", "length"}
+
+
+def test_progress_counts_every_token(model: PreTrainedModel) -> None:
+    seen: list[tuple[int, int]] = []
+    results = LocalEngine(model, max_rows=7).generate(
+        some_prompts(), 2, Sampling(6, seed=2, stop_token_ids=tuple(range(0, 517, 5))), lambda *now: seen.append(now)
+    )
+    assert seen[-1] == (sum(len(sample.tokens) for samples in results for sample in samples), 0)
+    assert all(b[0] > a[0] and b[1] <= a[1] for a, b in zip(seen, seen[1:], strict=False))
+
+
+def test_sync_takes_the_new_weights_and_not_before(model: PreTrainedModel) -> None:
+    prompts, greedy = some_prompts(), Sampling(8, temperature=0.0)
+    engine = LocalEngine(model)
+    before = token_lists(engine.generate(prompts, 1, greedy))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    engine.sync(3)
+    after = engine.generate(prompts, 1, greedy)
+    assert token_lists(after) == token_lists(LocalEngine(model).generate(prompts, 1, greedy)) != before
+    assert all(sample.versions == [(3, 0, 8)] for samples in after for sample in samples)
+    assert engine.version == 3
+
+
+def test_the_model_is_left_as_it_was(model: PreTrainedModel) -> None:
+    model.train()
+    names = [name for name, _ in model.named_modules()]
+    implementation = model.config._attn_implementation
+    LocalEngine(model).generate(some_prompts(), 1, Sampling(2))
+    assert [name for name, _ in model.named_modules()] == names
+    assert model.training and model.config._attn_implementation == implementation
+    model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_bfloat16_stays_close_to_a_forward_pass(model: PreTrainedModel) -> None:
+    model.to(torch.bfloat16)
+    prompts = some_prompts()
+    results = LocalEngine(model).generate(prompts, 8, Sampling(16, seed=4))
+    errors = []
+    for prompt, samples in zip(prompts, results, strict=True):
+        for sample in samples:
+            ids = torch.tensor([[*prompt.tokens, *sample.tokens]])
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(prompt.tokens) - 1 : -1].double()
+            expected = logits.log_softmax(-1).gather(1, ids[0, len(prompt.tokens) :, None])[:, 0]
+            errors.append((torch.tensor(sample.logprobs) - expected).abs().mean())
+    assert torch.stack(errors).mean() < 0.1
+
+
+def test_no_prompts_give_no_samples(model: PreTrainedModel) -> None:
+    assert LocalEngine(model).generate([], 4, Sampling(8)) == []
+
+
+@pytest.mark.parametrize(
+    ("length", "arguments", "words"),
+    [(57, {}, "lower max_new_tokens"), (33, {"tokens_in_flight": 40}, "tokens_in_flight"), (0, {}, "no tokens")],
+)
+def test_a_prompt_that_does_not_fit_is_the_users_error(
+    model: PreTrainedModel, length: int, arguments: dict[str, int], words: str
+) -> None:
+    prompts = [Prompt([1, 2], 0), Prompt([1] * length, 1)]
+    with pytest.raises(UserError, match=words) as caught:
+        LocalEngine(model, **arguments).generate(prompts, 1, Sampling(8))
+    assert "prompt 1" in str(caught.value)
