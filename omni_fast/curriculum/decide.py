@@ -1,0 +1,195 @@
+"""From measured transfer to a decision: the order, how sure it is, and what it would take to be sure.
+
+`decide` solves the order on the measured matrix and on every bootstrap draw, compares it with the second best order,
+and says in plain language whether the data can tell the two apart. When it cannot, it works out how many more `select`
+items of which
+task would: the gap between two orders is a sum of one term per task, so its variance splits over the tasks, and the
+cheapest allocation gives each task items in proportion to its standard deviation (Neyman 1934). That number supposes
+that the measured gap is the true one.
+Limit: the draws hold the items' noise only; how much another training seed would move the matrix is not in them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from omni_fast.curriculum import order as orders
+from omni_fast.curriculum.order import EXACT_LIMIT, Order
+from omni_fast.curriculum.scores import Z95, Estimate, Floats, interval
+from omni_fast.curriculum.transfer import Transfer
+
+SETTLED = 0.975  # share of draws in which the best order beats the second best: the gap's 95 % interval is then above 0
+Method = Literal["exact", "greedy_net+swaps"]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The solved order and what supports it.
+
+    order, second: task names, first trained first (`second` is None with a single task, or beyond the exact limit).
+    value: summed transfer of the order (summed score over the tasks).   regret_bound: at most this much is missed (0:
+    exact).
+    probability: share of draws whose optimum is this order (None beyond the exact limit).
+    gap: summed forecast of the order minus that of the second best, with a paired interval.
+    beats_second: share of draws in which the order is ahead of the second best (a tie counts half).
+    optima: how many orders tie for the best.
+    more_items: task -> further items that would settle it against the second best; None when nothing measured could.
+    pairs: task -> task -> share of draws in which the first is better placed right before the second.
+    """
+
+    order: tuple[str, ...]
+    method: Method
+    value: float
+    regret_bound: float
+    probability: float | None
+    second: tuple[str, ...] | None
+    gap: Estimate | None
+    beats_second: float | None
+    optima: int
+    more_items: dict[str, int] | None
+    pairs: dict[str, dict[str, float]]
+    statement: str
+
+    @property
+    def settled(self) -> bool:
+        """Whether the data tell the order from the second best one."""
+        return self.second is None or (self.optima == 1 and (self.beats_second or 0.0) >= SETTLED)
+
+
+def decide(transfer: Transfer) -> Decision:
+    """Solve the order on the measured transfer and say how sure it is."""
+    matrix, draws, names = transfer.matrix_KK, transfer.matrix_draws_BKK, transfer.tasks
+    k = len(names)
+    pair_KK = orders.pairwise_probability(draws)
+    pairs = {a: {b: float(pair_KK[i, j]) for j, b in enumerate(names) if i != j} for i, a in enumerate(names)}
+    if k > EXACT_LIMIT:
+        best = orders.improve_by_swaps(matrix, orders.greedy_net(matrix))
+        bound = orders.regret_bound(matrix, best)
+        text = (
+            f"With {k} tasks the order {_arrow(names, best)} was found by greedy search and pairwise swaps; the best"
+            f" order can exceed its summed score by at most {bound:.3f}."
+        )
+        value = orders.order_value(matrix, best)
+        return Decision(
+            _named(names, best), "greedy_net+swaps", value, bound, None, None, None, None, 1, None, pairs, text
+        )
+
+    solution = orders.exact(matrix)
+    probability = orders.order_probability(draws, solution.order)
+    if solution.second is None:
+        text = f"There is one task, {names[0]}: nothing to order."
+        return Decision(_named(names, solution.order), "exact", 0.0, 0.0, 1.0, None, None, None, 1, None, pairs, text)
+    lead_B = orders.order_values(draws, solution.order) - orders.order_values(draws, solution.second)
+    low, high = interval(lead_B)
+    gap = Estimate(solution.value - solution.second_value, sum(transfer.n_K), low, high)
+    beats = float(np.mean(lead_B > orders.TIE) + 0.5 * np.mean(np.abs(lead_B) <= orders.TIE))
+    more = further_items(transfer, solution.order, solution.second)
+    return Decision(
+        order=_named(names, solution.order),
+        method="exact",
+        value=solution.value,
+        regret_bound=0.0,
+        probability=probability,
+        second=_named(names, solution.second),
+        gap=gap,
+        beats_second=beats,
+        optima=solution.optima,
+        more_items=more,
+        pairs=pairs,
+        statement=_statement(transfer, solution, probability, gap, beats, more),
+    )
+
+
+def further_items(transfer: Transfer, best: Order, second: Order) -> dict[str, int] | None:
+    """Further `select` items per task that would separate two orders at 95 %, if the measured gap is the true one.
+
+    Returns {} when they are separated already, None when the gap is 0: no number of items separates a tie.
+    """
+    coefficients = _pair_signs(best) - _pair_signs(second)  # [K, K]: the weight of T[i, j] in the gap
+    gap = float((coefficients * transfer.matrix_KK).sum())
+    if gap <= orders.TIE:
+        return None
+    term_BK = (coefficients[None] * transfer.matrix_draws_BKK).sum(axis=1)
+    n_K = np.array(transfer.n_K, dtype=np.float64)
+    allowed = (gap / Z95) ** 2
+    variance_K = term_BK.var(axis=0)
+    if variance_K.sum() <= allowed:
+        return {}
+    sd_K = np.sqrt(variance_K * n_K)  # per item
+    wanted_K = _neyman(sd_K, n_K, allowed)
+    extra = {name: math.ceil(wanted_K[j] - n_K[j] - 1e-9) for j, name in enumerate(transfer.tasks)}
+    return {name: count for name, count in extra.items() if count > 0}
+
+
+def _neyman(sd_K: Floats, n_K: Floats, allowed: float) -> Floats:
+    """Fewest items N_k >= n_k with sum of sd_k^2 / N_k <= allowed: in proportion to sd_k where that exceeds n_k."""
+    free = sd_K > 0
+    wanted = n_K.copy()
+    while free.any():
+        budget = allowed - float((sd_K[~free] ** 2 / n_K[~free]).sum())
+        trial = sd_K * sd_K[free].sum() / budget
+        short = free & (trial < n_K)
+        if not short.any():
+            wanted[free] = trial[free]
+            break
+        free &= ~short
+    return wanted
+
+
+def _pair_signs(order: Order) -> Floats:
+    """[K, K]: 1 at (i, j) where j is trained before i."""
+    k = len(order)
+    signs = np.zeros((k, k))
+    for a, j in enumerate(order):
+        for i in order[a + 1 :]:
+            signs[i, j] = 1.0
+    return signs
+
+
+def _statement(
+    transfer: Transfer,
+    solution: orders.Solution,
+    probability: float,
+    gap: Estimate,
+    beats: float,
+    more: dict[str, int] | None,
+) -> str:
+    assert solution.second is not None
+    names = transfer.tasks
+    k = len(names)
+    best, second = _arrow(names, solution.order), _arrow(names, solution.second)
+    if solution.optima > 1:
+        return (
+            f"{solution.optima} of the {math.factorial(k)} orders tie for the best forecast; {best} is the first of"
+            " them. On these items the choice among them is arbitrary."
+        )
+    lead = (
+        f"The best order is {best}: its forecast is {gap.value / k:.4f} per task ahead of the second best, {second}"
+        f" (95 % interval {gap.low / k:+.4f} to {gap.high / k:+.4f}); it is the optimum in {probability:.0%} of the"
+        f" bootstrap draws"
+    )
+    if beats >= SETTLED:
+        return f"{lead}. The data tell it from the second best order."
+    return f"{lead}, so the data cannot tell the two apart. {_remedy(transfer, more)}"
+
+
+def _remedy(transfer: Transfer, more: dict[str, int] | None) -> str:
+    if not more:
+        return "They differ by too little for further items to matter."
+    total, present = sum(more.values()), sum(transfer.n_K)
+    listed = ", ".join(f"{task} {count:,}" for task, count in sorted(more.items(), key=lambda pair: -pair[1]))
+    if total > 100 * present:
+        return f"At this gap it would take some {total:,} further select items: in practice the two orders are equal."
+    return f"If the measured gap is the true one, about {total:,} further select items would settle it ({listed})."
+
+
+def _named(names: tuple[str, ...], order: Order) -> tuple[str, ...]:
+    return tuple(names[i] for i in order)
+
+
+def _arrow(names: tuple[str, ...], order: Order) -> str:
+    return " -> ".join(names[i] for i in order)

@@ -1,0 +1,238 @@
+"""The order of the tasks that forgets least: solvers for the Linear Ordering Problem on the transfer matrix.
+
+Under constant transfer and saturation the summed forecast of an order is
+
+    sum_j a*_j + sum over pairs (j before i) of T[i -> j]
+
+so only the second sum depends on the order. `exact` is the dynamic program over subsets
+
+    f(S) = max over j in S of [ sum over i in S\\j of T[i -> j] + f(S\\j) ],   j first in S,
+
+O(2^K K^2), vectorised over subsets of one size and over bootstrap draws, and it keeps the second best order and the
+number of optima too. Beyond `EXACT_LIMIT` tasks: greedy by net transfer, recomputed at each pick, then pairwise swaps,
+with a bound on what may be missing. All functions take T [K, K] (row i: the trained task, column j: the task scored;
+the diagonal is ignored) and orders as tuples of indices, first trained first. Ties go to the order that comes first in
+the tasks' own numbering.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omni_fast.curriculum.scores import Floats
+from omni_fast.errors import UserError
+
+EXACT_LIMIT = 18
+TIE = 1e-10  # sums of at most 18 * 18 numbers below 1 agree far better than this; measured differences are above 1e-6
+
+Order = tuple[int, ...]
+
+
+def order_value(matrix_KK: Floats, order: Sequence[int]) -> float:
+    """Sum of T[i -> j] over the pairs with j trained before i: what the order decides of the summed forecast."""
+    positions = np.asarray(order)
+    permuted = matrix_KK[np.ix_(positions, positions)]
+    return float(np.tril(permuted, k=-1).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """Optimum of one matrix. `second` is None with one task; `optima` counts the orders that reach `value`."""
+
+    order: Order
+    value: float
+    second: Order | None
+    second_value: float
+    optima: int
+
+
+def exact(matrix_KK: Floats) -> Solution:
+    """Best and second best order by dynamic programming. ValueError above EXACT_LIMIT tasks."""
+    tables = _Tables(matrix_KK[None])
+    k = matrix_KK.shape[0]
+    full = (1 << k) - 1
+    best = tables.trace(full, rank=0)
+    return Solution(
+        order=best,
+        value=float(tables.best[0, full]),
+        second=tables.trace(full, rank=1) if k > 1 else None,
+        second_value=float(tables.second[0, full]),
+        optima=round(float(tables.count[0, full])),
+    )
+
+
+def exact_draws(draws_BKK: Floats) -> tuple[Floats, Floats]:
+    """For each draw [B]: the optimal value, and the number of orders that reach it."""
+    k = draws_BKK.shape[1]
+    size = max(1, (1 << 22) >> k)  # about 32 MB a table
+    values, counts = [], []
+    for start in range(0, draws_BKK.shape[0], size):
+        tables = _Tables(draws_BKK[start : start + size])
+        values.append(tables.best[:, -1])
+        counts.append(tables.count[:, -1])
+    return np.concatenate(values), np.concatenate(counts)
+
+
+class _Tables:
+    """The dynamic program for B matrices at once: best and second best value, number of optima, per subset."""
+
+    def __init__(self, matrices_BKK: Floats) -> None:
+        b, k, _ = matrices_BKK.shape
+        if k > EXACT_LIMIT:
+            raise ValueError(f"The exact order takes at most {EXACT_LIMIT} tasks, got {k}; use greedy_net.")
+        subsets = np.arange(1 << k)
+        sizes = np.bitwise_count(subsets)
+        # incoming[j][b, S] = sum over i in S of T[b, i -> j], by doubling
+        self.incoming = []
+        for j in range(k):
+            table = np.zeros((b, 1))
+            for i in range(k):
+                step = matrices_BKK[:, i, j : j + 1] if i != j else np.zeros((b, 1))
+                table = np.concatenate([table, table + step], axis=1)
+            self.incoming.append(table)
+        self.best = np.full((b, 1 << k), -np.inf)
+        self.second = np.full((b, 1 << k), -np.inf)
+        self.count = np.zeros((b, 1 << k))
+        self.best[:, 0], self.count[:, 0] = 0.0, 1.0
+        for size in range(1, k + 1):
+            level = subsets[sizes == size]
+            for j in range(k):
+                chosen = level[(level >> j) & 1 == 1]
+                rest = chosen ^ (1 << j)
+                gain = self.incoming[j][:, rest]
+                first, runner = gain + self.best[:, rest], gain + self.second[:, rest]
+                held, held_second = self.best[:, chosen], self.second[:, chosen]
+                self.second[:, chosen] = np.maximum(np.minimum(held, first), np.maximum(held_second, runner))
+                self.best[:, chosen] = np.maximum(held, first)
+            for j in range(k):
+                chosen = level[(level >> j) & 1 == 1]
+                rest = chosen ^ (1 << j)
+                reached = self.incoming[j][:, rest] + self.best[:, rest] >= self.best[:, chosen] - TIE
+                self.count[:, chosen] += np.where(reached, self.count[:, rest], 0.0)
+
+    def trace(self, subset: int, rank: int) -> Order:
+        """The best (rank 0) or second best (rank 1) order of a subset, of the first matrix."""
+        order: list[int] = []
+        while subset:
+            members = [j for j in range(len(self.incoming)) if subset >> j & 1]
+            options = []
+            for j in members:
+                rest = subset ^ (1 << j)
+                gain = self.incoming[j][0, rest]
+                options.append((gain + self.best[0, rest], j, 0))
+                if len(members) > 1:
+                    options.append((gain + self.second[0, rest], j, 1))
+            _, j, rank = _ranked(options)[rank]
+            order.append(j)
+            subset ^= 1 << j
+        return tuple(order)
+
+
+def _ranked(options: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
+    """Options by falling value; those within TIE of each other by task number."""
+    left = list(options)
+    out: list[tuple[float, int, int]] = []
+    while left and len(out) < 2:
+        top = max(value for value, _, _ in left)
+        pick = min((o for o in left if o[0] >= top - TIE), key=lambda o: (o[1], o[2]))
+        out.append(pick)
+        left.remove(pick)
+    return out
+
+
+def brute_force(matrix_KK: Floats) -> list[tuple[float, Order]]:
+    """All K! orders with their values, best first: the truth for small K, and the table a study prints."""
+    k = matrix_KK.shape[0]
+    ranked = [(order_value(matrix_KK, order), order) for order in itertools.permutations(range(k))]
+    return sorted(ranked, key=lambda pair: (-round(pair[0], 10), pair[1]))
+
+
+def greedy_net(matrix_KK: Floats) -> Order:
+    """Picks first the task with the largest net transfer from the rest (incoming - outgoing), recomputed at each pick."""
+    left = list(range(matrix_KK.shape[0]))
+    order: list[int] = []
+    while left:
+        sub = matrix_KK[np.ix_(left, left)]
+        net = sub.sum(axis=0) - sub.sum(axis=1)  # the diagonal cancels
+        order.append(left.pop(int(np.argmax(net))))
+    return tuple(order)
+
+
+def improve_by_swaps(matrix_KK: Floats, order: Sequence[int]) -> Order:
+    """Swaps any two positions while that raises the value; ends in a local optimum."""
+    current = list(order)
+    value = order_value(matrix_KK, current)
+    improved = True
+    while improved:
+        improved = False
+        for a, b in itertools.combinations(range(len(current)), 2):
+            current[a], current[b] = current[b], current[a]
+            swapped = order_value(matrix_KK, current)
+            if swapped > value + TIE:
+                value, improved = swapped, True
+            else:
+                current[a], current[b] = current[b], current[a]
+    return tuple(current)
+
+
+def ascending_forgettability(matrix_KK: Floats) -> Order:
+    """Least to most forgettable: ascending F_j = - sum over i != j of T[i -> j], computed once over all tasks."""
+    incoming = matrix_KK.sum(axis=0) - np.diagonal(matrix_KK)
+    return tuple(int(j) for j in np.argsort(-incoming, kind="stable"))
+
+
+def random_order(k: int, seed: int) -> Order:
+    """A uniformly random order that depends on nothing but k and the seed."""
+    return tuple(int(j) for j in np.random.default_rng([seed, k]).permutation(k))
+
+
+def regret_bound(matrix_KK: Floats, order: Sequence[int]) -> float:
+    """What the optimum can exceed `order` by at most: every pair at its better side, minus the value reached."""
+    off = matrix_KK - np.diag(np.diagonal(matrix_KK))
+    upper = float(np.triu(np.maximum(off, off.T), k=1).sum())
+    return upper - order_value(matrix_KK, order)
+
+
+def user_order(names: Sequence[str], tasks: Sequence[str]) -> Order:
+    """The indices of a user-given order. UserError when a name is unknown, missing or given twice."""
+    for name in names:
+        if name not in tasks:
+            near = difflib.get_close_matches(name, tasks, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"the tasks are {', '.join(tasks)}."
+            raise UserError(f"The order names '{name}', which is not a task of this run; {hint}")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"The order names '{twice[0]}' {names.count(twice[0])} times; name each task once.")
+    missing = [task for task in tasks if task not in names]
+    if missing:
+        raise UserError(
+            f"The order leaves out {', '.join(missing)}; name every task once, or remove it from the tasks."
+        )
+    return tuple(tasks.index(name) for name in names)
+
+
+def order_probability(draws_BKK: Floats, order: Sequence[int]) -> float:
+    """Share of bootstrap draws whose optimum is this order; a draw with several optima gives each an equal part."""
+    values, counts = exact_draws(draws_BKK)
+    reached = order_values(draws_BKK, order) >= values - TIE
+    return float(np.mean(np.where(reached, 1.0 / counts, 0.0)))
+
+
+def order_values(draws_BKK: Floats, order: Sequence[int]) -> Floats:
+    """`order_value` of one order in each draw [B]."""
+    positions = np.asarray(order)
+    permuted = draws_BKK[:, positions[:, None], positions[None, :]]
+    return np.asarray(np.tril(permuted, k=-1).sum(axis=(1, 2)))
+
+
+def pairwise_probability(draws_BKK: Floats) -> NDArray[np.float64]:
+    """P[i, j] [K, K]: share of draws in which i right before j beats the swap (T[j -> i] > T[i -> j]); ties half."""
+    gain = draws_BKK.transpose(0, 2, 1) - draws_BKK
+    return np.asarray((gain > TIE).mean(axis=0) + 0.5 * (np.abs(gain) <= TIE).mean(axis=0))

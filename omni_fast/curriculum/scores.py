@@ -1,0 +1,248 @@
+"""Scores with n and a 95 % interval, and what a run did to them: backward transfer, forward transfer, forgetting.
+
+An item score is in 0..1, NaN where the infrastructure failed; such an item is left out. Which interval is used:
+
+* one score of 0/1 items, or of items that are all equal: Wilson (it stays honest at 0 and 1, where a bootstrap
+  collapses);
+* one score of fractional items: percentile bootstrap over the items;
+* differences, averages of differences and BWT: paired percentile bootstrap, every task's items resampled together in
+  all checkpoints that are compared (the tasks are the strata).
+
+Limits: the intervals speak of the items, not of the training seed; with one seed a run's own noise is not in them
+(`hierarchical` takes several seeds). With items that all agree a paired interval has width 0.
+Sources: Wilson 1927; Efron and Tibshirani 1993, ch. 13; BWT after Lopez-Paz and Ranzato 2017, section 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omni_fast.errors import RunError
+
+Floats = NDArray[np.float64]
+ItemScores = Mapping[str, Floats]  # task -> item scores [n_items]
+
+DRAWS = 2000
+Z95 = 1.959963984540054
+
+
+class ScoreDict(TypedDict):
+    """The JSON form of an estimate; null stands for "not measured"."""
+
+    value: float | None
+    n: int
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A measured number, the items behind it and its 95 % interval; all NaN when n is 0."""
+
+    value: float
+    n: int
+    low: float
+    high: float
+
+    def as_dict(self) -> ScoreDict:
+        """JSON form: NaN becomes None."""
+        return {
+            "value": _finite(self.value),
+            "n": self.n,
+            "low": _finite(self.low),
+            "high": _finite(self.high),
+        }
+
+    @staticmethod
+    def from_dict(data: ScoreDict) -> Estimate:
+        """The inverse of `as_dict`."""
+        value, low, high = (math.nan if v is None else float(v) for v in (data["value"], data["low"], data["high"]))
+        return Estimate(value, data["n"], low, high)
+
+
+def _finite(x: float) -> float | None:
+    return float(x) if math.isfinite(x) else None
+
+
+def wilson(mean: float, n: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a mean of `n` items in 0..1 (for fractional items wider than needed)."""
+    z2 = Z95 * Z95
+    centre = (mean + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * math.sqrt(mean * (1 - mean) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def resample(n: int, draws: int, rng: np.random.Generator) -> Floats:
+    """Bootstrap weights [draws, n]: row b holds how often each of n items was drawn, divided by n."""
+    return rng.multinomial(n, np.full(n, 1.0 / n), size=draws).astype(np.float64) / n
+
+
+def interval(draws: Floats) -> tuple[float, float]:
+    """The central 95 % of bootstrap draws."""
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def score(items: Floats, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
+    """The mean of one task's item scores, Wilson or bootstrap as the module says."""
+    x = _valid(items)
+    if x.size == 0:
+        return Estimate(math.nan, 0, math.nan, math.nan)
+    mean = float(x.mean())
+    if np.all((x == 0) | (x == 1)) or np.ptp(x) == 0:
+        low, high = wilson(mean, x.size)
+    else:
+        low, high = interval(resample(x.size, draws, np.random.default_rng(seed)) @ x)
+    return Estimate(mean, x.size, min(low, mean), max(high, mean))
+
+
+def difference(before: Floats, after: Floats, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
+    """Mean of after - before on the items valid in both, paired bootstrap."""
+    return mean_difference({"": before}, {"": after}, draws=draws, seed=seed)
+
+
+def mean_difference(before: ItemScores, after: ItemScores, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
+    """Average over the tasks of `before` of the paired difference; n counts items over all tasks.
+
+    A task without one item valid on both sides is an infrastructure failure: the result is then NaN with n = 0, because
+    an average over the other tasks would be another quantity.
+    """
+    rng = np.random.default_rng(seed)
+    means: list[float] = []
+    drawn: list[Floats] = []
+    n = 0
+    for task, first in before.items():
+        gain = _valid(_same_items(task, first, after[task])[1] - first)
+        if gain.size == 0:
+            return Estimate(math.nan, 0, math.nan, math.nan)
+        means.append(float(gain.mean()))
+        drawn.append(resample(gain.size, draws, rng) @ gain)
+        n += gain.size
+    low, high = interval(np.mean(drawn, axis=0))
+    return Estimate(float(np.mean(means)), n, low, high)
+
+
+def flips(before: Floats, after: Floats) -> tuple[int, int]:
+    """(lost, gained): items that went from 1 to 0 and from 0 to 1, a score of 0.5 or more counting as 1.
+
+    A net accuracy of 0 can hide many of both (correct-set turnover).
+    """
+    first, last = _same_items("", before, after)
+    ok = ~(np.isnan(first) | np.isnan(last))
+    was, now = first[ok] >= 0.5, last[ok] >= 0.5
+    return int((was & ~now).sum()), int((~was & now).sum())
+
+
+def backward_transfer(
+    rows: Sequence[ItemScores], trained: Sequence[Sequence[str]], *, draws: int = DRAWS, seed: int = 0
+) -> Estimate:
+    """BWT: mean over the tasks trained before the last stage of final score - score right after the task's own stage.
+
+    rows: item scores of every task, row 0 the initial policy, row s after stage s.
+    trained: the tasks of each stage; a task's own stage is the first that trains it (so a refresh counts as recovery).
+    NaN with n = 0 when no task was trained before the last one (joint training, one stage).
+    """
+    own = own_stages(trained)
+    last = max(own.values(), default=0)
+    earlier = {task: stage for task, stage in own.items() if stage < last}
+    if not earlier:
+        return Estimate(math.nan, 0, math.nan, math.nan)
+    after_own = {task: rows[stage][task] for task, stage in earlier.items()}
+    return mean_difference(after_own, {task: rows[-1][task] for task in earlier}, draws=draws, seed=seed)
+
+
+def forward_transfer(
+    rows: Sequence[ItemScores], trained: Sequence[Sequence[str]], *, draws: int = DRAWS, seed: int = 0
+) -> Estimate:
+    """Mean over the tasks trained after the first stage of score just before the own stage - initial score."""
+    later = {task: stage for task, stage in own_stages(trained).items() if stage > 1}
+    if not later:
+        return Estimate(math.nan, 0, math.nan, math.nan)
+    base = {task: rows[0][task] for task in later}
+    return mean_difference(base, {task: rows[stage - 1][task] for task, stage in later.items()}, draws=draws, seed=seed)
+
+
+def forgetting(rows: Sequence[ItemScores], trained: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Per trained task: best mean score from its own stage on, minus its final one (0: nothing was forgotten).
+
+    The best of several noisy scores is biased upwards, so this reads high by about one standard error.
+    """
+    out: dict[str, float] = {}
+    for task, stage in own_stages(trained).items():
+        means = [score(row[task]).value for row in rows[stage:]]
+        out[task] = max(means) - means[-1]
+    return out
+
+
+def own_stages(trained: Sequence[Sequence[str]]) -> dict[str, int]:
+    """Task -> number (from 1) of the first stage whose main tasks name it."""
+    own: dict[str, int] = {}
+    for number, tasks in enumerate(trained, start=1):
+        for task in tasks:
+            own.setdefault(task, number)
+    return own
+
+
+def hierarchical(gains: Sequence[Mapping[str, Floats]], *, draws: int = DRAWS, seed: int = 0) -> Estimate:
+    """Average over tasks of paired item gains of several training seeds: seeds are drawn first, then items.
+
+    gains: one mapping per seed, task -> after - before [n_items], the items in the same order in every seed. Items are
+    resampled jointly for all seeds (they are the same items), seeds jointly for all tasks (they are the same runs).
+    n counts the distinct items. With s seeds the between-seed part is itself poorly known: below 5 seeds read it as a
+    hint.
+    """
+    rng = np.random.default_rng(seed)
+    tasks = list(gains[0])
+    picks_BS = rng.multinomial(len(gains), np.full(len(gains), 1.0 / len(gains)), size=draws) / len(gains)
+    total = np.zeros(draws)
+    value, n = 0.0, 0
+    for task in tasks:
+        stack_SN = np.stack([run[task] for run in gains])
+        ok = ~np.isnan(stack_SN).any(axis=0)
+        if not ok.any():
+            return Estimate(math.nan, 0, math.nan, math.nan)
+        stack_SN = stack_SN[:, ok]
+        items_BN = resample(stack_SN.shape[1], draws, rng)
+        total += np.einsum("bs,sn,bn->b", picks_BS, stack_SN, items_BN, optimize=True)
+        value += float(stack_SN.mean())
+        n += stack_SN.shape[1]
+    low, high = interval(total / len(tasks))
+    return Estimate(value / len(tasks), n, low, high)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's step-down adjustment (Holm 1979): reject at level alpha those whose adjusted p is at most alpha."""
+    adjusted: dict[str, float] = {}
+    running = 0.0
+    ranked = sorted(p_values.items(), key=lambda pair: pair[1])
+    for rank, (name, p) in enumerate(ranked):
+        running = max(running, min(1.0, (len(ranked) - rank) * p))
+        adjusted[name] = running
+    return {name: adjusted[name] for name in p_values}
+
+
+def sign_p_value(draws: Floats) -> float:
+    """Two-sided bootstrap p-value of "no difference": twice the smaller tail beyond 0, never below 1/(draws + 1)."""
+    tail = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
+    return min(1.0, 2.0 * (tail + 1) / (draws.size + 1))
+
+
+def _valid(x: Floats) -> Floats:
+    x = np.asarray(x, dtype=np.float64)
+    return x[~np.isnan(x)]
+
+
+def _same_items(task: str, a: Floats, b: Floats) -> tuple[Floats, Floats]:
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.shape != b.shape:
+        raise RunError(
+            f"Task '{task}' has {a.size} items in one evaluation and {b.size} in the other; paired scores need the same"
+            " items: evaluate both checkpoints on the same split and limit."
+        )
+    return a, b

@@ -1,0 +1,204 @@
+"""Stages, and the stream of prompts a stage draws from.
+
+A stage trains one task for its steps, unless a replay fraction mixes in the tasks before it, or the mode is `joint`.
+`PromptStream` is where prompts come from: per task a sequence of epochs, each a permutation that depends on the seed,
+the task's name and the epoch alone. Its whole state is how many prompts were taken, so a resume neither loses nor
+repeats one, and a task's stream is the same in a single-task run, in a curriculum stage and in joint training.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omni_fast.curriculum.order import random_order, user_order
+from omni_fast.curriculum.scores import Estimate
+from omni_fast.errors import UserError
+
+Mode = Literal["curriculum", "order", "reversed", "random", "joint"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Some steps on one task, or on several with shares.
+
+    name: unique in the run, for example "single:math", "curriculum:1:code", "joint", "refresh:math".
+    tasks, weights: what is drawn and in which shares (they sum to 1); tasks[0] is the stage's own task unless it is
+    joint.
+    steps: optimiser steps.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    weights: tuple[float, ...]
+    steps: int
+    joint: bool = False
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The tasks this stage is about: all of them if joint, else the first (the others are replay)."""
+        return self.tasks if self.joint else self.tasks[:1]
+
+
+def single_stages(tasks: Sequence[str], steps: Mapping[str, int]) -> list[Stage]:
+    """One stage per task, each to be run from the initial policy: what transfer is measured from."""
+    return [Stage(f"single:{task}", (task,), (1.0,), steps[task]) for task in tasks]
+
+
+def build_stages(
+    mode: Mode,
+    tasks: Sequence[str],
+    steps: Mapping[str, int],
+    *,
+    order: Sequence[str] = (),
+    seed: int = 0,
+    replay: float = 0.0,
+    weights: Mapping[str, float] | None = None,
+) -> list[Stage]:
+    """The stages of a run; every mode takes the same number of steps in total.
+
+    order: the solved order for `curriculum` and `reversed`, the user's for `order`; unused by `random` (seed) and
+    `joint`.
+    replay: share of each later stage's prompts that go, in equal parts, to the tasks already trained (0 <= replay < 1).
+    weights: shares of the tasks in `joint`; by default in proportion to their steps.
+    """
+    if not 0.0 <= replay < 1.0:
+        raise UserError(
+            f"curriculum.replay is {replay}; it is a share of each stage and has to be at least 0 and below 1."
+        )
+    if mode == "joint":
+        shares = _shares(tasks, weights or {task: float(steps[task]) for task in tasks})
+        return [Stage("joint", tuple(tasks), shares, sum(steps[task] for task in tasks), joint=True)]
+    if mode == "random":
+        names = [tasks[i] for i in random_order(len(tasks), seed)]
+    else:
+        names = [tasks[i] for i in user_order(list(order), list(tasks))]
+        if mode == "reversed":
+            names.reverse()
+    stages = []
+    for place, task in enumerate(names):
+        earlier = names[:place] if replay > 0 else []
+        own = 1.0 - replay if earlier else 1.0
+        stages.append(
+            Stage(
+                f"{mode}:{place + 1}:{task}",
+                (task, *earlier),
+                (own, *(replay / len(earlier) for _ in earlier)),
+                steps[task],
+            )
+        )
+    return stages
+
+
+def refresh_stage(after_own: Mapping[str, Estimate], final: Mapping[str, Estimate], steps: int) -> Stage | None:
+    """A short stage for the task that fell furthest since its own stage (scores on `select`); None when none fell."""
+    drops = {task: after_own[task].value - final[task].value for task in after_own}
+    worst = max(drops, key=lambda task: drops[task], default=None)
+    if worst is None or not drops[worst] > 0:
+        return None
+    return Stage(f"refresh:{worst}", (worst,), (1.0,), steps)
+
+
+def _shares(tasks: Sequence[str], weights: Mapping[str, float]) -> tuple[float, ...]:
+    for task in tasks:
+        if task not in weights or not weights[task] > 0:
+            raise UserError(f"The mixing weight of '{task}' has to be above 0, got {weights.get(task)}.")
+    total = sum(weights[task] for task in tasks)
+    return tuple(weights[task] / total for task in tasks)
+
+
+class Draw(NamedTuple):
+    """One prompt to train on.
+
+    item: its index in the task's train split.
+    position: how many prompts of the task were taken before; with the task's name it keys the sampling seed.
+    """
+
+    task: str
+    item: int
+    position: int
+
+
+class StreamState(TypedDict):
+    """What a resume needs; counts of prompts only. `sizes` tells whether the data are still the same."""
+
+    seed: int
+    sizes: dict[str, int]
+    taken: dict[str, int]
+    scheduled: dict[str, int]
+
+
+class PromptStream:
+    """A seeded, resumable source of train-item indices for one stage.
+
+    sizes: items per task.   tasks, weights: as in `Stage`.
+    Shares are kept exactly: each prompt goes to the task that is furthest behind its share, so after any number of
+    prompts no task is off by a whole prompt (two tasks) or by more than K - 1 (many). Refills (`take`) replace a prompt
+    of a task by the next of the same task and leave the shares alone.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], tasks: Sequence[str], weights: Sequence[float], seed: int) -> None:
+        for task in tasks:
+            if sizes[task] < 1:
+                raise UserError(f"Task '{task}' has no training prompts; give it data or take it out of the tasks.")
+        self.sizes = {task: sizes[task] for task in tasks}
+        self.weights = dict(zip(tasks, weights, strict=True))
+        self.seed = seed
+        self.taken = dict.fromkeys(tasks, 0)
+        self.scheduled = dict.fromkeys(tasks, 0)
+        self._epochs: dict[str, tuple[int, NDArray[np.int64]]] = {}
+
+    def draw(self, n: int) -> list[Draw]:
+        """The next n prompts in the stage's shares."""
+        out: list[Draw] = []
+        for _ in range(n):
+            count = sum(self.scheduled.values()) + 1
+            task = max(self.weights, key=lambda name: self.weights[name] * count - self.scheduled[name])
+            self.scheduled[task] += 1
+            out.append(self._next(task))
+        return out
+
+    def take(self, task: str, n: int) -> list[Draw]:
+        """The next n prompts of one task, outside the shares: for refills and for online schedulers."""
+        return [self._next(task) for _ in range(n)]
+
+    def _next(self, task: str) -> Draw:
+        position = self.taken[task]
+        epoch, offset = divmod(position, self.sizes[task])
+        held = self._epochs.get(task)
+        if held is None or held[0] != epoch:
+            rng = np.random.default_rng([self.seed, zlib.crc32(task.encode()), epoch])
+            held = (epoch, rng.permutation(self.sizes[task]))
+            self._epochs[task] = held
+        self.taken[task] = position + 1
+        return Draw(task, int(held[1][offset]), position)
+
+    def state_dict(self) -> StreamState:
+        """Counts of prompts taken, JSON-ready."""
+        return {
+            "seed": self.seed,
+            "sizes": dict(self.sizes),
+            "taken": dict(self.taken),
+            "scheduled": dict(self.scheduled),
+        }
+
+    def load_state_dict(self, state: StreamState) -> None:
+        """Continue where `state_dict` was taken. UserError when the data or the seed are not those of the state."""
+        if state["seed"] != self.seed:
+            raise UserError(
+                f"The run was started with seed {state['seed']} and is resumed with {self.seed}; use the same."
+            )
+        for task, size in self.sizes.items():
+            was = state["sizes"].get(task)
+            if was != size:
+                raise UserError(
+                    f"Task '{task}' has {size} training prompts now and had {was} when the run started; restore its data,"
+                    " or start a new run folder."
+                )
+        self.taken = {task: state["taken"][task] for task in self.sizes}
+        self.scheduled = {task: state["scheduled"][task] for task in self.sizes}

@@ -1,0 +1,136 @@
+"""The transfer matrix with its uncertainty, from item-level scores of the initial policy and of K single-task runs.
+
+    T[i -> j] = a_j(theta_i) - a_j(theta_0)      a*_j = a_j(theta_j)
+
+where a_j is the score on task j (split `select`: these numbers decide, they are never reported as a result), theta_0
+the initial policy and theta_i the policy after one stage of task i from theta_0. K runs and K(K+1) evaluations measure
+all of it.
+
+The bootstrap is paired and joint: a draw resamples the items of every task once and re-scores all K + 1 checkpoints on
+them, because every T[i -> j] shares a_j(theta_0). An item that failed (NaN) at one checkpoint leaves that task's scores
+at all of them, so that a*, base and T stay consistent; `dropped` counts those.
+Limits: the draws hold the items' noise, not that of the training seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from omni_fast.curriculum.scores import DRAWS, Estimate, Floats, ItemScores, flips, interval, resample, score
+from omni_fast.errors import RunError
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Measured transfer. Index i is the trained task, j the task scored; B bootstrap draws.
+
+    tasks: names, the order of every axis.
+    scores_MK: mean scores, row 0 the initial policy, row i + 1 after the single-task run of task i.
+    draws_BMK: the same for each bootstrap draw.
+    n_K: items behind each task's column.   dropped_K: items left out because a checkpoint has no score for them.
+    lost_KK, gained_KK: items of task j that run i turned from 1 to 0 and from 0 to 1.
+    """
+
+    tasks: tuple[str, ...]
+    scores_MK: Floats
+    draws_BMK: Floats
+    n_K: tuple[int, ...]
+    dropped_K: tuple[int, ...]
+    lost_KK: tuple[tuple[int, ...], ...]
+    gained_KK: tuple[tuple[int, ...], ...]
+
+    @property
+    def base_K(self) -> Floats:
+        """a_j(theta_0) [K]."""
+        return np.array(self.scores_MK[0])
+
+    @property
+    def own_K(self) -> Floats:
+        """a*_j [K]: each task's score after its own stage."""
+        return np.array(np.diagonal(self.scores_MK[1:]))
+
+    @property
+    def matrix_KK(self) -> Floats:
+        """T[i, j] [K, K]; the diagonal is the task's own gain a*_i - a_i(theta_0), which no order can change."""
+        return self.scores_MK[1:] - self.scores_MK[:1]
+
+    @property
+    def matrix_draws_BKK(self) -> Floats:
+        """T of each bootstrap draw [B, K, K]."""
+        return self.draws_BMK[:, 1:] - self.draws_BMK[:, :1]
+
+    def effect(self, trained: str, scored: str) -> Estimate:
+        """T[trained -> scored] with its paired interval."""
+        i, j = self.tasks.index(trained), self.tasks.index(scored)
+        low, high = interval(self.matrix_draws_BKK[:, i, j])
+        return Estimate(float(self.matrix_KK[i, j]), self.n_K[j], low, high)
+
+    def effects(self) -> dict[str, dict[str, Estimate]]:
+        """Trained task -> scored task -> T, the diagonal included."""
+        return {i: {j: self.effect(i, j) for j in self.tasks} for i in self.tasks}
+
+    def flips(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Trained task -> scored task -> {"lost": items 1 -> 0, "gained": items 0 -> 1}."""
+        return {
+            a: {b: {"lost": self.lost_KK[i][j], "gained": self.gained_KK[i][j]} for j, b in enumerate(self.tasks)}
+            for i, a in enumerate(self.tasks)
+        }
+
+
+def measure(base: ItemScores, single: Mapping[str, ItemScores], *, draws: int = DRAWS, seed: int = 0) -> Transfer:
+    """Transfer from item scores.
+
+    base: task -> item scores [n_items] in 0..1 of the initial policy, NaN where the infrastructure failed.
+    single: trained task -> the same mapping for the policy after that task's run; items in the same order everywhere.
+    Raises RunError when a task has no item that was scored at every checkpoint, or when item counts differ.
+    """
+    tasks = tuple(single)
+    rng = np.random.default_rng(seed)
+    means, drawn, n_items, dropped = [], [], [], []
+    lost: list[tuple[int, ...]] = []
+    gained: list[tuple[int, ...]] = []
+    for task in tasks:
+        columns = [base[task], *(single[i][task] for i in tasks)]
+        if len({c.shape for c in columns}) > 1:
+            raise RunError(
+                f"Task '{task}' was scored on {sorted({c.size for c in columns})} items by different checkpoints;"
+                " transfer needs the same items at all of them: evaluate them again with one limit."
+            )
+        stack_MN = np.stack([np.asarray(c, dtype=np.float64) for c in columns])
+        ok = ~np.isnan(stack_MN).any(axis=0)
+        if not ok.any():
+            missing = [
+                "the initial policy" if m == 0 else f"the run of '{tasks[m - 1]}'"
+                for m in range(len(columns))
+                if np.isnan(stack_MN[m]).all()
+            ]
+            raise RunError(
+                f"Task '{task}' has no item that every checkpoint scored (nothing at all from:"
+                f" {', '.join(missing) or 'none'}); repair its verifier or judge and evaluate again."
+            )
+        stack_MN = stack_MN[:, ok]
+        n = stack_MN.shape[1]
+        means.append(stack_MN.mean(axis=1))
+        drawn.append(resample(n, draws, rng) @ stack_MN.T)
+        n_items.append(n)
+        dropped.append(int((~ok).sum()))
+        pairs = [flips(stack_MN[0], row) for row in stack_MN[1:]]
+        lost.append(tuple(pair[0] for pair in pairs))
+        gained.append(tuple(pair[1] for pair in pairs))
+    return Transfer(
+        tasks=tasks,
+        scores_MK=np.stack(means, axis=1),
+        draws_BMK=np.stack(drawn, axis=2),
+        n_K=tuple(n_items),
+        dropped_K=tuple(dropped),
+        lost_KK=tuple(zip(*lost, strict=True)),
+        gained_KK=tuple(zip(*gained, strict=True)),
+    )
+
+
+def single_scores(single: Mapping[str, ItemScores]) -> dict[str, dict[str, Estimate]]:
+    """Trained task -> scored task -> score with its own interval (for a report; differences belong to `measure`)."""
+    return {trained: {task: score(items) for task, items in row.items()} for trained, row in single.items()}
