@@ -1,0 +1,114 @@
+"""The verifier of code tasks: run the function on hidden inputs inside the sandbox, compare its values out here.
+
+The comparison knows types (True is not 1, a tuple is not a list) and tolerates rounding only where a float is expected.
+Tests are data, never code, so no exit status, printed marker or overridden `__eq__` can make a sample pass.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from omni_fast.rewards.sandbox import Call, Data, Job, Sandbox
+from omni_fast.rewards.score import Part
+
+RELATIVE, ABSOLUTE = 1e-6, 1e-9
+_FENCE = re.compile(r"```[ \t]*([A-Za-z0-9_+-]*)[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One hidden test: the arguments, and the value that must come back."""
+
+    args: tuple[Data, ...]
+    expected: Data
+
+
+@dataclass(frozen=True, slots=True)
+class Tests:
+    """The hidden tests of one item."""
+
+    __test__ = False  # not a test class for pytest
+    entry: str
+    cases: tuple[Case, ...]
+
+
+class CodeVerifier:
+    """Part `tests` of a score: the share of hidden cases passed, or all-or-nothing."""
+
+    def __init__(self, sandbox: Sandbox, all_or_nothing: bool = False) -> None:
+        self.sandbox = sandbox
+        self.all_or_nothing = all_or_nothing
+
+    def score(self, sources: Sequence[str], tests: Sequence[Tests]) -> list[Part]:
+        """One part per source text (`sources[k]` is judged by `tests[k]`), in 0..1; invalid where the jail failed.
+
+        Reasons: "ok" (all passed), "wrong", "constant" (one same value for all inputs although the answers differ),
+        "error", "timeout", "memory", "killed", "protocol", "infrastructure".
+        """
+        jobs = [Job(source, test.entry, [case.args for case in test.cases]) for source, test in zip(sources, tests, strict=True)]
+        return [self._part(calls, test.cases) for calls, test in zip(self.sandbox.run(jobs), tests, strict=True)]
+
+    def _part(self, calls: Sequence[Call], cases: Sequence[Case]) -> Part:
+        if any(call.outcome == "infrastructure" for call in calls):
+            return Part(None, "infrastructure")
+        passed = [call.outcome == "ok" and same(case.expected, call.value) for call, case in zip(calls, cases, strict=True)]
+        if all(passed):
+            return Part(1.0 if passed else 0.0, "ok" if passed else "no_tests")
+        reason = next((call.outcome for call in calls if call.outcome != "ok"), "wrong")
+        if self.all_or_nothing or not any(passed):
+            return Part(0.0, reason)
+        if all(call.outcome == "ok" and same(calls[0].value, call.value) for call in calls):
+            return Part(0.0, "constant")  # passes the boolean cases of its kind without having looked at the input
+        return Part(sum(passed) / len(passed), reason)
+
+
+def same(expected: Data, got: Data) -> bool:
+    """Whether two values are equal, types included; floats within 1e-6 relative, NaN equal to nothing. Never raises."""
+    if isinstance(expected, float):
+        return type(got) in (float, int) and _close(expected, got)  # type: ignore[arg-type]
+    if type(expected) is not type(got):
+        return False
+    if isinstance(expected, complex):
+        assert isinstance(got, complex)
+        return _close(expected.real, got.real) and _close(expected.imag, got.imag)
+    if isinstance(expected, (list, tuple)):
+        assert isinstance(got, (list, tuple))
+        return len(expected) == len(got) and all(map(same, expected, got))
+    if isinstance(expected, dict):
+        assert isinstance(got, dict)
+        if len(expected) != len(got) or {_typed(key) for key in expected} != {_typed(key) for key in got}:
+            return False
+        return all(key in got and same(value, got[key]) for key, value in expected.items())
+    if isinstance(expected, (set, frozenset)):
+        assert isinstance(got, (set, frozenset))
+        return {_typed(item) for item in expected} == {_typed(item) for item in got}
+    return expected == got
+
+
+def _close(expected: float, got: float) -> bool:
+    try:
+        return math.isclose(expected, got, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+    except OverflowError:  # an integer beyond the floats
+        return False
+
+
+def _typed(key: Data) -> object:
+    """A hashable stand-in that keeps 1, 1.0 and True apart inside sets and keys."""
+    if isinstance(key, tuple):
+        return "tuple", tuple(_typed(item) for item in key)
+    if isinstance(key, frozenset):
+        return "frozenset", frozenset(_typed(item) for item in key)
+    return type(key).__name__, key
+
+
+def extract_code(text: str) -> str:
+    """The program in a completion: its last fenced block that defines something, else its last block, else all of it.
+
+    A block that the token limit cut off counts to the end of the text.
+    """
+    blocks = [body for language, body in _FENCE.findall(text) if language.lower() in ("", "python", "py", "python3")]
+    defining = [body for body in blocks if "def " in body or "lambda" in body]
+    return (defining or blocks or [text])[-1]

@@ -1,0 +1,314 @@
+"""The fork-server inside the jail: one locked-down child per job, made ready before its job arrives.
+
+Runs as `python -I -S -B jail.py SETTINGS` with an inherited socket to the trusted side; standard library only,
+because it runs on the system's interpreter (3.9 or newer), not in the trainer's environment.
+This process is trusted but needs no trust: it holds no expected values, and the host treats its bytes as hostile.
+
+Frames, both ways: u32 little-endian length, one kind byte, payload.
+  host -> jail  J  one whole job: lines of `wire` data, first {"source", "entry"}, then one tuple of arguments a line
+                S  the first line of an interactive job;  C  one more line of it;  E  its end
+  jail -> host  O  bytes the child wrote (hostile);  X  its end: {"exit", "signal", "cpu_s", "cut"}
+Lines the child writes: ["load", outcome, detail], then one [index, outcome, value or detail] a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import gc
+import json
+import os
+import random
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import wire  # noqa: E402
+
+# What model-written code imports most: loaded once here, shared by all children for nothing.
+PRELOAD = (
+    "abc array bisect calendar cmath collections collections.abc contextlib copy dataclasses datetime decimal enum fractions "
+    "functools hashlib heapq inspect io itertools json math numbers operator random re statistics string struct textwrap "
+    "time traceback types typing unicodedata"
+).split()
+
+RESULT_FD, JOB_FD = 3, 4  # in the child, which keeps no other descriptor
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x00020000, 0x08000000, 0x10000000, 0x20000000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 4, 22, 24, 36, 38
+SECCOMP_MODE_FILTER = 2
+CAPSET = {"x86_64": 126, "aarch64": 91}
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def check(result: int, what: str) -> None:
+    """Every step of the lock-down must have worked: a half-locked child never gets a job."""
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+
+
+# ------------------------------------------------------------------------------------------------- the child
+
+
+def enter_namespaces() -> None:
+    """New user, pid, mount and ipc namespaces; the same uid inside, so that nothing gains a name."""
+    uid, gid = os.getuid(), os.getgid()
+    check(libc.unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC), "unshare")
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        fd = os.open(f"/proc/self/{name}", os.O_WRONLY)
+        os.write(fd, text.encode())
+        os.close(fd)
+
+
+def mount_tmpfs(path: bytes, flags: int, options: bytes) -> None:
+    check(libc.mount(b"tmpfs", path, b"tmpfs", flags | MS_NOSUID | MS_NODEV | MS_NOEXEC, options), "mount " + path.decode())
+
+
+def lock_down(settings: dict) -> None:
+    """Everything that takes power away from this process, in the order in which the power is needed."""
+    # Its own session: kill(0) and kill(getppid()) reach the process group, and groups cross pid namespaces.
+    os.setsid()
+    if settings["isolate"]:
+        # A fresh /tmp per job: nothing a job writes is seen by the next one. Nothing else is writable.
+        mount_tmpfs(b"/tmp", 0, f"size={settings['disk_bytes']},nr_inodes=1024,mode=1777".encode())
+        # /proc shows the fork-server's memory map and command line, /jail these files: empty ones instead.
+        mount_tmpfs(b"/proc", MS_RDONLY, b"size=4k,nr_inodes=2")
+        mount_tmpfs(b"/jail", MS_RDONLY, b"size=4k,nr_inodes=2")
+        os.chdir("/tmp")
+    for name, limit in (
+        (resource.RLIMIT_AS, settings["memory_bytes"]),
+        (resource.RLIMIT_CPU, settings["cpu_s"]),
+        (resource.RLIMIT_NPROC, 32),  # threads; processes are denied by seccomp
+        (resource.RLIMIT_FSIZE, settings["disk_bytes"]),
+        (resource.RLIMIT_NOFILE, 32),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_STACK, 64 << 20),
+    ):
+        hard = resource.getrlimit(name)[1]
+        value = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(name, (value, value))
+    if settings["isolate"]:
+        for capability in range(64):
+            if libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
+                break  # past the last capability this kernel knows
+        header = struct.pack("=II", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+        check(libc.syscall(CAPSET[os.uname().machine], header, bytes(24)), "capset")
+    check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    if settings["seccomp"]:
+        program = bytes.fromhex(settings["seccomp"])
+        buffer = ctypes.create_string_buffer(program, len(program))
+        filter_ = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))
+        check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, filter_, 0, 0), "seccomp")
+
+
+def one_call(function, args):  # noqa: ANN001, ANN201 -- hostile values have no type
+    """Outcome and value of one call. Catches all: SystemExit and KeyboardInterrupt are a sample's tricks, not ours."""
+    try:
+        return ["ok", wire.encode(function(*args))]
+    except MemoryError:
+        return ["memory", "MemoryError"]
+    except BaseException as error:  # noqa: BLE001
+        return ["error", describe(error)]
+
+
+def describe(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"[:200]
+    except BaseException:  # noqa: BLE001 -- a hostile __str__
+        return "error without a text"
+
+
+def reply(values: list) -> None:
+    line = json.dumps(values, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
+    while line:
+        line = line[os.write(RESULT_FD, line) :]
+
+
+def load(job: dict) -> object:
+    """Run the module and find the entry point. `sys.exit()` at import is an error like any other."""
+    namespace = {"__name__": "solution"}
+    exec(compile(job["source"], "<solution>", "exec"), namespace)  # noqa: S102 -- this is what the jail is for
+    return namespace[job["entry"]]
+
+
+def work(settings: dict) -> None:
+    """Body of the child: read one job, answer its calls in order. Never returns."""
+    lock_down(settings)
+    random.seed(0)  # rewards are reproducible: the hash seed is fixed by the environment, this by us
+    lines = os.fdopen(JOB_FD, "rb")
+    job = wire.loads(lines.readline())
+    try:
+        function = load(job)
+        reply(["load", "ok", ""])
+    except MemoryError:
+        reply(["load", "memory", "MemoryError"])
+        os._exit(0)
+    except BaseException as error:  # noqa: BLE001
+        reply(["load", "error", describe(error)])
+        os._exit(0)
+    for index, line in enumerate(lines):
+        try:
+            reply([index, *one_call(function, wire.loads(line))])
+        except (ValueError, RecursionError, MemoryError) as error:  # a value that JSON cannot carry
+            reply([index, "error", describe(error)])
+    os._exit(0)
+
+
+# -------------------------------------------------------------------------------------------- the fork-server
+
+
+class Child:
+    """One prepared process: locked down, waiting on its job pipe."""
+
+    def __init__(self, settings: dict) -> None:
+        job_read, self.job_fd = os.pipe()
+        self.result_fd, result_write = os.pipe()
+        self.pid = 0
+        try:
+            self.pid = self._spawn(settings, job_read, result_write)
+        finally:
+            os.close(job_read)
+            os.close(result_write)
+        os.set_blocking(self.job_fd, False)
+
+    def _spawn(self, settings: dict, job_read: int, result_write: int) -> int:
+        if not settings["isolate"]:
+            pid = os.fork()
+            if pid == 0:
+                self._become_child(settings, job_read, result_write)
+            return pid
+        # unshare(CLONE_NEWPID) moves the next child only, hence two forks; the middle one ends at once and this process,
+        # as subreaper, inherits the inner one: PID 1 of its namespace, whose end kills all that it could have started.
+        note_read, note_write = os.pipe()
+        middle = os.fork()
+        if middle == 0:
+            try:
+                enter_namespaces()
+                pid = os.fork()
+                if pid == 0:
+                    self._become_child(settings, job_read, result_write)
+                os.write(note_write, struct.pack("<I", pid))
+            except OSError as error:
+                os.write(note_write, b"!" + str(error).encode())
+            os._exit(0)
+        os.close(note_write)
+        os.waitpid(middle, 0)
+        note = os.read(note_read, 500)
+        os.close(note_read)
+        if len(note) != 4:
+            raise OSError("no namespaces: " + note[1:].decode("utf-8", "replace"))
+        return struct.unpack("<I", note)[0]
+
+    def _become_child(self, settings: dict, job_read: int, result_write: int) -> None:
+        try:
+            null = os.open("/dev/null", os.O_RDWR)
+            job, result = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (job_read, result_write))
+            for number, fd in ((0, null), (1, null), (2, null), (RESULT_FD, result), (JOB_FD, job)):
+                os.dup2(fd, number)
+            os.closerange(5, 4096)  # the host's socket and every pipe of the fork-server
+            work(settings)
+        except BaseException as error:  # noqa: BLE001 -- whatever happens, this process must not fall back into the server
+            try:
+                reply(["setup", "infrastructure", describe(error)])
+            finally:
+                os._exit(70)
+
+    def end(self) -> tuple:
+        """Kill, reap: no job outlives its answer. Returns wait status and resource usage."""
+        for fd in (self.job_fd, self.result_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.job_fd = self.result_fd = -1
+        os.kill(self.pid, signal.SIGKILL)
+        _, status, usage = os.wait4(self.pid, 0)
+        return status, usage
+
+
+def read_frame(sock: socket.socket) -> tuple:
+    header = sock.recv(5, socket.MSG_WAITALL)
+    if len(header) < 5:
+        sys.exit(0)  # the host is gone
+    size, kind = struct.unpack("<Ic", header)
+    payload = sock.recv(size, socket.MSG_WAITALL) if size else b""
+    return kind, payload
+
+
+def write_frame(sock: socket.socket, kind: bytes, payload: bytes) -> None:
+    sock.sendall(struct.pack("<Ic", len(payload), kind) + payload)
+
+
+def relay(sock: socket.socket, child: Child, kind: bytes, payload: bytes, settings: dict) -> None:
+    """Carry bytes between host and child until the child ends, the wall clock runs out or the output cap is reached."""
+    deadline = time.monotonic() + settings["wall_s"]
+    pending, closing = payload, kind == b"J"
+    budget, cut = settings["output_bytes"], ""
+    while True:
+        poller = select.poll()
+        poller.register(child.result_fd, select.POLLIN)
+        if pending:
+            poller.register(child.job_fd, select.POLLOUT)
+        elif closing and child.job_fd >= 0:
+            os.close(child.job_fd)
+            child.job_fd = -1
+        if not closing:
+            poller.register(sock, select.POLLIN)
+        left = deadline - time.monotonic()
+        events = dict(poller.poll(left * 1000)) if left > 0 else {}
+        if not events:
+            cut = "wall"
+            break
+        if child.job_fd in events:  # never blocks: a child that stops reading must not stop the server
+            try:
+                pending = pending[os.write(child.job_fd, pending) :]
+            except OSError:
+                pending = b""
+        if child.result_fd in events:
+            chunk = os.read(child.result_fd, 65536)
+            if not chunk:
+                break
+            budget -= len(chunk)
+            if budget < 0:
+                cut = "output"
+                break
+            write_frame(sock, b"O", chunk)
+        if sock.fileno() in events:
+            kind, more = read_frame(sock)
+            pending, closing = pending + more, kind == b"E"
+    status, usage = child.end()
+    report = {
+        "exit": os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1,
+        "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "cut": cut,
+    }
+    write_frame(sock, b"X", json.dumps(report).encode())
+    while not closing:  # an interactive job that ended early: what the host still sends for it is void
+        kind, _ = read_frame(sock)
+        closing = kind == b"E"
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    for name in PRELOAD:
+        __import__(name)
+    check(libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")
+    sock = socket.socket(fileno=settings["fd"])
+    gc.collect()
+    gc.freeze()  # children then share these pages instead of copying them at the first collection
+    child = Child(settings)
+    write_frame(sock, b"X", b"{}")  # ready
+    while True:
+        kind, payload = read_frame(sock)
+        relay(sock, child, kind, payload, settings)
+        child = Child(settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""The host's end of one jail: start the fork-server, hand it jobs, believe nothing it says.
+
+`Jail` runs `jail.py` inside bubblewrap (`isolate=True`) or, for `unsafe`, as a bare child process with resource limits and
+seccomp alone. One jail runs one job at a time; `Sandbox` owns several.
+What comes from the socket is hostile: sizes are capped, every wait ends, and a jail that breaks the frame protocol is
+killed and started anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from omni_fast.rewards.sandbox import bwrap, seccomp, wire
+from omni_fast.rewards.sandbox.job import Call, Job, Limits, Outcome
+from omni_fast.rewards.sandbox.wire import Data
+
+START_S = 20.0  # a cold interpreter on a busy machine
+GRACE_S = 3.0  # how much longer than the job's own wall clock the host waits for the fork-server
+HERE = Path(__file__).parent
+
+
+class JailError(Exception):
+    """The jail (not the sample) failed: it did not start, died, or broke the frame protocol."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How the child ended, as the fork-server saw it. cut: "", "wall" or "output"."""
+
+    code: int
+    signal: int
+    cpu_s: float
+    cut: str
+
+
+class Jail:
+    """One fork-server process and its socket. For one thread at a time."""
+
+    def __init__(self, limits: Limits, isolate: bool = True, command: Sequence[str] | None = None) -> None:
+        """command: run this instead of the fork-server, for tests that put a liar in its place; `{fd}` is the socket."""
+        self.limits = limits
+        self.isolate = isolate
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the jail's outermost process; None when it does not run."""
+        return self._process.pid if self._process and self._process.poll() is None else None
+
+    def start(self) -> None:
+        """(Re)start the fork-server and wait until it is ready. Raises JailError with the reason."""
+        self.stop()
+        self._socket, theirs = socket.socketpair()
+        try:
+            self._process = self._spawn(theirs)
+            if self._read_frame(time.monotonic() + START_S)[0] != b"X":
+                raise JailError("the fork-server did not report ready")
+        except JailError as error:
+            text = self._last_words()
+            self.stop()
+            raise JailError(f"{error}; {text}" if text else str(error)) from None
+        finally:
+            theirs.close()
+
+    def _spawn(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
+        fds = [theirs.fileno()]
+        settings = asdict(self.limits) | {"isolate": self.isolate, "fd": theirs.fileno(), "seccomp": seccomp.build().hex()}
+        try:
+            if self._command is not None:
+                line = [word.format(fd=theirs.fileno()) for word in self._command]
+            elif self.isolate:
+                fds += [_as_fd(HERE / name) for name in ("jail.py", "wire.py")]
+                line = bwrap.command(fds[1], fds[2], json.dumps(settings))
+            else:
+                line = [sys.executable, "-I", "-S", "-B", str(HERE / "jail.py"), json.dumps(settings)]
+            # RLIMIT_NPROC does not bind real root, and root owns too much: as root the whole jail, bwrap included, is nobody.
+            drop = bwrap.NOBODY if self.isolate and os.getuid() == 0 else None
+            return subprocess.Popen(
+                line,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},  # nothing of the trainer's environment: keys live there
+                pass_fds=fds,
+                user=drop,
+                group=drop,
+                extra_groups=None if drop is None else [],
+                start_new_session=True,  # Ctrl-C on the terminal is for the trainer
+                cwd="/",
+            )
+        except (OSError, bwrap.NoInterpreter) as error:
+            raise JailError(f"cannot start the jail: {error}") from None
+        finally:
+            for fd in fds[1:]:
+                os.close(fd)
+
+    def stop(self) -> None:
+        """Kill the jail with all in it; harmless when it does not run."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            if self._process.stderr is not None:
+                self._process.stderr.close()
+            self._process = None
+
+    def run(self, job: Job) -> list[Call]:
+        """All calls of one job. Raises JailError when the jail failed; whatever the sample does comes back as outcomes."""
+        try:
+            lines = [_first_line(job.source, job.entry, self.limits), *(wire.dumps(tuple(call)) for call in job.calls)]
+        except wire.WireError as error:
+            return [Call("error", detail=str(error))] * len(job.calls)
+        self._write_frame(b"J", b"\n".join(lines) + b"\n")
+        deadline = time.monotonic() + self.limits.wall_s + GRACE_S
+        output = bytearray()
+        while True:
+            kind, payload = self._read_frame(deadline)
+            if kind == b"X":
+                return read_calls(bytes(output), parse_exit(payload), len(job.calls), self.limits)
+            output += payload
+            if len(output) > self.limits.output_bytes:
+                raise JailError("more output than the fork-server lets through")
+
+    def _write_frame(self, kind: bytes, payload: bytes) -> None:
+        assert self._socket is not None
+        self._socket.settimeout(self.limits.wall_s + GRACE_S)
+        try:
+            self._socket.sendall(struct.pack("<Ic", len(payload), kind) + payload)
+        except OSError as error:
+            raise JailError(f"the jail does not read: {error}") from None
+
+    def _read_frame(self, deadline: float) -> tuple[bytes, bytes]:
+        size, kind = struct.unpack("<Ic", self._read(5, deadline))
+        if kind not in (b"O", b"X") or size > self.limits.output_bytes + 4096:
+            raise JailError("bytes that are not a frame")
+        return kind, self._read(size, deadline)
+
+    def _read(self, size: int, deadline: float) -> bytes:
+        assert self._socket is not None
+        parts = bytearray()
+        while len(parts) < size:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise JailError("the jail does not answer")
+            self._socket.settimeout(left)
+            try:
+                chunk = self._socket.recv(size - len(parts))
+            except OSError as error:  # includes the time limit
+                raise JailError(f"the jail does not answer: {error}") from None
+            if not chunk:
+                raise JailError("the jail ended")
+            parts += chunk
+        return bytes(parts)
+
+    def _last_words(self) -> str:
+        if self._process is None or self._process.stderr is None:
+            return ""
+        self._process.kill()
+        text = self._process.stderr.read(4096).decode("utf-8", "replace").strip()
+        return text.splitlines()[-1][:300] if text else ""
+
+
+def _as_fd(path: Path) -> int:
+    """The file's bytes behind an inheritable descriptor: the jail's uid may not be allowed to open the path."""
+    fd = os.memfd_create(path.name)
+    os.write(fd, path.read_bytes())
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _first_line(source: str, entry: str, limits: Limits) -> bytes:
+    if len(source) > limits.source_chars:
+        raise wire.WireError("source too long")
+    return wire.dumps({"source": source, "entry": entry})
+
+
+def parse_exit(payload: bytes) -> Exit:
+    """The fork-server's report. Raises JailError for anything else."""
+    try:
+        report = wire.loads(payload)
+    except wire.WireError as error:
+        raise JailError(str(error)) from None
+    match report:
+        case {"exit": int(code), "signal": int(number), "cpu_s": float() | int() as cpu_s, "cut": str(cut)}:
+            return Exit(code, number, float(cpu_s), cut)
+    raise JailError("a report without its fields")
+
+
+def read_calls(output: bytes, end: Exit, count: int, limits: Limits) -> list[Call]:
+    """The child's lines and its end -> one outcome a call. Total: any bytes give `count` outcomes.
+
+    A line can claim any value, which is worth nothing unless it is the right answer; it cannot claim to be right.
+    Raises JailError only where the child reports that its own set-up failed.
+    """
+    calls: list[Call] = []
+    lines = output.split(b"\n")
+    tail = lines.pop()  # a complete output ends with a newline
+    for number, line in enumerate(lines):
+        match _read_line(line):
+            case ["setup", "infrastructure", str(detail)] if number == 0:
+                raise JailError(detail)
+            case ["load", "ok", _] if number == 0:
+                continue
+            case ["load", "error" | "memory" as outcome, str(detail)] if number == 0:
+                return [Call(outcome, detail=detail)] * count  # type: ignore[arg-type]
+            case [int(index), "ok", value] if index == len(calls) < count and number > 0:
+                calls.append(Call("ok", value))
+            case [int(index), "error" | "memory" as outcome, str(detail)] if index == len(calls) < count and number > 0:
+                calls.append(Call(outcome, detail=detail[:200]))  # type: ignore[arg-type]
+            case _:
+                return calls + [Call("protocol", detail="a line that is not a reply")] * (count - len(calls))
+    missing = count - len(calls)
+    if not missing:
+        return calls
+    outcome, detail = _why_it_ended(end, limits, bool(tail))
+    return calls + [Call(outcome, detail=detail)] * missing
+
+
+def _read_line(line: bytes) -> Data:
+    try:
+        return wire.loads(line)
+    except wire.WireError:
+        return None
+
+
+def _why_it_ended(end: Exit, limits: Limits, cut_line: bool) -> tuple[Outcome, str]:
+    if end.cut == "wall":
+        return "timeout", "wall clock"
+    if end.cut == "output":
+        return "protocol", "output limit"
+    if end.signal and end.cpu_s >= 0.9 * limits.cpu_s:  # the kernel's answer to RLIMIT_CPU is SIGXCPU, then SIGKILL
+        return "timeout", "CPU limit"
+    if end.signal == 9:
+        return "memory", "killed by the kernel"
+    if end.signal:
+        return "killed", f"signal {end.signal}"
+    return ("protocol", "a cut line") if cut_line else ("killed", f"left with exit status {end.code}")
