@@ -155,7 +155,7 @@ def brute_force(matrix_KK: Floats) -> list[tuple[float, Order]]:
 
 
 def greedy_net(matrix_KK: Floats) -> Order:
-    """Picks first the task with the largest net transfer from the rest (incoming - outgoing), recomputed at each pick."""
+    """Picks first the task with the largest net transfer from the rest (incoming - outgoing), again at each pick."""
     left = list(range(matrix_KK.shape[0]))
     order: list[int] = []
     while left:

@@ -197,8 +197,8 @@ class PromptStream:
             was = state["sizes"].get(task)
             if was != size:
                 raise UserError(
-                    f"Task '{task}' has {size} training prompts now and had {was} when the run started; restore its data,"
-                    " or start a new run folder."
+                    f"Task '{task}' has {size} training prompts now and had {was} when the run started; restore its"
+                    " data, or start a new run folder."
                 )
         self.taken = {task: state["taken"][task] for task in self.sizes}
         self.scheduled = {task: state["scheduled"][task] for task in self.sizes}

@@ -1,0 +1,147 @@
+"""Stage lists and the prompt stream: shares, epochs, resume without loss or repetition."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omni_fast.curriculum.scores import Estimate
+from omni_fast.curriculum.stages import PromptStream, build_stages, refresh_stage, single_stages
+from omni_fast.errors import UserError
+
+TASKS = ["math", "code", "qa", "writing"]
+STEPS = {"math": 10, "code": 12, "qa": 8, "writing": 10}
+
+
+def test_modes_take_the_same_steps_and_name_stages_uniquely():
+    order = ["code", "math", "qa", "writing"]
+    for mode in ("curriculum", "order", "reversed", "random", "joint"):
+        stages = build_stages(mode, TASKS, STEPS, order=order, seed=3)
+        assert sum(stage.steps for stage in stages) == 40
+        assert len({stage.name for stage in stages}) == len(stages)
+        assert all(sum(stage.weights) == pytest.approx(1.0) for stage in stages)
+    forward = [s.tasks for s in build_stages("curriculum", TASKS, STEPS, order=order)]
+    assert [s.tasks for s in build_stages("reversed", TASKS, STEPS, order=order)] == forward[::-1]
+    assert [s.name for s in single_stages(TASKS, STEPS)] == [f"single:{t}" for t in TASKS]
+
+
+def test_random_order_depends_on_the_seed_only():
+    def order(seed):
+        return [s.own[0] for s in build_stages("random", TASKS, STEPS, seed=seed)]
+
+    assert order(1) == order(1)
+    assert len({tuple(order(seed)) for seed in range(20)}) > 5
+
+
+def test_joint_shares():
+    (stage,) = build_stages("joint", TASKS, STEPS)
+    assert dict(zip(stage.tasks, stage.weights, strict=True)) == pytest.approx({t: n / 40 for t, n in STEPS.items()})
+    assert stage.own == tuple(TASKS)
+    (stage,) = build_stages("joint", ["math", "qa"], STEPS, weights={"math": 3, "qa": 1})
+    assert stage.weights == (0.75, 0.25)
+    with pytest.raises(UserError, match="'qa'"):
+        build_stages("joint", ["math", "qa"], STEPS, weights={"math": 1})
+
+
+def test_replay_goes_to_the_tasks_before():
+    first, second, third, _ = build_stages("order", TASKS, STEPS, order=TASKS, replay=0.3)
+    assert first.weights == (1.0,)
+    assert second.tasks == ("code", "math") and second.weights == pytest.approx((0.7, 0.3))
+    assert third.weights == pytest.approx((0.7, 0.15, 0.15)) and third.own == ("qa",)
+    with pytest.raises(UserError, match="replay"):
+        build_stages("order", TASKS, STEPS, order=TASKS, replay=1.0)
+
+
+def test_bad_order_is_a_user_error():
+    with pytest.raises(UserError, match="leaves out"):
+        build_stages("order", TASKS, STEPS, order=["math"])
+
+
+def test_refresh_picks_the_largest_drop():
+    def est(x):
+        return Estimate(x, 100, x - 0.1, x + 0.1)
+
+    after = {"math": est(0.6), "code": est(0.5)}
+    stage = refresh_stage(after, {"math": est(0.5), "code": est(0.3)}, 3)
+    assert stage.name == "refresh:code" and stage.steps == 3
+    assert refresh_stage(after, {"math": est(0.6), "code": est(0.7)}, 3) is None
+    assert refresh_stage({}, {}, 3) is None
+
+
+def test_stream_covers_every_epoch_once_and_reshuffles():
+    stream = PromptStream({"math": 50}, ["math"], [1.0], seed=7)
+    first, second = ([d.item for d in stream.draw(50)] for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(50)) and first != second
+    assert [d.position for d in stream.draw(3)] == [100, 101, 102]
+    other = PromptStream({"math": 50}, ["math"], [1.0], seed=8)
+    assert [d.item for d in other.draw(50)] != first
+
+
+def test_a_task_has_the_same_stream_in_every_stage():
+    alone = PromptStream({"math": 20}, ["math"], [1.0], seed=1)
+    mixed = PromptStream({"math": 20, "qa": 9}, ["qa", "math"], [0.5, 0.5], seed=1)
+    math_only = [d for d in mixed.draw(40) if d.task == "math"]
+    assert math_only == alone.draw(len(math_only))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 300))
+@settings(max_examples=60, deadline=None)
+def test_shares_are_kept_at_every_length(parts, n):
+    names = [f"t{i}" for i in range(len(parts))]
+    weights = [p / sum(parts) for p in parts]
+    stream = PromptStream(dict.fromkeys(names, 11), names, weights, seed=0)
+    counts = Counter(d.task for d in stream.draw(n))
+    assert all(abs(counts[t] - w * n) <= max(1, len(parts) - 1) for t, w in zip(names, weights, strict=True))
+
+
+@given(st.lists(st.tuples(st.integers(0, 13), st.integers(0, 4)), min_size=1, max_size=12), st.integers(0, 11))
+@settings(max_examples=80, deadline=None)
+def test_resume_continues_exactly(calls, cut):
+    """Steps of draws and refills, cut anywhere, saved as JSON and loaded: the same prompts as without the cut."""
+    sizes, tasks, weights = {"a": 7, "b": 5, "c": 30}, ["a", "b", "c"], [0.5, 0.3, 0.2]
+
+    def play(stream, part):
+        out = []
+        for n, refill in part:
+            out += stream.draw(n)
+            out += stream.take("b", refill)
+        return out
+
+    whole = play(PromptStream(sizes, tasks, weights, seed=5), calls)
+    first = PromptStream(sizes, tasks, weights, seed=5)
+    head = play(first, calls[:cut])
+    state = json.loads(json.dumps(first.state_dict()))
+    second = PromptStream(sizes, tasks, weights, seed=5)
+    second.load_state_dict(state)
+    assert head + play(second, calls[cut:]) == whole
+    positions = [(d.task, d.position) for d in whole]
+    assert len(set(positions)) == len(positions)
+
+
+def test_refills_leave_the_shares_alone():
+    stream = PromptStream({"a": 9, "b": 9}, ["a", "b"], [0.5, 0.5], seed=0)
+    counts: Counter[str] = Counter()
+    for _ in range(10):
+        counts.update(d.task for d in stream.draw(7))
+        stream.take("a", 5)
+    assert abs(counts["a"] - counts["b"]) <= 1
+
+
+def test_resume_with_other_data_or_seed_is_refused():
+    state = PromptStream({"a": 9}, ["a"], [1.0], seed=0).state_dict()
+    with pytest.raises(UserError, match="10 training prompts now and had 9"):
+        PromptStream({"a": 10}, ["a"], [1.0], seed=0).load_state_dict(state)
+    with pytest.raises(UserError, match="seed 0"):
+        PromptStream({"a": 9}, ["a"], [1.0], seed=1).load_state_dict(state)
+    with pytest.raises(UserError, match="no training prompts"):
+        PromptStream({"a": 0}, ["a"], [1.0], seed=0)
+
+
+def test_epochs_are_uniform_enough():
+    """Position 0 of an epoch is not always the same item (a seed mix-up would make it so)."""
+    stream = PromptStream({"a": 10}, ["a"], [1.0], seed=0)
+    firsts = [stream.draw(10)[0].item for _ in range(40)]
+    assert len(set(firsts)) >= 7 and np.mean(firsts) == pytest.approx(4.5, abs=1.5)
