@@ -1,0 +1,167 @@
+"""The run in plain sentences: what rose, what did not, whether the order is known, how good the forecast was.
+
+Each sentence names the number it rests on, and "rose" is said only when the paired 95 % interval lies above 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import JsonValue
+
+Json = Mapping[str, JsonValue]
+Tone = Literal["good", "bad", "open"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """One finding. tone: good, bad, or open (the data cannot tell, or it is not there yet)."""
+
+    tone: Tone
+    text: str
+
+
+def number(x: JsonValue) -> float:
+    """A JSON value as a float; NaN for everything that is none."""
+    return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else math.nan
+
+
+def mapping(x: JsonValue) -> dict[str, JsonValue]:
+    """A JSON object, {} for everything else: a partial result lacks sections, and a report is drawn all the same."""
+    return x if isinstance(x, dict) else {}
+
+
+def listing(x: JsonValue) -> list[JsonValue]:
+    """A JSON list, [] for everything else."""
+    return x if isinstance(x, list) else []
+
+
+def names(x: JsonValue) -> list[str]:
+    """The strings of a JSON list."""
+    return [item for item in listing(x) if isinstance(item, str)]
+
+
+def points(x: float, signed: bool = True) -> str:
+    """A score or a difference of scores with three decimals; an en dash when it is not known."""
+    if not math.isfinite(x):
+        return "–"
+    return f"{x:+.3f}".replace("-", "−") if signed else f"{x:.3f}"
+
+
+def span(score: Json, signed: bool = True) -> str:
+    """The interval of a score as text, "" when there is none."""
+    low, high = number(score.get("low")), number(score.get("high"))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return ""
+    return f"{points(low, signed)} to {points(high, signed)}"
+
+
+def direction(gain: Json) -> Tone | None:
+    """good: the whole interval above 0; bad: below 0; open: it holds 0; None: not measured."""
+    low, high = number(gain.get("low")), number(gain.get("high"))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return None
+    return "good" if low > 0 else "bad" if high < 0 else "open"
+
+
+def headline(result: Json) -> Sentence:
+    """The one sentence a reader takes away."""
+    average = mapping(mapping(result.get("intervals")).get("gain_average"))
+    tone = direction(average)
+    count = len(names(result.get("tasks")))
+    if tone is None:
+        done = len(listing(result.get("stages")))
+        have = (
+            f"{done} of {len(names(result.get('order'))) or count} stages are done" if done else "no stage is done yet"
+        )
+        return Sentence("open", f"This run is not finished: {have}. What follows is what it has measured so far.")
+    value, low_high = points(number(average.get("value"))), span(average)
+    over = f"over {count} tasks" if count > 1 else "on the one task"
+    if tone == "good":
+        return Sentence("good", f"The average test score {over} rose by {value} (95 % interval {low_high}).")
+    if tone == "bad":
+        return Sentence("bad", f"The average test score {over} fell: {value} (95 % interval {low_high}).")
+    return Sentence("open", f"The average test score {over} did not change beyond noise: {value} ({low_high}).")
+
+
+def sentences(result: Json) -> list[Sentence]:
+    """The further findings, most important first."""
+    return [*_tasks(result), *_order(result), *_memory(result), *_forecast(result), *_trust(result)]
+
+
+def _tasks(result: Json) -> list[Sentence]:
+    gains = mapping(mapping(result.get("intervals")).get("gain"))
+    by: dict[Tone, list[str]] = {"good": [], "bad": [], "open": []}
+    unknown = []
+    for task in names(result.get("tasks")):
+        gain = mapping(gains.get(task))
+        tone = direction(gain)
+        if tone is None:
+            unknown.append(task)
+        else:
+            by[tone].append(f"{task} {points(number(gain.get('value')))} ({span(gain)})")
+    out = []
+    if by["good"]:
+        out.append(Sentence("good", f"Rose: {'; '.join(by['good'])}."))
+    if by["open"]:
+        out.append(
+            Sentence("open", f"Did not rise beyond noise: {'; '.join(by['open'])}. The interval of the change holds 0.")
+        )
+    if by["bad"]:
+        out.append(Sentence("bad", f"Fell: {'; '.join(by['bad'])}."))
+    if unknown and gains:
+        out.append(Sentence("bad", f"Not measured: {', '.join(unknown)} has no item that was scored before and after."))
+    return out
+
+
+def _order(result: Json) -> list[Sentence]:
+    out = []
+    method, statement = result.get("order_method"), result.get("statement")
+    if method in ("user", "reversed", "random", "joint"):
+        out.append(Sentence("open", f"The order that was run is not the solved one (it is: {method})."))
+    if isinstance(statement, str) and statement:
+        settled = result.get("order_settled") is True
+        out.append(Sentence("good" if settled else "open", statement.replace("->", "→")))
+    return out
+
+
+def _memory(result: Json) -> list[Sentence]:
+    bwt = mapping(result.get("bwt"))
+    tone = direction(bwt)
+    if tone is None:
+        return []
+    value, low_high = points(number(bwt.get("value"))), span(bwt)
+    what = {
+        "good": "later stages helped the tasks trained before them",
+        "bad": "later stages cost the tasks trained before them",
+        "open": "forgetting cannot be told from none",
+    }[tone]
+    return [Sentence(tone, f"Backward transfer is {value} ({low_high}): {what}.")]
+
+
+def _forecast(result: Json) -> list[Sentence]:
+    errors = mapping(result.get("forecast_error"))
+    off = {form: number(mapping(errors.get(form)).get("mean_absolute")) for form in ("additive", "multiplicative")}
+    if not math.isfinite(off["additive"]):
+        return []
+    text = f"The forecast was off by {points(off['additive'], signed=False)} per task and stage on average"
+    if math.isfinite(off["multiplicative"]):
+        text += f" (with ratios instead of differences: {points(off['multiplicative'], signed=False)})"
+    correlation = number(mapping(errors.get("additive")).get("pearson"))
+    if math.isfinite(correlation):
+        text += f"; within tasks its correlation with what was realised is {correlation:.2f}".replace("-", "−")
+    return [Sentence("open", text + ".")]
+
+
+def _trust(result: Json) -> list[Sentence]:
+    """What limits every number above."""
+    out = []
+    dropped = {t: int(number(n)) for t, n in mapping(result.get("items_dropped")).items() if number(n) > 0}
+    if dropped:
+        listed = ", ".join(f"{task} {count}" for task, count in dropped.items())
+        out.append(Sentence("bad", f"Items left out because a checkpoint has no score for them: {listed}."))
+    out.extend(Sentence("bad", text) for text in names(result.get("warnings")))
+    return out
