@@ -27,7 +27,7 @@ import struct
 import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))
 import wire  # noqa: E402
 
 # What model-written code imports most: loaded once here, shared by all children for nothing.

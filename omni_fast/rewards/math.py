@@ -1,0 +1,187 @@
+"""The verifier of math tasks: one final answer, compared in stages from cheap to dear.
+
+1. Extract one answer: the last of \\boxed{}, `####` or <answer></answer>; in lenient mode else the last number in the text.
+2. Equal as normalised strings, or as exact numbers (integers, decimals, fractions): microseconds, and enough for GSM8K-like data.
+3. Else math-verify, in worker processes with a memory limit and a kill from outside (`math_pool`), for what is short and shallow
+   enough to be an honest answer. math-verify's own guard is an alarm signal, which works in main threads only.
+
+What the sample causes (no answer, too long, too complex, time limit) scores 0 with that reason; a lost worker is invalid.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+from types import TracebackType
+from typing import Self
+
+from omni_fast.rewards.math_pool import MathPool
+from omni_fast.rewards.score import Part
+
+MAX_CHARS = 200  # an honest final answer is shorter
+MAX_DEPTH = 20  # brackets within brackets
+DECIMALS = 6  # how many decimals count when one side is a decimal number; what math-verify does by default
+TAIL_CHARS = 1000  # where the lenient mode looks for a last number
+
+_NUMBER = r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+"
+_PLAIN = re.compile(rf"([-+]?)(?:({_NUMBER})(?:/({_NUMBER}))?|\\frac\{{({_NUMBER})\}}\{{({_NUMBER})\}})")
+_LAST = re.compile(
+    rf"(?:(?<![0-9A-Za-z_.)\]}}])[-+])?(?:\\[dt]?frac\{{-?(?:{_NUMBER})\}}\{{(?:{_NUMBER})\}}"
+    rf"|(?<![0-9.])(?:{_NUMBER})(?:/(?:{_NUMBER}))?(?:\s*\\?%)?)"
+)
+_DROP = re.compile(r"\\[!,;: ]|\\left|\\right|\s+|\\displaystyle")
+_POWER = r"\s*(?:\^|\*\*)[\s{(+-]*"
+# factorials; numbers to a power to a power; three exponents inside each other; exponents of five digits
+_COSTLY = re.compile(rf"!|[0-9][)}}]*{_POWER}[0-9]+{_POWER}|(?:\^\s*\{{[^{{}}^]{{0,20}}){{2}}\^|{_POWER}[0-9]{{5,}}")
+
+
+def extract_answer(text: str, lenient: bool = True) -> str | None:
+    """The final answer a text commits to, or None. Linear in the text's length."""
+    best, answer = -1, None
+    boxed = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if boxed > best:
+        best, answer = boxed, _braced(text, text.find("{", boxed, boxed + 10))
+    hashes = text.rfind("####")
+    if hashes > best:
+        best, answer = hashes, text[hashes + 4 : hashes + 4 + 2 * MAX_CHARS].lstrip(" \t").split("\n", 1)[0]
+    tag = text.rfind("<answer>")
+    if tag > best:
+        best, answer = tag, text[tag + 8 : tag + 8 + 2 * MAX_CHARS].split("</answer>", 1)[0]
+    if best >= 0:
+        return answer.strip() or None if answer is not None else None
+    if not lenient:
+        return None
+    numbers = _LAST.findall(text[-TAIL_CHARS:].replace("\u2212", "-"))
+    return numbers[-1] if numbers else None
+
+
+def _braced(text: str, start: int) -> str | None:
+    """The content of the brace that opens at `start`; None when it never closes within what an answer may be long."""
+    if start < 0:
+        return None
+    depth = 0
+    for position in range(start, min(len(text), start + 2 * MAX_CHARS)):
+        if text[position] == "{":
+            depth += 1
+        elif text[position] == "}":
+            depth -= 1
+            if depth == 0:
+                return text[start + 1 : position]
+    return text[start + 1 : start + 2 * MAX_CHARS] if len(text) > start + 2 * MAX_CHARS else None
+
+
+@lru_cache(maxsize=16384)
+def normalise(answer: str) -> str:
+    """The same answer without mathematical spacing, dollar signs and other things that carry no meaning."""
+    text = _DROP.sub("", answer[: 2 * MAX_CHARS]).replace("\u2212", "-").replace("\\$", "$").replace("{,}", ",")
+    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").rstrip(".").strip("$")
+    if text.startswith("\\(") and text.endswith("\\)"):
+        text = text[2:-2]
+    return text
+
+
+@lru_cache(maxsize=16384)
+def number(text: str) -> tuple[Fraction, bool] | None:
+    """A normalised answer as an exact number and whether it was written with a decimal point; None when it is not a number."""
+    match = _PLAIN.fullmatch(text) if len(text) <= MAX_CHARS else None
+    if match is None:
+        return None
+    sign, top, bottom, top2, bottom2 = match.groups()
+    top, bottom = (top or top2).replace(",", ""), (bottom or bottom2 or "1").replace(",", "")
+    denominator = Fraction(bottom)
+    if denominator == 0:
+        return None
+    value = Fraction(top) / denominator
+    return -value if sign == "-" else value, "." in top
+
+
+def compare_fast(gold: str, answer: str) -> bool | None:
+    """Stages 1 and 2 on normalised answers: True or False where exact means decide, None where they do not."""
+    if gold == answer:
+        return bool(gold)
+    left, right = number(gold), number(answer)
+    if left is None or right is None:
+        return None
+    if left[1] or right[1]:
+        return round(left[0], DECIMALS) == round(right[0], DECIMALS)
+    return left[0] == right[0]
+
+
+def too_complex(answer: str) -> bool:
+    """Whether an answer is refused unread: deep nesting, factorials, towers of exponents, huge exponents."""
+    depth = 0
+    for character in answer:
+        if character in "([{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                return True
+        elif character in ")]}":
+            depth -= 1
+    return _COSTLY.search(answer) is not None
+
+
+class MathVerifier:
+    """Part `correct` of a score: 1 when the final answer equals the gold answer, else 0."""
+
+    def __init__(self, lenient: bool = True, workers: int = 2, timeout_s: float = 2.0, memory_bytes: int = 1 << 30) -> None:
+        """lenient: without a marked answer the last number counts. The worker processes start when the first answer needs them."""
+        self.lenient = lenient
+        self._pool = MathPool(workers, timeout_s, memory_bytes)
+
+    def score(self, completions: Sequence[str], golds: Sequence[str]) -> list[Part]:
+        """One part per completion. Never raises for any text.
+
+        A gold answer may be bare ("72") or a solution that ends in a marked answer ("... #### 72").
+        Reasons: "ok", "wrong", "no_answer", "too_long", "too_complex", "timeout", "memory", "crash"; "worker_lost" is invalid.
+        """
+        parts: list[Part | None] = []
+        open_pairs: list[tuple[str, str]] = []
+        for completion, gold in zip(completions, golds, strict=True):
+            part, pair = self._decide(completion, gold)
+            parts.append(part)
+            if pair is not None:
+                open_pairs.append(pair)
+        verdicts = iter(self._pool.check(open_pairs) if open_pairs else ())
+        return [part if part is not None else _VERDICTS[next(verdicts)] for part in parts]
+
+    def _decide(self, completion: str, gold: str) -> tuple[Part | None, tuple[str, str] | None]:
+        answer = extract_answer(completion, self.lenient)
+        if answer is None:
+            return _WRONG["no_answer"], None
+        gold = _bare_gold(gold)
+        verdict = compare_fast(normalise(gold), normalise(answer)) if len(answer) <= MAX_CHARS else None
+        if verdict is not None:
+            return (_VERDICTS["ok"] if verdict else _VERDICTS["wrong"]), None
+        if len(answer) > MAX_CHARS or len(gold) > MAX_CHARS:
+            return _WRONG["too_long"], None
+        if too_complex(answer) or too_complex(gold):
+            return _WRONG["too_complex"], None
+        return None, (gold, answer)
+
+    def close(self) -> None:
+        """End the worker processes. May be called twice; a later score starts them again."""
+        self._pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+@lru_cache(maxsize=16384)
+def _bare_gold(gold: str) -> str:
+    return extract_answer(gold, lenient=False) or gold.strip()
+
+
+_WRONG = {reason: Part(0.0, reason) for reason in ("no_answer", "too_long", "too_complex")}
+_VERDICTS = {
+    "ok": Part(1.0),
+    "wrong": Part(0.0, "wrong"),
+    "timeout": Part(0.0, "timeout"),
+    "memory": Part(0.0, "memory"),
+    "crash": Part(0.0, "crash"),
+    "worker_lost": Part(None, "worker_lost"),
+}

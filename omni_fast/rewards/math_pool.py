@@ -1,0 +1,173 @@
+"""A pool of killable processes around math-verify, so that no string can stall or exhaust the trainer.
+
+Each worker is driven by one thread; a request that takes longer than `timeout_s` ends with SIGKILL from outside, which works
+inside a single long C call too. A worker that dies under a request gets it once more; dying twice is the request's doing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Literal, cast
+
+Verdict = Literal["ok", "wrong", "memory", "timeout", "crash", "worker_lost"]
+START_S = 60.0  # importing sympy on a busy machine
+_CACHE_SIZE = 65536
+
+
+class _Lost(Exception):
+    """The worker cannot be started: nobody's doing but the machine's."""
+
+
+class _Died(Exception):
+    """The worker ended under a request: perhaps the request's doing."""
+
+
+class _Worker:
+    """One outer process and the inner one that answers. For one thread at a time."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        self._memory_bytes = memory_bytes
+        self._process: subprocess.Popen[bytes] | None = None
+        self._inner = 0
+        self._buffer = b""
+
+    def check(self, gold: str, answer: str, timeout_s: float) -> Verdict:
+        """Raises _Lost or _Died; the next call starts a new worker."""
+        process = self._running()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps([gold, answer]).encode("ascii") + b"\n")
+            process.stdin.flush()
+            line = self._line(timeout_s)
+        except OSError:
+            self.stop()
+            raise _Died from None
+        if line is None:
+            # SIGKILL works where math-verify's own alarm cannot: inside one long C call.
+            os.kill(self._inner, signal.SIGKILL)
+            self._await_ready()
+            return "timeout"
+        if line in ("ok", "wrong", "memory"):
+            return cast(Verdict, line)
+        if line.startswith("ready "):  # the inner process died of the request and the next one reports
+            self._inner = int(line[6:])
+        raise _Died
+
+    def stop(self) -> None:
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._process = None
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self.stop()
+        self._buffer = b""
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py")), str(self._memory_bytes)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                # (-P: this folder must not be on its path, a file here is named like the standard library's `math`)
+                start_new_session=True,  # one group to kill, and Ctrl-C stays with the trainer
+            )
+        except OSError as error:
+            raise _Lost(str(error)) from None
+        self._await_ready()
+        return self._process
+
+    def _await_ready(self) -> None:
+        try:
+            line = self._line(START_S)
+        except OSError:
+            line = None
+        if line is None or not line.startswith("ready "):
+            self.stop()
+            raise _Lost("the worker did not start")
+        self._inner = int(line[6:])
+
+    def _line(self, timeout_s: float) -> str | None:
+        """The next line, or None after the time limit. Raises OSError at the end of the output."""
+        assert self._process is not None and self._process.stdout is not None
+        deadline = time.monotonic() + timeout_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._buffer:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    return None
+                chunk = os.read(self._process.stdout.fileno(), 4096)
+                if not chunk:
+                    raise BrokenPipeError("the worker ended")
+                self._buffer += chunk
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        return line.decode("ascii", "replace")
+
+
+class MathPool:
+    """`check` many pairs at once. Workers start at the first need; safe to call from several threads."""
+
+    def __init__(self, workers: int = 2, timeout_s: float = 2.0, memory_bytes: int = 1 << 30) -> None:
+        self.workers = workers
+        self.timeout_s = timeout_s
+        self._memory_bytes = memory_bytes
+        self._lock = threading.Lock()
+        self._threads: ThreadPoolExecutor | None = None
+        self._free: SimpleQueue[_Worker] = SimpleQueue()
+        self._known: dict[tuple[str, str], Verdict] = {}
+
+    def check(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """One verdict per (gold, answer), in order. Takes at most about `timeout_s` per pair and worker."""
+        with self._lock:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="math")
+                self._free = SimpleQueue()
+                for _ in range(self.workers):
+                    self._free.put(_Worker(self._memory_bytes))
+            threads = self._threads
+        wanted = [pair for pair in dict.fromkeys(pairs) if pair not in self._known]
+        found = dict(zip(wanted, threads.map(self._check_one, wanted), strict=True))
+        if len(self._known) > _CACHE_SIZE:
+            self._known = {}
+        self._known |= {pair: verdict for pair, verdict in found.items() if verdict in ("ok", "wrong")}
+        return [found[pair] if pair in found else self._known[pair] for pair in pairs]
+
+    def _check_one(self, pair: tuple[str, str]) -> Verdict:
+        worker = self._free.get()
+        try:
+            for _ in range(2):
+                with contextlib.suppress(_Died):
+                    return worker.check(*pair, timeout_s=self.timeout_s)
+            return "crash"
+        except _Lost:
+            return "worker_lost"
+        finally:
+            self._free.put(worker)
+
+    def close(self) -> None:
+        """End the workers. May be called twice."""
+        with self._lock:
+            if self._threads is None:
+                return
+            self._threads.shutdown()
+            self._threads = None
+            while not self._free.empty():
+                self._free.get().stop()
