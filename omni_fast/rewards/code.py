@@ -48,13 +48,18 @@ class CodeVerifier:
         Reasons: "ok" (all passed), "wrong", "constant" (one same value for all inputs although the answers differ),
         "error", "timeout", "memory", "killed", "protocol", "infrastructure".
         """
-        jobs = [Job(source, test.entry, [case.args for case in test.cases]) for source, test in zip(sources, tests, strict=True)]
+        jobs = [
+            Job(source, test.entry, [case.args for case in test.cases])
+            for source, test in zip(sources, tests, strict=True)
+        ]
         return [self._part(calls, test.cases) for calls, test in zip(self.sandbox.run(jobs), tests, strict=True)]
 
     def _part(self, calls: Sequence[Call], cases: Sequence[Case]) -> Part:
         if any(call.outcome == "infrastructure" for call in calls):
             return Part(None, "infrastructure")
-        passed = [call.outcome == "ok" and same(case.expected, call.value) for call, case in zip(calls, cases, strict=True)]
+        passed = [
+            call.outcome == "ok" and same(case.expected, call.value) for call, case in zip(calls, cases, strict=True)
+        ]
         if all(passed):
             return Part(1.0 if passed else 0.0, "ok" if passed else "no_tests")
         reason = next((call.outcome for call in calls if call.outcome != "ok"), "wrong")

@@ -1,11 +1,15 @@
 """The verifier of math tasks: one final answer, compared in stages from cheap to dear.
 
-1. Extract one answer: the last of \\boxed{}, `####` or <answer></answer>; in lenient mode else the last number in the text.
-2. Equal as normalised strings, or as exact numbers (integers, decimals, fractions): microseconds, and enough for GSM8K-like data.
-3. Else math-verify, in worker processes with a memory limit and a kill from outside (`math_pool`), for what is short and shallow
-   enough to be an honest answer. math-verify's own guard is an alarm signal, which works in main threads only.
+1. Extract one answer: the last of \\boxed{}, `####` or <answer></answer>; in lenient mode else the last number in the
+   text.
+2. Equal as normalised strings, or as exact numbers (integers, decimals, fractions): microseconds, and enough for
+   GSM8K-like data.
+3. Else math-verify, in worker processes with a memory limit and a kill from outside (`math_pool`), for what is short
+   and shallow enough to be an honest answer. math-verify's own guard is an alarm signal, which works in main threads
+   only.
 
-What the sample causes (no answer, too long, too complex, time limit) scores 0 with that reason; a lost worker is invalid.
+What the sample causes (no answer, too long, too complex, time limit) scores 0 with that reason; a lost worker is
+invalid.
 """
 
 from __future__ import annotations
@@ -84,7 +88,7 @@ def normalise(answer: str) -> str:
 
 @lru_cache(maxsize=16384)
 def number(text: str) -> tuple[Fraction, bool] | None:
-    """A normalised answer as an exact number and whether it was written with a decimal point; None when it is not a number."""
+    """A normalised answer as an exact number, and whether it has a decimal point; None when it is no number."""
     match = _PLAIN.fullmatch(text) if len(text) <= MAX_CHARS else None
     if match is None:
         return None
@@ -125,8 +129,10 @@ def too_complex(answer: str) -> bool:
 class MathVerifier:
     """Part `correct` of a score: 1 when the final answer equals the gold answer, else 0."""
 
-    def __init__(self, lenient: bool = True, workers: int = 2, timeout_s: float = 2.0, memory_bytes: int = 1 << 30) -> None:
-        """lenient: without a marked answer the last number counts. The worker processes start when the first answer needs them."""
+    def __init__(
+        self, lenient: bool = True, workers: int = 2, timeout_s: float = 2.0, memory_bytes: int = 1 << 30
+    ) -> None:
+        """lenient: without a marked answer the last number counts. Workers start when an answer first needs them."""
         self.lenient = lenient
         self._pool = MathPool(workers, timeout_s, memory_bytes)
 
@@ -134,7 +140,8 @@ class MathVerifier:
         """One part per completion. Never raises for any text.
 
         A gold answer may be bare ("72") or a solution that ends in a marked answer ("... #### 72").
-        Reasons: "ok", "wrong", "no_answer", "too_long", "too_complex", "timeout", "memory", "crash"; "worker_lost" is invalid.
+        Reasons: "ok", "wrong", "no_answer", "too_long", "too_complex", "timeout", "memory", "crash"; "worker_lost" is
+        invalid.
         """
         parts: list[Part | None] = []
         open_pairs: list[tuple[str, str]] = []
@@ -167,7 +174,9 @@ class MathVerifier:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

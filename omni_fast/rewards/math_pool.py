@@ -1,7 +1,8 @@
 """A pool of killable processes around math-verify, so that no string can stall or exhaust the trainer.
 
-Each worker is driven by one thread; a request that takes longer than `timeout_s` ends with SIGKILL from outside, which works
-inside a single long C call too. A worker that dies under a request gets it once more; dying twice is the request's doing.
+Each worker is driven by one thread; a request that takes longer than `timeout_s` ends with SIGKILL from outside, which
+works inside a single long C call too. A worker that dies under a request gets it once more; dying twice is the
+request's doing.
 """
 
 from __future__ import annotations

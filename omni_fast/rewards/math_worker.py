@@ -1,10 +1,12 @@
 """The worker of `math_pool`: compares two answers with math-verify, in a process that may be killed at any moment.
 
-Run as a script by path, so it needs math-verify and nothing of this project. The outer process imports once (a second of work)
-and forks; the inner one answers requests on the inherited pipes. When it is killed, the outer one forks the next: 10 ms.
-Lines out: `ready PID` from every new inner process, then one of ok, wrong, memory per request. Lines in: JSON [gold, answer].
+Run as a script by path, so it needs math-verify and nothing of this project. The outer process imports once (a second
+of work) and forks; the inner one answers requests on the inherited pipes. When it is killed, the outer one forks the
+next: 10 ms. Lines out: `ready PID` from every new inner process, then one of ok, wrong, memory per request. Lines in:
+JSON [gold, answer].
 
-math-verify evaluates with sympy's parser only texts of digits and operators; LaTeX goes through a grammar, not through eval.
+math-verify evaluates with sympy's parser only texts of digits and operators; LaTeX goes through a grammar, not through
+eval.
 """
 
 from __future__ import annotations

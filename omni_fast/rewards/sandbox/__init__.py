@@ -30,26 +30,35 @@ log = logging.getLogger(__name__)
 
 LAYERS = {
     "bwrap": (
-        "data-only protocol", "bubblewrap: no network, empty environment, read-only minimal root", "uid 65534 or the user's, no capabilities",
-        "user, pid, mount and ipc namespace per job", "no_new_privs", "seccomp allow-list", "rlimits", "output cap", "wall clock",
+        "data-only protocol",
+        "bubblewrap: no network, empty environment, read-only minimal root",
+        "unprivileged uid, no capabilities",
+        "user, pid, mount and ipc namespace per job",
+        "no_new_privs",
+        "seccomp allow-list",
+        "rlimits",
+        "output cap",
+        "wall clock",
     ),
     "unsafe": ("data-only protocol", "no_new_privs", "seccomp allow-list", "rlimits", "output cap", "wall clock"),
-}  # fmt: skip
+}
 
-# What must come out of the jail's own mouth before it gets a sample: each function tries one thing and says what it saw.
-PROBE = '''
+# What must come out of the jail's own mouth before it gets a sample: each function tries one thing and says what it
+# saw.
+PROBE = """
 import os, socket
 def tries(what):
     try:
         if what == "fork": return os.fork() and "forked"
         if what == "socket": return str(socket.socket())
         if what == "write": return str(open("/left-behind", "w"))
-        if what == "files": return [p for p in ("/etc/passwd", "/root", "/home", "/proc/self", "/sys") if os.path.exists(p)]
+        if what == "files":
+            return [path for path in ("/etc/passwd", "/root", "/home", "/proc/self", "/sys") if os.path.exists(path)]
         if what == "root": return os.getuid() == 0
         return what
     except OSError:
         return "denied"
-'''
+"""
 PROBE_EXPECTED = {"fork": "denied", "socket": "denied", "write": "denied", "files": [], "root": False, "plain": "plain"}
 
 
@@ -67,7 +76,7 @@ class Sandbox:
     """A few jails behind one batch call. Safe to call from several threads."""
 
     def __init__(self, workers: int | None = None, limits: Limits | None = None, unsafe: bool = False) -> None:
-        """workers: jails that run at the same time (default: one per usable core). unsafe: allow running without isolation."""
+        """workers: jails at the same time (default: one per usable core). unsafe: allow running without isolation."""
         self.workers = workers or len(os.sched_getaffinity(0))
         self.limits = limits or Limits()
         self.unsafe = unsafe
@@ -158,7 +167,9 @@ class Sandbox:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

@@ -1,8 +1,8 @@
 """The command line that builds the outer jail: an empty world with one interpreter in it and no way out.
 
-bubblewrap gives new user, pid, network, ipc, uts and cgroup namespaces, no capabilities, an empty environment and a root
-file system made here of read-only parts. Only the interpreter and its standard library are in it: installed packages
-are hidden, because data sets with their solutions live in site-packages.
+bubblewrap gives new user, pid, network, ipc, uts and cgroup namespaces, no capabilities, an empty environment and a
+root file system made here of read-only parts. Only the interpreter and its standard library are in it: installed
+packages are hidden, because data sets with their solutions live in site-packages.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 NOBODY = 65534  # uid and gid of the jail when the trainer runs as root
 
 _PROBE = (
-    "import sys, sysconfig, os; p = sysconfig.get_paths(); "
-    "print(sys.version_info >= (3, 9), os.path.realpath(sys.executable), os.path.realpath(p['stdlib']), sys.base_prefix, sep='\\n')"
+    "import sys, sysconfig, os; stdlib = os.path.realpath(sysconfig.get_paths()['stdlib']); "
+    "print(sys.version_info >= (3, 9), os.path.realpath(sys.executable), stdlib, sys.base_prefix, sep='\\n')"
 )
 
 
@@ -41,7 +41,9 @@ def interpreter() -> tuple[str, str, str]:
         if not os.path.exists(candidate):
             continue
         try:
-            probe = subprocess.run([candidate, "-I", "-S", "-c", _PROBE], capture_output=True, text=True, timeout=20, check=True)
+            probe = subprocess.run(
+                [candidate, "-I", "-S", "-c", _PROBE], capture_output=True, text=True, timeout=20, check=True
+            )
         except (OSError, subprocess.SubprocessError) as error:
             reasons.append(f"{candidate}: {error}")
             continue
@@ -60,13 +62,15 @@ def _open_to_all(path: str) -> bool:
 
 
 def command(jail_fd: int, wire_fd: int, argument: str) -> list[str]:
-    """The bwrap command. jail_fd, wire_fd: descriptors holding the text of jail.py and wire.py. Raises NoInterpreter."""
+    """The bwrap command. jail_fd, wire_fd: descriptors that hold jail.py and wire.py. Raises NoInterpreter, OSError."""
     executable, stdlib, prefix = interpreter()
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise FileNotFoundError("bwrap is not installed (package bubblewrap)")
     triplet = sysconfig.get_config_var("MULTIARCH") or f"{platform.machine()}-linux-gnu"
-    libraries = [f"/usr/lib/{triplet}", "/usr/lib64"] if os.path.isdir(f"/usr/lib/{triplet}") else ["/usr/lib64", "/usr/lib"]
+    libraries = (
+        [f"/usr/lib/{triplet}", "/usr/lib64"] if os.path.isdir(f"/usr/lib/{triplet}") else ["/usr/lib64", "/usr/lib"]
+    )
     shared = [os.path.join(prefix, "lib", Path(name).name) for name in glob.glob(f"{prefix}/lib/libpython3*.so*")]
     visible = list(dict.fromkeys(path for path in [*libraries, executable, stdlib, *shared] if os.path.exists(path)))
     hidden = [path for root in visible for pattern in ("", "python3*/") for name in ("site", "dist")

@@ -31,11 +31,9 @@ sys.path.append(os.path.dirname(os.path.abspath(__file__)))
 import wire  # noqa: E402
 
 # What model-written code imports most: loaded once here, shared by all children for nothing.
-PRELOAD = (
-    "abc array bisect calendar cmath collections collections.abc contextlib copy dataclasses datetime decimal enum fractions "
-    "functools hashlib heapq inspect io itertools json math numbers operator random re statistics string struct textwrap "
-    "time traceback types typing unicodedata"
-).split()
+PRELOAD = """abc array bisect calendar cmath collections collections.abc contextlib copy dataclasses datetime decimal enum
+fractions functools hashlib heapq inspect io itertools json math numbers operator random re statistics string struct
+textwrap time traceback types typing unicodedata"""
 
 RESULT_FD, JOB_FD = 3, 4  # in the child, which keeps no other descriptor
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x00020000, 0x08000000, 0x10000000, 0x20000000
@@ -68,7 +66,10 @@ def enter_namespaces() -> None:
 
 
 def mount_tmpfs(path: bytes, flags: int, options: bytes) -> None:
-    check(libc.mount(b"tmpfs", path, b"tmpfs", flags | MS_NOSUID | MS_NODEV | MS_NOEXEC, options), "mount " + path.decode())
+    check(
+        libc.mount(b"tmpfs", path, b"tmpfs", flags | MS_NOSUID | MS_NODEV | MS_NOEXEC, options),
+        "mount " + path.decode(),
+    )
 
 
 def lock_down(settings: dict) -> None:
@@ -184,8 +185,9 @@ class Child:
             if pid == 0:
                 self._become_child(settings, job_read, result_write)
             return pid
-        # unshare(CLONE_NEWPID) moves the next child only, hence two forks; the middle one ends at once and this process,
-        # as subreaper, inherits the inner one: PID 1 of its namespace, whose end kills all that it could have started.
+        # unshare(CLONE_NEWPID) moves the next child only, hence two forks; the middle one ends at once and this
+        # process, as subreaper, inherits the inner one: PID 1 of its namespace, whose end kills all that it could have
+        # started.
         note_read, note_write = os.pipe()
         middle = os.fork()
         if middle == 0:
@@ -214,7 +216,7 @@ class Child:
                 os.dup2(fd, number)
             os.closerange(5, 4096)  # the host's socket and every pipe of the fork-server
             work(settings)
-        except BaseException as error:  # noqa: BLE001 -- whatever happens, this process must not fall back into the server
+        except BaseException as error:  # noqa: BLE001 -- this process must never fall back into the server
             try:
                 reply(["setup", "infrastructure", describe(error)])
             finally:
@@ -296,7 +298,7 @@ def relay(sock: socket.socket, child: Child, kind: bytes, payload: bytes, settin
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    for name in PRELOAD:
+    for name in PRELOAD.split():
         __import__(name)
     check(libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")
     sock = socket.socket(fileno=settings["fd"])

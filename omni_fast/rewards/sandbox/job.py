@@ -9,8 +9,8 @@ from typing import Literal
 from omni_fast.rewards.sandbox.wire import Data
 
 # ok: the call returned `value`. error: it raised, or the module did not load, or the value cannot be carried.
-# timeout, memory: a limit of the sample. killed: it died by a signal or left without an answer. protocol: its bytes are not
-# the encoding, or too many. infrastructure: the jail failed, not the sample; the score is then invalid, never 0.
+# timeout, memory: a limit of the sample. killed: it died by a signal or left without an answer. protocol: its bytes are
+# not the encoding, or too many. infrastructure: the jail failed, not the sample; the score is then invalid, never 0.
 Outcome = Literal["ok", "error", "timeout", "memory", "killed", "protocol", "infrastructure"]
 OUTCOMES: tuple[Outcome, ...] = ("ok", "error", "timeout", "memory", "killed", "protocol", "infrastructure")
 
@@ -29,7 +29,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What became of one call. `value` means something only when `outcome` is "ok"; `detail` is for people, untrusted."""
+    """What became of one call. `value` counts only when `outcome` is "ok"; `detail` is for people, untrusted."""
 
     outcome: Outcome
     value: Data = None

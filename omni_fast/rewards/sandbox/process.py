@@ -1,7 +1,7 @@
 """The host's end of one jail: start the fork-server, hand it jobs, believe nothing it says.
 
-`Jail` runs `jail.py` inside bubblewrap (`isolate=True`) or, for `unsafe`, as a bare child process with resource limits and
-seccomp alone. One jail runs one job at a time; `Sandbox` owns several.
+`Jail` runs `jail.py` inside bubblewrap (`isolate=True`) or, for `unsafe`, as a bare child process with resource limits
+and seccomp alone. One jail runs one job at a time; `Sandbox` owns several.
 What comes from the socket is hostile: sizes are capped, every wait ends, and a jail that breaks the frame protocol is
 killed and started anew.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -20,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from omni_fast.rewards.sandbox import bwrap, seccomp, wire
-from omni_fast.rewards.sandbox.job import Call, Job, Limits, Outcome
+from omni_fast.rewards.sandbox.job import Call, Job, Limits
 from omni_fast.rewards.sandbox.wire import Data
 
 START_S = 20.0  # a cold interpreter on a busy machine
@@ -46,7 +47,7 @@ class Jail:
     """One fork-server process and its socket. For one thread at a time."""
 
     def __init__(self, limits: Limits, isolate: bool = True, command: Sequence[str] | None = None) -> None:
-        """command: run this instead of the fork-server, for tests that put a liar in its place; `{fd}` is the socket."""
+        """command: run this in place of the fork-server, for tests that put a liar there; `{fd}` is the socket."""
         self.limits = limits
         self.isolate = isolate
         self._command = command
@@ -75,8 +76,12 @@ class Jail:
 
     def _spawn(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
         fds = [theirs.fileno()]
-        settings = asdict(self.limits) | {"isolate": self.isolate, "fd": theirs.fileno(), "seccomp": seccomp.build().hex()}
         try:
+            settings = asdict(self.limits) | {
+                "isolate": self.isolate,
+                "fd": theirs.fileno(),
+                "seccomp": seccomp.build().hex(),
+            }
             if self._command is not None:
                 line = [word.format(fd=theirs.fileno()) for word in self._command]
             elif self.isolate:
@@ -84,14 +89,18 @@ class Jail:
                 line = bwrap.command(fds[1], fds[2], json.dumps(settings))
             else:
                 line = [sys.executable, "-I", "-S", "-B", str(HERE / "jail.py"), json.dumps(settings)]
-            # RLIMIT_NPROC does not bind real root, and root owns too much: as root the whole jail, bwrap included, is nobody.
+            # RLIMIT_NPROC does not bind real root, and root owns too much: as root the whole jail, bwrap included, is
+            # nobody.
             drop = bwrap.NOBODY if self.isolate and os.getuid() == 0 else None
             return subprocess.Popen(
                 line,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},  # nothing of the trainer's environment: keys live there
+                env={
+                    "PYTHONHASHSEED": "0",
+                    "LC_ALL": "C.UTF-8",
+                },  # nothing of the trainer's environment: keys live there
                 pass_fds=fds,
                 user=drop,
                 group=drop,
@@ -99,7 +108,7 @@ class Jail:
                 start_new_session=True,  # Ctrl-C on the terminal is for the trainer
                 cwd="/",
             )
-        except (OSError, bwrap.NoInterpreter) as error:
+        except (OSError, KeyError, bwrap.NoInterpreter) as error:
             raise JailError(f"cannot start the jail: {error}") from None
         finally:
             for fd in fds[1:]:
@@ -118,7 +127,7 @@ class Jail:
             self._process = None
 
     def run(self, job: Job) -> list[Call]:
-        """All calls of one job. Raises JailError when the jail failed; whatever the sample does comes back as outcomes."""
+        """All calls of one job, whatever the sample does. Raises JailError when the jail itself failed."""
         try:
             lines = [_first_line(job.source, job.entry, self.limits), *(wire.dumps(tuple(call)) for call in job.calls)]
         except wire.WireError as error:
@@ -215,18 +224,17 @@ def read_calls(output: bytes, end: Exit, count: int, limits: Limits) -> list[Cal
             case ["load", "ok", _] if number == 0:
                 continue
             case ["load", "error" | "memory" as outcome, str(detail)] if number == 0:
-                return [Call(outcome, detail=detail)] * count  # type: ignore[arg-type]
+                return [Call(outcome, detail=detail[:200])] * count
             case [int(index), "ok", value] if index == len(calls) < count and number > 0:
                 calls.append(Call("ok", value))
             case [int(index), "error" | "memory" as outcome, str(detail)] if index == len(calls) < count and number > 0:
-                calls.append(Call(outcome, detail=detail[:200]))  # type: ignore[arg-type]
+                calls.append(Call(outcome, detail=detail[:200]))
             case _:
                 return calls + [Call("protocol", detail="a line that is not a reply")] * (count - len(calls))
     missing = count - len(calls)
     if not missing:
         return calls
-    outcome, detail = _why_it_ended(end, limits, bool(tail))
-    return calls + [Call(outcome, detail=detail)] * missing
+    return calls + [_unanswered(end, limits, bool(tail))] * missing
 
 
 def _read_line(line: bytes) -> Data:
@@ -236,15 +244,16 @@ def _read_line(line: bytes) -> Data:
         return None
 
 
-def _why_it_ended(end: Exit, limits: Limits, cut_line: bool) -> tuple[Outcome, str]:
+def _unanswered(end: Exit, limits: Limits, cut_line: bool) -> Call:
+    """Why the calls after the last reply have none."""
     if end.cut == "wall":
-        return "timeout", "wall clock"
+        return Call("timeout", detail="wall clock")
     if end.cut == "output":
-        return "protocol", "output limit"
-    if end.signal and end.cpu_s >= 0.9 * limits.cpu_s:  # the kernel's answer to RLIMIT_CPU is SIGXCPU, then SIGKILL
-        return "timeout", "CPU limit"
-    if end.signal == 9:
-        return "memory", "killed by the kernel"
+        return Call("protocol", detail="output limit")
+    if end.signal and end.cpu_s >= 0.9 * limits.cpu_s:  # the kernel answers RLIMIT_CPU with SIGXCPU or SIGKILL
+        return Call("timeout", detail="CPU limit")
+    if end.signal == signal.SIGKILL:  # nobody in the jail may send signals: the kernel, for lack of memory
+        return Call("memory", detail="killed by the kernel")
     if end.signal:
-        return "killed", f"signal {end.signal}"
-    return ("protocol", "a cut line") if cut_line else ("killed", f"left with exit status {end.code}")
+        return Call("killed", detail=f"signal {end.signal}")
+    return Call("protocol", detail="a cut line") if cut_line else Call("killed", detail=f"left with status {end.code}")

@@ -1,11 +1,11 @@
 """The tagged encoding that crosses the jail's border, both ways: Python data as JSON, types kept.
 
-Why not pickle or marshal: their readers run code or read out of bounds on hostile bytes; `json` builds data and nothing else.
-Plain JSON stands for itself (None, bool, int, finite float, str, list, dict with string keys); what JSON lacks is an
-object with one key that starts with "$": `{"$tuple": [1, 2]}`, `{"$dict": [[1, "a"]]}`, `{"$float": "nan"}`.
+Why not pickle or marshal: their readers run code or read out of bounds on hostile bytes; `json` builds data and nothing
+else. Plain JSON stands for itself (None, bool, int, finite float, str, list, dict with string keys); what JSON lacks is
+an object with one key that starts with "$": `{"$tuple": [1, 2]}`, `{"$dict": [[1, "a"]]}`, `{"$float": "nan"}`.
 
-Limits: depth 100; other types (functions, generators, own classes) are refused; a subclass of a plain type becomes the plain
-type, so that an object that lies about equality arrives as harmless data.
+Limits: depth 100; other types (functions, generators, own classes) are refused; a subclass of a plain type becomes the
+plain type, so that an object that lies about equality arrives as harmless data.
 This file also runs inside the jail on the system's Python: standard library only, no syntax newer than Python 3.9.
 """
 
@@ -17,7 +17,18 @@ import math
 from typing import Union
 
 Data = Union[  # noqa: UP007 -- evaluated by the jail's interpreter, which may be older than 3.10
-    None, bool, int, float, complex, str, bytes, "list[Data]", "tuple[Data, ...]", "set[Data]", "frozenset[Data]", "dict[Data, Data]"
+    None,
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    "list[Data]",
+    "tuple[Data, ...]",
+    "set[Data]",
+    "frozenset[Data]",
+    "dict[Data, Data]",
 ]
 Json = Union[None, bool, int, float, str, "list[Json]", "dict[str, Json]"]  # noqa: UP007
 
@@ -95,7 +106,7 @@ def _decode_tagged(tag: str, body: Json, depth: int) -> Data:
         real, imag = body
         return complex(float(real), float(imag))  # type: ignore[arg-type]
     if tag == "$dict":
-        return {decode(key, depth + 1): decode(item, depth + 1) for key, item in body}  # type: ignore[misc,union-attr,str-unpack]
+        return {decode(key, depth + 1): decode(item, depth + 1) for key, item in body}  # type: ignore[misc,str-unpack]
     items = [decode(item, depth + 1) for item in body]
     if tag == "$tuple":
         return tuple(items)
@@ -112,7 +123,7 @@ def dumps(value: Data) -> bytes:
 
 
 def loads(line: bytes) -> Data:
-    """One line -> data. Raises WireError for any bytes that are not the encoding: the only way hostile bytes come in."""
+    """One line -> data: the only door for hostile bytes. Raises WireError for any that are not the encoding."""
     try:
         return decode(json.loads(line, parse_constant=_refuse_constant))
     except WireError:
