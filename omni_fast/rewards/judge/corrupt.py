@@ -1,0 +1,235 @@
+"""Bad replies on purpose: every family spoils a good sentence in one way, at the same number of words.
+
+Why by family: a judge fitted on all families and tested on the same ones proves nothing. Leaving one family out at a time
+asks whether the judge knows what a good sentence is, or merely the spoilers it has seen.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from omni_fast.rewards.judge.sentences import ANIMATE, OBJECTS, PLACES, article, random_prompt, reference_sentence
+from omni_fast.rewards.text_checks import DETERMINERS, FUNCTION_WORDS, PREPOSITIONS, has_word
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A good and a spoiled reply to the same prompt, equal in words to within one."""
+
+    topic: str
+    words: tuple[str, str]
+    good: str
+    bad: str
+    family: str
+
+
+_FILLER = (
+    "it is very nice and good for many people because there are many different things in the world that are really "
+    "important and interesting to everyone and we should always remember that life is full of things that can be "
+    "great in many ways and this is something that makes it quite special for all of us every day"
+).split()
+_FOREIGN = tuple(
+    line.split()
+    for line in (
+        "el hombre viejo camina por la calle y piensa en su casa mientras la lluvia cae sobre los campos verdes del pueblo",
+        "la petite fille regarde par la fenêtre et pense à sa mère qui travaille dans le jardin depuis le matin avec joie",
+        "der alte mann sitzt am fluss und denkt an seine kinder die weit weg in der großen stadt leben und nie schreiben",
+        "il ragazzo corre verso il mare con una lettera in mano e non si ferma finché la notte non arriva sopra le case",
+        "o menino caminha pela praia e encontra uma pedra azul que guarda no bolso antes de voltar para casa com o irmão",
+        "de oude vrouw loopt langs de rivier en zoekt naar haar hond die gisteren in het bos is verdwenen zonder geluid",
+    )
+)
+_SYLLABLES = "ba ke lo mi tru zen pla vor gri sho dun fle kar wim ost quel jab nar pox ty ulm eck sprin gath oll".split()
+_RARE = (
+    "policy quantum surface invoice parameter district syllable committee protein mortgage vector treaty gasket ledger "
+    "enzyme variable statute turbine pixel quarterly asphalt molar census tariff diode clause thesis cortex ratio"
+).split()
+
+
+def _finish(tokens: Sequence[str], stop: str = ".") -> str:
+    text = " ".join(tokens).strip(" .,")
+    return text[:1].upper() + text[1:] + stop
+
+
+def _fit(tokens: Sequence[str], length: int) -> list[str]:
+    """Exactly `length` words, by repeating from the start when there are too few."""
+    return [tokens[i % len(tokens)] for i in range(length)]
+
+
+def _plain(text: str) -> list[str]:
+    return text.rstrip(".").replace(",", "").split()
+
+
+def _other(topic: str, words: Sequence[str], length: int, rng: random.Random, keep_topic: bool = False) -> str:
+    """A good sentence of about `length` words about something else (or the same topic with other words)."""
+    best = ""
+    for _ in range(60):
+        other_topic, other_words = random_prompt(rng)
+        if keep_topic:
+            other_topic = topic
+        if (not keep_topic and other_topic == topic) or set(other_words) & {*words, other_topic, topic}:
+            continue
+        text = reference_sentence(other_topic, other_words, rng)
+        if any(has_word(_plain(text.lower()), word) for word in (*words, *(() if keep_topic else (topic,)))):
+            continue
+        if not best or abs(len(text.split()) - length) < abs(len(best.split()) - length):
+            best = text
+        if len(best.split()) == length:
+            break
+    return best
+
+
+def _shuffled(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
+    tokens = _plain(good.lower())
+    rng.shuffle(tokens)
+    return _finish(tokens)
+
+
+def _local_swaps(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
+    tokens = _plain(good)
+    for i in range(0, len(tokens) - 1, 2):
+        if rng.random() < 0.7:
+            tokens[i], tokens[i + 1] = tokens[i + 1], tokens[i]
+    return _finish(tokens)
+
+
+def _repeated(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
+    tokens = _plain(good)
+    n = rng.randint(2, 4)
+    start = rng.randrange(max(1, len(tokens) - n))
+    head = tokens[: rng.randint(0, len(tokens) // 2)]
+    return _finish(head + _fit(tokens[start : start + n], len(tokens) - len(head)))
+
+
+def _truncated(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
+    """A longer sentence cut at the good one's length, as a token limit would."""
+    length = len(good.split())
+    text = reference_sentence(topic, words, rng).rstrip(".") + rng.choice((" and the", " while", " because of", " with a")) + " "
+    tokens = text.split()
+    while len(tokens) < length + 2:
+        tokens += reference_sentence(topic, words, rng).rstrip(".").lower().split()
+    return _finish(tokens[:length], "")
+
+
+def _off_topic(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
+    return _other(topic, words, len(good.split()), rng)
+
+
+def _missing_words(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
+    return _other(topic, words, len(good.split()), rng, keep_topic=True)
+
+
+def _one_missing(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
+    gone = rng.choice(list(words))
+    new = rng.choice([word for word in OBJECTS if word not in words and word[0] not in "aeiou"])
+    return " ".join(new + token[len(gone) :] if token.strip(".,") == gone else token for token in good.split())
+
+
+def _filler(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
+    start = rng.randrange(len(_FILLER))
+    head = f"{article(topic)} is something that".split() if rng.random() < 0.5 else []
+    return _finish([*head, *_fit(_FILLER[start:] + _FILLER[:start], len(good.split()) - len(head))])
+
+
+def _gibberish(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
+    return _finish(["".join(rng.choices(_SYLLABLES, k=rng.randint(1, 3))) for _ in good.split()])
+
+
+def _foreign(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
+    tokens = rng.choice(_FOREIGN)
+    start = rng.randrange(len(tokens) // 2)
+    return _finish(_fit(tokens[start:] + tokens[:start], len(good.split())))
+
+
+def _echo(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
+    a, b = words
+    text = rng.choice(
+        (
+            f"write one sentence about {article(topic)} that uses the words {a} and {b} in one sentence about {article(topic)}",
+            f"{article(topic)} that uses the words {a} and {b} is {article(topic)} that uses the words {a} and {b}",
+            f"one sentence about {article(topic)} uses the words {a} and {b} so this sentence uses the words {a} and {b}",
+        )
+    )
+    return _finish(_fit(text.split(), len(good.split())))
+
+
+def _word_salad(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
+    tokens = [rng.choice(OBJECTS + ANIMATE + PLACES + list(FUNCTION_WORDS)) for _ in good.split()]
+    for word in words:
+        tokens[rng.randrange(len(tokens))] = word
+    return _finish(tokens)
+
+
+def _pasted_words(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
+    """Someone else's sentence with the required words dropped in anywhere."""
+    tokens = _plain(_other(topic, words, max(6, len(good.split()) - 3), rng))
+    for word in (*words, topic):
+        tokens.insert(rng.randint(1, len(tokens)), word)
+    return _finish(tokens)
+
+
+def _wrong_function_words(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
+    pool = sorted(FUNCTION_WORDS)
+    return _finish([rng.choice(pool) if token.lower() in FUNCTION_WORDS else token for token in _plain(good)])
+
+
+def _wrong_content(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
+    """Right frame, absurd words: verbs and nouns exchanged for terms of art; the required words stay."""
+    keep = {*words, topic} | FUNCTION_WORDS
+    return _finish([token if token.lower() in keep else rng.choice(_RARE) for token in _plain(good)])
+
+
+def _dropped_function_words(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
+    kept = [token for token in _plain(good) if token.lower() not in (DETERMINERS | PREPOSITIONS | {"and", "was", "to"})]
+    kept += [rng.choice(OBJECTS) for _ in range(len(good.split()) - len(kept))]
+    return _finish(kept)
+
+
+def _typos(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
+    result = []
+    for token in _plain(good):
+        if len(token) > 3 and rng.random() < 0.6:
+            i = rng.randrange(len(token) - 1)
+            token = token[:i] + token[i + 1] + token[i] + token[i + 2 :] if rng.random() < 0.5 else token[:i] + token[i + 1 :]
+        result.append(token)
+    return _finish(result)
+
+
+FAMILIES: dict[str, Callable[[str, str, Sequence[str], random.Random], str]] = {
+    "shuffled": _shuffled,
+    "local_swaps": _local_swaps,
+    "repeated": _repeated,
+    "truncated": _truncated,
+    "off_topic": _off_topic,
+    "missing_words": _missing_words,
+    "one_missing": _one_missing,
+    "filler": _filler,
+    "gibberish": _gibberish,
+    "foreign": _foreign,
+    "echo": _echo,
+    "word_salad": _word_salad,
+    "pasted_words": _pasted_words,
+    "wrong_function_words": _wrong_function_words,
+    "wrong_content": _wrong_content,
+    "dropped_function_words": _dropped_function_words,
+    "typos": _typos,
+}
+
+
+def make_pairs(per_family: int, seed: int) -> list[Pair]:
+    """`per_family` length-matched pairs of each family, each on a prompt of its own."""
+    rng = random.Random(seed)
+    pairs = []
+    for family, spoil in FAMILIES.items():
+        made = 0
+        while made < per_family:
+            topic, words = random_prompt(rng)
+            good = reference_sentence(topic, words, rng)
+            bad = spoil(good, topic, words, rng)
+            if bad == good or abs(len(bad.split()) - len(good.split())) > 1:
+                continue
+            pairs.append(Pair(topic, words, good, bad, family))
+            made += 1
+    return pairs

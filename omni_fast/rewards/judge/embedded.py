@@ -1,0 +1,246 @@
+"""The `embedded` judge: a small preference head on a frozen model's hidden states. No server, no second model.
+
+score(reply) = w_h . hidden(reply) + w_f . features(reply), fitted once, as a logistic preference (Bradley-Terry) on
+generated pairs of a good and a spoiled reply of equal length. Its worth is measured before it is used: with one family of
+spoilers left out at a time, on prompts it has not seen, mean AUC >= 0.85, worst family >= 0.70, and at most 2 % of the
+hack strings accepted. Otherwise `usable` is False, the rubric checks alone judge, and `name` says so.
+
+Verdict against the reference, with d = score(reply) - score(reference):
+    1    d >= -spread    as good as the reference, within what good replies differ by among themselves
+    0.5  d >= -gap / 2   nearer to the reference than to a spoiled reply
+    0    otherwise
+The reference is a bar, not a rival: above it a judge this small knows nothing, and what it cannot tell it must not pay for.
+`compare` is the symmetric verdict between any two replies, which the audit uses. There is no position to be biased by.
+Limits: English sentences of the short writing task; it knows form, fluency and topic, not taste.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omni_fast.errors import UserError
+from omni_fast.rewards.judge.base import Reply
+from omni_fast.rewards.judge.corrupt import FAMILIES, Pair, make_pairs
+from omni_fast.rewards.judge.encode import Encode
+from omni_fast.rewards.judge.features import FEATURES, features
+from omni_fast.rewards.judge.hacks import hack_replies
+from omni_fast.rewards.judge.rubric import RubricJudge
+from omni_fast.rewards.judge.sentences import prompt_text
+from omni_fast.rewards.score import Part
+from omni_fast.rewards.text_checks import gate
+
+Array = NDArray[np.float64]
+
+MEAN_AUC, WORST_AUC, HACK_ACCEPTANCE = 0.85, 0.70, 0.02  # the bar
+_RIDGE = 0.03
+_HIDDEN_SHARE = 3.0  # scale of the hidden part before the ridge: it has 40 times the dimensions of the features
+_FIT_PAIRS, _TEST_PAIRS = 20, 12  # per family
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How good the head is. auc: family left out -> ROC AUC on held-out prompts. seconds: encoding and fitting."""
+
+    auc: dict[str, float]
+    hacks: int
+    hacks_accepted: int
+    pairs: int
+    seconds: float
+
+    @property
+    def mean_auc(self) -> float:
+        return sum(self.auc.values()) / len(self.auc)
+
+    @property
+    def worst_family(self) -> str:
+        return min(self.auc, key=lambda family: self.auc[family])
+
+    @property
+    def acceptance(self) -> float:
+        return self.hacks_accepted / self.hacks
+
+    @property
+    def usable(self) -> bool:
+        return (
+            self.mean_auc >= MEAN_AUC
+            and self.auc[self.worst_family] >= WORST_AUC
+            and self.acceptance <= HACK_ACCEPTANCE
+        )
+
+    def describe(self) -> str:
+        worst = self.worst_family
+        return (
+            f"held-out AUC {self.mean_auc:.2f} (worst family {worst} {self.auc[worst]:.2f}), "
+            f"{self.hacks_accepted} of {self.hacks} hacks accepted"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A fitted preference head: score = hidden @ w_hidden + features @ w_features (offsets cancel between two replies)."""
+
+    w_hidden: list[float]
+    w_features: list[float]
+    spread: float
+    gap: float
+    report: Report
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps({"format": 1, "features": FEATURES} | asdict(self)), encoding="utf-8")
+
+    @staticmethod
+    def load(path: Path) -> Head:
+        """Raises UserError when the file is not a head of this version."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data.pop("format") != 1 or tuple(data.pop("features")) != FEATURES:
+                raise ValueError("another version wrote it")
+            return Head(**{**data, "report": Report(**data["report"])})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a judge head ({error}); delete it and it is fitted again") from error
+
+
+def roc_auc(good: Array, bad: Array) -> float:
+    """Chance that a random good score is above a random bad one, ties counted half."""
+    difference = good[:, None] - bad[None, :]
+    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
+
+
+def fit_preference(difference: Array, ridge: float = _RIDGE, iterations: int = 12) -> Array:
+    """Minimise mean softplus(-difference @ w) + ridge / 2 |w|^2 by Newton steps. difference: [pairs, D] good minus bad."""
+    count, width = difference.shape
+    w = np.zeros(width)
+    for _ in range(iterations):
+        p = 1.0 / (1.0 + np.exp(np.clip(difference @ w, -60.0, 60.0)))  # chance of the wrong order
+        gradient = ridge * w - difference.T @ p / count
+        curvature = (difference * (p * (1.0 - p))[:, None]).T @ difference / count
+        step = np.linalg.solve(curvature + ridge * np.eye(width), gradient)
+        w -= step
+        if np.abs(step).max() < 1e-6:
+            break
+    return w
+
+
+class _Scaler:
+    """Standardised features beside scaled hidden states; `fold` turns weights back into weights of the raw values."""
+
+    def __init__(self, hidden: Array, cheap: Array) -> None:
+        self.hidden_scale = _HIDDEN_SHARE / np.sqrt(hidden.shape[1]) / (hidden.std(0) + 1e-6)
+        self.cheap_scale = 1.0 / np.maximum(cheap.std(0), 0.05)
+
+    def __call__(self, hidden: Array, cheap: Array) -> Array:
+        return np.concatenate([hidden * self.hidden_scale, cheap * self.cheap_scale], axis=1)
+
+    def fold(self, w: Array) -> tuple[Array, Array]:
+        width = self.hidden_scale.shape[0]
+        return w[:width] * self.hidden_scale, w[width:] * self.cheap_scale
+
+
+def _views(pairs: Sequence[Pair], texts: Sequence[str], encode: Encode) -> tuple[Array, Array]:
+    hidden = encode(list(texts)).double().numpy()
+    cheap = [features(prompt_text(p.topic, p.words), text, p.words) for p, text in zip(pairs, texts, strict=True)]
+    return hidden, np.array(cheap)
+
+
+def fit_head(encode: Encode, seed: int = 0) -> Head:
+    """Generate the pairs, measure the head with each family left out, then fit it on all families.
+
+    The hack strings are judged with the final head; only those that pass the gates need to be encoded.
+    """
+    start = time.monotonic()
+    fit, test = make_pairs(_FIT_PAIRS, 2 * seed), make_pairs(_TEST_PAIRS, 2 * seed + 1)
+    every = [*fit, *test]
+    good_h, good_f = _views(every, [pair.good for pair in every], encode)
+    bad_h, bad_f = _views(every, [pair.bad for pair in every], encode)
+    n = len(fit)
+    scaler = _Scaler(np.concatenate([good_h[:n], bad_h[:n]]), np.concatenate([good_f[:n], bad_f[:n]]))
+    good, bad = scaler(good_h, good_f), scaler(bad_h, bad_f)
+    family = np.array([pair.family for pair in every])
+
+    auc: dict[str, float] = {}
+    good_scores, bad_scores = [], []
+    for name in FAMILIES:
+        seen = family[:n] != name
+        w = fit_preference((good[:n] - bad[:n])[seen])
+        left_out = np.flatnonzero(family[n:] == name) + n
+        good_scores.append(good[left_out] @ w)
+        bad_scores.append(bad[left_out] @ w)
+        auc[name] = roc_auc(good_scores[-1], bad_scores[-1])
+
+    w = fit_preference(good[:n] - bad[:n])
+    w_hidden, w_features = scaler.fold(w)
+    held_good, held_bad = good[n:] @ w, bad[n:] @ w
+    gap = float(np.median(held_good) - np.median(held_bad))
+    half = len(held_good) // 2
+    spread = float(np.quantile(np.abs(held_good[:half] - held_good[half : 2 * half]), 0.9))
+    empty = Report(auc, 1, 0, len(every), 0.0)
+    head = Head(w_hidden.tolist(), w_features.tolist(), min(spread, gap / 4), gap, empty)
+
+    hacks = hack_replies(seed)
+    accepted = sum((part.value or 0.0) > 0.0 for part in verdicts(hacks, encode, head))
+    report = Report(auc, len(hacks), accepted, len(every), time.monotonic() - start)
+    return Head(head.w_hidden, head.w_features, head.spread, head.gap, report)
+
+
+def scores(prompts: Sequence[str], texts: Sequence[str], required: Sequence[Sequence[str]], encode: Encode, head: Head) -> Array:
+    """The head's score of each text, in one encoding call. [n]"""
+    hidden = encode(list(texts)).double().numpy()
+    cheap = np.array([features(p, t, r) for p, t, r in zip(prompts, texts, required, strict=True)])
+    return hidden @ np.array(head.w_hidden) + cheap @ np.array(head.w_features)
+
+
+def verdicts(replies: Sequence[Reply], encode: Encode, head: Head) -> list[Part]:
+    """Gates first, then reply and reference scored in the same call."""
+    parts: list[Part | None] = []
+    for reply in replies:
+        refused = gate(reply.prompt, reply.completion, reply.required)
+        parts.append(Part(0.0, refused) if refused else None)
+    open_ = [i for i, part in enumerate(parts) if part is None]
+    if open_:
+        asked = [replies[i] for i in open_]
+        both = scores(
+            [r.prompt for r in asked] * 2,
+            [r.completion for r in asked] + [r.reference for r in asked],
+            [r.required for r in asked] * 2,
+            encode,
+            head,
+        )
+        for i, d in zip(open_, both[: len(asked)] - both[len(asked) :], strict=True):
+            value = 1.0 if d >= -head.spread else 0.5 if d >= -head.gap / 2 else 0.0
+            parts[i] = Part(value, "ok" if value == 1.0 else "tie" if value else "loss")
+    return [part for part in parts if part is not None]
+
+
+class EmbeddedJudge:
+    """The judge of the quickstart. `head` None fits one (some seconds); pass a loaded one to keep a run's judge on resume."""
+
+    def __init__(self, encode: Encode, head: Head | None = None, seed: int = 0) -> None:
+        self.encode = encode
+        self.head = head or fit_head(encode, seed)
+        self._rubric = RubricJudge()
+
+    @property
+    def usable(self) -> bool:
+        """Whether the head reached its bar; when not, `judge` is the rubric."""
+        return self.head.report.usable
+
+    @property
+    def name(self) -> str:
+        described = self.head.report.describe()
+        return f"embedded ({described})" if self.usable else f"rubric checks alone (embedded judge below its bar: {described})"
+
+    def judge(self, replies: Sequence[Reply]) -> list[Part]:
+        """1, 0.5 or 0 against the reference (see the module), or the rubric's value where the head is not usable."""
+        return verdicts(replies, self.encode, self.head) if self.usable else self._rubric.judge(replies)
+
+    def compare(self, prompt: str, first: str, second: str, required: Sequence[str] = ()) -> float:
+        """Symmetric verdict: 1 when `first` is better, 0 when `second` is, 0.5 when they differ by no more than good replies do."""
+        a, b = scores([prompt] * 2, [first, second], [required] * 2, self.encode, self.head)
+        return 1.0 if a - b > self.head.spread else 0.0 if b - a > self.head.spread else 0.5

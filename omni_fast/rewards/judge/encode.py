@@ -1,0 +1,69 @@
+"""Mean-pooled hidden states of a frozen language model: what the embedded judge looks at.
+
+Only the lower layers are copied: fluency and word order are all there by a quarter of the depth (the held-out AUC is the
+same at layers 4, 8, 12 and 16 of SmolLM2-135M), and the cost and memory are a fraction of the model's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Encode = Callable[[Sequence[str]], torch.Tensor]  # n texts -> [n, H] float32
+
+
+def frozen_lower_layers(model: PreTrainedModel, layers: int) -> torch.nn.Module:
+    """A copy of the model's body with its first `layers` layers, without gradient. The model itself is left as it was."""
+    body = model.base_model
+    full = body.layers
+    body.layers = full[:layers]
+    try:
+        copied = copy.deepcopy(body)
+    finally:
+        body.layers = full
+    copied.config.num_hidden_layers = len(copied.layers)
+    return copied.requires_grad_(False).eval()
+
+
+def pooled_encoder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: int = 8,
+    max_tokens: int = 160,
+    batch_tokens: int = 2048,
+) -> Encode:
+    """An `Encode` over the model as it is now: later training does not move it.
+
+    Texts are cut at `max_tokens`; an empty text becomes zeros. The result depends on the texts of the call alone.
+    """
+    body = frozen_lower_layers(model, layers)
+    device = next(body.parameters()).device
+    width: int = body.config.hidden_size
+
+    @torch.inference_mode()
+    def encode(texts: Sequence[str]) -> torch.Tensor:
+        result_NH = torch.zeros(len(texts), width)
+        ids = [tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_tokens)["input_ids"] for text in texts]
+        order = sorted((i for i in range(len(ids)) if ids[i]), key=lambda i: len(ids[i]))
+        while order:
+            size = max(1, batch_tokens // len(ids[order[-1]]))
+            batch, order = order[-size:], order[:-size]
+            longest = max(len(ids[i]) for i in batch)
+            tokens_BT = torch.zeros(len(batch), longest, dtype=torch.long)
+            mask_BT = torch.zeros(len(batch), longest, dtype=torch.long)
+            for row, i in enumerate(batch):
+                tokens_BT[row, : len(ids[i])] = torch.tensor(ids[i])
+                mask_BT[row, : len(ids[i])] = 1
+            mask_BT = mask_BT.to(device)
+            hidden_BTH = body(input_ids=tokens_BT.to(device), attention_mask=mask_BT, use_cache=False).last_hidden_state
+            weight_BT1 = mask_BT[..., None].float()
+            result_NH[batch] = ((hidden_BTH.float() * weight_BT1).sum(1) / weight_BT1.sum(1)).cpu()
+        return result_NH
+
+    return encode

@@ -1,0 +1,66 @@
+"""`RubricJudge`: a judge made of programmatic checks alone.
+
+It is the metric of the writing task (the held-out score must come from another judge than the reward), and the reward
+judge where the embedded one did not reach its bar. Its checks are those a reader can repeat by hand.
+Limits: it sees form, not sense. "The stone ate the quiet Tuesday." passes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from omni_fast.rewards.judge.base import Reply
+from omni_fast.rewards.score import Part
+from omni_fast.rewards.text_checks import (
+    FUNCTION_WORDS,
+    clean,
+    coverage,
+    function_word_share,
+    gate,
+    grammar_faults,
+    has_word,
+    sentence_count,
+    words,
+)
+
+WEIGHTS = {"required": 0.4, "topic": 0.15, "one_sentence": 0.15, "clean_end": 0.1, "grammar": 0.1, "distinct": 0.1}
+_TASK_WORDS = frozenset("write sentence sentences use uses using word words short one story include includes".split())
+
+
+def topic_words(prompt: str, required: Sequence[str]) -> list[str]:
+    """Content words of the prompt that are neither required words nor words of the instruction itself."""
+    skip = FUNCTION_WORDS | _TASK_WORDS | {word.lower() for word in required}
+    return [word for word in words(prompt) if word not in skip]
+
+
+def checks(prompt: str, text: str, required: Sequence[str]) -> dict[str, float]:
+    """Each check of `WEIGHTS`, 0..1."""
+    tokens = words(text)
+    topics = topic_words(prompt, required)
+    content = [token for token in tokens if token not in FUNCTION_WORDS]
+    return {
+        "required": coverage(tokens, required),
+        "topic": float(not topics or any(has_word(tokens, topic) for topic in topics)),
+        "one_sentence": float(sentence_count(text) == 1 and 6 <= len(tokens) <= 30),
+        "clean_end": float(bool(re.search(r"[.!?][\"')]*$", clean(text).strip()))),
+        "grammar": float(grammar_faults(text) == 0 and 0.2 <= function_word_share(tokens) <= 0.75),
+        "distinct": len(set(content)) / len(content) if content else 0.0,
+    }
+
+
+class RubricJudge:
+    """Weighted share of the checks that a reply passes; 0 behind a gate. Absolute: the reference is not read."""
+
+    name = "rubric"
+
+    def judge(self, replies: Sequence[Reply]) -> list[Part]:
+        return [self._one(reply) for reply in replies]
+
+    @staticmethod
+    def _one(reply: Reply) -> Part:
+        refused = gate(reply.prompt, reply.completion, reply.required)
+        if refused:
+            return Part(0.0, refused)
+        passed = checks(reply.prompt, reply.completion, reply.required)
+        return Part(sum(weight * passed[name] for name, weight in WEIGHTS.items()))

@@ -1,0 +1,198 @@
+"""Cheap, deterministic facts about a piece of English text, and the gates that run before any judge.
+
+Why: a judge, learned or prompted, can be talked into anything by empty replies, repetitions, copies of the prompt, words of
+the rubric, or "master key" openers (arXiv 2507.08794). Those are recognised here, for microseconds, and score 0.
+Limits: English and words separated by spaces; only the first `MAX_CHARS` characters are read, so every function is bounded.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_CHARS = 8_000
+
+_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+_SENTENCE_END = re.compile(r"[.!?]+[\"'”’)]*(?:\s|$)")
+_ABBREVIATION = re.compile(r"\b(?:mr|mrs|ms|dr|st|e\.g|i\.e|etc)\.", re.IGNORECASE)
+
+DETERMINERS = frozenset("a an the my your his her its our their this that these those every each no some any".split())
+PREPOSITIONS = frozenset(
+    "of in on at by for with from into onto over under near beside behind through across between before after during "
+    "toward towards above below against along around among inside outside without within past beneath until".split()
+)
+AUXILIARIES = frozenset(
+    "is are was were be been being am has have had do does did will would can could shall should may might must".split()
+)
+PRONOUNS = frozenset(
+    "i you he she it we they me him us them who whom which what himself herself itself themselves someone everyone "
+    "something nothing there".split()
+)
+CONJUNCTIONS = frozenset("and or but nor so yet because although though while if when as since than then where".split())
+ADVERBS = frozenset("not never always often too very just only also again still even once more most how why up down out off".split())
+FUNCTION_WORDS = DETERMINERS | PREPOSITIONS | AUXILIARIES | PRONOUNS | CONJUNCTIONS | ADVERBS | {"to"}
+_DANGLING = DETERMINERS | CONJUNCTIONS | {"of", "to", "with", "from", "into", "is", "was", "are", "were", "at", "for", "very"}
+
+# Text addressed to a judge instead of a reader. Patterns, not single words: "score" and "winner" are ordinary English.
+_RUBRIC = re.compile(
+    r"\b(?:\d{1,3}\s*/\s*(?:5|10|100)\b|\d+ out of (?:5|10|100)|(?:score|rating|grade|verdict|preference|winner|reward)\s*[:=]"
+    r"|(?:response|reply|answer|assistant|option|completion|side|text) (?:a|b|1|2) is|better than the (?:reference|other)"
+    r"|(?:full|maximum|highest|perfect|top) (?:score|marks?|points?|rating|reward|grade)"
+    r"|(?:dear|hello|hi|attention|note to(?: the)?|as an?|you are (?:an?|the)|to the) (?:judge|grader|evaluator|rater|reviewer|examiner)"
+    r"|(?:judge|grader|evaluator|rater)s? (?:should|must|will|please)|(?:please|must|should|will) (?:rate|grade|score|award|judge|prefer)"
+    r"|this (?:response|reply|answer|sentence|text|completion|story) (?:is|meets|satisfies|fulfils|fulfills|follows|deserves|uses all"
+    r"|contains (?:all|both)|should (?:win|be)|wins|earns|includes (?:all|both))|deserves? (?:a|the|full|an?) \w*\s*(?:score|marks?|win|point|rating|10|a\+)"
+    r"|(?:ignore|disregard|forget|override) (?:the |all |any |your |every )*(?:previous|above|prior|earlier|other|reference|instructions?|rubric|criteria)"
+    r"|system prompt|all (?:criteria|requirements|constraints|instructions) (?:are |have been |were )?(?:met|satisfied|followed|fulfilled)"
+    r"|(?:requirements?|criteria|rubric|constraints?) (?:is|are|met|satisfied|have)|(?:creativ|coheren|fluen|relevan)\w+(?:,| and) (?:creativ|coheren|fluen|relevan|clar)\w+|well[- ]written"
+    r"|high[- ]quality|excellent (?:response|writing|answer|sentence|reply)|great (?:question|answer|response)|choose (?:a|b|me|this|mine)\b)",
+    re.IGNORECASE,
+)
+_INJECTION = re.compile(
+    r"<\|[^>]{0,40}\|>|</?(?:s|system|user|assistant|judge|verdict|answer|think|reference|reply|score)>|\[/?(?:inst|sys|end|verdict)\]"
+    r"|<<\w+>>|\{\s*[\"'](?:verdict|score|winner|preference|rating)|^\s*\[\[?[abc]\]?\]|^#{2,} ?(?:response|instruction|verdict)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_MASTER_KEY = re.compile(
+    r"^\W*(?:thought process|solution|let'?s (?:solve|think|break|start|begin|analy[sz]e|work|go)|step[- ]by[- ]step|step (?:one|1)"
+    r"|(?:the )?(?:final |correct )?(?:answer|response|output|result|explanation|reasoning|analysis|conclusion)\b\s*(?::|is\b|-|$|\.)"
+    r"|to (?:solve|answer) th(?:is|e)|first,? (?:we|let|i) (?:need|will|must|should)|sure[,!. ]|certainly|of course[,!. ]|absolutely"
+    r"|here(?:'s| is| are) (?:a|an|the|one|my|your)|i(?:'d| would| will|'ll) be (?:happy|glad)|as an ai|i(?:'m| am) (?:sorry|an ai|unable)"
+    r"|i can(?:no|')t|解|答案|思考|解答|让我们|解决方案|かいせつ|思考過程|respuesta|soluci[oó]n|réponse|lösung|antwort)",
+    re.IGNORECASE,
+)
+# Talk about the task instead of doing it: "This sentence contains moon and river", "a cat that uses the words ...".
+_META = re.compile(
+    r"\bsentences?\b|\b(?:the|both|these|two|required|given) (?:\w+ )?(?:words?|phrases?|terms?)\b|\bus(?:es?|ing|ed) the (?:noun|name|term)s?\b",
+    re.IGNORECASE,
+)
+
+
+def clean(text: str) -> str:
+    """NFKC form of the first `MAX_CHARS` characters, without invalid surrogates and control characters."""
+    text = text[:MAX_CHARS].encode("utf-8", "replace").decode("utf-8")
+    text = unicodedata.normalize("NFKC", text)[:MAX_CHARS]
+    return "".join(ch for ch in text if ch.isprintable() or ch in "\n\t ").replace("’", "'")
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words of the cleaned text, digits and punctuation left out."""
+    return [match.lower() for match in _WORD.findall(clean(text))]
+
+
+def sentence_count(text: str) -> int:
+    """Sentences by their ends; a last one without an end counts, an abbreviation does not end one."""
+    body = _ABBREVIATION.sub(lambda match: match.group().replace(".", ""), clean(text)).strip()
+    ends = list(_SENTENCE_END.finditer(body))
+    rest = body[ends[-1].end() :] if ends else body
+    return len(ends) + bool(_WORD.search(rest))
+
+
+def has_word(tokens: Sequence[str], word: str) -> bool:
+    """True when the word or its regular plural occurs as a whole word."""
+    word = word.lower()
+    return any(token in (word, word + "s", word + "es") for token in tokens)
+
+
+def coverage(tokens: Sequence[str], required: Sequence[str]) -> float:
+    """Share of the required words that occur; 1.0 when none is required."""
+    return sum(has_word(tokens, word) for word in required) / len(required) if required else 1.0
+
+
+def repeated_ngram_share(tokens: Sequence[str], n: int) -> float:
+    """Share of the n-grams that already occurred before; 0.0 for fewer than n + 1 words."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
+
+
+def echo_share(tokens: Sequence[str], prompt_tokens: Sequence[str], n: int = 4) -> float:
+    """Share of the n-grams that stand in the prompt too; 0.0 for texts shorter than n words."""
+    known = {tuple(prompt_tokens[i : i + n]) for i in range(len(prompt_tokens) - n + 1)}
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return sum(gram in known for gram in grams) / len(grams) if grams else 0.0
+
+
+def function_word_share(tokens: Sequence[str]) -> float:
+    """Share of English function words: about 0.3 to 0.6 in prose, near 0 in lists, gibberish and other languages."""
+    return sum(token in FUNCTION_WORDS for token in tokens) / len(tokens) if tokens else 0.0
+
+
+def _clash(left: str, right: str) -> bool:
+    if left == right:
+        return left != "had" and left != "that"
+    if left in ("a", "an", "the", "every", "my", "your", "its", "our", "their"):
+        return right in DETERMINERS | PREPOSITIONS | AUXILIARIES | PRONOUNS | {"and", "or", "but", "because", "to"}
+    if left in ("of", "from", "into", "with", "at", "by", "for", "beside", "near"):
+        return right in AUXILIARIES | {"and", "or", "but", "of", "by", "at", "because", "i", "he", "she", "we", "they"}
+    if left in ("is", "are", "was", "were", "has", "have", "had"):
+        return right in {"is", "are", "was", "were", "of", "has", "can", "will", "and"}
+    if left in ("and", "or", "but"):
+        return right in {"and", "or", "of"}
+    return left == "to" and right in {"and", "or", "of", "to", "is", "was", "were", "are", "has"}
+
+
+def grammar_faults(text: str) -> int:
+    """Pairs of neighbouring words that English does not allow ("the of", "is was", "a the", "an moon"), and a dangling end.
+
+    Few false alarms rather than full coverage: it is one feature among others, never a parser.
+    """
+    faults = 0
+    last = ""
+    for sentence in re.split(r"[.!?,;:\n]+", clean(text)):
+        tokens = [match.lower() for match in _WORD.findall(sentence)]
+        faults += sum(_clash(left, right) for left, right in zip(tokens, tokens[1:], strict=False))
+        faults += sum(
+            (left == "an" and right[0] not in "aeiouh") or (left == "a" and right[0] in "aio")
+            for left, right in zip(tokens, tokens[1:], strict=False)
+        )
+        last = tokens[-1] if tokens else last
+    return faults + (last in _DANGLING)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the gates allow. Words are counted, not tokens."""
+
+    min_words: int = 5
+    max_words: int = 400
+
+
+def gate(prompt: str, completion: str, required: Sequence[str] = (), limits: Limits | None = None) -> str | None:
+    """Why a completion is refused before any judge sees it, or None when it may pass.
+
+    Reasons: empty, injection, master_key, rubric_words, prompt_echo, too_short, too_long, repeated, wrong_language, word_list.
+    """
+    limits = limits or Limits()
+    text = clean(completion).strip()
+    tokens = [match.lower() for match in _WORD.findall(text)]
+    if not tokens:
+        return "empty"
+    if _INJECTION.search(text):
+        return "injection"
+    if _MASTER_KEY.search(text):
+        return "master_key"
+    if _RUBRIC.search(text):
+        return "rubric_words"
+    if len(tokens) < limits.min_words:
+        return "too_short"
+    if len(tokens) > limits.max_words or len(completion) > MAX_CHARS:
+        return "too_long"
+    if (_META.search(prompt) and _META.search(text)) or echo_share(tokens, words(prompt)) > 0.3:
+        return "prompt_echo"
+    content = [token for token in tokens if token not in FUNCTION_WORDS]
+    top = Counter(content).most_common(1)[0][1] if content else len(tokens)
+    runs = any(a == b == c for a, b, c in zip(tokens, tokens[1:], tokens[2:], strict=False))
+    if runs or repeated_ngram_share(tokens, 3) > 0.15 or top >= max(3, 0.25 * len(tokens)):
+        return "repeated"
+    letters = [ch for ch in text if ch.isalpha()]
+    if sum(ch.isascii() for ch in letters) < 0.9 * len(letters) or sum(map(len, tokens)) < 0.6 * len("".join(text.split())):
+        return "wrong_language"
+    if function_word_share(tokens) < 0.12:
+        return "wrong_language"
+    extra = [token for token in content if not any(has_word([token], word) for word in required)]
+    if required and len(extra) < 2:
+        return "word_list"
+    return None
