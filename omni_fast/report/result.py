@@ -3,8 +3,8 @@
 `Result` is the checked form: a finished run has every field, a partial one (interrupted, or a task failed) leaves out
 what it does not know yet. `assemble` computes every section that follows from item-level scores; the caller adds what
 only it knows (seconds, throughput, peak_bytes, sandbox, judge, versions, config). Splits: `base`, `stages`, `final`,
-`bwt` and `intervals` come from `test`; `base_select`, `single`, `transfer`, the order and the forecast come from
-`select`, which decides and is never the result.
+`bwt`, `intervals` and (where measured) `single` come from `test`; `base_select`, `single_select`, `transfer`, the order
+and the forecast come from `select`, which decides and is never the result.
 """
 
 from __future__ import annotations
@@ -147,6 +147,7 @@ def assemble(
 
     base_select, single_select: item scores on `select` of the initial policy and of the single-task runs (trained task
     -> task). Transfer, order and forecast appear once every task has its run.
+    single_test: the same on `test` where it was measured; `single` then comes from it.
     rows_test: item scores on `test`, row 0 the initial policy, row s after stage s.   trained: (task or "joint", steps)
     a stage.
     order, order_method: the order that was run, when it is not the solved one ("user", "reversed", "random").

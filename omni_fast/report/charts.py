@@ -1,0 +1,343 @@
+"""The report's drawings: SVG and HTML tables built from numbers, no script, no external resource.
+
+Colours are CSS variables of the page, so one drawing serves the light and the dark theme. Nothing rests on colour
+alone: series differ in dash and marker too, a heat map's lightness is monotone and every cell prints its number,
+negative cells are hatched, stacked bars have patterns. NaN leaves a gap in a line and an empty cell in a table.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+SERIES = 8  # distinct colours, dashes and markers; a ninth series starts over
+DASHES = ("", "7 4", "2 3", "10 3 2 3", "4 2", "1 2", "12 4", "6 2 1 2")
+
+
+def text(value: str) -> str:
+    """Escaped for HTML; characters that no HTML document may hold become U+FFFD."""
+    clean = "".join(c if c >= " " or c in "\n\t" else "\ufffd" for c in value if not "\ud800" <= c <= "\udfff")
+    return html.escape(clean.replace("\x7f", "\ufffd"))
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers that cover low..high."""
+    width = high - low if high > low else 1.0
+    raw = width / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * power >= raw - 1e-12)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [k * step for k in range(first, max(last, first + 1) + 1)]
+
+
+def short(x: float) -> str:
+    """A number for an axis: 0, 0.25, 1.5, 12, 3.4k."""
+    if abs(x) >= 10_000:
+        return f"{x / 1000:.0f}k"
+    return f"{x:.6g}".replace("-", "−")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell of a heat map. value: what is coloured (NaN: empty); small: a second line; outlined: framed."""
+
+    value: float
+    label: str
+    small: str = ""
+    outlined: bool = False
+
+
+def heat_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]], *, scale: float, corner: str) -> str:
+    """A heat map as an HTML table. scale: the magnitude that gets the full colour; negative values are hatched."""
+    head = "".join(f"<th scope=col>{text(name)}</th>" for name in columns)
+    body = []
+    for name, cells in rows:
+        drawn = "".join(_heat_cell(cell, scale) for cell in cells)
+        body.append(f"<tr><th scope=row>{text(name)}</th>{drawn}</tr>")
+    return (
+        f"<div class=scroll><table class=heat><thead><tr><td class=corner>{text(corner)}</td>{head}</tr></thead>"
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _heat_cell(cell: Cell, scale: float) -> str:
+    if not math.isfinite(cell.value):
+        return f"<td class=none>{text(cell.label)}</td>"
+    strength = min(1.0, abs(cell.value) / scale) if scale > 0 else 0.0
+    classes = [kind for kind, on in (("neg", cell.value < 0), ("strong", strength > 0.5), ("own", cell.outlined)) if on]
+    small = f"<small>{text(cell.small)}</small>" if cell.small else ""
+    return (
+        f'<td class="{" ".join(classes)}" style="--v:{strength * 100:.0f}%"><span>{text(cell.label)}{small}</span></td>'
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One curve. style: which colour, dash and marker."""
+
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    style: int = 0
+
+
+def line_panel(title: str, lines: Sequence[Line], *, y_range: tuple[float, float] | None, x_label: str) -> str:
+    """One small panel of curves with its own legend; curves of more than 24 points get a running mean over the points."""
+    width, height, left, top, right, bottom = 330, 210, 40, 30, 12, 34
+    xs = [x for line in lines for x, y in zip(line.xs, line.ys, strict=True) if math.isfinite(y)]
+    ys = [y for line in lines for y in line.ys if math.isfinite(y)]
+    if not xs:
+        return _panel(
+            width, height, title, f'<text x={width / 2} y={height / 2} class="mid dim">nothing recorded</text>'
+        )
+    low, high = y_range or _padded(min(ys), max(ys))
+    y_marks = ticks(low, high)
+    low, high = y_marks[0], y_marks[-1]
+    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
+
+    def px(x: float) -> float:
+        return left + (x - x_low) / (x_high - x_low) * (width - left - right)
+
+    def py(y: float) -> float:
+        return height - bottom - (min(max(y, low), high) - low) / (high - low) * (height - top - bottom)
+
+    parts = [_y_axis(y_marks, py, left, width - right)]
+    for mark in ticks(x_low, x_high, 5):
+        if x_low <= mark <= x_high and mark == int(mark):
+            parts.append(f"<text x={px(mark):.1f} y={height - bottom + 15} class=mid>{short(mark)}</text>")
+    parts.append(f'<text x={(left + width - right) / 2:.0f} y={height - 4} class="mid dim">{text(x_label)}</text>')
+    for line in lines:
+        drawn = [(px(x), py(y) if math.isfinite(y) else math.nan) for x, y in zip(line.xs, line.ys, strict=True)]
+        many = len(drawn) > 24
+        if many:
+            parts.append(_path(drawn, line.style, faint=True))
+            drawn = [(px(x), py(y) if math.isfinite(y) else math.nan) for x, y in _running_mean(line)]
+        parts.append(_path(drawn, line.style))
+        step = max(1, len(drawn) // 12)
+        parts.extend(_marker(x, y, line.style) for x, y in drawn[::step] if math.isfinite(y))
+    legend = "".join(
+        f"<span>{_swatch(line.style)}{text(line.name)}</span>" for line in lines if any(map(math.isfinite, line.ys))
+    )
+    return _panel(width, height, title, "".join(parts), legend)
+
+
+def _running_mean(line: Line, half: int = 3) -> list[tuple[float, float]]:
+    out = []
+    for k, x in enumerate(line.xs):
+        near = [y for y in line.ys[max(0, k - half) : k + half + 1] if math.isfinite(y)]
+        out.append((x, sum(near) / len(near) if near else math.nan))
+    return out
+
+
+def _panel(width: int, height: int, title: str, inner: str, legend: str = "") -> str:
+    return (
+        f'<figure class=panel><svg viewBox="0 0 {width} {height}" role=img aria-label="{text(title)}">'
+        f"<text x=4 y=16 class=title>{text(title)}</text>{inner}</svg><figcaption class=legend>{legend}</figcaption></figure>"
+    )
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    pad = 0.08 * (high - low) or max(0.05, 0.1 * abs(high))
+    return (0.0 if low >= 0 and low - pad < 0 else low - pad), high + pad
+
+
+def _y_axis(marks: Sequence[float], py: Callable[[float], float], left: float, right: float) -> str:
+    return "".join(
+        f"<line x1={left} x2={right} y1={py(m):.1f} y2={py(m):.1f} class=grid />"
+        f"<text x={left - 6} y={py(m) + 4:.1f} class=end>{short(m)}</text>"
+        for m in marks
+    )
+
+
+def _path(points: Sequence[tuple[float, float]], style: int, faint: bool = False) -> str:
+    d, pen_down = [], False
+    for x, y in points:
+        if math.isfinite(y):
+            d.append(f"{'L' if pen_down else 'M'}{x:.1f} {y:.1f}")
+        pen_down = math.isfinite(y)
+    dash = f' stroke-dasharray="{DASHES[style % SERIES]}"' if DASHES[style % SERIES] and not faint else ""
+    return f'<path d="{"".join(d)}" class="line s{style % SERIES}{" faint" if faint else ""}"{dash} />'
+
+
+def _marker(x: float, y: float, style: int, size: float = 3.4, hollow: bool = False) -> str:
+    """Circle, square, diamond or triangle, in the style's colour."""
+    shape = style % 4
+    kind = f'class="dot{" hollow" if hollow else ""} s{style % SERIES}"'
+    if shape == 0:
+        return f"<circle cx={x:.1f} cy={y:.1f} r={size} {kind} />"
+    if shape == 1:
+        return f"<rect x={x - size:.1f} y={y - size:.1f} width={2 * size} height={2 * size} {kind} />"
+    if shape == 2:
+        big = size * 1.35
+        return f'<path d="M{x:.1f} {y - big:.1f}l{big} {big}l{-big} {big}l{-big} {-big}z" {kind} />'
+    big = size * 1.25
+    return f'<path d="M{x:.1f} {y - big:.1f}l{big} {2 * big}l{-2 * big} 0z" {kind} />'
+
+
+def _swatch(style: int) -> str:
+    return (
+        f'<svg viewBox="0 0 30 12" class=swatch aria-hidden=true>{_path([(1, 6), (29, 6)], style)}'
+        f"{_marker(15, 6, style)}</svg>"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A point with an interval on a horizontal scale; NaN value: not drawn."""
+
+    value: float
+    low: float
+    high: float
+    style: int
+    hollow: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MarkRow:
+    """One row: its label, the marks (one below the other) and text at the right."""
+
+    label: str
+    marks: Sequence[Mark]
+    note: str = ""
+
+
+def mark_rows(
+    rows: Sequence[MarkRow], *, keys: Sequence[tuple[str, int, bool]] = (), zero: bool = False, label: str
+) -> str:
+    """Rows of points with intervals on one shared horizontal scale. zero: a heavy line at 0; keys: (name, style, hollow)."""
+    spread = [x for row in rows for mark in row.marks for x in (mark.value, mark.low, mark.high) if math.isfinite(x)]
+    if not spread:
+        return "<p class=dim>Nothing measured yet.</p>"
+    marks = ticks(min([*spread, 0.0] if zero else spread), max([*spread, 0.0] if zero else spread), 5)
+    left = 24 + 7 * max(len(row.label) for row in rows)
+    right = 30 + 7 * max(len(row.note) for row in rows)
+    width, row_height, top = 760, 14 + 13 * max(len(row.marks) for row in rows), 8
+    height = top + row_height * len(rows) + 38
+
+    def px(x: float) -> float:
+        return left + (x - marks[0]) / (marks[-1] - marks[0]) * (width - left - right)
+
+    parts = []
+    for m in marks:
+        heavy = " zero" if zero and abs(m) < 1e-12 else ""
+        parts.append(
+            f'<line x1={px(m):.1f} x2={px(m):.1f} y1={top} y2={height - 34} class="grid{heavy}" />'
+            f"<text x={px(m):.1f} y={height - 20} class=mid>{short(m)}</text>"
+        )
+    parts.append(f'<text x={(left + width - right) / 2:.0f} y={height - 4} class="mid dim">{text(label)}</text>')
+    for k, row in enumerate(rows):
+        middle = top + row_height * (k + 0.5)
+        if k:
+            parts.append(f"<line x1=0 x2={width} y1={top + row_height * k} y2={top + row_height * k} class=rule />")
+        parts.append(f'<text x={left - 14} y={middle + 4:.1f} class="end strong">{text(row.label)}</text>')
+        parts.append(f"<text x={width - right + 16} y={middle + 4:.1f} class=dim>{text(row.note)}</text>")
+        for n, mark in enumerate(row.marks):
+            if not math.isfinite(mark.value):
+                continue
+            y = middle + 13 * (n - (len(row.marks) - 1) / 2)
+            if math.isfinite(mark.low) and math.isfinite(mark.high):
+                parts.append(
+                    f'<path d="M{px(mark.low):.1f} {y:.1f}H{px(mark.high):.1f}M{px(mark.low):.1f} {y - 4:.1f}v8'
+                    f'M{px(mark.high):.1f} {y - 4:.1f}v8" class="bar s{mark.style % SERIES}" />'
+                )
+            parts.append(_marker(px(mark.value), y, mark.style, 4.2, mark.hollow))
+    legend = "".join(
+        f'<span><svg viewBox="0 0 16 12" class=key aria-hidden=true>{_marker(8, 6, style, 4.2, hollow)}</svg>{text(name)}</span>'
+        for name, style, hollow in keys
+    )
+    return (
+        f'<figure class=wide><svg viewBox="0 0 {width} {height}" role=img aria-label="{text(label)}">{"".join(parts)}</svg>'
+        f"<figcaption class=legend>{legend}</figcaption></figure>"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """One horizontal stacked bar."""
+
+    label: str
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+def stacked_bars(rows: Sequence[Stack], *, unit: str) -> str:
+    """Stacked horizontal bars on one scale, one pattern per part."""
+    names = list(dict.fromkeys(name for row in rows for name in row.parts))
+    totals = [sum(row.parts.values()) for row in rows]
+    if not totals or max(totals) <= 0:
+        return "<p class=dim>Nothing recorded yet.</p>"
+    left, width, bar = 24 + 7 * max(len(row.label) for row in rows), 760, 26
+    scale = (width - left - 80) / max(totals)
+    parts = []
+    for k, row in enumerate(rows):
+        y, x = 6 + k * bar, float(left)
+        parts.append(f'<text x={left - 12} y={y + 14} class="end strong">{text(row.label)}</text>')
+        for name, amount in row.parts.items():
+            style = names.index(name) % SERIES
+            length = amount * scale
+            parts.append(
+                f'<rect x={x:.1f} y={y} width={length:.1f} height=18 class="fill s{style}" />'
+                f'<rect x={x:.1f} y={y} width={length:.1f} height=18 fill="url(#p{style})"><title>'
+                f"{text(f'{name}: {amount:.1f} {unit}')}</title></rect>"
+            )
+            x += length
+        parts.append(f"<text x={x + 8:.1f} y={y + 14} class=dim>{totals[k]:.1f} {text(unit)}</text>")
+    legend = "".join(
+        f'<span><svg viewBox="0 0 16 12" class=key aria-hidden=true><rect width=16 height=12 class="fill s{k % SERIES}" />'
+        f'<rect width=16 height=12 fill="url(#p{k % SERIES})" /></svg>{text(name)}</span>'
+        for k, name in enumerate(names)
+    )
+    return (
+        f'<figure class=wide><svg viewBox="0 0 {width} {12 + bar * len(rows)}" role=img aria-label="time">{"".join(parts)}</svg>'
+        f"<figcaption class=legend>{legend}</figcaption></figure>"
+    )
+
+
+def flip_bars(rows: Sequence[tuple[str, int, int]]) -> str:
+    """Items lost (to the left, hatched) and gained (to the right) around a common line."""
+    most = max((max(lost, gained) for _, lost, gained in rows), default=0)
+    if not rows:
+        return "<p class=dim>Nothing measured yet.</p>"
+    left = 24 + 7 * max(len(name) for name, _, _ in rows)
+    width, bar, middle = 760, 30, 0.0
+    middle = left + (width - left) / 2
+    scale = (width - left - 110) / 2 / max(most, 1)
+    parts = [f'<line x1={middle} x2={middle} y1=0 y2={bar * len(rows) + 4} class="grid zero" />']
+    for k, (name, lost, gained) in enumerate(rows):
+        y = 5 + k * bar
+        parts.append(
+            f'<text x={left - 12} y={y + 15} class="end strong">{text(name)}</text>'
+            f'<rect x={middle - lost * scale:.1f} y={y} width={lost * scale:.1f} height=20 class="fill s1" />'
+            f'<rect x={middle - lost * scale:.1f} y={y} width={lost * scale:.1f} height=20 fill="url(#p1)" />'
+            f'<rect x={middle:.1f} y={y} width={gained * scale:.1f} height=20 class="fill s0" />'
+            f"<text x={middle - lost * scale - 7:.1f} y={y + 15} class=end>{lost} lost</text>"
+            f"<text x={middle + gained * scale + 7:.1f} y={y + 15}>{gained} gained</text>"
+        )
+    return (
+        f'<figure class=wide><svg viewBox="0 0 {width} {bar * len(rows) + 8}" role=img aria-label="item flips">'
+        f"{''.join(parts)}</svg></figure>"
+    )
+
+
+def patterns() -> str:
+    """The fill patterns that tell stacked parts apart without colour; goes into the page once."""
+    shapes = (
+        "",
+        '<path d="M0 8L8 0M-2 2L2 -2M6 10L10 6" />',
+        '<path d="M4 0V8" />',
+        '<path d="M0 4H8" />',
+        '<path d="M0 0L8 8M-2 6L2 10M6 -2L10 2" />',
+        '<path d="M0 4H8M4 0V8" />',
+        '<path d="M2 2h1M6 6h1" />',
+        '<path d="M0 8L8 0M0 0L8 8" />',
+    )
+    return (
+        '<svg width=0 height=0 aria-hidden=true style="position:absolute"><defs>'
+        + "".join(
+            f"<pattern id=p{k} width=8 height=8 patternUnits=userSpaceOnUse class=hatch>{shape}</pattern>"
+            for k, shape in enumerate(shapes)
+        )
+        + "</defs></svg>"
+    )

@@ -1,0 +1,496 @@
+"""The sections of report.html, from `result.json`, the rows of metrics.jsonl and sample completions.
+
+Every section draws what is there and says what is not: a partial or interrupted run, NaN and missing keys all render.
+All text that comes from a run (completions above all) is escaped, and the page forbids scripts and external resources
+by its own policy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+
+from pydantic import JsonValue
+
+from omni_fast.report import charts
+from omni_fast.report.charts import Cell, Line, Mark, MarkRow, Stack, text
+from omni_fast.report.verdict import headline, listing, mapping, names, number, points, sentences, span
+
+Json = Mapping[str, JsonValue]
+Rows = Sequence[Json]
+
+MAX_SAMPLES_PER_TASK = 3
+MAX_TRANSFER_ROWS = 30
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def render(result: Json, metrics: Rows, samples: Rows) -> str:
+    """The whole page."""
+    steps = _latest_steps(metrics)
+    sections: list[tuple[str, str, str]] = [
+        ("What happened", "", _verdict(result)),
+        ("Accuracy matrix", MATRIX_NOTE, _matrix(result)),
+        ("Transfer", TRANSFER_NOTE, _transfer(result)),
+        ("The order", "", _order(result)),
+        ("Forecast against realised", FORECAST_NOTE, _forecast(result)),
+        ("Reward while training", CURVE_NOTE, _curves(result, steps, "reward", (0.0, 1.0))),
+        ("Entropy while training", ENTROPY_NOTE, _curves(result, steps, "entropy", None) + _probe(result)),
+        ("Item flips", FLIP_NOTE, _flips(result)),
+        ("Completions before and after", SAMPLE_NOTE, _samples(result, samples)),
+        ("Stages", "", _stages(result, steps)),
+        ("Time and throughput", "", _time(result, steps)),
+        ("How it was measured", "", _setting(result)),
+    ]
+    drawn = "".join(_section(title, note, body) for title, note, body in sections if body)
+    css = resources.files("omni_fast.report").joinpath("page.css").read_text(encoding="utf-8")
+    head = headline(result)
+    tasks = ", ".join(names(result.get("tasks"))) or "no tasks"
+    return (
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name=viewport content="width=device-width, initial-scale=1">'
+        f"<title>omni_fast: {text(tasks)}</title><style>{css}</style></head><body>{charts.patterns()}<main>"
+        f"<header><p class=kicker>omni_fast report · {text(_kicker(result))}</p><h1>{text(head.text)}</h1></header>"
+        f"{_status(result)}{_tiles(result)}{drawn}"
+        "<footer>Intervals are 95 %. They hold the noise of the test items, not that of the training seed: a run with another"
+        " seed can differ by more. The order was decided on the split <i>select</i>; the scores reported as results come from"
+        " the split <i>test</i>, which decides nothing.</footer></main></body></html>"
+    )
+
+
+MATRIX_NOTE = (
+    "Test score of every task (columns) for the initial policy and after each stage (rows). The framed cell is the"
+)
+MATRIX_NOTE += " task that the stage trained. Small print: the 95 % interval."
+TRANSFER_NOTE = (
+    "How training one task (rows) moved the score of the others (columns), from the initial policy, on the split"
+)
+TRANSFER_NOTE += (
+    " select. Hatched cells are losses; the framed diagonal is the task's own gain, which no order can change."
+)
+FORECAST_NOTE = (
+    "The forecast adds the measured transfer of every later task to the score a task reached in its own run. It was"
+)
+FORECAST_NOTE += " made on the split select before the curriculum ran; realised scores are those of the split test."
+CURVE_NOTE = (
+    "Mean reward of the samples of a step. Curves of one task share a panel: its own run and its curriculum stage."
+)
+ENTROPY_NOTE = (
+    "Mean token entropy of the policy's samples, in nats. A collapse in one stage limits what later stages can explore."
+)
+FLIP_NOTE = "Test items answered before and no longer (lost), and the other way round (gained). A net change of 0 can hide many."
+SAMPLE_NOTE = "The same prompts, answered by the initial and by the final policy."
+
+
+def _section(title: str, note: str, body: str) -> str:
+    small = f"<p class=note>{text(note)}</p>" if note else ""
+    return f"<section><h2>{text(title)}</h2>{small}{body}</section>"
+
+
+def _kicker(result: Json) -> str:
+    parts = [result.get("name"), result.get("model"), result.get("mode"), result.get("started")]
+    known = [part for part in parts if isinstance(part, str) and part]
+    return " · ".join([*known, ", ".join(names(result.get("tasks")))])
+
+
+def _status(result: Json) -> str:
+    status = result.get("status", "finished")
+    if status == "finished":
+        return ""
+    words = {"interrupted": "This run was interrupted.", "running": "This run is still going."}
+    sentence = words.get(str(status), f"State of the run: {status}.")
+    return f"<p class=status><b>{text(sentence)}</b> The page shows what was measured up to here; the same command resumes it.</p>"
+
+
+def _tiles(result: Json) -> str:
+    intervals, seconds = mapping(result.get("intervals")), mapping(result.get("seconds"))
+    average, bwt = mapping(intervals.get("gain_average")), mapping(result.get("bwt"))
+    tiles: list[tuple[str, str, str]] = []
+    if math.isfinite(number(average.get("value"))):
+        tiles.append(("average gain on test", points(number(average.get("value"))), span(average)))
+    if math.isfinite(number(bwt.get("value"))):
+        tiles.append(("backward transfer", points(number(bwt.get("value"))), span(bwt)))
+    probability = number(result.get("order_probability"))
+    if math.isfinite(probability):
+        tiles.append(("this order is the best in", f"{probability:.0%}", "of the bootstrap draws"))
+    total = number(seconds.get("total"))
+    if math.isfinite(total):
+        tiles.append(("total time", duration(total), f"of which training {duration(number(seconds.get('train')))}"))
+    peak = number(result.get("peak_bytes"))
+    if math.isfinite(peak):
+        tiles.append(("peak memory", f"{peak / 2**30:.1f} GiB", ""))
+    if not tiles:
+        return ""
+    drawn = "".join(
+        f"<div class=tile><span class=what>{text(what)}</span><b>{text(big)}</b><span>{text(small)}</span></div>"
+        for what, big, small in tiles
+    )
+    return f"<div class=tiles>{drawn}</div>"
+
+
+def _verdict(result: Json) -> str:
+    found = sentences(result)
+    if not found:
+        return "<p class=dim>Nothing that could be judged has been measured yet.</p>"
+    return f"<ul class=verdict>{''.join(f'<li class={s.tone}>{text(s.text)}</li>' for s in found)}</ul>"
+
+
+def _matrix(result: Json) -> str:
+    tasks = names(result.get("tasks"))
+    base = mapping(result.get("base"))
+    if not base:
+        return "<p class=dim>The initial policy has not been scored yet.</p>"
+    rows = [("initial policy", [_score_cell(base.get(task)) for task in tasks])]
+    for place, value in enumerate(listing(result.get("stages")), start=1):
+        stage = mapping(value)
+        own, row = str(stage.get("task", "")), mapping(stage.get("scores"))
+        cells = [_score_cell(row.get(task), outlined=task == own or own == "joint") for task in tasks]
+        rows.append((f"{place}. after {own}", cells))
+    body = charts.heat_table(tasks, rows, scale=1.0, corner="policy \\ scored on")
+    single = mapping(result.get("single"))
+    if single:
+        split = str(result.get("single_split", "select"))
+        own_rows = [
+            (f"only {trained}", [_score_cell(mapping(row).get(task), outlined=task == trained) for task in tasks])
+            for trained, row in single.items()
+        ]
+        body += f"<h3>Single-task runs, each from the initial policy (split {text(split)})</h3>"
+        body += charts.heat_table(tasks, own_rows, scale=1.0, corner="policy \\ scored on")
+    return body
+
+
+def _score_cell(value: JsonValue, outlined: bool = False) -> Cell:
+    score = mapping(value)
+    x = number(score.get("value"))
+    return Cell(x, points(x, signed=False), span(score, signed=False), outlined)
+
+
+def _transfer(result: Json) -> str:
+    tasks, matrix = names(result.get("tasks")), mapping(result.get("transfer"))
+    if not matrix:
+        return "<p class=dim>Transfer is known once every task has had its own run.</p>"
+    rows, effects = [], []
+    for trained in tasks:
+        row, cells = mapping(matrix.get(trained)), []
+        for scored in tasks:
+            effect = mapping(row.get(scored))
+            x = number(effect.get("value"))
+            cells.append(Cell(x, points(x), span(effect), trained == scored))
+            if trained != scored and math.isfinite(x):
+                effects.append((f"{trained} → {scored}", effect))
+        rows.append((trained, cells))
+    off = [abs(number(effect.get("value"))) for _, effect in effects]
+    body = charts.heat_table(tasks, rows, scale=max([*off, 0.05]) * 1.2, corner="trained \\ scored on")
+    effects.sort(key=lambda pair: number(pair[1].get("value")))
+    cut = ""
+    if len(effects) > MAX_TRANSFER_ROWS:
+        effects.sort(key=lambda pair: -abs(number(pair[1].get("value"))))
+        cut = f"<p class=dim>The {MAX_TRANSFER_ROWS} largest of {len(effects)} effects.</p>"
+        effects = sorted(effects[:MAX_TRANSFER_ROWS], key=lambda pair: number(pair[1].get("value")))
+    marks = [
+        MarkRow(label, [_mark(effect, 0)], f"{points(number(effect.get('value')))}  ({span(effect)})")
+        for label, effect in effects
+    ]
+    body += "<h3>Each effect with its interval, worst first</h3>" + cut
+    return body + charts.mark_rows(marks, zero=True, label="change of score")
+
+
+def _mark(score: Json, style: int, hollow: bool = False) -> Mark:
+    return Mark(number(score.get("value")), number(score.get("low")), number(score.get("high")), style, hollow)
+
+
+def _order(result: Json) -> str:
+    order = names(result.get("order"))
+    if not order:
+        return "<p class=dim>The order is solved once transfer is known.</p>"
+    body = f"<div class=order>{'<i>→</i>'.join(f'<span>{text(task)}</span>' for task in order)}</div>"
+    statement = result.get("statement")
+    if isinstance(statement, str) and statement:
+        body += f"<p>{text(statement.replace('->', '→'))}</p>"
+    facts = [("found by", text(str(result.get("order_method", "–"))))]
+    probability = number(result.get("order_probability"))
+    if math.isfinite(probability):
+        facts.append(("probability of being the best order", f"{probability:.1%}"))
+    second, gap = names(result.get("second_order")), mapping(result.get("order_gap"))
+    if second:
+        facts.append(("second best", text(" → ".join(second))))
+    if math.isfinite(number(gap.get("value"))):
+        facts.append(
+            ("ahead of the second best, summed over tasks", f"{points(number(gap.get('value')))} ({span(gap)})")
+        )
+    more = mapping(result.get("more_items"))
+    if more:
+        listed = ", ".join(f"{text(task)} {int(number(n)):,}" for task, n in more.items() if math.isfinite(number(n)))
+        facts.append(("further select items that would settle it", listed))
+    body += _facts(facts)
+    tasks, pairs = names(result.get("tasks")), mapping(result.get("pairs"))
+    if len(tasks) > 2 and pairs:
+        rows = []
+        for first in tasks:
+            row = mapping(pairs.get(first))
+            values = [number(row.get(then)) for then in tasks]
+            rows.append((f"{first} first", [Cell(x, f"{x:.0%}" if math.isfinite(x) else "") for x in values]))
+        body += "<h3>Which of two tasks is better placed right before the other (share of draws)</h3>"
+        body += charts.heat_table([f"then {task}" for task in tasks], rows, scale=1.0, corner="")
+    return body
+
+
+def _forecast(result: Json) -> str:
+    tasks, forecast, final = names(result.get("tasks")), mapping(result.get("forecast")), mapping(result.get("final"))
+    if not forecast:
+        return "<p class=dim>There is no forecast before transfer is known.</p>"
+    ratio, base = mapping(result.get("forecast_multiplicative")), mapping(result.get("base"))
+    rows = []
+    for task in tasks:
+        marks = [_mark(mapping(base.get(task)), 7, True), _mark(mapping(forecast.get(task)), 2)]
+        if ratio:
+            marks.append(_mark(mapping(ratio.get(task)), 3, True))
+        marks.append(_mark(mapping(final.get(task)), 0))
+        off = number(mapping(forecast.get(task)).get("value")) - number(mapping(final.get(task)).get("value"))
+        rows.append(MarkRow(task, marks, f"forecast {points(off)} off" if math.isfinite(off) else "not realised yet"))
+    keys = [("initial policy", 7, True), ("forecast (differences)", 2, False)]
+    keys += [("forecast (ratios)", 3, True)] if ratio else []
+    keys += [("realised", 0, False)]
+    body = charts.mark_rows(rows, keys=keys, label="score")
+    table = []
+    for form, value in mapping(result.get("forecast_error")).items():
+        error = mapping(value)
+        cells = [number(error.get(key)) for key in ("mean_absolute", "bias", "rmse", "pearson", "spearman")]
+        shown = [points(cells[0], False), points(cells[1]), points(cells[2], False), points(cells[3]), points(cells[4])]
+        table.append([form, str(int(number(error.get("n")))) if math.isfinite(number(error.get("n"))) else "–", *shown])
+    if table:
+        body += "<h3>Error over all stages and tasks</h3>" + _table(
+            ["forecast", "points", "mean absolute", "bias", "root mean square", "Pearson", "Spearman"], table
+        )
+        body += (
+            "<p class=dim>Correlations are within task: each task's values are centred first, because the tasks' levels alone"
+            " would correlate.</p>"
+        )
+    return body
+
+
+def _latest_steps(metrics: Rows) -> dict[str, list[Json]]:
+    """Stage -> its step rows in order; of a step that a resume repeated, the last one counts."""
+    stages: dict[str, dict[tuple[str, float], Json]] = {}
+    for row in metrics:
+        if row.get("event") == "step" and math.isfinite(number(row.get("step"))):
+            key = (str(row.get("task", "")), number(row.get("step")))
+            stages.setdefault(str(row.get("stage", "")), {})[key] = row
+    return {stage: [rows[key] for key in sorted(rows)] for stage, rows in stages.items()}
+
+
+def _curves(result: Json, steps: Mapping[str, Rows], key: str, y_range: tuple[float, float] | None) -> str:
+    by_task: dict[str, list[Line]] = {task: [] for task in names(result.get("tasks"))}
+    for stage, rows in steps.items():
+        for task in dict.fromkeys(str(row.get("task", "")) for row in rows):
+            own = [row for row in rows if str(row.get("task", "")) == task]
+            lines = by_task.setdefault(task, [])
+            xs, ys = [number(row.get("step")) for row in own], [number(row.get(key)) for row in own]
+            lines.append(Line(_stage_name(stage), xs, ys, len(lines)))
+    if not any(by_task.values()):
+        return "<p class=dim>No step has been recorded yet.</p>"
+    ys = [y for lines in by_task.values() for line in lines for y in line.ys if math.isfinite(y)]
+    if y_range is None:
+        y_range = (0.0, max(ys)) if ys and max(ys) > 0 else None
+    elif ys and not (y_range[0] <= min(ys) and max(ys) <= y_range[1]):
+        y_range = None  # a composed reward may leave 0..1
+    panels = [charts.line_panel(task, lines, y_range=y_range, x_label="step") for task, lines in by_task.items()]
+    return f"<div class=panels>{''.join(panels)}</div>"
+
+
+def _stage_name(stage: str) -> str:
+    kind, _, rest = stage.partition(":")
+    return {"single": "own run", "refresh": "refresh"}.get(kind, f"{kind} stage {rest.split(':')[0]}" if rest else kind)
+
+
+def _probe(result: Json) -> str:
+    """Entropy on a fixed probe set after each stage, where it was measured: {"base": {task: nats}, "after": [...]}."""
+    tasks, probe = names(result.get("tasks")), mapping(result.get("entropy_probe"))
+    rows = []
+    for policy, value in probe.items():
+        values = [number(mapping(value).get(task)) for task in tasks]
+        rows.append((policy, [Cell(x, points(x, signed=False)) for x in values]))
+    if not rows:
+        return ""
+    top = max([x.value for _, cells in rows for x in cells if math.isfinite(x.value)], default=1.0)
+    title = "<h3>On a fixed probe set, after each evaluation (nats)</h3>"
+    return title + charts.heat_table(tasks, rows, scale=top, corner="policy \\ prompts of")
+
+
+def _flips(result: Json) -> str:
+    flips = mapping(result.get("flips"))
+    rows = []
+    for task in names(result.get("tasks")):
+        lost, gained = (number(mapping(flips.get(task)).get(key)) for key in ("lost", "gained"))
+        if math.isfinite(lost) and math.isfinite(gained):
+            rows.append((task, int(lost), int(gained)))
+    return charts.flip_bars(rows) if rows else "<p class=dim>Known once the final policy has been scored.</p>"
+
+
+def _samples(result: Json, samples: Rows) -> str:
+    """Rows {"task", "prompt", "before", "after", "score_before", "score_after", "reference"?}."""
+    tasks = names(result.get("tasks"))
+    order = [*tasks, *sorted({str(s.get("task", "")) for s in samples} - set(tasks))]
+    body = []
+    for task in order:
+        own = [sample for sample in samples if str(sample.get("task", "")) == task][:MAX_SAMPLES_PER_TASK]
+        if own:
+            body.append(f"<h3>{text(task)}</h3>{''.join(map(_sample, own))}")
+    return "".join(body) or "<p class=dim>No completions were kept.</p>"
+
+
+def _sample(sample: Json) -> str:
+    sides = []
+    for when, title in (("before", "Initial policy"), ("after", "Final policy")):
+        answer, score = sample.get(when), number(sample.get(f"score_{when}"))
+        shown = text(answer) if isinstance(answer, str) and answer else "<i>nothing yet</i>"
+        grade = f" · score <b>{score:.2f}</b>" if math.isfinite(score) else ""
+        sides.append(f"<div><h4>{title}{grade}</h4><pre>{shown}</pre></div>")
+    prompt, reference = sample.get("prompt"), sample.get("reference")
+    given = f"<h4>Prompt</h4><pre>{text(prompt)}</pre>" if isinstance(prompt, str) else ""
+    gold = (
+        f"<details><summary>Reference</summary><pre>{text(reference)}</pre></details>"
+        if isinstance(reference, str)
+        else ""
+    )
+    return f"<div class=sample>{given}<div class=pair>{''.join(sides)}</div>{gold}</div>"
+
+
+def _stages(result: Json, steps: Mapping[str, Rows]) -> str:
+    if not steps:
+        return ""
+    table = []
+    for stage, rows in steps.items():
+        table.append(
+            [
+                stage,
+                str(len(rows)),
+                points(_mean(rows[:3], "reward"), False),
+                points(_mean(rows[-3:], "reward"), False),
+                _percent(_mean(rows, "mixed_groups")),
+                f"{sum(number(r.get('invalid')) for r in rows if math.isfinite(number(r.get('invalid')))):.0f}",
+                f"{_mean(rows, 'completion_tokens'):.0f}" if math.isfinite(_mean(rows, "completion_tokens")) else "–",
+                points(_mean(rows, "grad_norm"), False),
+                f"{_mean(rows, 'tokens_per_s'):,.0f}" if math.isfinite(_mean(rows, "tokens_per_s")) else "–",
+            ]
+        )
+    reused = [str(mapping(s).get("task")) for s in listing(result.get("stages")) if mapping(s).get("reused") is True]
+    note = ""
+    if reused:
+        note = (
+            f"<p class=dim>Taken over from the task's own run, which is the same stage: {text(', '.join(reused))}.</p>"
+        )
+    heads = ["stage", "steps", "reward, first 3", "last 3", "mixed groups", "invalid samples", "tokens per answer"]
+    return note + _table([*heads, "gradient norm", "tokens/s"], table) + _parts(steps)
+
+
+def _parts(steps: Mapping[str, Rows]) -> str:
+    """Mean of each reward part in the first and the last steps of a stage."""
+    table = []
+    for stage, rows in steps.items():
+        parts = list(dict.fromkeys(name for row in rows for name in mapping(row.get("parts"))))
+        for part in parts:
+            first, last = (
+                _average([number(mapping(row.get("parts")).get(part)) for row in some])
+                for some in (rows[:3], rows[-3:])
+            )
+            table.append([stage, part, points(first, False), points(last, False)])
+    if not table:
+        return ""
+    shown = _table(["stage", "part of the reward", "first 3 steps", "last 3 steps"], table, words=2)
+    return f"<details><summary>Parts of the reward</summary>{shown}</details>"
+
+
+def _time(result: Json, steps: Mapping[str, Rows]) -> str:
+    facts = []
+    for name, value in mapping(result.get("seconds")).items():
+        if math.isfinite(number(value)):
+            facts.append((text(name), duration(number(value))))
+    words = {"rollout_tokens_per_s": "rollout", "train_tokens_per_s": "training"}
+    for name, value in mapping(result.get("throughput")).items():
+        if math.isfinite(number(value)):
+            facts.append((text(words.get(name, name)), f"{number(value):,.0f} tokens/s"))
+    bars = []
+    for stage, rows in steps.items():
+        parts: dict[str, float] = {}
+        for row in rows:
+            for name, value in mapping(row.get("seconds")).items():
+                if name != "total" and math.isfinite(number(value)):
+                    parts[name] = parts.get(name, 0.0) + max(0.0, number(value))
+        if parts:
+            bars.append(Stack(stage, parts))
+    if not facts and not bars:
+        return ""
+    drawn = "<h3>Where the time of the training steps went</h3>" + charts.stacked_bars(bars, unit="s") if bars else ""
+    return _facts(facts) + drawn
+
+
+def _setting(result: Json) -> str:
+    facts = []
+    for key in ("model", "sandbox", "judge"):
+        value = result.get(key)
+        if isinstance(value, str) and value:
+            facts.append((key, text(value)))
+    method = mapping(result.get("intervals")).get("method")
+    if isinstance(method, str):
+        facts.append(("intervals", text(method)))
+    sizes = {
+        task: int(number(mapping(s).get("n")))
+        for task, s in mapping(result.get("base")).items()
+        if math.isfinite(number(mapping(s).get("n")))
+    }
+    if sizes:
+        facts.append(("test items", text(", ".join(f"{task} {n}" for task, n in sizes.items()))))
+    versions = mapping(result.get("versions"))
+    if versions:
+        facts.append(("versions", text(", ".join(f"{name} {value}" for name, value in versions.items()))))
+    config = result.get("config")
+    body = _facts(facts)
+    if config:
+        shown = json.dumps(config, indent=2, ensure_ascii=False, default=str)
+        body += f"<details><summary>Configuration</summary><pre>{text(shown)}</pre></details>"
+    return body
+
+
+def _facts(facts: Sequence[tuple[str, str]]) -> str:
+    """A two-column table; the values are HTML already."""
+    rows = "".join(f"<tr><th scope=row>{text(name)}</th><td>{value}</td></tr>" for name, value in facts)
+    return f"<div class=scroll><table class=plain>{rows}</table></div>" if rows else ""
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A table whose first `words` columns are text and whose others are numbers."""
+    kinds = ["" if k < words else " class=num" for k in range(len(heads))]
+    head = "".join(f"<th{kind}>{text(name)}</th>" for name, kind in zip(heads, kinds, strict=True))
+    body = "".join(
+        f"<tr>{''.join(f'<td{kind}>{text(cell)}</td>' for cell, kind in zip(row, kinds, strict=True))}</tr>"
+        for row in rows
+    )
+    return f"<div class=scroll><table class=plain><tr>{head}</tr>{body}</table></div>"
+
+
+def _mean(rows: Rows, key: str) -> float:
+    return _average([number(row.get(key)) for row in rows])
+
+
+def _average(values: Sequence[float]) -> float:
+    known = [x for x in values if math.isfinite(x)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _percent(x: float) -> str:
+    return f"{x:.0%}" if math.isfinite(x) else "–"
+
+
+def duration(seconds: float) -> str:
+    """42 s, 3 min 05 s, 2 h 10 min; an en dash when it is not known."""
+    if not math.isfinite(seconds):
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
