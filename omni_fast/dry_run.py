@@ -1,0 +1,52 @@
+"""`--dry-run`: the resolved config and what it would do, without loading anything.
+
+Time is a roofline guess from the parameter count and this machine's nominal speed; memory is counted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omni_fast.config import Config
+
+PARAMETERS = {"smollm2-135m-instruct": 134_515_008, "tiny": 700_000}
+BYTES_PER_WEIGHT = {"train": 4 + 8 + 4 + 2, "lora": 2}  # fp32 master, two AdamW moments, fp32 gradient, bf16 copy
+ENGINE_BYTES_PER_WEIGHT = 2
+
+
+def describe(config: Config, folder: Path) -> str:
+    """The config as TOML-like lines, then the plan."""
+    tasks, stage = len(config.tasks), config.curriculum.steps_per_stage
+    singles = tasks if config.curriculum.measures_transfer else 0
+    reused = 1 if singles else 0  # the first stage of the solved order is its task's own run
+    steps = stage * (singles + tasks - reused)
+    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    new_tokens = sum(task.max_new_tokens for task in config.tasks) / tasks
+    rows = {"select": 1 + singles, "test": 1 + singles + tasks - reused}
+    items = tasks * (rows["select"] * config.evaluation.select_items + rows["test"] * config.evaluation.test_items)
+    lines = [
+        *(_section(name, value) for name, value in config.model_dump(mode="json").items()),
+        "",
+        f"run folder       {folder}",
+        f"tasks            {', '.join(task.name for task in config.tasks)}",
+        f"stages           {singles} single-task runs + {tasks} of the curriculum"
+        + (", the first of which is one of them" if reused else ""),
+        f"steps            {steps} x {samples} samples x up to {new_tokens:.0f} new tokens"
+        f" = {steps * samples * new_tokens:,.0f} new tokens at most",
+        f"evaluation       {items:,} completions of up to twice the length",
+    ]
+    parameters = PARAMETERS.get(config.model.path)
+    if parameters is None:
+        lines.append(f"memory           depends on {config.model.path}, which is not loaded here")
+    else:
+        per_weight = BYTES_PER_WEIGHT["lora" if config.model.lora_rank else "train"] + ENGINE_BYTES_PER_WEIGHT
+        lines.append(f"memory           {parameters * per_weight / 2**30:.1f} GiB for weights, gradients, optimiser and engine")
+    return "\n".join(lines)
+
+
+def _section(name: str, value: object) -> str:
+    if isinstance(value, dict):
+        return "\n".join([f"[{name}]", *(f"{key} = {item!r}" for key, item in value.items())])
+    if isinstance(value, list):
+        return "\n".join("\n".join([f"[[{name}]]", *(f"{k} = {v!r}" for k, v in entry.items())]) for entry in value)
+    return f"{name} = {value!r}"
