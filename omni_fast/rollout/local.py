@@ -140,7 +140,6 @@ class LocalEngine:
         flat = torch.tensor([token for index in indices for token in prompts[index].tokens], device=device)
         hidden = self._forward(flat[None], wave.positions(), wave)[0]
         logits_RV = self.fast.lm_head(hidden[wave.starts + wave.lengths - 1])[wave.prompt_of_row]
-        wave.prefilling = False
         stops = frozenset(sampling.stop_token_ids)
         for step in range(sampling.max_new_tokens):
             token_R, logprob_R = draw(logits_RV, uniform_RT[:, step], sampling.temperature)
@@ -162,12 +161,12 @@ class LocalEngine:
                 return
             keep = _compaction(alive)
             if keep is not None:
-                wave.move(keep)
+                wave.keep(keep)
                 rows, alive = [rows[row] for row in keep], [alive[row] for row in keep]
                 kept = torch.tensor(keep, device=device)
                 token_R, position_R, uniform_RT = token_R[kept], position_R[kept], uniform_RT[kept]
+            wave.advance()
             hidden_R1H = self._forward(token_R[:, None], position_R[:, None], wave)
-            wave.column += 1
             position_R = position_R + 1
             logits_RV = self.fast.lm_head(hidden_R1H[:, 0])
 

@@ -32,30 +32,33 @@ def draw(logits_RV: Tensor, uniform_R: Tensor, temperature: float) -> tuple[Tens
     then that of temperature 1. Returns tokens [R] int64, logprobs [R] float32 (nats).
     """
     R, V = logits_RV.shape
-    scores_RV = logits_RV.float()
-    if temperature not in (0.0, 1.0):
-        scores_RV = scores_RV / temperature
-    top_R, best_R = scores_RV.max(dim=-1)
-    weight_RV = torch.exp(scores_RV - top_R[:, None])
+    scores_RV = logits_RV if temperature in (0.0, 1.0) else logits_RV.float() / temperature
+    weight_RV = torch.softmax(scores_RV, dim=-1, dtype=torch.float32)
     if temperature == 0.0:
-        return best_R, -weight_RV.sum(-1).log()
+        best_R = logits_RV.max(dim=-1).indices
+        return best_R, weight_RV.gather(1, best_R[:, None]).squeeze(1).log()
     # Two levels: cumulative weights of blocks, then inside the one block that holds the quantile.
-    blocks = V // BLOCK
-    head_RBC = weight_RV[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK))
-    sums_RB = head_RBC.sum(-1)
-    if blocks * BLOCK < V:
-        sums_RB = torch.cat((sums_RB, weight_RV[:, blocks * BLOCK :].sum(-1, keepdim=True)), dim=1)
-    upto_RB = sums_RB.double().cumsum(-1)
-    total_R = upto_RB[:, -1]
-    target_R = uniform_R * total_R
-    block_R = torch.searchsorted(upto_RB, target_R[:, None], right=True).squeeze(1).clamp_(max=sums_RB.shape[1] - 1)
-    before_R = (upto_RB - sums_RB.double()).gather(1, block_R[:, None])
-    columns_RC = block_R[:, None] * BLOCK + torch.arange(BLOCK, device=logits_RV.device)
-    inside_RC = weight_RV.gather(1, columns_RC.clamp(max=V - 1)) * (columns_RC < V)
-    upto_RC = before_R + inside_RC.double().cumsum(-1)
-    # The last column of weight > 0 bounds the search: rounding must never pick a token of probability 0.
-    last_R = torch.where(inside_RC > 0, torch.arange(BLOCK, device=logits_RV.device), 0).amax(-1)
-    column_R = torch.searchsorted(upto_RC, target_R[:, None], right=True).squeeze(1).minimum(last_R)
-    token_R = block_R * BLOCK + column_R
-    chosen_R = scores_RV.gather(1, token_R[:, None]).squeeze(1)
-    return token_R, (chosen_R.double() - top_R.double() - total_R.log()).float()
+    whole = V - V % BLOCK
+    sums_RB = weight_RV[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)
+    if whole < V:
+        sums_RB = torch.cat((sums_RB, weight_RV[:, whole:].sum(-1, keepdim=True)), dim=1)
+    sums_RB = sums_RB.double()
+    upto_RB = sums_RB.cumsum(-1)
+    target_R1 = uniform_R[:, None] * upto_RB[:, -1:]  # float32 sums miss 1 by some 1e-7
+    block_R1 = _first_above(upto_RB, target_R1, sums_RB)
+    columns_C = torch.arange(BLOCK, device=logits_RV.device)
+    inside_RC = weight_RV.gather(1, (block_R1 * BLOCK + columns_C).clamp(max=V - 1)).double()
+    inside_RC.masked_fill_(block_R1 * BLOCK + columns_C >= V, 0.0)
+    before_R1 = (upto_RB - sums_RB).gather(1, block_R1)
+    token_R1 = block_R1 * BLOCK + _first_above(before_R1 + inside_RC.cumsum(-1), target_R1, inside_RC)
+    return token_R1.squeeze(1), weight_RV.gather(1, token_R1).squeeze(1).log()
+
+
+def _first_above(upto_RC: Tensor, target_R1: Tensor, weight_RC: Tensor) -> Tensor:
+    """The first column where the cumulative weight exceeds the target, [R, 1].
+
+    Rounding may leave the target beyond the end: the last column of weight > 0 bounds it, never one of probability 0.
+    """
+    columns_C = torch.arange(weight_RC.shape[1], device=weight_RC.device)
+    last_R1 = torch.where(weight_RC > 0, columns_C, 0).amax(-1, keepdim=True)
+    return torch.searchsorted(upto_RC, target_R1, right=True).minimum(last_R1)
