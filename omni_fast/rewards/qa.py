@@ -1,0 +1,282 @@
+"""Question answering: exact match of an extracted answer, and multiple choice turned into answers as text.
+
+Why not "contains": a reply that lists every capital contains the right one. Here one answer is extracted from the reply, it
+must equal the gold answer under the normalisation, and the reply must name no other known candidate. More than one candidate
+named, a negation, or an echo of the candidate list scores 0.
+Normalisation: NFKC, case, accents, articles, punctuation, numerals, aliases (after SQuAD, arXiv 1606.05250, and tighter).
+Limits: English frames ("the answer is ..."); answers up to 12 words; only the first 2,000 characters of a reply are read.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from omni_fast.errors import UserError
+from omni_fast.rewards.score import Part
+
+MAX_CHARS = 2_000
+MAX_ANSWER_WORDS = 12
+
+_UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_NUMBER = {word: value for value, word in enumerate(_UNITS.split())}
+_TEN = {word: 10 * value for value, word in enumerate(_TENS.split(), start=2)}
+_ARTICLES = frozenset(("a", "an", "the"))
+_TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[%€$£+°]")
+_TAGGED = (  # the last match of the first kind that matches is the answer
+    re.compile(r"<answer>(.{0,400}?)</answer>", re.IGNORECASE | re.DOTALL),
+    re.compile(r"\\boxed\{([^{}]{0,400})\}"),
+    re.compile(r"####\s*([^\n]{1,400})"),
+    re.compile(r"\banswer\s*(?:is\s*:?|:|=)\s*([^\n]{1,400})", re.IGNORECASE),
+)
+_NEGATION = re.compile(
+    r"\b(?:not|never|neither|nor|none|no|wrong|incorrect|false|except|excluding|cannot|anything but|other than|instead of|rather than"
+    r"|\w+n't)\b",
+    re.IGNORECASE,
+)
+_LEAD_IN = re.compile(
+    r"^(?:(?:it|that|this)['’]s|(?:i|we) (?:think|believe|know|guess)(?: that)?(?: it is)?)\s+", re.IGNORECASE
+)
+_COPULA = re.compile(r"\s+(?:is|are|was|were)\b\s*:?\s*", re.IGNORECASE)
+_ILL_POSED = re.compile(
+    r"\b(?:which|what|who|where|all|one|any|none|both|each|some|select|choose|pick) (?:one |ones )?(?:of |from |among )"
+    r"(?:the |these |those )|\b(?:the )?following\b"
+    r"|\b(?:these|those|the|above|below|given|listed) (?:options?|choices?|answers?|statements?)\b"
+    r"|\ball (?:but|except)\b|\bexcept\b|\bbest (?:describes|completes|explains)\b|\b(?:above|below)\b|\bodd one out\b|\([A-E]\)",
+    re.IGNORECASE,
+)
+_META_OPTION = re.compile(
+    r"\b(?:all|none|both|neither|any|two|some) of (?:the |these |them|those )|^(?:both|neither) [a-e]\b|\b[a-e] (?:and|or) [a-e]\b"
+    r"|^(?:all|none|both|neither|other|not enough information|cannot be determined)$",
+    re.IGNORECASE,
+)
+
+
+def _fold(text: str) -> str:
+    """NFKC, case and accents folded; invalid surrogates replaced."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).casefold())
+    return "".join(ch for ch in text if not unicodedata.combining(ch))
+
+
+def _number(token: str) -> str:
+    """One spelling of a numeral: no thousands commas, no zeros that carry nothing."""
+    if re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", token):
+        token = token.replace(",", "")
+    if re.fullmatch(r"\d+(?:\.\d+)?", token):
+        whole, _, decimals = token.partition(".")
+        decimals = decimals.rstrip("0")
+        return (whole.lstrip("0") or "0") + (f".{decimals}" if decimals else "")
+    return token
+
+
+def tokens(text: str) -> list[str]:
+    """The normalised tokens of a text; equal answers have equal lists."""
+    folded = re.sub(r"\b((?:\w\.){2,})", lambda match: match.group().replace(".", ""), _fold(text[: 4 * MAX_CHARS]))
+    folded = folded.replace("&", " and ").replace("'", "").replace("’", "").replace("ʻ", "").replace("`", "")
+    result: list[str] = []
+    for token in _TOKEN.findall(folded):
+        value = _NUMBER.get(token)
+        if value is not None and 0 < value < 10 and result and result[-1] in _TENS_TEXT:
+            result[-1] = str(int(result[-1]) + value)  # twenty one -> 21
+        elif value is not None:
+            result.append(str(value))
+        elif token in _TEN:
+            result.append(str(_TEN[token]))
+        elif token not in _ARTICLES:
+            result.append(_number(token))
+    return result
+
+
+_TENS_TEXT = frozenset(str(value) for value in _TEN.values())
+
+
+def normalise(text: str) -> str:
+    """One string for all ways of writing the same answer: `"The U.S.A."` -> `"usa"`, `"twenty-one"` -> `"21"`."""
+    return " ".join(tokens(text))
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<!\b[A-Za-z])(?<!\bSt)[.!?;](?:\s|$)", text, maxsplit=1)[0]
+
+
+def extract_answers(completion: str) -> list[str]:
+    """What the reply gives as its answer: one text, or the two sides of "X is Y" where either may be it.
+
+    A marked answer (tag, box, ####, "the answer is") wins, the last one; otherwise the first sentence of the first line.
+    """
+    text = completion[:MAX_CHARS]
+    for pattern in _TAGGED:
+        found = pattern.findall(text)
+        if found:
+            return [_first_sentence(found[-1])]
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        return []
+    first = _LEAD_IN.sub("", _first_sentence(lines[0].strip()))
+    sides = _COPULA.split(first)
+    return [first, sides[0], sides[-1]] if len(sides) == 2 else [first]
+
+
+class QaMatcher:
+    """Grades replies to one question.
+
+    gold, aliases: the accepted answers. candidates: every answer of the same kind that is known, shown in the prompt or
+    not, gold included or not; naming one that is not accepted makes a reply wrong.
+    Raises UserError when gold normalises to nothing, or two candidates cannot be told apart under the normalisation.
+    """
+
+    def __init__(self, gold: str, aliases: Sequence[str] = (), candidates: Sequence[str] = ()) -> None:
+        self.accepted = {normalise(text) for text in (gold, *aliases)} - {""}
+        if not normalise(gold):
+            raise UserError(f"the gold answer {gold!r} has no letter or digit; correct or remove the item")
+        others = [normalise(text) for text in candidates if text != gold]
+        clash = [text for text in others if text in self.accepted or not text]
+        if clash or len(set(others)) != len(others):
+            raise UserError(
+                f"two candidates of {list(candidates)} read the same as each other or as {gold!r}; remove one"
+            )
+        self._named = sorted(((text.split(), text) for text in {*self.accepted, *others}), key=lambda row: -len(row[0]))
+
+    def named(self, text: str) -> set[str]:
+        """The candidates (normalised) that occur in a text as whole words; the longest wins where they overlap."""
+        left: list[str | None] = list(tokens(text))
+        found = set()
+        for words, name in self._named:
+            for start in range(len(left) - len(words) + 1):
+                if left[start : start + len(words)] == words:
+                    found.add(name)
+                    left[start : start + len(words)] = [None] * len(words)
+        return found
+
+    def score(self, completion: str) -> Part:
+        """1 or 0, never invalid. Reasons of 0: no_answer, too_many (candidates named), negated, too_long, wrong."""
+        answers = extract_answers(completion)
+        if not answers:
+            return Part(0.0, "no_answer")
+        names = self.named(completion[:MAX_CHARS])
+        if names - self.accepted:
+            return Part(0.0, "too_many" if names & self.accepted else "wrong")
+        given = [normalise(answer) for answer in answers]
+        if not any(given):
+            return Part(0.0, "no_answer")
+        if not self.accepted.intersection(given):
+            return Part(0.0, "too_long" if len(given[-1].split()) > MAX_ANSWER_WORDS else "wrong")
+        if _NEGATION.search(_without(completion[:MAX_CHARS], self.accepted)):
+            return Part(0.0, "negated")
+        return Part(1.0)
+
+
+def _without(text: str, accepted: set[str]) -> str:
+    """The folded reply without the accepted answers, so that an answer "Trinidad and No-Name" is no negation."""
+    folded = " ".join(re.findall(r"[\w']+", _fold(text).replace("’", "'")))
+    for answer in sorted(accepted, key=len, reverse=True):
+        folded = re.sub(rf"\b{re.escape(answer)}\b", " ", folded)
+    return folded
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A multiple-choice item. kind: what sort of thing the options are; distractors are drawn from the same kind alone."""
+
+    stem: str
+    options: tuple[str, ...]
+    gold: int
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class QaItem:
+    """A question whose answer is text. candidates: gold and distractors, in an order that tells nothing (sorted)."""
+
+    question: str
+    gold: str
+    candidates: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """dropped: reason -> count, of ill_posed, meta_option, gold_in_stem, collision, bad_gold, too_few."""
+
+    items: list[QaItem]
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+
+def _likeness(gold: str, other: str) -> tuple[bool, bool, int]:
+    """Sort key: numbers with numbers, one word with one word, then length."""
+    return (
+        any(ch.isdigit() for ch in gold) != any(ch.isdigit() for ch in other),
+        (len(gold.split()) == 1) != (len(other.split()) == 1),
+        abs(len(gold) - len(other)),
+    )
+
+
+def to_text_answers(choices: Sequence[Choice], candidates: int = 8, seed: int = 0) -> Conversion:
+    """Multiple choice -> answer as text among gold and distractors.
+
+    Own options come first, then answers of other items of the same kind that look alike. An item is dropped when its stem
+    makes no sense without its options, an option speaks about the others, the stem names the answer, two options read the
+    same, or not even two candidates are left. A drawn distractor is never another spelling of an option.
+    """
+    if candidates < 2:
+        raise UserError(f"candidates must be at least 2, got {candidates}")
+    pools: dict[str, list[str]] = {}
+    for choice in choices:
+        pools.setdefault(choice.kind, []).extend(choice.options)
+    items: list[QaItem] = []
+    dropped: Counter[str] = Counter()
+    for choice in choices:
+        reason = _refusal(choice)
+        if reason:
+            dropped[reason] += 1
+            continue
+        gold = choice.options[choice.gold]
+        rng = random.Random(f"{seed}:{choice.stem}")
+        own = [option for place, option in enumerate(choice.options) if place != choice.gold]
+        rng.shuffle(own)
+        taken = {normalise(option): option for option in [gold, *own[: candidates - 1]]}
+        every_option = {normalise(option) for option in choice.options}
+        stem = f" {normalise(choice.stem)} "
+        pool = sorted({option for option in pools[choice.kind] if not _META_OPTION.search(option.strip())})
+        rng.shuffle(pool)
+        for other in sorted(pool, key=lambda option: _likeness(gold, option)):
+            name = normalise(other)
+            if len(taken) >= candidates:
+                break
+            if name and name not in every_option and f" {name} " not in stem:
+                taken.setdefault(name, other)
+        if len(taken) < 2:
+            dropped["too_few"] += 1
+            continue
+        items.append(QaItem(choice.stem, gold, tuple(sorted(taken.values()))))
+    return Conversion(items, dict(dropped))
+
+
+def _refusal(choice: Choice) -> str | None:
+    if not 0 <= choice.gold < len(choice.options):
+        return "bad_gold"
+    names = [normalise(option) for option in choice.options]
+    if any(_META_OPTION.search(option.strip()) for option in choice.options):
+        return "meta_option"
+    if _ILL_POSED.search(choice.stem):
+        return "ill_posed"
+    if len(set(names)) != len(names) or "" in names:
+        return "collision"
+    if f" {names[choice.gold]} " in f" {normalise(choice.stem)} ":
+        return "gold_in_stem"
+    return None
+
+
+def shown_order(candidates: Sequence[str], item_id: str, epoch: int, seed: int = 0) -> list[str]:
+    """The candidates in the order to show: a fresh shuffle for every item and epoch, the same on every machine."""
+    order = sorted(candidates)
+    random.Random(f"{seed}:{epoch}:{item_id}").shuffle(order)
+    return order

@@ -1,0 +1,153 @@
+"""Question answering: the matcher, its hacks, and the converter from multiple choice."""
+
+import string
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omni_fast.errors import UserError
+from omni_fast.rewards.qa import Choice, QaMatcher, normalise, shown_order, to_text_answers
+
+CAPITALS = ["Paris", "London", "Rome", "Guatemala City", "Washington, D.C.", "São Tomé", "N'Djamena", "Lima", "Oslo"]
+names = st.text(string.ascii_lowercase, min_size=3, max_size=9).filter(lambda word: word not in ("the", "not", "nor"))
+
+
+def matcher(gold: str) -> QaMatcher:
+    return QaMatcher(gold, candidates=CAPITALS)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("The U.S.A.", "usa"),
+        ("twenty-one", "21"),
+        ("1,000.50", "1000.5"),
+        ("007", "7"),
+        ("Ｐａｒｉｓ", "paris"),
+        ("São Tomé & Príncipe", "Sao Tome and Principe"),
+        ("Xi’an", "Xi'an"),
+        ("Saint-Denis", "saint denis"),
+    ],
+)
+def test_ways_of_writing_the_same_answer(one, other):
+    assert normalise(one) == normalise(other)
+
+
+def test_different_answers_stay_different():
+    assert len({normalise(text) for text in ("5", "50", "5%", "0.5", "5 apples", "C", "C+")}) == 7
+
+
+@pytest.mark.parametrize("gold", CAPITALS)
+@pytest.mark.parametrize(
+    "frame", ["{}", "{}.", "The capital is {}.", "{} is the capital.", "Answer: {}", "The answer is {}. I am sure.", "**{}**",
+              "<answer>{}</answer>", "It's {}.", "\\boxed{{{}}}"]
+)  # fmt: skip
+def test_the_right_answer_in_any_frame(gold, frame):
+    assert matcher(gold).score(frame.format(gold)).value == 1.0
+
+
+@pytest.mark.parametrize("gold", CAPITALS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda gold: ", ".join(CAPITALS),
+        lambda gold: "\n".join([gold, *CAPITALS]),
+        lambda gold: f"The answer is {gold}. Or {'Lima' if gold != 'Lima' else 'Oslo'}.",
+        lambda gold: f"{gold} or {'Lima' if gold != 'Lima' else 'Oslo'}",
+        lambda gold: f"not {gold}",
+        lambda gold: f"It isn't {gold}.",
+        lambda gold: f"The answer is not {gold}.",
+        lambda gold: f"{gold} is not the capital.",
+        lambda gold: f"Anything but {gold}",
+        lambda gold: f"What is the capital? Choose one of: {', '.join(CAPITALS)}.",
+        lambda gold: f"{gold} {gold}xyz Atlantis",
+        lambda gold: f"Atlantis, {gold}, Gondor",
+        lambda gold: "",
+        lambda gold: "?!",
+        lambda gold: " ".join(["word"] * 30 + [gold]),
+    ],
+)
+def test_hacks_score_zero(gold, make):
+    assert matcher(gold).score(make(gold)).value == 0.0
+
+
+def test_overlapping_candidates_are_told_apart():
+    guinea = ["Guinea", "Guinea-Bissau", "Equatorial Guinea", "Niger", "Nigeria"]
+    assert QaMatcher("Guinea-Bissau", candidates=guinea).score("Guinea-Bissau").value == 1.0
+    assert QaMatcher("Guinea", candidates=guinea).score("Equatorial Guinea").value == 0.0
+    assert QaMatcher("Niger", candidates=guinea).score("Nigeria").value == 0.0
+
+
+def test_aliases_are_accepted_and_collisions_refused():
+    assert QaMatcher("United Kingdom", aliases=["UK", "Britain"]).score("The U.K.").value == 1.0
+    for bad in (["Paris", "paris!"], ["Rome", "rome"], ["Paris", "the"]):
+        with pytest.raises(UserError):
+            QaMatcher("Paris", candidates=bad)
+    with pytest.raises(UserError):
+        QaMatcher("...")
+
+
+@settings(deadline=None, max_examples=2000)
+@given(st.one_of(st.text(max_size=300), st.binary(max_size=300).map(lambda b: b.decode("utf-8", "surrogateescape"))))
+def test_no_text_raises_and_none_is_right_by_accident(text):
+    part = matcher("Guatemala City").score(text)
+    assert part.value == 0.0
+    assert normalise(normalise(text)) == normalise(text) or any(ch.isdigit() for ch in normalise(text))
+
+
+def test_long_texts_are_bounded():
+    for text in ("a" * 300_000, "is " * 100_000, "<answer>" * 30_000, "Paris " * 60_000, "1," * 100_000):
+        assert matcher("Rome").score(text).value == 0.0
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(names, min_size=2, max_size=8, unique=True), st.data())
+def test_exactly_one_candidate_wins(words, data):
+    gold = data.draw(st.sampled_from(words))
+    grader = QaMatcher(gold, candidates=words)
+    if normalise(gold) != gold:
+        return
+    assert [grader.score(word).value for word in words] == [float(word == gold) for word in words]
+    assert grader.score(" ".join(words)).value == 0.0
+
+
+def test_conversion_keeps_what_makes_sense_and_counts_the_rest():
+    choices = [
+        Choice("What is the capital of France?", ("Paris", "Rome"), 0, "capital"),
+        Choice("What is the capital of Peru?", ("Lima", "Oslo", "Cairo"), 0, "capital"),
+        Choice("How many legs has a spider?", ("eight", "six"), 0, "number"),
+        Choice("Which of the following is a mammal?", ("whale", "shark"), 0, "animal"),
+        Choice("The red planet is called?", ("Mars", "all of the above"), 0, "planet"),
+        Choice("The planet Mars is called?", ("Mars", "Venus"), 0, "planet"),
+        Choice("How many is a dozen?", ("12", "twelve"), 0, "number"),
+        Choice("Bad?", ("x", "y"), 7),
+        Choice("Alone?", ("x",), 0, "lonely"),
+    ]
+    result = to_text_answers(choices, candidates=4)
+    assert [item.gold for item in result.items] == ["Paris", "Lima", "eight"]
+    assert result.dropped == {
+        "ill_posed": 1, "meta_option": 1, "gold_in_stem": 1, "collision": 1, "bad_gold": 1, "too_few": 1
+    }  # fmt: skip
+    assert set(result.items[0].candidates) <= {"Paris", "Rome", "Lima", "Oslo", "Cairo"}, "same kind only"
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(names, st.lists(names, min_size=2, max_size=5)), min_size=1, max_size=8), st.integers(2, 9))
+def test_every_converted_item_can_be_graded(raw, count):
+    choices = [Choice(f"Question about {stem}?", tuple(options), 0, "word") for stem, options in raw]
+    result = to_text_answers(choices, candidates=count)
+    assert len(result.items) + sum(result.dropped.values()) == len(choices)
+    for item in result.items:
+        assert 2 <= len(item.candidates) <= count and item.gold in item.candidates
+        grader = QaMatcher(item.gold, candidates=item.candidates)
+        assert grader.score(item.gold).value == 1.0
+        assert grader.score(", ".join(item.candidates)).value == 0.0
+
+
+def test_shuffle_is_seeded_and_does_not_favour_a_place():
+    shown = [shown_order(CAPITALS, f"item{i}", epoch=0).index("Paris") for i in range(900)]
+    assert all(60 < shown.count(place) < 140 for place in range(len(CAPITALS)))
+    assert (
+        shown_order(CAPITALS, "x", 1) == shown_order(list(reversed(CAPITALS)), "x", 1) != shown_order(CAPITALS, "x", 2)
+    )
