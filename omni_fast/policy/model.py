@@ -43,7 +43,7 @@ def load(
         ) from error
     if not tokenizer.chat_template:
         raise UserError(NO_TEMPLATE.format(name=name_or_path))
-    model.to(device=torch.device(device)).eval()
+    torch.nn.Module.to(model, device=torch.device(device)).eval()
     return model, tokenizer
 
 

@@ -1,0 +1,118 @@
+"""Attention over prefix trees laid out flat: each row attends to its ancestors and itself.
+
+The rows are cut into blocks of at most `BLOCK_ROWS`; a block's columns are the ancestors of any of its rows, so a
+prompt is read by all blocks below it and siblings never see each other's columns. Blocks of like shape form a bucket,
+and a bucket is one batched call with a mask. Only these small attention products are padded (to the bucket's shape),
+never a linear layer.
+
+Registered with transformers as the attention implementation `omni_fast_tree`; a model's forward takes the layout as
+keyword argument `tree`. Limits: causal softmax attention with grouped heads; no window, sink, soft cap or dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+NAME = "omni_fast_tree"
+BLOCK_ROWS = 64
+COLUMN_STEP = 32  # columns are rounded up to this, so that a few buckets hold all blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """B blocks of R rows and C columns. rows: int64 [B*R], columns: int64 [B*C] (padding: row 0, masked).
+
+    mask: bool [B, 1, R, C]; True: attends. A padded row attends to one column so that its softmax is finite.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TreeLayout:
+    """All buckets of a micro-batch. place: int64 [T], where each row is in the buckets' concatenated outputs."""
+
+    buckets: tuple[Bucket, ...]
+    place: Tensor
+
+
+def tree_layout(spans: Sequence[tuple[int, int]], parents: Sequence[Sequence[int]], device: torch.device) -> TreeLayout:
+    """The layout of trees at rows [start, end) each, given every row's parent within its tree (-1: none)."""
+    shapes: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+    for (start, end), tree in zip(spans, parents, strict=True):
+        count = end - start
+        sees = np.zeros((count, count), dtype=bool)
+        for row, parent in enumerate(tree):
+            if parent >= 0:
+                sees[row] = sees[parent]
+            sees[row, row] = True
+        blocks = -(-count // BLOCK_ROWS)
+        for number in range(blocks):
+            rows = np.arange(count * number // blocks, count * (number + 1) // blocks)
+            columns = np.flatnonzero(sees[rows].any(axis=0))
+            height, width = -(-len(rows) // 8) * 8, -(-len(columns) // COLUMN_STEP) * COLUMN_STEP
+            block = (rows + start, columns + start, sees[np.ix_(rows, columns)])
+            shapes.setdefault((height, width), []).append(block)
+    place = np.empty(spans[-1][1], dtype=np.int64)
+    buckets = []
+    offset = 0
+    for (height, width), members in sorted(shapes.items()):
+        all_rows = np.zeros((len(members), height), dtype=np.int64)
+        all_columns = np.zeros((len(members), width), dtype=np.int64)
+        mask = np.zeros((len(members), 1, height, width), dtype=bool)
+        for index, (rows, columns, sees) in enumerate(members):
+            all_rows[index, : len(rows)] = rows
+            all_columns[index, : len(columns)] = columns
+            mask[index, 0, : len(rows), : len(columns)] = sees
+            mask[index, 0, len(rows) :, 0] = True
+            place[rows] = offset + index * height + np.arange(len(rows))
+        offset += all_rows.size
+        tensors = [torch.from_numpy(array).to(device) for array in (all_rows.ravel(), all_columns.ravel(), mask)]
+        buckets.append(Bucket(*tensors))
+    return TreeLayout(tuple(buckets), torch.from_numpy(place).to(device))
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    tree: TreeLayout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """query [1, H, T, D], key and value [1, KV, T, D] -> [1, T, H, D], as transformers calls an attention function."""
+    if dropout or softcap is not None or sliding_window is not None or s_aux is not None:
+        raise ValueError(
+            "tree attention has no dropout, soft cap, window or sinks; this model's attention needs one of them"
+        )
+    q_THD, k_TKD, v_TKD = (states[0].transpose(0, 1) for states in (query, key, value))
+    heads, width = q_THD.shape[1:]
+    outputs = []
+    for bucket in tree.buckets:
+        blocks = len(bucket.mask)
+        q, k, v = (
+            states.index_select(0, index).view(blocks, -1, states.shape[1], width).transpose(1, 2)
+            for states, index in ((q_THD, bucket.rows), (k_TKD, bucket.columns), (v_TKD, bucket.columns))
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.mask, scale=scaling, enable_gqa=True)
+        outputs.append(out.transpose(1, 2).reshape(-1, heads, width))
+    return torch.cat(outputs).index_select(0, tree.place)[None], None
+
+
+AttentionInterface.register(NAME, tree_attention)
