@@ -67,7 +67,7 @@ def _heat_cell(cell: Cell, scale: float) -> str:
     if not math.isfinite(cell.value):
         return f"<td class=none>{text(cell.label)}</td>"
     strength = min(1.0, abs(cell.value) / scale) if scale > 0 else 0.0
-    classes = [kind for kind, on in (("neg", cell.value < 0), ("strong", strength > 0.5), ("own", cell.outlined)) if on]
+    classes = [kind for kind, on in (("neg", cell.value < 0), ("strong", strength > 0.7), ("own", cell.outlined)) if on]
     small = f"<small>{text(cell.small)}</small>" if cell.small else ""
     return (
         f'<td class="{" ".join(classes)}" style="--v:{strength * 100:.0f}%"><span>{text(cell.label)}{small}</span></td>'
@@ -85,8 +85,8 @@ class Line:
 
 
 def line_panel(title: str, lines: Sequence[Line], *, y_range: tuple[float, float] | None, x_label: str) -> str:
-    """One small panel of curves with its own legend; curves of more than 24 points get a running mean over the points."""
-    width, height, left, top, right, bottom = 330, 210, 40, 30, 12, 34
+    """One small panel of curves with its own legend; curves of more than 24 points get a running mean on top."""
+    width, height, left, top, right, bottom = 460, 236, 42, 30, 14, 36
     xs = [x for line in lines for x, y in zip(line.xs, line.ys, strict=True) if math.isfinite(y)]
     ys = [y for line in lines for y in line.ys if math.isfinite(y)]
     if not xs:
@@ -133,10 +133,18 @@ def _running_mean(line: Line, half: int = 3) -> list[tuple[float, float]]:
 
 
 def _panel(width: int, height: int, title: str, inner: str, legend: str = "") -> str:
+    return _figure("panel", width, height, title, f"<text x=4 y=16 class=title>{text(title)}</text>{inner}", legend)
+
+
+def _figure(kind: str, width: int, height: int, label: str, inner: str, legend: str = "") -> str:
     return (
-        f'<figure class=panel><svg viewBox="0 0 {width} {height}" role=img aria-label="{text(title)}">'
-        f"<text x=4 y=16 class=title>{text(title)}</text>{inner}</svg><figcaption class=legend>{legend}</figcaption></figure>"
+        f'<figure class={kind}><svg viewBox="0 0 {width} {height}" role=img aria-label="{text(label)}">{inner}</svg>'
+        f"<figcaption class=legend>{legend}</figcaption></figure>"
     )
+
+
+def _key(name: str, inner: str) -> str:
+    return f'<span><svg viewBox="0 0 16 12" class=key aria-hidden=true>{inner}</svg>{text(name)}</span>'
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
@@ -207,7 +215,10 @@ class MarkRow:
 def mark_rows(
     rows: Sequence[MarkRow], *, keys: Sequence[tuple[str, int, bool]] = (), zero: bool = False, label: str
 ) -> str:
-    """Rows of points with intervals on one shared horizontal scale. zero: a heavy line at 0; keys: (name, style, hollow)."""
+    """Rows of points with intervals on one horizontal scale.
+
+    zero: a heavy line at 0.   keys: the legend, (name, style, hollow).   label: what the scale is.
+    """
     spread = [x for row in rows for mark in row.marks for x in (mark.value, mark.low, mark.high) if math.isfinite(x)]
     if not spread:
         return "<p class=dim>Nothing measured yet.</p>"
@@ -244,14 +255,8 @@ def mark_rows(
                     f'M{px(mark.high):.1f} {y - 4:.1f}v8" class="bar s{mark.style % SERIES}" />'
                 )
             parts.append(_marker(px(mark.value), y, mark.style, 4.2, mark.hollow))
-    legend = "".join(
-        f'<span><svg viewBox="0 0 16 12" class=key aria-hidden=true>{_marker(8, 6, style, 4.2, hollow)}</svg>{text(name)}</span>'
-        for name, style, hollow in keys
-    )
-    return (
-        f'<figure class=wide><svg viewBox="0 0 {width} {height}" role=img aria-label="{text(label)}">{"".join(parts)}</svg>'
-        f"<figcaption class=legend>{legend}</figcaption></figure>"
-    )
+    legend = "".join(_key(name, _marker(8, 6, style, 4.2, hollow)) for name, style, hollow in keys)
+    return _figure("wide", width, height, label, "".join(parts), legend)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,48 +282,38 @@ def stacked_bars(rows: Sequence[Stack], *, unit: str) -> str:
         for name, amount in row.parts.items():
             style = names.index(name) % SERIES
             length = amount * scale
-            parts.append(
-                f'<rect x={x:.1f} y={y} width={length:.1f} height=18 class="fill s{style}" />'
-                f'<rect x={x:.1f} y={y} width={length:.1f} height=18 fill="url(#p{style})"><title>'
-                f"{text(f'{name}: {amount:.1f} {unit}')}</title></rect>"
-            )
+            box = f"x={x:.1f} y={y} width={length:.1f} height=18"
+            parts.append(_patterned(box, style, f"{name}: {amount:.1f} {unit}"))
             x += length
         parts.append(f"<text x={x + 8:.1f} y={y + 14} class=dim>{totals[k]:.1f} {text(unit)}</text>")
-    legend = "".join(
-        f'<span><svg viewBox="0 0 16 12" class=key aria-hidden=true><rect width=16 height=12 class="fill s{k % SERIES}" />'
-        f'<rect width=16 height=12 fill="url(#p{k % SERIES})" /></svg>{text(name)}</span>'
-        for k, name in enumerate(names)
-    )
-    return (
-        f'<figure class=wide><svg viewBox="0 0 {width} {12 + bar * len(rows)}" role=img aria-label="time">{"".join(parts)}</svg>'
-        f"<figcaption class=legend>{legend}</figcaption></figure>"
-    )
+    legend = "".join(_key(name, _patterned("width=16 height=12", k % SERIES)) for k, name in enumerate(names))
+    return _figure("wide", width, 12 + bar * len(rows), "time", "".join(parts), legend)
+
+
+def _patterned(geometry: str, style: int, title: str = "") -> str:
+    """A rectangle in the style's colour under the style's pattern."""
+    said = f"<title>{text(title)}</title>" if title else ""
+    return f'<rect {geometry} class="fill s{style}" /><rect {geometry} fill="url(#p{style})">{said}</rect>'
 
 
 def flip_bars(rows: Sequence[tuple[str, int, int]]) -> str:
-    """Items lost (to the left, hatched) and gained (to the right) around a common line."""
-    most = max((max(lost, gained) for _, lost, gained in rows), default=0)
-    if not rows:
-        return "<p class=dim>Nothing measured yet.</p>"
+    """Items lost (to the left, hatched) and gained (to the right) around a common line; one row or more."""
+    most = max(max(lost, gained) for _, lost, gained in rows)
     left = 24 + 7 * max(len(name) for name, _, _ in rows)
-    width, bar, middle = 760, 30, 0.0
+    width, bar = 760, 30
     middle = left + (width - left) / 2
-    scale = (width - left - 110) / 2 / max(most, 1)
+    scale = ((width - left) / 2 - 80) / max(most, 1)
     parts = [f'<line x1={middle} x2={middle} y1=0 y2={bar * len(rows) + 4} class="grid zero" />']
     for k, (name, lost, gained) in enumerate(rows):
         y = 5 + k * bar
         parts.append(
             f'<text x={left - 12} y={y + 15} class="end strong">{text(name)}</text>'
-            f'<rect x={middle - lost * scale:.1f} y={y} width={lost * scale:.1f} height=20 class="fill s1" />'
-            f'<rect x={middle - lost * scale:.1f} y={y} width={lost * scale:.1f} height=20 fill="url(#p1)" />'
+            f"{_patterned(f'x={middle - lost * scale:.1f} y={y} width={lost * scale:.1f} height=20', 1)}"
             f'<rect x={middle:.1f} y={y} width={gained * scale:.1f} height=20 class="fill s0" />'
             f"<text x={middle - lost * scale - 7:.1f} y={y + 15} class=end>{lost} lost</text>"
             f"<text x={middle + gained * scale + 7:.1f} y={y + 15}>{gained} gained</text>"
         )
-    return (
-        f'<figure class=wide><svg viewBox="0 0 {width} {bar * len(rows) + 8}" role=img aria-label="item flips">'
-        f"{''.join(parts)}</svg></figure>"
-    )
+    return _figure("wide", width, bar * len(rows) + 8, "item flips", "".join(parts))
 
 
 def patterns() -> str:

@@ -1,8 +1,8 @@
 """The sections of report.html, from `result.json`, the rows of metrics.jsonl and sample completions.
 
-Every section draws what is there and says what is not: a partial or interrupted run, NaN and missing keys all render.
-All text that comes from a run (completions above all) is escaped, and the page forbids scripts and external resources
-by its own policy.
+Every section draws what is there, and the page names those that have nothing to draw: a partial or interrupted run, NaN
+and missing keys all render. All text that comes from a run (completions above all) is escaped, and the page forbids
+scripts and external resources by its own policy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import JsonValue
 
 from omni_fast.report import charts
 from omni_fast.report.charts import Cell, Line, Mark, MarkRow, Stack, text
-from omni_fast.report.verdict import headline, listing, mapping, names, number, points, sentences, span
+from omni_fast.report.verdict import brief, headline, listing, mapping, names, number, points, sentences, span, typeset
 
 Json = Mapping[str, JsonValue]
 Rows = Sequence[Json]
@@ -44,6 +44,9 @@ def render(result: Json, metrics: Rows, samples: Rows) -> str:
         ("How it was measured", "", _setting(result)),
     ]
     drawn = "".join(_section(title, note, body) for title, note, body in sections if body)
+    missing = [title for title, _, body in sections if not body]
+    if missing:
+        drawn += _section("Not there yet", "", f"<p>Nothing was recorded for: {text(', '.join(missing))}.</p>")
     css = resources.files("omni_fast.report").joinpath("page.css").read_text(encoding="utf-8")
     head = headline(result)
     tasks = ", ".join(names(result.get("tasks"))) or "no tasks"
@@ -54,9 +57,9 @@ def render(result: Json, metrics: Rows, samples: Rows) -> str:
         f"<title>omni_fast: {text(tasks)}</title><style>{css}</style></head><body>{charts.patterns()}<main>"
         f"<header><p class=kicker>omni_fast report · {text(_kicker(result))}</p><h1>{text(head.text)}</h1></header>"
         f"{_status(result)}{_tiles(result)}{drawn}"
-        "<footer>Intervals are 95 %. They hold the noise of the test items, not that of the training seed: a run with another"
-        " seed can differ by more. The order was decided on the split <i>select</i>; the scores reported as results come from"
-        " the split <i>test</i>, which decides nothing.</footer></main></body></html>"
+        "<footer>Intervals are 95 %. They hold the noise of the test items, not that of the training seed: another seed can"
+        " differ by more. The order was decided on the split <i>select</i>; results come from the split <i>test</i>, which"
+        " decides nothing.</footer></main></body></html>"
     )
 
 
@@ -74,13 +77,11 @@ FORECAST_NOTE = (
     "The forecast adds the measured transfer of every later task to the score a task reached in its own run. It was"
 )
 FORECAST_NOTE += " made on the split select before the curriculum ran; realised scores are those of the split test."
-CURVE_NOTE = (
-    "Mean reward of the samples of a step. Curves of one task share a panel: its own run and its curriculum stage."
-)
+CURVE_NOTE = "Mean reward of the samples of a step. Curves of one task share a panel: its own run and its stage."
 ENTROPY_NOTE = (
     "Mean token entropy of the policy's samples, in nats. A collapse in one stage limits what later stages can explore."
 )
-FLIP_NOTE = "Test items answered before and no longer (lost), and the other way round (gained). A net change of 0 can hide many."
+FLIP_NOTE = "Test items solved before and no longer (lost), and the other way round (gained). A net 0 can hide many."
 SAMPLE_NOTE = "The same prompts, answered by the initial and by the final policy."
 
 
@@ -101,7 +102,8 @@ def _status(result: Json) -> str:
         return ""
     words = {"interrupted": "This run was interrupted.", "running": "This run is still going."}
     sentence = words.get(str(status), f"State of the run: {status}.")
-    return f"<p class=status><b>{text(sentence)}</b> The page shows what was measured up to here; the same command resumes it.</p>"
+    rest = "The page shows what was measured up to here; the same command resumes it."
+    return f"<p class=status><b>{text(sentence)}</b> {rest}</p>"
 
 
 def _tiles(result: Json) -> str:
@@ -133,7 +135,7 @@ def _tiles(result: Json) -> str:
 def _verdict(result: Json) -> str:
     found = sentences(result)
     if not found:
-        return "<p class=dim>Nothing that could be judged has been measured yet.</p>"
+        return ""
     return f"<ul class=verdict>{''.join(f'<li class={s.tone}>{text(s.text)}</li>' for s in found)}</ul>"
 
 
@@ -141,7 +143,7 @@ def _matrix(result: Json) -> str:
     tasks = names(result.get("tasks"))
     base = mapping(result.get("base"))
     if not base:
-        return "<p class=dim>The initial policy has not been scored yet.</p>"
+        return ""
     rows = [("initial policy", [_score_cell(base.get(task)) for task in tasks])]
     for place, value in enumerate(listing(result.get("stages")), start=1):
         stage = mapping(value)
@@ -156,28 +158,31 @@ def _matrix(result: Json) -> str:
             (f"only {trained}", [_score_cell(mapping(row).get(task), outlined=task == trained) for task in tasks])
             for trained, row in single.items()
         ]
-        body += f"<h3>Single-task runs, each from the initial policy (split {text(split)})</h3>"
-        body += charts.heat_table(tasks, own_rows, scale=1.0, corner="policy \\ scored on")
+        alone = charts.heat_table(tasks, own_rows, scale=1.0, corner="policy \\ scored on")
+        body = (
+            f"<div class=beside><div><h3>The run, stage by stage</h3>{body}</div>"
+            f"<div><h3>Each task alone, from the initial policy (split {text(split)})</h3>{alone}</div></div>"
+        )
     return body
 
 
 def _score_cell(value: JsonValue, outlined: bool = False) -> Cell:
     score = mapping(value)
     x = number(score.get("value"))
-    return Cell(x, points(x, signed=False), span(score, signed=False), outlined)
+    return Cell(x, points(x, signed=False), brief(score, signed=False), outlined)
 
 
 def _transfer(result: Json) -> str:
     tasks, matrix = names(result.get("tasks")), mapping(result.get("transfer"))
     if not matrix:
-        return "<p class=dim>Transfer is known once every task has had its own run.</p>"
+        return ""
     rows, effects = [], []
     for trained in tasks:
         row, cells = mapping(matrix.get(trained)), []
         for scored in tasks:
             effect = mapping(row.get(scored))
             x = number(effect.get("value"))
-            cells.append(Cell(x, points(x), span(effect), trained == scored))
+            cells.append(Cell(x, points(x), brief(effect), trained == scored))
             if trained != scored and math.isfinite(x):
                 effects.append((f"{trained} → {scored}", effect))
         rows.append((trained, cells))
@@ -204,11 +209,11 @@ def _mark(score: Json, style: int, hollow: bool = False) -> Mark:
 def _order(result: Json) -> str:
     order = names(result.get("order"))
     if not order:
-        return "<p class=dim>The order is solved once transfer is known.</p>"
+        return ""
     body = f"<div class=order>{'<i>→</i>'.join(f'<span>{text(task)}</span>' for task in order)}</div>"
     statement = result.get("statement")
     if isinstance(statement, str) and statement:
-        body += f"<p>{text(statement.replace('->', '→'))}</p>"
+        body += f"<p>{text(typeset(statement))}</p>"
     facts = [("found by", text(str(result.get("order_method", "–"))))]
     probability = number(result.get("order_probability"))
     if math.isfinite(probability):
@@ -240,18 +245,18 @@ def _order(result: Json) -> str:
 def _forecast(result: Json) -> str:
     tasks, forecast, final = names(result.get("tasks")), mapping(result.get("forecast")), mapping(result.get("final"))
     if not forecast:
-        return "<p class=dim>There is no forecast before transfer is known.</p>"
+        return ""
     ratio, base = mapping(result.get("forecast_multiplicative")), mapping(result.get("base"))
     rows = []
     for task in tasks:
         marks = [_mark(mapping(base.get(task)), 7, True), _mark(mapping(forecast.get(task)), 2)]
         if ratio:
-            marks.append(_mark(mapping(ratio.get(task)), 3, True))
+            marks.append(_mark(mapping(ratio.get(task)), 1, True))
         marks.append(_mark(mapping(final.get(task)), 0))
         off = number(mapping(forecast.get(task)).get("value")) - number(mapping(final.get(task)).get("value"))
         rows.append(MarkRow(task, marks, f"forecast {points(off)} off" if math.isfinite(off) else "not realised yet"))
     keys = [("initial policy", 7, True), ("forecast (differences)", 2, False)]
-    keys += [("forecast (ratios)", 3, True)] if ratio else []
+    keys += [("forecast (ratios)", 1, True)] if ratio else []
     keys += [("realised", 0, False)]
     body = charts.mark_rows(rows, keys=keys, label="score")
     table = []
@@ -265,8 +270,8 @@ def _forecast(result: Json) -> str:
             ["forecast", "points", "mean absolute", "bias", "root mean square", "Pearson", "Spearman"], table
         )
         body += (
-            "<p class=dim>Correlations are within task: each task's values are centred first, because the tasks' levels alone"
-            " would correlate.</p>"
+            "<p class=dim>Correlations are within task: each task's values are centred first, because the tasks' levels"
+            " alone would correlate.</p>"
         )
     return body
 
@@ -283,14 +288,20 @@ def _latest_steps(metrics: Rows) -> dict[str, list[Json]]:
 
 def _curves(result: Json, steps: Mapping[str, Rows], key: str, y_range: tuple[float, float] | None) -> str:
     by_task: dict[str, list[Line]] = {task: [] for task in names(result.get("tasks"))}
+    reused = {
+        str(mapping(s).get("task")): k
+        for k, s in enumerate(listing(result.get("stages")), start=1)
+        if mapping(s).get("reused") is True
+    }
     for stage, rows in steps.items():
         for task in dict.fromkeys(str(row.get("task", "")) for row in rows):
             own = [row for row in rows if str(row.get("task", "")) == task]
             lines = by_task.setdefault(task, [])
             xs, ys = [number(row.get("step")) for row in own], [number(row.get(key)) for row in own]
-            lines.append(Line(_stage_name(stage), xs, ys, len(lines)))
+            also = f", also stage {reused[task]}" if stage == f"single:{task}" and task in reused else ""
+            lines.append(Line(_stage_name(stage) + also, xs, ys, len(lines)))
     if not any(by_task.values()):
-        return "<p class=dim>No step has been recorded yet.</p>"
+        return ""
     ys = [y for lines in by_task.values() for line in lines for y in line.ys if math.isfinite(y)]
     if y_range is None:
         y_range = (0.0, max(ys)) if ys and max(ys) > 0 else None
@@ -302,7 +313,8 @@ def _curves(result: Json, steps: Mapping[str, Rows], key: str, y_range: tuple[fl
 
 def _stage_name(stage: str) -> str:
     kind, _, rest = stage.partition(":")
-    return {"single": "own run", "refresh": "refresh"}.get(kind, f"{kind} stage {rest.split(':')[0]}" if rest else kind)
+    number_of = rest.split(":")[0]
+    return {"single": "own run", "refresh": "refresh"}.get(kind, f"{kind}, stage {number_of}" if rest else kind)
 
 
 def _probe(result: Json) -> str:
@@ -326,7 +338,7 @@ def _flips(result: Json) -> str:
         lost, gained = (number(mapping(flips.get(task)).get(key)) for key in ("lost", "gained"))
         if math.isfinite(lost) and math.isfinite(gained):
             rows.append((task, int(lost), int(gained)))
-    return charts.flip_bars(rows) if rows else "<p class=dim>Known once the final policy has been scored.</p>"
+    return charts.flip_bars(rows) if rows else ""
 
 
 def _samples(result: Json, samples: Rows) -> str:
@@ -338,7 +350,7 @@ def _samples(result: Json, samples: Rows) -> str:
         own = [sample for sample in samples if str(sample.get("task", "")) == task][:MAX_SAMPLES_PER_TASK]
         if own:
             body.append(f"<h3>{text(task)}</h3>{''.join(map(_sample, own))}")
-    return "".join(body) or "<p class=dim>No completions were kept.</p>"
+    return "".join(body)
 
 
 def _sample(sample: Json) -> str:

@@ -6,6 +6,7 @@ Each sentence names the number it rests on, and "rose" is said only when the pai
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -59,6 +60,19 @@ def span(score: Json, signed: bool = True) -> str:
     return f"{points(low, signed)} to {points(high, signed)}"
 
 
+def brief(score: Json, signed: bool = True) -> str:
+    """The interval with two decimals, for a cell."""
+    low, high = number(score.get("low")), number(score.get("high"))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return ""
+    return f"{low:+.2f} to {high:+.2f}".replace("-", "−") if signed else f"{low:.2f}–{high:.2f}"
+
+
+def typeset(sentence: str) -> str:
+    """A sentence of the decision with arrows and minus signs."""
+    return re.sub(r"-(?=\d)", "−", sentence.replace("->", "→"))
+
+
 def direction(gain: Json) -> Tone | None:
     """good: the whole interval above 0; bad: below 0; open: it holds 0; None: not measured."""
     low, high = number(gain.get("low")), number(gain.get("high"))
@@ -81,9 +95,11 @@ def headline(result: Json) -> Sentence:
     value, low_high = points(number(average.get("value"))), span(average)
     over = f"over {count} tasks" if count > 1 else "on the one task"
     if tone == "good":
-        return Sentence("good", f"The average test score {over} rose by {value} (95 % interval {low_high}).")
+        return Sentence(
+            "good", f"The average test score {over} rose by {value.lstrip('+')} (95 % interval {low_high})."
+        )
     if tone == "bad":
-        return Sentence("bad", f"The average test score {over} fell: {value} (95 % interval {low_high}).")
+        return Sentence("bad", f"The average test score {over} fell by {value.lstrip('−')} (95 % interval {low_high}).")
     return Sentence("open", f"The average test score {over} did not change beyond noise: {value} ({low_high}).")
 
 
@@ -124,7 +140,7 @@ def _order(result: Json) -> list[Sentence]:
         out.append(Sentence("open", f"The order that was run is not the solved one (it is: {method})."))
     if isinstance(statement, str) and statement:
         settled = result.get("order_settled") is True
-        out.append(Sentence("good" if settled else "open", statement.replace("->", "→")))
+        out.append(Sentence("good" if settled else "open", typeset(statement)))
     return out
 
 

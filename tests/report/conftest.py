@@ -32,9 +32,7 @@ def _moved(items: np.ndarray, target: float, rng: np.random.Generator) -> np.nda
 
 def _scores(rng: np.random.Generator, n: int) -> tuple[dict, dict]:
     base = {t: (rng.random(n) < p).astype(float) for t, p in BASE.items()}
-    single = {
-        i: {j: _moved(base[j], OWN[j] if i == j else BASE[j] + EFFECT[i][j], rng) for j in TASKS} for i in TASKS
-    }
+    single = {i: {j: _moved(base[j], OWN[j] if i == j else BASE[j] + EFFECT[i][j], rng) for j in TASKS} for i in TASKS}
     return base, single
 
 
@@ -71,8 +69,15 @@ def _metrics(rng: np.random.Generator, order: list[str]) -> list[dict]:
     return rows
 
 
+class FakeRun(tuple):
+    """A plain tuple that hypothesis can name without printing it all."""
+
+    def __repr__(self) -> str:
+        return "FakeRun(...)"
+
+
 @pytest.fixture(scope="session")
-def fake_run() -> tuple[dict, list[dict], list[dict]]:
+def fake_run() -> FakeRun:
     """(result, metrics, samples) of a finished four-task run."""
     rng = np.random.default_rng(11)
     base_select, single_select = _scores(rng, 100)
@@ -135,4 +140,4 @@ def fake_run() -> tuple[dict, list[dict], list[dict]]:
             "score_after": 0.5,
         },
     ]
-    return result, _metrics(rng, order), samples
+    return FakeRun((result, _metrics(rng, order), samples))

@@ -1,0 +1,242 @@
+"""The page: whole, partial and hostile input all render to well-formed, self-contained HTML."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omni_fast.errors import UserError
+from omni_fast.report import charts, render, write_report
+from omni_fast.report.result import assemble, validate_result
+from omni_fast.report.verdict import headline, sentences
+
+VOID = {"meta"}
+
+
+class Checker(HTMLParser):
+    """Collects tags and text, and fails on an unbalanced tree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            assert not name.startswith("on"), f"an event handler: {name}"
+            assert name not in ("src", "href"), f"an external reference: {value}"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def check(page: str) -> str:
+    """Well-formed, no script, no NaN in a drawing; returns the visible text."""
+    checker = Checker()
+    checker.feed(page)
+    assert not checker.open
+    assert "script" not in checker.tags
+    drawings = "".join(re.findall(r"<svg.*?</svg>", page, re.S))
+    assert not re.search(r"\bnan\b|\binf\b", re.sub(r'<(text|title)[^>]*>.*?</\1>|aria-label="[^"]*"', "", drawings)), (
+        "a NaN coordinate"
+    )
+    assert "url(http" not in page and "@import" not in page
+    return " ".join(checker.words)
+
+
+def test_full_report(fake_run, tmp_path):
+    result, metrics, samples = fake_run
+    path = tmp_path / "report.html"
+    write_report(result, metrics, samples, path)
+    page = path.read_text(encoding="utf-8")
+    words = check(page)
+    for part in ("Accuracy matrix", "Transfer", "The order", "Forecast against realised", "Entropy", "Item flips"):
+        assert part in words
+    assert "bubblewrap" in words and "frozen base" in words and "12 min 41 s" in words and "2.13.0" in words
+    assert "<script>alert('sea')" in words, "the completion is shown as text"
+    assert "Not there yet" not in words
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    assert len(page) < 300_000
+
+
+def test_headline_and_sentences_follow_the_intervals(fake_run):
+    result, _, _ = fake_run
+    assert headline(result).tone == "good" and "rose by 0." in headline(result).text
+    found = " ".join(s.text for s in sentences(result))
+    assert "Rose: math" in found and "Did not rise beyond noise: writing" in found
+    assert ("cannot tell" in found) == (not result["order_settled"])
+    worse = copy.deepcopy(result)
+    worse["intervals"]["gain_average"] = {"value": -0.05, "n": 400, "low": -0.08, "high": -0.02}
+    assert headline(worse).tone == "bad" and "fell by 0.050" in headline(worse).text
+    open_ = copy.deepcopy(result)
+    open_["intervals"]["gain_average"] = {"value": 0.01, "n": 400, "low": -0.02, "high": 0.04}
+    assert headline(open_).tone == "open" and "beyond noise" in headline(open_).text
+
+
+def test_warnings_and_dropped_items_are_said(fake_run):
+    result = {**fake_run[0], "warnings": ["code ran without isolation"], "items_dropped": {"writing": 3, "math": 0}}
+    words = check(render(result, [], []))
+    assert "code ran without isolation" in words and "has no score for them: writing 3." in words
+
+
+def test_every_missing_key_renders(fake_run):
+    result, metrics, samples = fake_run
+    for key in result:
+        partial = {k: v for k, v in result.items() if k != key}
+        check(render(partial, metrics, samples))
+        check(render({**result, key: None}, metrics, samples))
+    words = check(render({}, [], []))
+    assert "not finished" in words and "Not there yet" in words
+
+
+def test_interrupted_run_after_the_second_single_run(fake_run):
+    result, metrics, _ = fake_run
+    partial = {key: result[key] for key in ("tasks", "base")}
+    partial |= {"status": "interrupted", "single": {t: result["single"][t] for t in ("math", "code")}}
+    words = check(render(partial, metrics[:20], []))
+    assert "interrupted" in words and "only code" in words and "resumes" in words
+
+
+def test_null_scores_and_nan_metrics_render(fake_run):
+    result, metrics, samples = copy.deepcopy(fake_run)
+    nothing = {"value": None, "n": 0, "low": None, "high": None}
+    result["final"]["code"] = result["forecast"]["qa"] = result["stages"][1]["scores"]["math"] = nothing
+    result["intervals"]["gain"]["code"] = nothing
+    result["transfer"]["math"]["qa"] = nothing
+    for row in metrics[::3]:
+        row["reward"] = math.nan
+        row["entropy"] = None
+        row["grad_norm"] = math.inf
+        row.pop("seconds", None)
+    words = check(render(result, metrics, samples))
+    assert "Not measured: code" in words
+
+
+def test_repeated_steps_of_a_resume_count_once(fake_run):
+    result, metrics, _ = fake_run
+    single = [row for row in metrics if row["stage"] == "single:math"]
+    again = [{**row, "invalid": 0} for row in single[5:]]
+    words = check(render(result, single + again, []))
+    assert re.search(r"single:math\s+14\s", words)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.data())
+@settings(max_examples=80, deadline=None)
+def test_any_json_in_any_place_renders(fake_run, data):
+    """A damaged result.json costs its sections, never the page."""
+    result, metrics, samples = fake_run
+    keys = data.draw(st.lists(st.sampled_from(sorted(result)), max_size=4))
+    damaged = {**result, **{key: data.draw(json_values, key) for key in keys}}
+    row = {**metrics[0], **data.draw(st.dictionaries(st.sampled_from(sorted(metrics[0])), json_values, max_size=3))}
+    sample = {**samples[0], **data.draw(st.dictionaries(st.sampled_from(sorted(samples[0])), json_values, max_size=3))}
+    check(render(damaged, [row, *metrics[:3]], [sample]))
+
+
+@given(st.text())
+@settings(max_examples=40, deadline=None)
+def test_completions_are_escaped(fake_run, answer):
+    result, _, _ = fake_run
+    hostile = {"task": "math</section>", "prompt": answer, "before": answer, "after": "</pre><script>" + answer}
+    page = render({**result, "judge": answer, "config": {"x": answer}}, [], [hostile])
+    check(page)
+    page.encode("utf-8")
+
+
+def test_surrogates_and_control_characters_are_written(fake_run, tmp_path):
+    result, _, _ = fake_run
+    path = tmp_path / "report.html"
+    write_report(result, [], [{"task": "math", "before": "a\ud800b\x00c\x1b[31m", "after": "ok"}], path)
+    assert "\x00" not in path.read_text(encoding="utf-8")
+
+
+def test_a_failed_write_leaves_the_old_report(fake_run, tmp_path):
+    folder = tmp_path / "gone"
+    with pytest.raises(OSError):
+        write_report(fake_run[0], [], [], folder / "report.html")
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_other_numbers_of_tasks(count):
+    rng = np.random.default_rng(0)
+    names = [f"task {k}" for k in range(count)]
+
+    def items():
+        return {t: (rng.random(30) < 0.5) * 1.0 for t in names}
+
+    result = assemble(
+        names,
+        base_select=items(),
+        single_select={t: items() for t in names},
+        rows_test=[items() for _ in range(count + 1)],
+        trained=[(t, 3) for t in names],
+    )
+    metrics = [
+        {"event": "step", "stage": f"single:{t}", "task": t, "step": k, "reward": 0.1 * (k % 7)}
+        for t in names
+        for k in range(60)
+    ]
+    check(render(result, metrics, []))
+
+
+def test_axis_marks_cover_the_range():
+    for low, high in ((0, 1), (-0.37, 0.02), (3, 3), (1e-7, 2e-7), (0, 123456)):
+        marks = charts.ticks(low, high)
+        assert marks[0] <= low + 1e-12 and marks[-1] >= high - 1e-12 and 2 <= len(marks) <= 9
+
+
+def test_result_is_valid_and_names_what_is_not(fake_run):
+    result, _, _ = fake_run
+    checked = validate_result(result)
+    assert checked.order == result["order"] and checked.bwt.n > 0
+    with pytest.raises(UserError, match="bwt"):
+        validate_result({k: v for k, v in result.items() if k != "bwt"})
+    with pytest.raises(UserError, match=r"base\.math"):
+        validate_result({**result, "base": {"math": {"value": 1}}})
+
+
+def test_assemble_grows_with_what_is_known(fake_run):
+    names = ["a", "b"]
+    x, y = np.zeros(10), np.ones(10)
+    base = {"a": x, "b": x}
+    first = assemble(names, base_select=base, single_select={"a": {"a": y, "b": x}}, rows_test=[base])
+    assert "transfer" not in first and "final" not in first and first["single"]["a"]["a"]["value"] == 1.0
+    single = {"a": {"a": y, "b": x}, "b": {"a": x, "b": y}}
+    rows = [base, {"a": y, "b": x}]
+    half = assemble(names, base_select=base, single_select=single, rows_test=rows, trained=[("a", 5), ("b", 5)])
+    assert "final" not in half and len(half["stages"]) == 1 and half["forecast"]["a"]["value"] == 1.0
+    done = assemble(
+        names, base_select=base, single_select=single, rows_test=[*rows, {"a": y, "b": y}], trained=[("a", 5), ("b", 5)]
+    )
+    assert done["bwt"]["value"] == 0.0 and done["flips"]["a"] == {"lost": 0, "gained": 10}
+    assert done["intervals"]["gain_average"]["value"] == 1.0
+    joint = assemble(names, rows_test=[base, {"a": y, "b": y}], trained=[("joint", 10)])
+    assert joint["bwt"]["value"] is None and joint["final"]["a"]["value"] == 1.0
+    user = assemble(
+        names, base_select=base, single_select=single, order=["b", "a"], order_method="user", trained=[("b", 1)]
+    )
+    assert user["order"] == ["b", "a"] and user["solved_order"] == ["a", "b"] and user["order_method"] == "user"
