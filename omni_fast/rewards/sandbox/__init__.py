@@ -11,20 +11,35 @@ Limits: what the kernel and the interpreter of the backend guarantee; docs/sandb
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Protocol, Self
 
 from omni_fast.errors import UserError
 from omni_fast.rewards.sandbox.job import OUTCOMES, Call, Job, Limits, Outcome
+from omni_fast.rewards.sandbox.monty import MontyJail
 from omni_fast.rewards.sandbox.process import Jail, JailError
 from omni_fast.rewards.sandbox.wire import Data, WireError, decode, encode
 
-__all__ = ["OUTCOMES", "Call", "Data", "Job", "Limits", "Outcome", "Sandbox", "WireError", "decode", "encode"]
+__all__ = [
+    "OUTCOMES",
+    "Call",
+    "Data",
+    "JailError",
+    "Job",
+    "Limits",
+    "Outcome",
+    "Sandbox",
+    "WireError",
+    "decode",
+    "encode",
+]
 
 log = logging.getLogger(__name__)
 
@@ -40,26 +55,34 @@ LAYERS = {
         "output cap",
         "wall clock",
     ),
+    "monty": (
+        "data-only protocol",
+        "own interpreter in a separate process: no files, network, processes or machine code",
+        "time, memory and recursion limits",
+        "output cap",
+        "wall clock",
+    ),
     "unsafe": ("data-only protocol", "no_new_privs", "seccomp allow-list", "rlimits", "output cap", "wall clock"),
 }
 
-# What must come out of the jail's own mouth before it gets a sample: each function tries one thing and says what it
-# saw.
+# What a backend is asked before it gets a sample: each call tries one thing and says what it saw.
 PROBE = """
-import os, socket
 def tries(what):
     try:
+        import os
         if what == "fork": return os.fork() and "forked"
-        if what == "socket": return str(socket.socket())
         if what == "write": return str(open("/left-behind", "w"))
-        if what == "files":
-            return [path for path in ("/etc/passwd", "/root", "/home", "/proc/self", "/sys") if os.path.exists(path)]
+        if what == "files": return [path for path in ("/etc/passwd", "/home", "/proc/self", "/sys") if os.path.exists(path)]
         if what == "root": return os.getuid() == 0
+        if what == "socket":
+            import socket
+            return str(socket.socket())
         return what
-    except OSError:
+    except Exception:
         return "denied"
 """
-PROBE_EXPECTED = {"fork": "denied", "socket": "denied", "write": "denied", "files": [], "root": False, "plain": "plain"}
+PROBE_ASKS = ("fork", "write", "files", "root", "socket", "plain")
+PROBE_REFUSALS: tuple[Data, ...] = ("denied", [], False)
 
 
 class Backend(Protocol):
@@ -69,17 +92,28 @@ class Backend(Protocol):
 
     def run(self, job: Job) -> list[Call]: ...
 
+    def session(self, source: str, entry: str) -> AbstractContextManager[Callable[[tuple[Data, ...]], Call]]: ...
+
     def stop(self) -> None: ...
 
 
 class Sandbox:
     """A few jails behind one batch call. Safe to call from several threads."""
 
-    def __init__(self, workers: int | None = None, limits: Limits | None = None, unsafe: bool = False) -> None:
-        """workers: jails at the same time (default: one per usable core). unsafe: allow running without isolation."""
+    def __init__(
+        self,
+        workers: int | None = None,
+        limits: Limits | None = None,
+        unsafe: bool = False,
+        backends: Sequence[str] = ("bwrap", "monty"),
+    ) -> None:
+        """workers: jails at the same time (default: one per usable core). unsafe: allow running without isolation.
+
+        backends: what to try, in this order, before the unsafe one.
+        """
         self.workers = workers or len(os.sched_getaffinity(0))
         self.limits = limits or Limits()
-        self.unsafe = unsafe
+        self._names = [*backends, "unsafe"] if unsafe else list(backends)
         self.backend = ""
         self.refused: dict[str, str] = {}
         self.restarts = 0
@@ -91,11 +125,11 @@ class Sandbox:
         """Pick the first backend that starts and passes the probe. Raises UserError when there is none."""
         # The kernel kills a jail when the *thread* that started it ends, so jails start on threads that live as long.
         self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox")
-        for name, make in self._ladder():
-            jails = [make() for _ in range(self.workers)]
+        for name in self._names:
+            jails = [self._make(name) for _ in range(self.workers)]
             try:
                 list(self._threads.map(lambda jail: jail.start(), jails))
-                probe(jails[0], name)
+                probe(jails[0], isolated=name != "unsafe")
             except JailError as error:
                 self.refused[name] = str(error)
                 for jail in jails:
@@ -115,11 +149,8 @@ class Sandbox:
             "namespaces, or `pip install pydantic-monty`, or accept the risk with --unsafe"
         )
 
-    def _ladder(self) -> list[tuple[str, Callable[[], Backend]]]:
-        ladder: list[tuple[str, Callable[[], Backend]]] = [("bwrap", lambda: Jail(self.limits))]
-        if self.unsafe:
-            ladder.append(("unsafe", lambda: Jail(self.limits, isolate=False)))
-        return ladder
+    def _make(self, name: str) -> Backend:
+        return MontyJail(self.limits) if name == "monty" else Jail(self.limits, isolate=name == "bwrap")
 
     def run(self, jobs: Sequence[Job]) -> list[list[Call]]:
         """Outcomes of every call of every job, in order. Never raises for anything a job does."""
@@ -141,6 +172,23 @@ class Sandbox:
             except JailError as error:
                 jail.stop()
                 return [Call("infrastructure", detail=str(error))] * len(job.calls)
+        finally:
+            self._free.put(jail)
+
+    @contextlib.contextmanager
+    def session(self, source: str, entry: str) -> Iterator[Callable[[tuple[Data, ...]], Call]]:
+        """One child for calls whose arguments depend on earlier values: yields a function from arguments to outcome.
+
+        The limits hold for the session as a whole, the time between calls included. Raises JailError, at any call or
+        at the end, when the jail itself fails.
+        """
+        jail = self._free.get()
+        try:
+            with jail.session(source, entry) as call:
+                yield call
+        except JailError:
+            jail.stop()  # the next job finds it stopped and starts it
+            raise
         finally:
             self._free.put(jail)
 
@@ -173,9 +221,11 @@ class Sandbox:
         self.close()
 
 
-def probe(jail: Backend, name: str) -> None:
+def probe(jail: Backend, isolated: bool) -> None:
     """Let the backend try what it must not be able to do. Raises JailError with what it could do."""
-    calls = jail.run(Job(PROBE, "tries", [(what,) for what in PROBE_EXPECTED]))
-    for (what, expected), call in zip(PROBE_EXPECTED.items(), calls, strict=True):
-        if call.outcome != "ok" or (name != "unsafe" and call.value != expected):
-            raise JailError(f"probe {what!r} gave {call.outcome} {str(call.value)[:60]!r} {call.detail[:80]}".rstrip())
+    calls = jail.run(Job(PROBE, "tries", [(what,) for what in PROBE_ASKS]))
+    for what, call in zip(PROBE_ASKS, calls, strict=True):
+        if call.outcome != "ok":
+            raise JailError(f"probe {what!r}: {call.outcome} {call.detail[:80]}".rstrip())
+        if call.value != "plain" if what == "plain" else isolated and call.value not in PROBE_REFUSALS:
+            raise JailError(f"probe {what!r} was not refused: {str(call.value)[:80]}")

@@ -86,7 +86,19 @@ def command(jail_fd: int, wire_fd: int, argument: str) -> list[str]:
         line += ["--tmpfs", path, "--remount-ro", path]
     for name in ("lib", "lib64"):
         line += ["--symlink", f"usr/{name}", f"/{name}"]
-    line += ["--proc", "/proc", "--dir", "/tmp", "--dir", "/dev", "--dev-bind", "/dev/null", "/dev/null"]
+    line += [
+        "--proc",
+        "/proc",
+        "--dir",
+        "/tmp",
+        "--dir",
+        "/empty",
+        "--dir",
+        "/dev",
+        "--dev-bind",
+        "/dev/null",
+        "/dev/null",
+    ]
     line += ["--ro-bind-data", str(jail_fd), "/jail/jail.py", "--ro-bind-data", str(wire_fd), "/jail/wire.py"]
     # The root itself is a tmpfs of the jail's uid: left writable, it would carry files from job to job without a bound.
     line += ["--remount-ro", "/", "--chdir", "/"]

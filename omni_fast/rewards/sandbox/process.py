@@ -8,6 +8,7 @@ killed and started anew.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -134,17 +135,50 @@ class Jail:
             return [Call("error", detail=str(error))] * len(job.calls)
         self._write_frame(b"J", b"\n".join(lines) + b"\n")
         deadline = time.monotonic() + self.limits.wall_s + GRACE_S
-        output = bytearray()
-        while True:
-            kind, payload = self._read_frame(deadline)
-            if kind == b"X":
-                return read_calls(bytes(output), parse_exit(payload), len(job.calls), self.limits)
-            output += payload
-            if len(output) > self.limits.output_bytes:
-                raise JailError("more output than the fork-server lets through")
+        replies = Replies(len(job.calls))
+        while (end := self._advance(replies, deadline)) is None:
+            pass
+        return replies.finish(end, self.limits)
+
+    @contextlib.contextmanager
+    def session(self, source: str, entry: str) -> Iterator[Callable[[tuple[Data, ...]], Call]]:
+        """One child for calls that depend on each other's values: yields a function from arguments to outcome.
+
+        The limits hold for the session as a whole, the caller's own time included. Raises JailError, also at its end.
+        """
+        deadline = time.monotonic() + self.limits.wall_s + GRACE_S
+        replies = Replies(None)
+        end: Exit | None = None
+        self._write_frame(b"S", _first_line(source, entry, self.limits) + b"\n")
+
+        def call(args: tuple[Data, ...]) -> Call:
+            nonlocal end
+            number = len(replies.calls)
+            line = wire.dumps(args) + b"\n"
+            if end is None and replies.failure is None:
+                self._write_frame(b"C", line)
+            while len(replies.calls) == number and replies.failure is None and end is None:
+                end = self._advance(replies, deadline)
+            if len(replies.calls) == number:
+                replies.calls.append(replies.failure or unanswered(end, self.limits))
+            return replies.calls[number]
+
+        yield call
+        self._write_frame(b"E", b"")
+        while end is None:
+            end = self._advance(Replies(None), deadline)
+
+    def _advance(self, replies: Replies, deadline: float) -> Exit | None:
+        """Take one frame in; the report of the child's end when it was that."""
+        kind, payload = self._read_frame(deadline)
+        if kind == b"X":
+            return parse_exit(payload)
+        replies.feed(payload, self.limits.output_bytes)
+        return None
 
     def _write_frame(self, kind: bytes, payload: bytes) -> None:
-        assert self._socket is not None
+        if self._socket is None:
+            raise JailError("the jail does not run")
         self._socket.settimeout(self.limits.wall_s + GRACE_S)
         try:
             self._socket.sendall(struct.pack("<Ic", len(payload), kind) + payload)
@@ -208,51 +242,72 @@ def parse_exit(payload: bytes) -> Exit:
     raise JailError("a report without its fields")
 
 
-def read_calls(output: bytes, end: Exit, count: int, limits: Limits) -> list[Call]:
-    """The child's lines and its end -> one outcome a call. Total: any bytes give `count` outcomes.
+class Replies:
+    """The child's lines -> one outcome a call, in order. Total: any bytes give outcomes.
 
     A line can claim any value, which is worth nothing unless it is the right answer; it cannot claim to be right.
-    Raises JailError only where the child reports that its own set-up failed.
     """
-    calls: list[Call] = []
-    lines = output.split(b"\n")
-    tail = lines.pop()  # a complete output ends with a newline
-    for number, line in enumerate(lines):
-        match _read_line(line):
-            case ["setup", "infrastructure", str(detail)] if number == 0:
-                raise JailError(detail)
-            case ["load", "ok", _] if number == 0:
-                continue
-            case ["load", "error" | "memory" as outcome, str(detail)] if number == 0:
-                return [Call(outcome, detail=detail[:200])] * count
-            case [int(index), "ok", value] if index == len(calls) < count and number > 0:
-                calls.append(Call("ok", value))
-            case [int(index), "error" | "memory" as outcome, str(detail)] if index == len(calls) < count and number > 0:
-                calls.append(Call(outcome, detail=detail[:200]))
-            case _:
-                return calls + [Call("protocol", detail="a line that is not a reply")] * (count - len(calls))
-    missing = count - len(calls)
-    if not missing:
-        return calls
-    return calls + [_unanswered(end, limits, bool(tail))] * missing
+
+    def __init__(self, count: int | None) -> None:
+        """count: how many calls were asked for; None in a session, where they come one by one."""
+        self.count = count
+        self.calls: list[Call] = []
+        self.failure: Call | None = None  # the fate of all calls that follow
+        self._loaded = False
+        self._tail = b""
+        self._size = 0
+
+    def feed(self, chunk: bytes, limit: int) -> None:
+        """Raises JailError where the fork-server lets more through than it may, or says that its own set-up failed."""
+        self._size += len(chunk)
+        if self._size > limit:
+            raise JailError("more output than the fork-server lets through")
+        *lines, self._tail = (self._tail + chunk).split(b"\n")
+        for line in lines:
+            if self.failure is None:
+                self._take(line)
+
+    def _take(self, line: bytes) -> None:
+        try:
+            fields = wire.loads(line)
+        except wire.WireError as error:
+            fields = str(error)
+        if not self._loaded:
+            match fields:
+                case ["setup", "infrastructure", str(detail)]:
+                    raise JailError(detail)
+                case ["load", "ok", _]:
+                    self._loaded = True
+                    return
+                case ["load", "error" | "memory" as outcome, str(detail)]:
+                    self.failure = Call(outcome, detail=detail[:200])
+                    return
+        elif self.count is None or len(self.calls) < self.count:
+            match fields:
+                case [int(index), "ok", value] if index == len(self.calls):
+                    self.calls.append(Call("ok", value))
+                    return
+                case [int(index), "error" | "memory" as outcome, str(detail)] if index == len(self.calls):
+                    self.calls.append(Call(outcome, detail=detail[:200]))
+                    return
+        self.failure = Call("protocol", detail="a line that is not a reply")
+
+    def finish(self, end: Exit, limits: Limits) -> list[Call]:
+        """The outcomes of all `count` calls, now that the child has ended."""
+        missing = (self.count or 0) - len(self.calls)
+        return self.calls + [self.failure or unanswered(end, limits, bool(self._tail))] * missing
 
 
-def _read_line(line: bytes) -> Data:
-    try:
-        return wire.loads(line)
-    except wire.WireError:
-        return None
-
-
-def _unanswered(end: Exit, limits: Limits, cut_line: bool) -> Call:
+def unanswered(end: Exit | None, limits: Limits, cut_line: bool = False) -> Call:
     """Why the calls after the last reply have none."""
-    if end.cut == "wall":
+    if end is None or end.cut == "wall":
         return Call("timeout", detail="wall clock")
     if end.cut == "output":
         return Call("protocol", detail="output limit")
-    if end.signal and end.cpu_s >= 0.9 * limits.cpu_s:  # the kernel answers RLIMIT_CPU with SIGXCPU or SIGKILL
+    # The kernel answers RLIMIT_CPU with SIGKILL, by its own coarse clock: hence half. Nobody in the jail can send signals.
+    if end.signal in (signal.SIGKILL, signal.SIGXCPU) and end.cpu_s >= 0.5 * limits.cpu_s:
         return Call("timeout", detail="CPU limit")
-    if end.signal == signal.SIGKILL:  # nobody in the jail may send signals: the kernel, for lack of memory
+    if end.signal == signal.SIGKILL:
         return Call("memory", detail="killed by the kernel")
     if end.signal:
         return Call("killed", detail=f"signal {end.signal}")

@@ -1,0 +1,110 @@
+"""The fallback where the kernel forbids user namespaces: pydantic-monty, a Python interpreter written in Rust.
+
+Its worker is a process that executes no machine code of the sample's making and opens no file, socket or process; time
+and memory are limited inside, and a stuck worker is killed from outside. The price is the language: no classes of some
+kinds, a small standard library. 162 of HumanEval's 164 reference solutions run.
+Optional: `pip install pydantic-monty`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from omni_fast.rewards.sandbox import wire
+from omni_fast.rewards.sandbox.job import Call, Job, Limits
+from omni_fast.rewards.sandbox.process import JailError
+from omni_fast.rewards.sandbox.wire import Data
+
+if TYPE_CHECKING:
+    from pydantic_monty import Monty
+
+_STARTING = threading.Lock()  # it looks its program up through sysconfig, whose first use two threads must not share
+MAX_MEMORY = 64 << 20  # a value is built in this process before its size can be looked at
+
+
+class MontyJail:
+    """One interpreter process. For one thread at a time."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._pool: Monty | None = None
+
+    def start(self) -> None:
+        """Raises JailError when the package is missing or its worker does not start."""
+        self.stop()
+        try:
+            pydantic_monty = importlib.import_module("pydantic_monty")
+        except ImportError:
+            raise JailError("pydantic-monty is not installed") from None
+        try:
+            with _STARTING:
+                pool = pydantic_monty.Monty(max_processes=1, request_timeout=self.limits.wall_s)
+                pool.__enter__()
+        except (OSError, RuntimeError, pydantic_monty.MontyError) as error:
+            raise JailError(f"the interpreter does not start: {error}") from None
+        self._pool = pool
+
+    def stop(self) -> None:
+        if self._pool is not None:
+            self._pool.__exit__(None, None, None)
+            self._pool = None
+
+    def run(self, job: Job) -> list[Call]:
+        """All calls of one job. Raises JailError when the interpreter cannot be had."""
+        calls: list[Call] = []
+        with self.session(job.source, job.entry) as call:
+            for args in job.calls:
+                lost = bool(calls) and calls[-1].outcome in ("timeout", "killed")
+                calls.append(calls[-1] if lost else call(tuple(args)))
+        return calls
+
+    @contextlib.contextmanager
+    def session(self, source: str, entry: str) -> Iterator[Callable[[tuple[Data, ...]], Call]]:
+        """Yields a function from arguments to outcome. Raises JailError when the interpreter cannot be had."""
+        import pydantic_monty
+
+        if self._pool is None:
+            raise JailError("the interpreter does not run")
+        limits = pydantic_monty.ResourceLimits(
+            max_feed_duration_secs=float(self.limits.cpu_s),
+            max_memory=min(self.limits.memory_bytes, MAX_MEMORY),
+            max_suspensions=100,
+        )
+        policy = pydantic_monty.OSPolicy(random_start={"seed": 0}, sleep="zero")
+        deadline = time.monotonic() + self.limits.wall_s
+        checkout = self._pool.checkout(limits=limits, os_policy=policy)
+
+        def feed(code: str, **inputs: Data) -> Call:
+            if time.monotonic() > deadline:
+                return Call("timeout", detail="wall clock")
+            try:
+                value = session.feed_run(code, inputs=inputs, print_callback=lambda stream, text: None)
+                # Through the encoding and back: the same types, and the same refusals, as from the other backend.
+                line = wire.dumps(value)
+                if len(line) > self.limits.output_bytes:
+                    return Call("protocol", detail="output limit")
+                return Call("ok", wire.loads(line))
+            except pydantic_monty.MontyCrashedError as error:
+                return Call("timeout" if error.timed_out else "killed", detail=str(error)[:200])
+            except pydantic_monty.MontyError as error:
+                kind = type(error.exception())
+                names = {TimeoutError: "timeout", MemoryError: "memory"}
+                return Call(names.get(kind, "error"), detail=str(error)[:200])  # type: ignore[arg-type]
+            except (wire.WireError, ValueError, TypeError) as error:
+                return Call("error", detail=str(error)[:200])
+
+        with checkout as session:
+            if len(source) > self.limits.source_chars or not entry.isidentifier():
+                loaded = Call("error", detail="source too long or no function name")
+            else:
+                loaded = feed(source + "\nNone")
+
+            def call(args: tuple[Data, ...]) -> Call:
+                return loaded if loaded.outcome != "ok" else feed(f"{entry}(*_arguments)", _arguments=args)
+
+            yield call
