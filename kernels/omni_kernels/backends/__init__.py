@@ -4,7 +4,7 @@ A backend is a module with these functions; logits are [N, V], bf16 or fp32, row
 
     reason_unavailable() -> str | None
     rows_forward(logits, targets, inv_temperature, softcap, want_entropy) -> (logp, entropy | None, lse), fp32 [N]
-    rows_backward_(logits, targets, lse, entropy, a, b, inv_temperature, softcap, z_loss=0.0) -> None, logits become dlogits
+    rows_backward_(logits, targets, lse, entropy, a, b, inv_temperature, softcap, z_loss=0.0)    logits become dlogits
 
 Rows whose target is -100 are never read: their outputs and gradients are 0.
 """

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from omni_kernels.losses import IGNORE
+from omni_kernels.spec import IGNORE
 
 BLOCK_BYTES = {"cpu": 8 << 20}  # a few rows: temporaries that stay in cache
 _DEVICE_BLOCK_BYTES = 256 << 20
@@ -59,7 +59,7 @@ def rows_backward_(
     softcap: float | None,
     z_loss: float | Tensor = 0.0,
 ) -> None:
-    """Overwrites logits [N, V] with dlogits; `z_loss` (scalar or [N]) is the weight of lse^2. Rows without gradient become 0."""
+    """Overwrites logits [N, V] with dlogits; z_loss (scalar or [N]) weighs lse^2. Rows without gradient become 0."""
     for block in _blocks(logits):
         z = _scaled(logits[block], inv_temperature, softcap, block)
         slope: Tensor | None = None

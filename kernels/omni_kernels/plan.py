@@ -1,0 +1,54 @@
+"""The memory dial: how many rows of logits a workspace holds, how many GEMMs that costs, and what it should take.
+
+Pure arithmetic: fits into a capacity planner as well as into `linear.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # default, of logits
+_DEFAULT_WORKSPACE = 64 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pass of head and loss over `rows` tokens.
+
+    chunk_rows: rows of logits that exist at a time; workspace_bytes: what they take.
+    gemms: matrix products of rows x hidden x vocab; 3, or 4 where logits are computed again for the gradient.
+    flops, traffic_bytes: of the GEMMs / of the logits and the accumulated weight gradient, beyond what the GEMMs stream.
+    """
+
+    rows: int
+    chunk_rows: int
+    workspace_bytes: int
+    gemms: int
+    flops: float
+    traffic_bytes: float
+
+    def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
+        """Predicted time on a machine with these measured ceilings: GEMMs and row passes one after the other."""
+        return self.flops / flops_per_s + self.traffic_bytes / bytes_per_s
+
+
+def plan(
+    rows: int, hidden: int, vocab: int, element_bytes: int, workspace_bytes: int | None = None, row_wise: bool = True,
+    device: str = "cpu",
+) -> Plan:  # fmt: skip
+    """The plan for rows x hidden x vocab; `row_wise`: the loss's gradient follows row by row (`losses.row_wise`).
+
+    workspace_bytes bounds the logits held at a time (None: the device's default); one row is the least it can be.
+    """
+    if workspace_bytes is None:
+        workspace_bytes = WORKSPACE_BYTES.get(device, _DEFAULT_WORKSPACE)
+    row_bytes = vocab * element_bytes
+    most = max(1, workspace_bytes // row_bytes)
+    chunks = max(1, -(-rows // most))
+    chunk_rows = max(1, -(-rows // chunks))
+    again = not row_wise and chunks > 1
+    gemms = 4 if again else 3
+    logits_passes = 5 + 2 * again  # written, read for the statistics, read and written for dlogits, read by dX and dW
+    weight_passes = 3 * (chunks - 1)  # an fp32 sum read and written, a partial product read
+    traffic = logits_passes * rows * row_bytes + weight_passes * vocab * hidden * 4.0
+    return Plan(rows, chunk_rows, chunk_rows * row_bytes, gemms, gemms * 2.0 * rows * hidden * vocab, traffic)
