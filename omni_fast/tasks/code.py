@@ -1,0 +1,195 @@
+"""Function synthesis: a stub with a description in the prompt, the body from the model, hidden inputs for the reward.
+
+Splits share no operation (`functions.OPERATIONS`), so held-out items ask for functions never trained on.
+The hidden inputs of the reward are drawn anew for every batch of completions, so a table of outputs cannot be learned;
+those of the metric are fixed by the item, so that two policies meet the same tests. The prompt shows no test.
+Limits: one function with one expression; bigger programs come with data of the user (`jsonl`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Mapping, Sequence
+
+from omni_fast.errors import UserError
+from omni_fast.rewards.code import Case, CodeVerifier, Tests
+from omni_fast.rewards.compose import Composition
+from omni_fast.rewards.sandbox import Data
+from omni_fast.rewards.score import Part, Score
+from omni_fast.tasks.base import Item, Json, Split
+from omni_fast.tasks.functions import OPERATIONS, Operation, draw, reference
+from omni_fast.tasks.splits import Sizes, partition, take
+
+LEVELS = ("default", "tiny")
+CASES = 10  # hidden tests of a sample
+ENTRY = "f"
+_CANDIDATES = 80  # inputs drawn, of which CASES are taken so that the expected values differ
+_COMMENTS = ("return {text}", "{text}", "gives {text}")
+_NAMES = {"n": ("n", "x", "number"), "s": ("s", "text", "word"), "items": ("items", "numbers", "values")}
+_TINY = (
+    "add_constant",
+    "subtract_constant",
+    "multiply_constant",
+    "modulo_constant",
+    "above_constant",
+    "below_constant",
+)
+_TINY_SIZES = Sizes(train=24, select=7, test=17)
+
+
+class CodeTask:
+    """Part `tests`: what the verifier gives for the hidden inputs. The metric: 1 when all are passed, else 0."""
+
+    def __init__(
+        self,
+        verifier: CodeVerifier,
+        *,
+        name: str = "code",
+        seed: int = 0,
+        level: str = "default",
+        sizes: Sizes | None = None,
+        max_new_tokens: int = 16,
+        system: str | None = None,
+    ) -> None:
+        """level: one of LEVELS. sizes, system: None takes the level's own."""
+        if level not in LEVELS:
+            raise UserError(f"code has no level {level!r}; use one of {', '.join(LEVELS)}")
+        self.name = name
+        self.max_new_tokens = max_new_tokens
+        self.system = ("" if level == "tiny" else "You write Python.") if system is None else system
+        self.composition = Composition("additive", {"tests": 1.0})
+        self.verifier = verifier
+        self.seed = seed
+        rng = random.Random(f"code:{level}:{seed}")
+        pools = _tiny_pools(rng) if level == "tiny" else _pools(rng)
+        self._items = take(name, pools, sizes or (_TINY_SIZES if level == "tiny" else Sizes()))
+
+    def items(self, split: Split) -> Sequence[Item]:
+        return self._items[split]
+
+    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
+        draws = [_digest(item, completions) for item in items]
+        return [Score({"tests": part}) for part in self._run(items, completions, draws)]
+
+    def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
+        parts = self._run(items, completions, ["metric"] * len(items))
+        return [None if part.value is None else float(part.value == 1.0) for part in parts]
+
+    def _run(self, items: Sequence[Item], completions: Sequence[str], draws: Sequence[str]) -> list[Part]:
+        tests = [
+            hidden_tests(item.answer, f"{self.seed}:{item.id}:{draw}") for item, draw in zip(items, draws, strict=True)
+        ]
+        return self.verifier.score([program(text) for text in completions], tests)
+
+
+def program(completion: str) -> str:
+    """The source in a reply that opens with our fence: up to the closing fence, or all of it when there is none."""
+    return completion.removeprefix("```python\n").split("```", 1)[0]
+
+
+def hidden_tests(answer: Mapping[str, Json], key: str) -> Tests:
+    """CASES calls with their expected values, a function of `key`; never all the same value.
+
+    Inputs are taken in turn from the groups of equal outcome: a boolean function is asked for both, half and half.
+    """
+    rng = random.Random(key)
+    kinds, expression = str(answer["arguments"]), str(answer["expression"])
+    parameters = tuple(str(answer["parameters"]).split(", "))
+    function = reference(parameters, expression)
+    groups: dict[str, list[tuple[Data, ...]]] = {}
+    for _ in range(_CANDIDATES):
+        arguments = tuple(draw(kind, rng) for kind in kinds)
+        groups.setdefault(repr(function(*arguments)), []).append(arguments)
+    queues = list(groups.values())
+    chosen = [queues[turn % len(queues)].pop() for turn in range(min(CASES, len(queues)))]
+    while len(chosen) < CASES:
+        queues = [queue for queue in queues if queue]
+        chosen += [queue.pop() for queue in queues[: CASES - len(chosen)]]
+    return Tests(ENTRY, tuple(Case(arguments, function(*arguments)) for arguments in chosen))
+
+
+def _digest(item: Item, completions: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join((item.id, *completions)).encode("utf-8", "replace")).hexdigest()
+
+
+def _pools(rng: random.Random) -> dict[Split, list[Item]]:
+    """Operations in turn, each with its constants, parameter names and wordings in random order."""
+    shares: dict[Split, float] = {"train": 0.5, "select": 0.15, "test": 0.35}
+    pools: dict[Split, list[Item]] = {}
+    for split, operations in partition(OPERATIONS, shares, rng).items():
+        queues = []
+        for operation in operations:
+            variants = [
+                _item(operation, constant, rename, comment)
+                for constant in operation.constants or ("",)
+                for rename in range(len(_renamings(operation)))
+                for comment in range(len(_COMMENTS))
+            ]
+            rng.shuffle(variants)
+            queues.append(variants)
+        rounds = range(max(map(len, queues)))
+        pools[split] = [queue[turn] for turn in rounds for queue in queues if turn < len(queue)]
+    return pools
+
+
+def _renamings(operation: Operation) -> list[tuple[str, ...]]:
+    parameters = operation.parameters
+    if len(parameters) == 1:
+        return [(name,) for name in _NAMES[parameters[0]]]
+    return [parameters, ("x", "y", "z")[: len(parameters)], ("p", "q", "r")[: len(parameters)]]
+
+
+def _item(operation: Operation, constant: int | str, rename: int, comment: int) -> Item:
+    names = dict(zip(operation.parameters, _renamings(operation)[rename], strict=True))
+
+    def filled(text: str) -> str:
+        words = r"\b(?:" + "|".join(names) + r")\b(?!')"  # not the letter inside a quoted constant
+        return re.sub(words, lambda match: names[match.group()], text).replace("{k}", str(constant))
+
+    signature = f"def {ENTRY}({', '.join(names.values())}):"
+    text, expression = filled(operation.text), filled(operation.expression)
+    answer: dict[str, Json] = {
+        "operation": operation.name,
+        "arguments": operation.arguments,
+        "parameters": ", ".join(names.values()),
+        "expression": expression,
+    }
+    return Item(
+        f"{operation.name}/{constant}/{rename}/{comment}",
+        f"Complete in one line:\n{signature}  # {_COMMENTS[comment].format(text=text)}",
+        answer,
+        f"```python\n{signature}\n    return",
+    )
+
+
+def _tiny_pools(rng: random.Random) -> dict[Split, list[Item]]:
+    """ "n + 3" from "n plus 3": splits share no pair of operation and constant."""
+    chosen = [
+        (operation, constant) for operation in OPERATIONS if operation.name in _TINY for constant in operation.constants
+    ]
+    shares: dict[Split, float] = {"train": 0.5, "select": 0.15, "test": 0.35}
+    pools: dict[Split, list[Item]] = {}
+    for split, pairs in partition(chosen, shares, rng).items():
+        pools[split] = []
+        for operation, constant in pairs:
+            item = _item(operation, constant, 0, 0)
+            text = operation.text.replace("{k}", str(constant))
+            pools[split].append(Item(item.id, text, item.answer, f"def {ENTRY}(n): return"))
+    return pools
+
+
+def tiny_corpus(seed: int) -> list[tuple[str, str, str]]:
+    """Demonstrations (prompt, reply, wrong reply) for the warm-up of a from-scratch model: train items of level tiny.
+
+    The reply opens with the item's prefix.
+    """
+    rng = random.Random(f"code:tiny:corpus:{seed}")
+    items = _tiny_pools(random.Random(f"code:tiny:{seed}"))["train"]
+    expressions = [str(item.answer["expression"]) for item in items]
+    rows = []
+    for item, expression in zip(items, expressions, strict=True):
+        wrong = rng.choice([other for other in expressions if other != expression])
+        rows.append((item.prompt, f"{item.prefix} {expression}", f"{item.prefix} {wrong}"))
+    return rows

@@ -1,0 +1,300 @@
+"""A task from a file: one declarative block names the columns, the prompt template and the verifier.
+
+    [[tasks]]
+    name = "sums"
+    kind = "jsonl"
+    file = "sums.jsonl"
+    prompt = "What is {question}?"
+    answer = "answer"
+    verifier = "math"
+
+Every gold answer is run through its own verifier at load time. An item whose gold does not score 1, or for which a reply
+that answers nothing (empty, the prompt again, a stub function) scores above 0, would teach the wrong thing: it is dropped
+and reported. Fixed columns, by verifier: qa reads `candidates` and `aliases` (lists, optional); code reads `entry`
+(function name) and `tests` (list of {"args": [...], "expected": ...}), its answer is a reference solution; judge reads
+`words` (list, optional).
+Splits are drawn by the seed over distinct prompts: 70 % train, 10 % select, 20 % test.
+Limits: the whole file is read into memory.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omni_fast.config import TaskConfig
+from omni_fast.errors import UserError
+from omni_fast.rewards.code import Case, Tests, extract_code
+from omni_fast.rewards.compose import Composition
+from omni_fast.rewards.judge.base import Reply
+from omni_fast.rewards.qa import QaMatcher
+from omni_fast.rewards.sandbox import Data
+from omni_fast.rewards.score import Part, Score
+from omni_fast.rewards.text_checks import gate
+from omni_fast.tasks import Resources
+from omni_fast.tasks.base import Item, Json, Split, Task
+from omni_fast.tasks.files import Row, read_rows
+from omni_fast.tasks.splits import partition
+
+Verifier = Literal["math", "qa", "code", "judge"]
+PART = {"math": "correct", "qa": "correct", "code": "tests", "judge": "preference"}
+_PLACE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_ -]*)\}")
+_MIN_ITEMS = 10
+_EXAMPLES = 3  # of dropped items in a message
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """An item that was left out. line: of the file. reason: one of "gold:REASON", "stub:WHICH", "duplicate", "row"."""
+
+    line: int
+    reason: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a check of a file found. kept: number of items that stay."""
+
+    file: str
+    verifier: str
+    kept: int
+    dropped: Sequence[Dropped] = field(default_factory=tuple)
+
+    def lines(self) -> list[str]:
+        """For people: the counts by reason, with examples."""
+        text = [
+            f"{self.file}: {self.kept} items pass their own verifier ({self.verifier}), {len(self.dropped)} dropped"
+        ]
+        for reason, count in Counter(drop.reason for drop in self.dropped).most_common():
+            text.append(f"  {count} x {reason}")
+            examples = [drop for drop in self.dropped if drop.reason == reason][:_EXAMPLES]
+            text += [f"    line {drop.line}: {drop.text}" for drop in examples]
+        return text
+
+
+class FileTask:
+    """The items of a file behind the `Task` interface."""
+
+    def __init__(self, block: TaskConfig, verifier: Verifier, resources: Resources) -> None:
+        self.name = block.name
+        self.system = block.system or ""
+        self.max_new_tokens = block.max_new_tokens
+        self.composition = Composition("additive", {PART[verifier]: 1.0})
+        self.verifier = verifier
+        self.resources = resources
+        self.report = Report(block.file, verifier, 0)
+        self._items: Mapping[Split, Sequence[Item]] = {}
+
+    def items(self, split: Split) -> Sequence[Item]:
+        return self._items[split]
+
+    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
+        part = PART[self.verifier]
+        return [Score({part: value}) for value in self._grade(items, completions, metric=False)]
+
+    def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
+        values = [part.value for part in self._grade(items, completions, metric=True)]
+        if self.verifier == "code":
+            return [None if value is None else float(value == 1.0) for value in values]
+        return values
+
+    def load(self, seed: int, rows: Sequence[tuple[int, Row]], block: TaskConfig) -> None:
+        """Make items of the rows, drop what its own verifier refuses, and split the rest."""
+        items: dict[str, tuple[int, Item]] = {}
+        dropped: list[Dropped] = []
+        for line, row in rows:
+            try:
+                item = _item(line, row, block, self.verifier)
+            except ValueError as error:
+                dropped.append(Dropped(line, "row", str(error)))
+                continue
+            if item.prompt in items:
+                dropped.append(Dropped(line, "duplicate", _short(item.prompt)))
+            else:
+                items[item.prompt] = (line, item)
+        kept: list[Item] = []
+        for (line, item), reason in zip(
+            items.values(), self._refusals([item for _, item in items.values()]), strict=True
+        ):
+            if reason is None:
+                kept.append(item)
+            else:
+                dropped.append(Dropped(line, reason, _short(f"{item.prompt} -> {item.answer['gold']}")))
+        self.report = Report(block.file, self.verifier, len(kept), tuple(sorted(dropped, key=lambda drop: drop.line)))
+        shares: dict[Split, float] = {"train": 0.7, "select": 0.1, "test": 0.2}
+        self._items = (
+            partition(kept, shares, random.Random(f"jsonl:{self.name}:{seed}")) if len(kept) >= _MIN_ITEMS else {}
+        )
+
+    def _refusals(self, items: Sequence[Item]) -> list[str | None]:
+        """Why each item is dropped, or None."""
+        golds = [str(item.answer["gold"]) for item in items]
+        if self.verifier == "judge":  # a reference is a bar, not a truth: it must pass the gates that replies meet
+            refused = [gate(i.prompt, gold, _words(i)) for i, gold in zip(items, golds, strict=True)]
+            return [None if reason is None else f"gold:{reason}" for reason in refused]
+        reasons: list[str | None] = [
+            None if part.value == 1.0 else f"gold:{part.reason}" for part in self._grade(items, golds, metric=False)
+        ]
+        for name, stubs in self._stubs(items).items():
+            for place, part in enumerate(self._grade(items, stubs, metric=False)):
+                if reasons[place] is None and part.value:
+                    reasons[place] = f"stub:{name}"
+        return reasons
+
+    def _stubs(self, items: Sequence[Item]) -> dict[str, list[str]]:
+        """Replies that answer nothing."""
+        stubs = {"empty": [""] * len(items), "prompt": [item.prompt for item in items]}
+        if self.verifier == "code":
+            heads = [f"def {item.answer['entry']}(*values):\n" for item in items]
+            stubs["none"] = [f"{head}    return None" for head in heads]
+            stubs["echo"] = [f"{head}    return values[0]" for head in heads]
+        return stubs
+
+    def _grade(self, items: Sequence[Item], completions: Sequence[str], *, metric: bool) -> list[Part]:
+        if self.verifier == "math":
+            return self.resources.math().score(completions, [str(item.answer["gold"]) for item in items])
+        if self.verifier == "code":
+            sources = [extract_code(text) for text in completions]
+            return self.resources.code().score(sources, [_tests(item.answer) for item in items])
+        if self.verifier == "judge":
+            judge = (self.resources.metric_judge if metric else self.resources.reward_judge)()
+            pairs = zip(items, completions, strict=True)
+            return judge.judge([Reply(i.prompt, text, str(i.answer["gold"]), _words(i)) for i, text in pairs])
+        return [_matcher(item.answer).score(text) for item, text in zip(items, completions, strict=True)]
+
+
+def load_task(block: TaskConfig, *, seed: int, resources: Resources) -> Task:
+    """The task of a block. Raises UserError when the file is unreadable or too little of it is usable."""
+    task = _loaded(block, seed, resources)
+    if not task._items:
+        shown = "\n".join(task.report.lines())
+        raise UserError(f"task '{block.name}' needs at least {_MIN_ITEMS} usable items; correct the data:\n{shown}")
+    return task
+
+
+def check(block: TaskConfig, *, resources: Resources) -> Report:
+    """Run every gold answer of a file through its own verifier."""
+    return _loaded(block, 0, resources).report
+
+
+def guess_block(path: str) -> TaskConfig:
+    """A block for a file whose columns have usual names, so that a file can be checked before a config exists."""
+    rows = [row for _, row in read_rows(path)]
+    columns = {column for row in rows for column in row}
+    prompt = next((name for name in ("prompt", "question", "instruction", "problem") if name in columns), None)
+    answer = next((name for name in ("answer", "gold", "solution", "canonical_solution") if name in columns), "")
+    if prompt is None or not (answer or "reference" in columns):
+        raise UserError(
+            f"'{path}' has the columns {sorted(columns)}; rename those of prompt and answer to 'prompt' and 'answer'"
+        )
+    verifier: Verifier = "qa"
+    if "tests" in columns:
+        verifier = "code"
+    elif "reference" in columns:
+        verifier = "judge"
+    elif all(re.search(r"\d\W*$", str(row.get(answer, ""))) for row in rows):
+        verifier = "math"
+    return TaskConfig(
+        name="data",
+        kind="jsonl",
+        file=path,
+        prompt=f"{{{prompt}}}",
+        answer=answer,
+        reference="reference",
+        verifier=verifier,
+    )
+
+
+def _loaded(block: TaskConfig, seed: int, resources: Resources) -> FileTask:
+    verifier: Verifier = block.verifier or "qa"
+    rows = read_rows(block.file)
+    columns = {column for _, row in rows for column in row}
+    wanted = set(_PLACE.findall(block.prompt)) | set(_gold_columns(block, verifier))
+    wanted |= {"entry", "tests"} if verifier == "code" else set()
+    missing = sorted(wanted - columns)
+    if missing:
+        raise UserError(
+            f"task '{block.name}': '{block.file}' has no column {', '.join(missing)}; its columns are {sorted(columns)}"
+        )
+    task = FileTask(block, verifier, resources)
+    task.load(seed, rows, block)
+    return task
+
+
+def _gold_columns(block: TaskConfig, verifier: Verifier) -> list[str]:
+    source = block.reference if verifier == "judge" else block.answer
+    if not source:
+        key = "reference" if verifier == "judge" else "answer"
+        raise UserError(f"task '{block.name}': verifier '{verifier}' needs `{key}`, the column of the gold answer")
+    return _PLACE.findall(source) or [source]
+
+
+def _item(line: int, row: Row, block: TaskConfig, verifier: Verifier) -> Item:
+    """Raises ValueError saying what is wrong with the row."""
+    source = block.reference if verifier == "judge" else block.answer
+    gold = _fill(source, row) if _PLACE.search(source) else _text(row, source)
+    answer: dict[str, Json] = {"gold": gold}
+    for column in {"qa": ("candidates", "aliases"), "judge": ("words",)}.get(verifier, ()):
+        values = row.get(column) or []
+        if not isinstance(values, list) or not all(isinstance(value, str | int | float) for value in values):
+            raise ValueError(f"column {column!r} must be a list of texts")
+        answer[column] = values
+    if verifier == "code":
+        answer |= {"entry": _text(row, "entry"), "tests": row.get("tests")}
+        _tests(answer)
+    if verifier == "qa":
+        try:
+            _matcher(answer)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+    prompt = _fill(block.prompt, row)
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    return Item(str(row.get("id") or f"line-{line}"), prompt, answer)
+
+
+def _fill(template: str, row: Row) -> str:
+    return _PLACE.sub(lambda match: _text(row, match.group(1)), template)
+
+
+def _text(row: Row, column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str | int | float) or not str(value).strip():
+        raise ValueError(f"column {column!r} is missing or empty")
+    return str(value)
+
+
+def _matcher(answer: Mapping[str, Json]) -> QaMatcher:
+    gold = str(answer["gold"])
+    aliases, candidates = answer["aliases"], answer["candidates"]
+    assert isinstance(aliases, list) and isinstance(candidates, list)
+    return QaMatcher(gold, [str(alias) for alias in aliases], [str(candidate) for candidate in candidates])
+
+
+def _tests(answer: Mapping[str, Json]) -> Tests:
+    tests = answer["tests"]
+    if not isinstance(tests, list) or not tests:
+        raise ValueError('column \'tests\' must be a list of {"args": [...], "expected": ...}')
+    cases = []
+    for test in tests:
+        arguments = test.get("args") if isinstance(test, dict) else None
+        if not isinstance(test, dict) or not isinstance(arguments, list) or "expected" not in test:
+            raise ValueError('every test must be {"args": [...], "expected": ...}')
+        expected: Data = test["expected"]  # type: ignore[assignment]
+        cases.append(Case(tuple(arguments), expected))  # type: ignore[arg-type]
+    return Tests(str(answer["entry"]), tuple(cases))
+
+
+def _words(item: Item) -> tuple[str, ...]:
+    words = item.answer.get("words")
+    return tuple(str(word).lower() for word in words) if isinstance(words, list) else ()
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 100 else f"{text[:97]}..."

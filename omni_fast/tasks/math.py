@@ -1,0 +1,127 @@
+"""Small arithmetic: "What is 7 + 5?", graded by the number the reply commits to.
+
+Why this and not GSM8K: a group whose samples are all wrong teaches nothing, and a 135M model has signal only here.
+Splits share no pair of operands: {5, 7} is in one split with all its operations and orders, so a held-out gain is not
+recall. Level "gym" takes longer problems from reasoning-gym, for models that find the default too easy; "tiny" is
+one-digit sums.
+Limits: integers; what a reply says before its last number is not read (the verifier's lenient mode).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import combinations_with_replacement
+
+from omni_fast.errors import UserError
+from omni_fast.rewards.compose import Composition
+from omni_fast.rewards.math import MathVerifier
+from omni_fast.rewards.score import Score
+from omni_fast.tasks.base import Item, Split
+from omni_fast.tasks.splits import Sizes, partition, take
+
+LEVELS = ("default", "tiny", "gym")
+GYM = ("chain_sum", "basic_arithmetic", "gcd", "leg_counting")  # of reasoning-gym; integers, an answer in a few tokens
+_TINY_SIZES = Sizes(train=90, select=12, test=24)
+
+
+class MathTask:
+    """Part `correct`: 1 when the final number equals the result. The metric is the same."""
+
+    def __init__(
+        self,
+        verifier: MathVerifier,
+        *,
+        name: str = "math",
+        seed: int = 0,
+        level: str = "default",
+        sizes: Sizes | None = None,
+        max_new_tokens: int = 12,
+        system: str | None = None,
+    ) -> None:
+        """level: one of LEVELS. sizes: None takes the level's own. system: None takes the level's own."""
+        if level not in LEVELS:
+            raise UserError(f"math has no level {level!r}; use one of {', '.join(LEVELS)}")
+        self.name = name
+        self.max_new_tokens = max_new_tokens
+        self.system = ("" if level == "tiny" else "You are a calculator.") if system is None else system
+        self.composition = Composition("additive", {"correct": 1.0})
+        self.verifier = verifier
+        rng = random.Random(f"math:{level}:{seed}")
+        pools = _gym(seed, sizes or Sizes()) if level == "gym" else _arithmetic(level, rng)
+        self._items = take(name, pools, sizes or (_TINY_SIZES if level == "tiny" else Sizes()))
+
+    def items(self, split: Split) -> Sequence[Item]:
+        return self._items[split]
+
+    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
+        golds = [str(item.answer["gold"]) for item in items]
+        return [Score({"correct": part}) for part in self.verifier.score(completions, golds)]
+
+    def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
+        return [score.parts["correct"].value for score in self.score(items, completions)]
+
+
+def _arithmetic(level: str, rng: random.Random) -> dict[Split, list[Item]]:
+    """All problems over the level's operands, cut by pair of operands."""
+    if level == "tiny":
+        pairs = list(combinations_with_replacement(range(10), 2))
+        template = "{a}{op}{b}="
+    else:
+        pairs = list(combinations_with_replacement(range(1, 23), 2))
+        template = "What is {a} {op} {b}? Answer with just the number."
+    shares: dict[Split, float] = {"train": 0.64, "select": 0.12, "test": 0.24}
+    pools: dict[Split, list[Item]] = {}
+    for split, own in partition(pairs, shares, rng).items():
+        problems = [problem for pair in own for problem in _problems(*pair, tiny=level == "tiny")]
+        rng.shuffle(problems)
+        pools[split] = [
+            Item(f"{a}{op}{b}", template.format(a=a, op=op, b=b), {"gold": str(result)})
+            for a, op, b, result in problems
+        ]
+    return pools
+
+
+def _problems(low: int, high: int, tiny: bool) -> list[tuple[int, str, int, int]]:
+    """Every problem with these two operands, low <= high; products only where both are in 2..9."""
+    found = {(low, "+", high, low + high), (high, "+", low, low + high), (high, "-", low, high - low)}
+    if not tiny and low >= 2 and high <= 9:
+        found |= {(low, "*", high, low * high), (high, "*", low, low * high)}
+    return sorted(found)
+
+
+def _gym(seed: int, sizes: Sizes) -> dict[Split, list[Item]]:
+    """Distinct problems of reasoning-gym with integer answers, dealt to the splits in turn."""
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise UserError("level 'gym' needs reasoning-gym; install it with `pip install reasoning-gym`") from error
+    wanted = sizes.train + sizes.select + sizes.test
+    seen: dict[str, Item] = {}
+    datasets = [iter(reasoning_gym.create_dataset(kind, seed=seed, size=2 * wanted)) for kind in GYM]
+    place = 0
+    while len(seen) < wanted:
+        kind = place % len(GYM)
+        entry = next(datasets[kind], None)
+        if entry is None:
+            raise UserError(
+                f"reasoning-gym's {GYM[kind]} has fewer than {wanted} different problems; ask for fewer items"
+            )
+        question, answer = str(entry["question"]).strip(), str(entry["answer"]).strip()
+        if answer.lstrip("-").isdigit():
+            seen.setdefault(question, Item(f"{GYM[kind]}/{place // len(GYM)}", question, {"gold": answer}))
+        place += 1
+    items = list(seen.values())
+    cut = sizes.test + sizes.select
+    return {"test": items[: sizes.test], "select": items[sizes.test : cut], "train": items[cut:]}
+
+
+def tiny_corpus(seed: int) -> list[tuple[str, str, str]]:
+    """Demonstrations (prompt, reply, wrong reply) for the warm-up of a from-scratch model: the train items of "tiny"."""
+    rng = random.Random(f"math:tiny:corpus:{seed}")
+    pools = _arithmetic("tiny", random.Random(f"math:tiny:{seed}"))
+    rows = []
+    for item in pools["train"][: _TINY_SIZES.train]:
+        gold = str(item.answer["gold"])
+        rows.append((item.prompt, gold, rng.choice([str(n) for n in range(19) if str(n) != gold])))
+    return rows

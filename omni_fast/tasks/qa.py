@@ -1,0 +1,198 @@
+"""Questions on countries, with candidates in the prompt and the answer as text.
+
+Facts come from the package countryinfo (MIT). The gold answer stands among distractors of its own kind, in an order that
+a seeded generator draws; the reply must be the answer's text and name no other candidate (`rewards.qa`).
+Splits share no country: no country asked about in training is asked about in a held-out split. It may still be a
+distractor there. Train items beyond one pass over the facts show the same facts with new distractors in a new order.
+Limits: facts are as good as the package (capitals and continents of about 190 countries of more than 200,000 people).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+
+from omni_fast.errors import UserError
+from omni_fast.rewards.compose import Composition
+from omni_fast.rewards.qa import QaMatcher, normalise
+from omni_fast.rewards.score import Score
+from omni_fast.tasks.base import Item, Json, Split
+from omni_fast.tasks.splits import Sizes, partition, take
+
+LEVELS = ("default", "tiny")
+CANDIDATES = 4
+CONTINENTS = ("Africa", "Americas", "Asia", "Europe", "Oceania")
+_MIN_POPULATION = 200_000
+_MAX_CHARS = 20  # of an answer: longer ones are official names nobody writes
+_TINY_SIZES = Sizes(train=64, select=12, test=24)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of question. question has {options} and {subject}; opening starts the reply and has {subject}."""
+
+    question: str
+    opening: str
+
+
+KINDS = {
+    "capital": Kind("{options}: which is the capital of {subject}?", "The capital of {subject} is"),
+    "continent": Kind("{options}: where is {subject}?", "{subject} is in"),
+    "country": Kind("{options}: which country has the capital {subject}?", "{subject} is the capital of"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Country:
+    name: str
+    capital: str
+    continent: str
+
+
+class QaTask:
+    """Part `correct`: 1 when the reply is the gold answer and names no other candidate. The metric is the same."""
+
+    def __init__(
+        self,
+        *,
+        name: str = "qa",
+        seed: int = 0,
+        level: str = "default",
+        sizes: Sizes | None = None,
+        max_new_tokens: int = 10,
+        system: str | None = None,
+    ) -> None:
+        """level: one of LEVELS. sizes, system: None takes the level's own."""
+        if level not in LEVELS:
+            raise UserError(f"qa has no level {level!r}; use one of {', '.join(LEVELS)}")
+        self.name = name
+        self.max_new_tokens = max_new_tokens
+        self.system = ("" if level == "tiny" else "Choose one option.") if system is None else system
+        self.composition = Composition("additive", {"correct": 1.0})
+        sizes = sizes or (_TINY_SIZES if level == "tiny" else Sizes())
+        pools = _tiny_pools(seed) if level == "tiny" else _pools(seed, sizes)
+        self._items = take(name, pools, sizes)
+
+    def items(self, split: Split) -> Sequence[Item]:
+        return self._items[split]
+
+    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
+        scores = []
+        for item, completion in zip(items, completions, strict=True):
+            gold, shown = str(item.answer["gold"]), item.answer["candidates"]
+            assert isinstance(shown, list)
+            matcher = QaMatcher(gold, candidates=[str(candidate) for candidate in shown])
+            scores.append(Score({"correct": matcher.score(completion.removeprefix(item.prefix))}))
+        return scores
+
+    def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
+        return [score.parts["correct"].value for score in self.score(items, completions)]
+
+
+@lru_cache(maxsize=1)
+def countries() -> tuple[Country, ...]:
+    """Countries with a capital and a continent, by name; raises UserError when the package is missing."""
+    try:
+        folder = resources.files("countryinfo") / "data"
+    except ModuleNotFoundError as error:
+        raise UserError("the qa task needs countryinfo; install it with `pip install countryinfo`") from error
+    found = {}
+    for entry in folder.iterdir():
+        if not entry.name.endswith(".json"):
+            continue
+        row = json.loads(entry.read_text(encoding="utf-8"))
+        country = Country(row["name"], row.get("capital") or "", row.get("region") or "")
+        if (row.get("population") or 0) >= _MIN_POPULATION and _askable(country):
+            found[country.name] = country
+    return tuple(found[name] for name in sorted(found))
+
+
+def _askable(country: Country) -> bool:
+    """Short names without punctuation, a known continent, and a capital that does not give the country away."""
+    plain = all(
+        0 < len(text) <= _MAX_CHARS and not set(text) & set(".,;:()'") for text in (country.name, country.capital)
+    )
+    if not plain or country.continent not in CONTINENTS:
+        return False
+    name, capital = set(normalise(country.name).split()), set(normalise(country.capital).split())
+    return not name & capital
+
+
+def _pools(seed: int, sizes: Sizes) -> dict[Split, list[Item]]:
+    rng = random.Random(f"qa:default:{seed}")
+    shares: dict[Split, float] = {"train": 0.52, "select": 0.16, "test": 0.32}
+    wanted = {"train": sizes.train, "select": sizes.select, "test": sizes.test}
+    pools: dict[Split, list[Item]] = {}
+    for split, own in partition(countries(), shares, rng).items():
+        pools[split] = []
+        epoch = 0
+        while len(pools[split]) < wanted[split] and (split == "train" or epoch == 0):
+            items = [_item(kind, country, epoch, seed) for kind in KINDS for country in own]
+            random.Random(f"qa:order:{seed}:{split}:{epoch}").shuffle(items)
+            pools[split] += items
+            epoch += 1
+    return pools
+
+
+def _fact(kind: str, country: Country) -> tuple[str, str, list[str]]:
+    """Subject, gold answer, and all answers of the kind."""
+    if kind == "capital":
+        return country.name, country.capital, [other.capital for other in countries()]
+    if kind == "country":
+        return country.capital, country.name, [other.name for other in countries()]
+    return country.name, country.continent, list(CONTINENTS)
+
+
+def _item(kind: str, country: Country, epoch: int, seed: int) -> Item:
+    subject, gold, answers = _fact(kind, country)
+    rng = random.Random(f"qa:{seed}:{kind}:{country.name}:{epoch}")
+    others = sorted({answer for answer in answers if normalise(answer) != normalise(gold)})
+    shown = [gold, *rng.sample(others, CANDIDATES - 1)]
+    rng.shuffle(shown)
+    candidates: list[Json] = list(shown)
+    return Item(
+        f"{kind}/{country.name}/{epoch}",
+        KINDS[kind].question.format(options=", ".join(shown), subject=subject),
+        {"gold": gold, "candidates": candidates},
+        KINDS[kind].opening.format(subject=subject),
+    )
+
+
+# Level "tiny": closed-book capitals of a few countries. A model this small knows only what its warm-up told it, so here
+# the splits share facts and differ in the wording of the question; it exercises the machinery and claims nothing.
+_TINY_COUNTRIES = (
+    "France", "Peru", "Japan", "Egypt", "Cuba", "Kenya", "Norway", "Italy", "Ghana", "Iran", "Chile", "Nepal", "Spain",
+    "Qatar", "Latvia", "Angola", "Canada", "Poland", "Greece", "Sweden", "Germany", "Austria", "Uganda", "Finland",
+    "Russia",
+)  # fmt: skip
+_TINY_WORDINGS = ("capital of {subject}?", "{subject} capital?", "{subject}: which city?", "city of {subject}?")
+
+
+def _tiny_pools(seed: int) -> dict[Split, list[Item]]:
+    own = [country for country in countries() if country.name in _TINY_COUNTRIES]
+    candidates: list[Json] = [country.capital.lower() for country in own]
+    items = [
+        Item(
+            f"{country.name}/{place}",
+            wording.format(subject=country.name.lower()),
+            {"gold": country.capital.lower(), "candidates": candidates},
+        )
+        for country in own
+        for place, wording in enumerate(_TINY_WORDINGS)
+    ]
+    return partition(items, {"train": 0.64, "select": 0.12, "test": 0.24}, random.Random(f"qa:tiny:{seed}"))
+
+
+def tiny_corpus(seed: int) -> list[tuple[str, str, str]]:
+    """Demonstrations (prompt, reply, wrong reply) for the warm-up of a from-scratch model: the train items of "tiny"."""
+    rng = random.Random(f"qa:tiny:corpus:{seed}")
+    rows = []
+    for item in _tiny_pools(seed)["train"]:
+        gold, candidates = str(item.answer["gold"]), item.answer["candidates"]
+        assert isinstance(candidates, list)
+        rows.append((item.prompt, gold, rng.choice([str(other) for other in candidates if other != gold])))
+    return rows

@@ -1,0 +1,136 @@
+"""One sentence about a topic that uses two words, judged against a reference reply.
+
+Reward: a judge's preference over the reference (`rewards.judge`), behind its gates. Metric: another judge, so that what
+is reported is not what was optimised.
+Splits share neither a topic nor a pair of words.
+Limits: concrete nouns and one-sentence replies, which is what small models can do and small judges can tell.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import combinations
+
+from omni_fast.errors import UserError
+from omni_fast.rewards.compose import Composition
+from omni_fast.rewards.judge.base import Judge, Reply
+from omni_fast.rewards.judge.sentences import ANIMATE, EVENTS, OBJECTS, PLACES, prompt_text, reference_sentence
+from omni_fast.rewards.score import Score
+from omni_fast.tasks.base import Item, Json, Split
+from omni_fast.tasks.splits import Sizes, partition, take
+
+LEVELS = ("default", "tiny")
+_TINY_SIZES = Sizes(train=64, select=16, test=32)
+_TINY_OBJECTS = ("moon", "river", "bread", "boat", "stone", "bell", "key", "song", "lamp", "coat", "apple", "bridge")
+
+
+class WritingTask:
+    """Part `preference`: the reward judge's verdict, 1 win, 0.5 tie, 0 loss. The metric: the other judge's, 0..1."""
+
+    def __init__(
+        self,
+        reward_judge: Judge,
+        metric_judge: Judge,
+        *,
+        name: str = "writing",
+        seed: int = 0,
+        level: str = "default",
+        sizes: Sizes | None = None,
+        max_new_tokens: int = 24,
+        system: str | None = None,
+    ) -> None:
+        """level: one of LEVELS. sizes, system: None takes the level's own."""
+        if level not in LEVELS:
+            raise UserError(f"writing has no level {level!r}; use one of {', '.join(LEVELS)}")
+        self.name = name
+        self.max_new_tokens = max_new_tokens
+        self.system = ("" if level == "tiny" else "You write short sentences.") if system is None else system
+        self.composition = Composition("additive", {"preference": 1.0})
+        self.reward_judge = reward_judge
+        self.metric_judge = metric_judge
+        sizes = sizes or (_TINY_SIZES if level == "tiny" else Sizes())
+        pools = _tiny_pools(seed) if level == "tiny" else _pools(seed, sizes)
+        self._items = take(name, pools, sizes)
+
+    def items(self, split: Split) -> Sequence[Item]:
+        return self._items[split]
+
+    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
+        parts = self.reward_judge.judge(_replies(items, completions))
+        return [Score({"preference": part}) for part in parts]
+
+    def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
+        return [part.value for part in self.metric_judge.judge(_replies(items, completions))]
+
+
+def _replies(items: Sequence[Item], completions: Sequence[str]) -> list[Reply]:
+    replies = []
+    for item, completion in zip(items, completions, strict=True):
+        required = item.answer["words"]
+        assert isinstance(required, list)
+        replies.append(
+            Reply(item.prompt, completion, str(item.answer["reference"]), tuple(str(word) for word in required))
+        )
+    return replies
+
+
+def _pools(seed: int, sizes: Sizes) -> dict[Split, list[Item]]:
+    rng = random.Random(f"writing:default:{seed}")
+    shares: dict[Split, float] = {"train": 0.5, "select": 0.2, "test": 0.3}
+    wanted = {"train": sizes.train, "select": sizes.select, "test": sizes.test}
+    topics = partition(sorted({*ANIMATE, *PLACES, *EVENTS}), shares, rng)
+    pairs = partition(list(combinations(sorted(set(OBJECTS)), 2)), shares, rng)
+    pools: dict[Split, list[Item]] = {}
+    for split, own in topics.items():
+        pools[split] = []
+        for place, pair in enumerate(pairs[split]):
+            topic = own[place % len(own)]
+            if topic in pair or len(pools[split]) == wanted[split]:
+                continue
+            texts = rng.sample(pair, 2)
+            words: list[Json] = list(texts)
+            answer: dict[str, Json] = {"words": words, "reference": reference_sentence(topic, texts, rng)}
+            pools[split].append(Item("/".join((topic, *texts)), prompt_text(topic, texts), answer))
+    return pools
+
+
+def _tiny_pools(seed: int) -> dict[Split, list[Item]]:
+    """Both orders of pairs of a dozen words; splits share no pair."""
+    rng = random.Random(f"writing:tiny:{seed}")
+    shares: dict[Split, float] = {"train": 0.52, "select": 0.14, "test": 0.34}
+    pools: dict[Split, list[Item]] = {}
+    for split, pairs in partition(list(combinations(_TINY_OBJECTS, 2)), shares, rng).items():
+        pools[split] = []
+        for pair in [order for low, high in pairs for order in ((low, high), (high, low))]:
+            words: list[Json] = list(pair)
+            answer: dict[str, Json] = {"words": words, "reference": _tiny_sentence(pair, rng)}
+            pools[split].append(Item("/".join(pair), f"use {pair[0]} and {pair[1]}", answer))
+        rng.shuffle(pools[split])
+    return pools
+
+
+_TINY_SENTENCES = (
+    "the old man saw the {0} near the {1}.",
+    "she put the {0} behind the {1} at night.",
+    "we found a {0} under the {1} today.",
+    "my father took the {0} to the {1}.",
+)
+
+
+def _tiny_sentence(words: Sequence[str], rng: random.Random) -> str:
+    return rng.choice(_TINY_SENTENCES).format(*words)
+
+
+def tiny_corpus(seed: int) -> list[tuple[str, str, str]]:
+    """Demonstrations (prompt, reply, wrong reply) for the warm-up of a from-scratch model: train items of level tiny.
+
+    The wrong reply uses other words.
+    """
+    rng = random.Random(f"writing:tiny:corpus:{seed}")
+    rows = []
+    for item in _tiny_pools(seed)["train"]:
+        words = item.answer["words"]
+        others = rng.sample([word for word in _TINY_OBJECTS if words is None or word not in item.prompt.split()], 2)
+        rows.append((item.prompt, str(item.answer["reference"]), _tiny_sentence(others, rng)))
+    return rows
