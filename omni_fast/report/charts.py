@@ -336,3 +336,32 @@ def patterns() -> str:
         )
         + "</defs></svg>"
     )
+
+
+def facts_table(facts: Sequence[tuple[str, str]]) -> str:
+    """A two-column table; the values are HTML already."""
+    rows = "".join(f"<tr><th scope=row>{text(name)}</th><td>{value}</td></tr>" for name, value in facts)
+    return f"<div class=scroll><table class=plain>{rows}</table></div>" if rows else ""
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A table whose first `words` columns are text and whose others are numbers."""
+    kinds = ["" if k < words else " class=num" for k in range(len(heads))]
+    head = "".join(f"<th{kind}>{text(name)}</th>" for name, kind in zip(heads, kinds, strict=True))
+    body = "".join(
+        f"<tr>{''.join(f'<td{kind}>{text(cell)}</td>' for cell, kind in zip(row, kinds, strict=True))}</tr>"
+        for row in rows
+    )
+    return f"<div class=scroll><table class=plain><tr>{head}</tr>{body}</table></div>"
+
+
+def duration(seconds: float) -> str:
+    """42 s, 3 min 05 s, 2 h 10 min; an en dash when it is not known."""
+    if not math.isfinite(seconds):
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -14,8 +14,8 @@ from importlib import resources
 
 from pydantic import JsonValue
 
-from omni_fast.report import charts
-from omni_fast.report.charts import Cell, Line, Mark, MarkRow, Stack, text
+from omni_fast.report import charts, training
+from omni_fast.report.charts import Cell, Mark, MarkRow, duration, facts_table, table, text
 from omni_fast.report.verdict import brief, headline, listing, mapping, names, number, points, sentences, span, typeset
 
 Json = Mapping[str, JsonValue]
@@ -28,19 +28,19 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 def render(result: Json, metrics: Rows, samples: Rows) -> str:
     """The whole page."""
-    steps = _latest_steps(metrics)
+    steps = training.latest_steps(metrics)
     sections: list[tuple[str, str, str]] = [
         ("What happened", "", _verdict(result)),
         ("Accuracy matrix", MATRIX_NOTE, _matrix(result)),
         ("Transfer", TRANSFER_NOTE, _transfer(result)),
         ("The order", "", _order(result)),
         ("Forecast against realised", FORECAST_NOTE, _forecast(result)),
-        ("Reward while training", CURVE_NOTE, _curves(result, steps, "reward", (0.0, 1.0))),
-        ("Entropy while training", ENTROPY_NOTE, _curves(result, steps, "entropy", None) + _probe(result)),
+        ("Reward while training", CURVE_NOTE, training.curves(result, steps, "reward", (0.0, 1.0))),
+        ("Entropy while training", ENTROPY_NOTE, training.curves(result, steps, "entropy", None) + _probe(result)),
         ("Item flips", FLIP_NOTE, _flips(result)),
         ("Completions before and after", SAMPLE_NOTE, _samples(result, samples)),
-        ("Stages", "", _stages(result, steps)),
-        ("Time and throughput", "", _time(result, steps)),
+        ("Stages", "", training.stages(result, steps)),
+        ("Time and throughput", "", training.timings(result, steps)),
         ("How it was measured", "", _setting(result)),
     ]
     drawn = "".join(_section(title, note, body) for title, note, body in sections if body)
@@ -57,9 +57,9 @@ def render(result: Json, metrics: Rows, samples: Rows) -> str:
         f"<title>omni_fast: {text(tasks)}</title><style>{css}</style></head><body>{charts.patterns()}<main>"
         f"<header><p class=kicker>omni_fast report · {text(_kicker(result))}</p><h1>{text(head.text)}</h1></header>"
         f"{_status(result)}{_tiles(result)}{drawn}"
-        "<footer>Intervals are 95 %. They hold the noise of the test items, not that of the training seed: another seed can"
-        " differ by more. The order was decided on the split <i>select</i>; results come from the split <i>test</i>, which"
-        " decides nothing.</footer></main></body></html>"
+        "<footer>Intervals are 95 %. They hold the noise of the test items, not that of the training seed: another"
+        " seed can differ by more. The split <i>select</i> decided the order; results come from the split <i>test</i>,"
+        " which decides nothing.</footer></main></body></html>"
     )
 
 
@@ -229,7 +229,7 @@ def _order(result: Json) -> str:
     if more:
         listed = ", ".join(f"{text(task)} {int(number(n)):,}" for task, n in more.items() if math.isfinite(number(n)))
         facts.append(("further select items that would settle it", listed))
-    body += _facts(facts)
+    body += facts_table(facts)
     tasks, pairs = names(result.get("tasks")), mapping(result.get("pairs"))
     if len(tasks) > 2 and pairs:
         rows = []
@@ -259,15 +259,15 @@ def _forecast(result: Json) -> str:
     keys += [("forecast (ratios)", 1, True)] if ratio else []
     keys += [("realised", 0, False)]
     body = charts.mark_rows(rows, keys=keys, label="score")
-    table = []
+    lines = []
     for form, value in mapping(result.get("forecast_error")).items():
         error = mapping(value)
         cells = [number(error.get(key)) for key in ("mean_absolute", "bias", "rmse", "pearson", "spearman")]
         shown = [points(cells[0], False), points(cells[1]), points(cells[2], False), points(cells[3]), points(cells[4])]
-        table.append([form, str(int(number(error.get("n")))) if math.isfinite(number(error.get("n"))) else "–", *shown])
-    if table:
-        body += "<h3>Error over all stages and tasks</h3>" + _table(
-            ["forecast", "points", "mean absolute", "bias", "root mean square", "Pearson", "Spearman"], table
+        lines.append([form, str(int(number(error.get("n")))) if math.isfinite(number(error.get("n"))) else "–", *shown])
+    if lines:
+        body += "<h3>Error over all stages and tasks</h3>" + table(
+            ["forecast", "points", "mean absolute", "bias", "root mean square", "Pearson", "Spearman"], lines
         )
         body += (
             "<p class=dim>Correlations are within task: each task's values are centred first, because the tasks' levels"
@@ -276,59 +276,22 @@ def _forecast(result: Json) -> str:
     return body
 
 
-def _latest_steps(metrics: Rows) -> dict[str, list[Json]]:
-    """Stage -> its step rows in order; of a step that a resume repeated, the last one counts."""
-    stages: dict[str, dict[tuple[str, float], Json]] = {}
-    for row in metrics:
-        if row.get("event") == "step" and math.isfinite(number(row.get("step"))):
-            key = (str(row.get("task", "")), number(row.get("step")))
-            stages.setdefault(str(row.get("stage", "")), {})[key] = row
-    return {stage: [rows[key] for key in sorted(rows)] for stage, rows in stages.items()}
-
-
-def _curves(result: Json, steps: Mapping[str, Rows], key: str, y_range: tuple[float, float] | None) -> str:
-    by_task: dict[str, list[Line]] = {task: [] for task in names(result.get("tasks"))}
-    reused = {
-        str(mapping(s).get("task")): k
-        for k, s in enumerate(listing(result.get("stages")), start=1)
-        if mapping(s).get("reused") is True
-    }
-    for stage, rows in steps.items():
-        for task in dict.fromkeys(str(row.get("task", "")) for row in rows):
-            own = [row for row in rows if str(row.get("task", "")) == task]
-            lines = by_task.setdefault(task, [])
-            xs, ys = [number(row.get("step")) for row in own], [number(row.get(key)) for row in own]
-            also = f", also stage {reused[task]}" if stage == f"single:{task}" and task in reused else ""
-            lines.append(Line(_stage_name(stage) + also, xs, ys, len(lines)))
-    if not any(by_task.values()):
-        return ""
-    ys = [y for lines in by_task.values() for line in lines for y in line.ys if math.isfinite(y)]
-    if y_range is None:
-        y_range = (0.0, max(ys)) if ys and max(ys) > 0 else None
-    elif ys and not (y_range[0] <= min(ys) and max(ys) <= y_range[1]):
-        y_range = None  # a composed reward may leave 0..1
-    panels = [charts.line_panel(task, lines, y_range=y_range, x_label="step") for task, lines in by_task.items()]
-    return f"<div class=panels>{''.join(panels)}</div>"
-
-
-def _stage_name(stage: str) -> str:
-    kind, _, rest = stage.partition(":")
-    number_of = rest.split(":")[0]
-    return {"single": "own run", "refresh": "refresh"}.get(kind, f"{kind}, stage {number_of}" if rest else kind)
-
-
 def _probe(result: Json) -> str:
-    """Entropy on a fixed probe set after each stage, where it was measured: {"base": {task: nats}, "after": [...]}."""
-    tasks, probe = names(result.get("tasks")), mapping(result.get("entropy_probe"))
+    """Entropy on a fixed probe set at each evaluation: policy -> task -> nats."""
+    tasks = names(result.get("tasks"))
     rows = []
-    for policy, value in probe.items():
+    for policy, value in mapping(result.get("entropy")).items():
         values = [number(mapping(value).get(task)) for task in tasks]
-        rows.append((policy, [Cell(x, points(x, signed=False)) for x in values]))
-    if not rows:
+        rows.append((_policy_name(policy), [Cell(x, points(x, signed=False)) for x in values]))
+    known = [cell.value for _, cells in rows for cell in cells if math.isfinite(cell.value)]
+    if not known:
         return ""
-    top = max([x.value for _, cells in rows for x in cells if math.isfinite(x.value)], default=1.0)
-    title = "<h3>On a fixed probe set, after each evaluation (nats)</h3>"
-    return title + charts.heat_table(tasks, rows, scale=top, corner="policy \\ prompts of")
+    title = "<h3>On a fixed probe set, at each evaluation (nats)</h3>"
+    return title + charts.heat_table(tasks, rows, scale=max(known), corner="policy \\ prompts of")
+
+
+def _policy_name(name: str) -> str:
+    return "initial policy" if name == "base" else f"after {name.rsplit(':', 1)[-1]}"
 
 
 def _flips(result: Json) -> str:
@@ -370,75 +333,6 @@ def _sample(sample: Json) -> str:
     return f"<div class=sample>{given}<div class=pair>{''.join(sides)}</div>{gold}</div>"
 
 
-def _stages(result: Json, steps: Mapping[str, Rows]) -> str:
-    if not steps:
-        return ""
-    table = []
-    for stage, rows in steps.items():
-        table.append(
-            [
-                stage,
-                str(len(rows)),
-                points(_mean(rows[:3], "reward"), False),
-                points(_mean(rows[-3:], "reward"), False),
-                _percent(_mean(rows, "mixed_groups")),
-                f"{sum(number(r.get('invalid')) for r in rows if math.isfinite(number(r.get('invalid')))):.0f}",
-                f"{_mean(rows, 'completion_tokens'):.0f}" if math.isfinite(_mean(rows, "completion_tokens")) else "–",
-                points(_mean(rows, "grad_norm"), False),
-                f"{_mean(rows, 'tokens_per_s'):,.0f}" if math.isfinite(_mean(rows, "tokens_per_s")) else "–",
-            ]
-        )
-    reused = [str(mapping(s).get("task")) for s in listing(result.get("stages")) if mapping(s).get("reused") is True]
-    note = ""
-    if reused:
-        note = (
-            f"<p class=dim>Taken over from the task's own run, which is the same stage: {text(', '.join(reused))}.</p>"
-        )
-    heads = ["stage", "steps", "reward, first 3", "last 3", "mixed groups", "invalid samples", "tokens per answer"]
-    return note + _table([*heads, "gradient norm", "tokens/s"], table) + _parts(steps)
-
-
-def _parts(steps: Mapping[str, Rows]) -> str:
-    """Mean of each reward part in the first and the last steps of a stage."""
-    table = []
-    for stage, rows in steps.items():
-        parts = list(dict.fromkeys(name for row in rows for name in mapping(row.get("parts"))))
-        for part in parts:
-            first, last = (
-                _average([number(mapping(row.get("parts")).get(part)) for row in some])
-                for some in (rows[:3], rows[-3:])
-            )
-            table.append([stage, part, points(first, False), points(last, False)])
-    if not table:
-        return ""
-    shown = _table(["stage", "part of the reward", "first 3 steps", "last 3 steps"], table, words=2)
-    return f"<details><summary>Parts of the reward</summary>{shown}</details>"
-
-
-def _time(result: Json, steps: Mapping[str, Rows]) -> str:
-    facts = []
-    for name, value in mapping(result.get("seconds")).items():
-        if math.isfinite(number(value)):
-            facts.append((text(name), duration(number(value))))
-    words = {"rollout_tokens_per_s": "rollout", "train_tokens_per_s": "training"}
-    for name, value in mapping(result.get("throughput")).items():
-        if math.isfinite(number(value)):
-            facts.append((text(words.get(name, name)), f"{number(value):,.0f} tokens/s"))
-    bars = []
-    for stage, rows in steps.items():
-        parts: dict[str, float] = {}
-        for row in rows:
-            for name, value in mapping(row.get("seconds")).items():
-                if name != "total" and math.isfinite(number(value)):
-                    parts[name] = parts.get(name, 0.0) + max(0.0, number(value))
-        if parts:
-            bars.append(Stack(stage, parts))
-    if not facts and not bars:
-        return ""
-    drawn = "<h3>Where the time of the training steps went</h3>" + charts.stacked_bars(bars, unit="s") if bars else ""
-    return _facts(facts) + drawn
-
-
 def _setting(result: Json) -> str:
     facts = []
     for key in ("model", "sandbox", "judge"):
@@ -455,54 +349,16 @@ def _setting(result: Json) -> str:
     }
     if sizes:
         facts.append(("test items", text(", ".join(f"{task} {n}" for task, n in sizes.items()))))
+    for policy, value in mapping(result.get("truncated")).items():
+        shares = [(task, number(share)) for task, share in mapping(value).items()]
+        listed = ", ".join(f"{task} {share:.0%}" for task, share in shares if math.isfinite(share))
+        facts.append((f"met the token limit, {_policy_name(policy)}", text(listed)))
     versions = mapping(result.get("versions"))
     if versions:
         facts.append(("versions", text(", ".join(f"{name} {value}" for name, value in versions.items()))))
     config = result.get("config")
-    body = _facts(facts)
+    body = facts_table(facts)
     if config:
         shown = json.dumps(config, indent=2, ensure_ascii=False, default=str)
         body += f"<details><summary>Configuration</summary><pre>{text(shown)}</pre></details>"
     return body
-
-
-def _facts(facts: Sequence[tuple[str, str]]) -> str:
-    """A two-column table; the values are HTML already."""
-    rows = "".join(f"<tr><th scope=row>{text(name)}</th><td>{value}</td></tr>" for name, value in facts)
-    return f"<div class=scroll><table class=plain>{rows}</table></div>" if rows else ""
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """A table whose first `words` columns are text and whose others are numbers."""
-    kinds = ["" if k < words else " class=num" for k in range(len(heads))]
-    head = "".join(f"<th{kind}>{text(name)}</th>" for name, kind in zip(heads, kinds, strict=True))
-    body = "".join(
-        f"<tr>{''.join(f'<td{kind}>{text(cell)}</td>' for cell, kind in zip(row, kinds, strict=True))}</tr>"
-        for row in rows
-    )
-    return f"<div class=scroll><table class=plain><tr>{head}</tr>{body}</table></div>"
-
-
-def _mean(rows: Rows, key: str) -> float:
-    return _average([number(row.get(key)) for row in rows])
-
-
-def _average(values: Sequence[float]) -> float:
-    known = [x for x in values if math.isfinite(x)]
-    return sum(known) / len(known) if known else math.nan
-
-
-def _percent(x: float) -> str:
-    return f"{x:.0%}" if math.isfinite(x) else "–"
-
-
-def duration(seconds: float) -> str:
-    """42 s, 3 min 05 s, 2 h 10 min; an en dash when it is not known."""
-    if not math.isfinite(seconds):
-        return "–"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

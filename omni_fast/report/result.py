@@ -142,6 +142,8 @@ def assemble(
     trained: Sequence[tuple[str, int]] = (),
     order: Sequence[str] | None = None,
     order_method: str | None = None,
+    draws: int = scores.DRAWS,
+    seed: int = 0,
 ) -> Json:
     """All sections of `result.json` that follow from item scores; what is not there yet is left out.
 
@@ -151,6 +153,7 @@ def assemble(
     rows_test: item scores on `test`, row 0 the initial policy, row s after stage s.   trained: (task or "joint", steps)
     a stage.
     order, order_method: the order that was run, when it is not the solved one ("user", "reversed", "random").
+    draws, seed: of the bootstrap behind transfer and order; the same as in the plan give the same probabilities.
     """
     names = list(tasks)
     out: Json = {"tasks": list(names)}
@@ -163,7 +166,7 @@ def assemble(
         out["single"] = {t: _dicts(row) for t, row in single_scores(reported).items()}
         out["single_split"] = "test" if single_test else "select"
     if base_select is not None and single_select is not None and set(single_select) == set(names):
-        out |= _solved(names, base_select, single_select, rows_test, trained, order, order_method)
+        out |= _solved(names, base_select, single_select, rows_test, trained, order, order_method, draws, seed)
     if rows_test:
         out |= _realised(names, rows_test, trained, out)
     return out
@@ -177,8 +180,10 @@ def _solved(
     trained: Sequence[tuple[str, int]],
     order: Sequence[str] | None,
     order_method: str | None,
+    draws: int,
+    seed: int,
 ) -> Json:
-    transfer = measure(base, {task: single[task] for task in names})
+    transfer = measure(base, {task: single[task] for task in names}, draws=draws, seed=seed)
     decision = decide(transfer)
     run = list(order or decision.order)
     out: Json = {

@@ -37,7 +37,7 @@ def _scores(rng: np.random.Generator, n: int) -> tuple[dict, dict]:
 
 
 def _metrics(rng: np.random.Generator, order: list[str]) -> list[dict]:
-    rows, clock = [], 1000.0
+    rows = []
     stages = [(f"single:{t}", t) for t in TASKS] + [(f"curriculum:{k + 1}:{t}", t) for k, t in enumerate(order) if k]
     for stage, task in stages:
         for step in range(1, STEPS + 1):
@@ -46,24 +46,25 @@ def _metrics(rng: np.random.Generator, order: list[str]) -> list[dict]:
             entropy = (1.1 - 0.5 * share if task in ("math", "code") else 1.6 + 0.2 * share) + rng.normal(0, 0.03)
             parts = {"generate": 4.1, "reward": 0.6 if task != "code" else 1.9, "update": 3.2, "sync": 0.1}
             seconds = {name: value * float(rng.uniform(0.9, 1.1)) for name, value in parts.items()}
-            clock += sum(seconds.values())
             rows.append(
                 {
                     "event": "step",
                     "stage": stage,
-                    "task": task,
                     "step": step,
-                    "reward": float(np.clip(reward, 0, 1)),
-                    "entropy": float(entropy),
-                    "mixed_groups": 0.6,
-                    "invalid": 0,
+                    "tasks": {
+                        task: {
+                            "reward": float(np.clip(reward, 0, 1)),
+                            "entropy": float(entropy),
+                            "mixed_groups": 0.6,
+                            "invalid": 0,
+                            "completion_tokens": 61.0,
+                            "parts": {"correct": float(np.clip(reward, 0, 1)), "format": 0.9},
+                        }
+                    },
                     "loss": float(rng.normal(0, 0.01)),
                     "grad_norm": float(rng.uniform(0.3, 0.6)),
-                    "completion_tokens": 61.0,
                     "seconds": {**seconds, "total": sum(seconds.values())},
                     "tokens_per_s": 1850.0,
-                    "parts": {"correct": float(np.clip(reward, 0, 1)), "format": 0.9},
-                    "time": clock,
                 }
             )
     return rows
@@ -108,10 +109,11 @@ def fake_run() -> FakeRun:
         "judge": "embedded (policy's frozen base)",
         "versions": {"omni_fast": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.9"},
         "config": {"seed": 0, "model": {"name": "smollm2"}, "loss": {"clip_low": 0.2, "clip_high": 0.28}},
-        "entropy_probe": {
-            "initial policy": {"math": 1.1, "code": 0.9, "qa": 1.4, "writing": 1.6},
-            **{f"after {t}": {u: 1.0 - 0.1 * k for u in TASKS} for k, t in enumerate(order)},
+        "entropy": {
+            "base": {"math": 1.1, "code": 0.9, "qa": 1.4, "writing": 1.6},
+            **{f"curriculum:{k + 1}:{t}": {u: 1.0 - 0.1 * k for u in TASKS} for k, t in enumerate(order)},
         },
+        "truncated": {"base": dict.fromkeys(TASKS, 0.12), f"curriculum:4:{order[-1]}": dict.fromkeys(TASKS, 0.03)},
     }
     samples = [
         {

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from omni_fast.errors import UserError
 from omni_fast.report import charts, render, write_report
 from omni_fast.report.result import assemble, validate_result
+from omni_fast.report.training import latest_steps
 from omni_fast.report.verdict import headline, sentences
 
 VOID = {"meta"}
@@ -122,8 +123,8 @@ def test_null_scores_and_nan_metrics_render(fake_run):
     result["intervals"]["gain"]["code"] = nothing
     result["transfer"]["math"]["qa"] = nothing
     for row in metrics[::3]:
-        row["reward"] = math.nan
-        row["entropy"] = None
+        for values in row["tasks"].values():
+            values |= {"reward": math.nan, "entropy": None}
         row["grad_norm"] = math.inf
         row.pop("seconds", None)
     words = check(render(result, metrics, samples))
@@ -133,9 +134,28 @@ def test_null_scores_and_nan_metrics_render(fake_run):
 def test_repeated_steps_of_a_resume_count_once(fake_run):
     result, metrics, _ = fake_run
     single = [row for row in metrics if row["stage"] == "single:math"]
-    again = [{**row, "invalid": 0} for row in single[5:]]
+    again = [dict(row) for row in single[5:]]
     words = check(render(result, single + again, []))
     assert re.search(r"single:math\s+14\s", words)
+
+
+def test_joint_steps_give_each_task_its_curve_and_count_time_once(fake_run):
+    result, metrics, _ = fake_run
+    joint = [
+        {
+            **row,
+            "stage": "joint",
+            "tasks": {"math": row["tasks"]["math"], "qa": {"reward": 0.5}},
+            "seconds": {"generate": 2.0},
+            "update": {"entropy/qa": 1.25},
+        }
+        for row in metrics
+        if row["stage"] == "single:math"
+    ]
+    words = check(render(result, joint, []))
+    assert "joint, math" in words and "joint, qa" in words
+    assert "28.0 s" in words, "14 steps of 2 s"
+    assert latest_steps(joint)["joint"][1]["entropy"] == 1.25
 
 
 json_values = st.recursive(
@@ -196,7 +216,7 @@ def test_other_numbers_of_tasks(count):
         trained=[(t, 3) for t in names],
     )
     metrics = [
-        {"event": "step", "stage": f"single:{t}", "task": t, "step": k, "reward": 0.1 * (k % 7)}
+        {"event": "step", "stage": f"single:{t}", "step": k, "tasks": {t: {"reward": 0.1 * (k % 7)}}}
         for t in names
         for k in range(60)
     ]
