@@ -1,10 +1,12 @@
 """Question answering: exact match of an extracted answer, and multiple choice turned into answers as text.
 
-Why not "contains": a reply that lists every capital contains the right one. Here one answer is extracted from the reply, it
-must equal the gold answer under the normalisation, and the reply must name no other known candidate. More than one candidate
-named, a negation, or an echo of the candidate list scores 0.
-Normalisation: NFKC, case, accents, articles, punctuation, numerals, aliases (after SQuAD, arXiv 1606.05250, and tighter).
-Limits: English frames ("the answer is ..."); answers up to 12 words; only the first 2,000 characters of a reply are read.
+Why not "contains": a reply that lists every capital contains the right one. Here one answer is extracted from the
+reply, it must equal the gold answer under the normalisation, and the reply must name no other known candidate. More
+than one candidate named, a negation, or an echo of the candidate list scores 0.
+Normalisation: NFKC, case, accents, articles, punctuation, numerals, aliases (after SQuAD, arXiv 1606.05250, and
+tighter).
+Limits: English frames ("the answer is ..."); answers up to 12 words; only the first 2,000 characters of a reply are
+read.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ _TAGGED = (  # the last match of the first kind that matches is the answer
     re.compile(r"\banswer\s*(?:is\s*:?|:|=)\s*([^\n]{1,400})", re.IGNORECASE),
 )
 _NEGATION = re.compile(
-    r"\b(?:not|never|neither|nor|none|no|wrong|incorrect|false|except|excluding|cannot|anything but|other than|instead of|rather than"
+    r"\b(?:not|never|neither|nor|none|no|wrong|incorrect|false|except|excluding|cannot|anything but|other than"
+    r"|instead of|rather than"
     r"|\w+n't)\b",
     re.IGNORECASE,
 )
@@ -50,11 +53,13 @@ _ILL_POSED = re.compile(
     r"\b(?:which|what|who|where|all|one|any|none|both|each|some|select|choose|pick) (?:one |ones )?(?:of |from |among )"
     r"(?:the |these |those )|\b(?:the )?following\b"
     r"|\b(?:these|those|the|above|below|given|listed) (?:options?|choices?|answers?|statements?)\b"
-    r"|\ball (?:but|except)\b|\bexcept\b|\bbest (?:describes|completes|explains)\b|\b(?:above|below)\b|\bodd one out\b|\([A-E]\)",
+    r"|\ball (?:but|except)\b|\bexcept\b|\bbest (?:describes|completes|explains)\b|\b(?:above|below)\b|\bodd one "
+    r"out\b|\([A-E]\)",
     re.IGNORECASE,
 )
 _META_OPTION = re.compile(
-    r"\b(?:all|none|both|neither|any|two|some) of (?:the |these |them|those )|^(?:both|neither) [a-e]\b|\b[a-e] (?:and|or) [a-e]\b"
+    r"\b(?:all|none|both|neither|any|two|some) of (?:the |these |them|those )|^(?:both|neither) [a-e]\b|\b[a-e] "
+    r"(?:and|or) [a-e]\b"
     r"|^(?:all|none|both|neither|other|not enough information|cannot be determined)$",
     re.IGNORECASE,
 )
@@ -111,7 +116,8 @@ def _first_sentence(text: str) -> str:
 def extract_answers(completion: str) -> list[str]:
     """What the reply gives as its answer: one text, or the two sides of "X is Y" where either may be it.
 
-    A marked answer (tag, box, ####, "the answer is") wins, the last one; otherwise the first sentence of the first line.
+    A marked answer (tag, box, ####, "the answer is") wins, the last one; otherwise the first sentence of the first
+    line.
     """
     text = completion[:MAX_CHARS]
     for pattern in _TAGGED:
@@ -185,7 +191,8 @@ def _without(text: str, accepted: set[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A multiple-choice item. kind: what sort of thing the options are; distractors are drawn from the same kind alone."""
+    """A multiple-choice item. kind: what sort of thing the options are; distractors are drawn from the same kind
+    alone."""
 
     stem: str
     options: tuple[str, ...]
@@ -222,9 +229,9 @@ def _likeness(gold: str, other: str) -> tuple[bool, bool, int]:
 def to_text_answers(choices: Sequence[Choice], candidates: int = 8, seed: int = 0) -> Conversion:
     """Multiple choice -> answer as text among gold and distractors.
 
-    Own options come first, then answers of other items of the same kind that look alike. An item is dropped when its stem
-    makes no sense without its options, an option speaks about the others, the stem names the answer, two options read the
-    same, or not even two candidates are left. A drawn distractor is never another spelling of an option.
+    Own options come first, then answers of other items of the same kind that look alike. An item is dropped when its
+    stem makes no sense without its options, an option speaks about the others, the stem names the answer, two options
+    read the same, or not even two candidates are left. A drawn distractor is never another spelling of an option.
     """
     if candidates < 2:
         raise UserError(f"candidates must be at least 2, got {candidates}")

@@ -1,8 +1,10 @@
 """Cheap, deterministic facts about a piece of English text, and the gates that run before any judge.
 
-Why: a judge, learned or prompted, can be talked into anything by empty replies, repetitions, copies of the prompt, words of
-the rubric, or "master key" openers (arXiv 2507.08794). Those are recognised here, for microseconds, and score 0.
-Limits: English and words separated by spaces; only the first `MAX_CHARS` characters are read, so every function is bounded.
+Why: a judge, learned or prompted, can be talked into anything by empty replies, repetitions, copies of the prompt,
+words of the rubric, or "master key" openers (arXiv 2507.08794). Those are recognised here, for microseconds, and
+score 0.
+Limits: English and words separated by spaces; only the first `MAX_CHARS` characters are read, so every function is
+bounded.
 """
 
 from __future__ import annotations
@@ -19,54 +21,81 @@ _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _SENTENCE_END = re.compile(r"[.!?]+[\"'”’)]*(?:\s|$)")
 _ABBREVIATION = re.compile(r"\b(?:mr|mrs|ms|dr|st|e\.g|i\.e|etc)\.", re.IGNORECASE)
 
-DETERMINERS = frozenset("a an the my your his her its our their this that these those every each no some any".split())
-PREPOSITIONS = frozenset(
+
+def word_set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+DETERMINERS = word_set("a an the my your his her its our their this that these those every each no some any")
+PREPOSITIONS = word_set(
     "of in on at by for with from into onto over under near beside behind through across between before after during "
-    "toward towards above below against along around among inside outside without within past beneath until".split()
+    "toward towards above below against along around among inside outside without within past beneath until"
 )
-AUXILIARIES = frozenset(
-    "is are was were be been being am has have had do does did will would can could shall should may might must".split()
+AUXILIARIES = word_set(
+    "is are was were be been being am has have had do does did will would can could shall should may might must"
 )
-PRONOUNS = frozenset(
+PRONOUNS = word_set(
     "i you he she it we they me him us them who whom which what himself herself itself themselves someone everyone "
-    "something nothing there".split()
+    "something nothing there"
 )
-CONJUNCTIONS = frozenset("and or but nor so yet because although though while if when as since than then where".split())
-ADVERBS = frozenset("not never always often too very just only also again still even once more most how why up down out off".split())
+CONJUNCTIONS = word_set("and or but nor so yet because although though while if when as since than then where")
+ADVERBS = word_set(
+    "not never always often too very just only also again still even once more most how why up down out off"
+)
 FUNCTION_WORDS = DETERMINERS | PREPOSITIONS | AUXILIARIES | PRONOUNS | CONJUNCTIONS | ADVERBS | {"to"}
-_DANGLING = DETERMINERS | CONJUNCTIONS | {"of", "to", "with", "from", "into", "is", "was", "are", "were", "at", "for", "very"}
+_DANGLING = (
+    DETERMINERS | CONJUNCTIONS | {"of", "to", "with", "from", "into", "is", "was", "are", "were", "at", "for", "very"}
+)
 
 # Text addressed to a judge instead of a reader. Patterns, not single words: "score" and "winner" are ordinary English.
 _RUBRIC = re.compile(
-    r"\b(?:\d{1,3}\s*/\s*(?:5|10|100)\b|\d+ out of (?:5|10|100)|(?:score|rating|grade|verdict|preference|winner|reward)\s*[:=]"
-    r"|(?:response|reply|answer|assistant|option|completion|side|text) (?:a|b|1|2) is|better than the (?:reference|other)"
+    r"\b(?:\d{1,3}\s*/\s*(?:5|10|100)\b|\d+ out of (?:5|10|100)|(?:score|rating|grade|verdict|preference|winner"
+    r"|reward)\s*[:=]"
+    r"|(?:response|reply|answer|assistant|option|completion|side|text) (?:a|b|1|2) is|better than the "
+    r"(?:reference|other)"
     r"|(?:full|maximum|highest|perfect|top) (?:score|marks?|points?|rating|reward|grade)"
-    r"|(?:dear|hello|hi|attention|note to(?: the)?|as an?|you are (?:an?|the)|to the) (?:judge|grader|evaluator|rater|reviewer|examiner)"
-    r"|(?:judge|grader|evaluator|rater)s? (?:should|must|will|please)|(?:please|must|should|will) (?:rate|grade|score|award|judge|prefer)"
-    r"|this (?:response|reply|answer|sentence|text|completion|story) (?:is|meets|satisfies|fulfils|fulfills|follows|deserves|uses all"
-    r"|contains (?:all|both)|should (?:win|be)|wins|earns|includes (?:all|both))|deserves? (?:a|the|full|an?) \w*\s*(?:score|marks?|win|point|rating|10|a\+)"
-    r"|(?:ignore|disregard|forget|override) (?:the |all |any |your |every )*(?:previous|above|prior|earlier|other|reference|instructions?|rubric|criteria)"
-    r"|system prompt|all (?:criteria|requirements|constraints|instructions) (?:are |have been |were )?(?:met|satisfied|followed|fulfilled)"
-    r"|(?:requirements?|criteria|rubric|constraints?) (?:is|are|met|satisfied|have)|(?:creativ|coheren|fluen|relevan)\w+(?:,| and) (?:creativ|coheren|fluen|relevan|clar)\w+|well[- ]written"
-    r"|high[- ]quality|excellent (?:response|writing|answer|sentence|reply)|great (?:question|answer|response)|choose (?:a|b|me|this|mine)\b)",
+    r"|(?:dear|hello|hi|attention|note to(?: the)?|as an?|you are (?:an?|the)|to the) (?:judge|grader|evaluator"
+    r"|rater|reviewer|examiner)"
+    r"|(?:judge|grader|evaluator|rater)s? (?:should|must|will|please)|(?:please|must|should|will) (?:rate|grade"
+    r"|score|award|judge|prefer)"
+    r"|this (?:response|reply|answer|sentence|text|completion|story) (?:is|meets|satisfies|fulfils|fulfills"
+    r"|follows|deserves|uses all"
+    r"|contains (?:all|both)|should (?:win|be)|wins|earns|includes (?:all|both))|deserves? (?:a|the|full|an?) "
+    r"\w*\s*(?:score|marks?|win|point|rating|10|a\+)"
+    r"|(?:ignore|disregard|forget|override) (?:the |all |any |your |every )*(?:previous|above|prior|earlier|other"
+    r"|reference|instructions?|rubric|criteria)"
+    r"|system prompt|all (?:criteria|requirements|constraints|instructions) (?:are |have been |were )?(?:met"
+    r"|satisfied|followed|fulfilled)"
+    r"|(?:requirements?|criteria|rubric|constraints?) (?:is|are|met|satisfied|have)|(?:creativ|coheren|fluen"
+    r"|relevan)\w+(?:,| and) (?:creativ|coheren|fluen|relevan|clar)\w+|well[- ]written"
+    r"|high[- ]quality|excellent (?:response|writing|answer|sentence|reply)|great (?:question|answer|response)"
+    r"|choose (?:a|b|me|this|mine)\b)",
     re.IGNORECASE,
 )
 _INJECTION = re.compile(
-    r"<\|[^>]{0,40}\|>|</?(?:s|system|user|assistant|judge|verdict|answer|think|reference|reply|score)>|\[/?(?:inst|sys|end|verdict)\]"
-    r"|<<\w+>>|\{\s*[\"'](?:verdict|score|winner|preference|rating)|^\s*\[\[?[abc]\]?\]|^#{2,} ?(?:response|instruction|verdict)",
+    r"<\|[^>]{0,40}\|>|</?(?:s|system|user|assistant|judge|verdict|answer|think|reference|reply|score)>"
+    r"|\[/?(?:inst|sys|end|verdict)\]"
+    r"|<<\w+>>|\{\s*[\"'](?:verdict|score|winner|preference|rating)|^\s*\[\[?[abc]\]?\]|^#{2,} ?(?:response"
+    r"|instruction|verdict)",
     re.IGNORECASE | re.MULTILINE,
 )
 _MASTER_KEY = re.compile(
-    r"^\W*(?:thought process|solution|let'?s (?:solve|think|break|start|begin|analy[sz]e|work|go)|step[- ]by[- ]step|step (?:one|1)"
-    r"|(?:the )?(?:final |correct )?(?:answer|response|output|result|explanation|reasoning|analysis|conclusion)\b\s*(?::|is\b|-|$|\.)"
-    r"|to (?:solve|answer) th(?:is|e)|first,? (?:we|let|i) (?:need|will|must|should)|sure[,!. ]|certainly|of course[,!. ]|absolutely"
-    r"|here(?:'s| is| are) (?:a|an|the|one|my|your)|i(?:'d| would| will|'ll) be (?:happy|glad)|as an ai|i(?:'m| am) (?:sorry|an ai|unable)"
-    r"|i can(?:no|')t|解|答案|思考|解答|让我们|解决方案|かいせつ|思考過程|respuesta|soluci[oó]n|réponse|lösung|antwort)",
+    r"^\W*(?:thought process|solution|let'?s (?:solve|think|break|start|begin|analy[sz]e|work|go)|step[- ]by[- "
+    r"]step|step (?:one|1)"
+    r"|(?:the )?(?:final |correct )?(?:answer|response|output|result|explanation|reasoning|analysis"
+    r"|conclusion)\b\s*(?::|is\b|-|$|\.)"
+    r"|to (?:solve|answer) th(?:is|e)|first,? (?:we|let|i) (?:need|will|must|should)|sure[,!. ]|certainly|of "
+    r"course[,!. ]|absolutely"
+    r"|here(?:'s| is| are) (?:a|an|the|one|my|your)|i(?:'d| would| will|'ll) be (?:happy|glad)|as an ai|i(?:'m| "
+    r"am) (?:sorry|an ai|unable)"
+    r"|i can(?:no|')t|解|答案|思考|解答|让我们|解决方案|かいせつ|思考過程"
+    r"|respuesta|soluci[oó]n|réponse|lösung|antwort)",
     re.IGNORECASE,
 )
 # Talk about the task instead of doing it: "This sentence contains moon and river", "a cat that uses the words ...".
 _META = re.compile(
-    r"\bsentences?\b|\b(?:the|both|these|two|required|given) (?:\w+ )?(?:words?|phrases?|terms?)\b|\bus(?:es?|ing|ed) the (?:noun|name|term)s?\b",
+    r"\bsentences?\b|\b(?:the|both|these|two|required|given) (?:\w+ )?(?:words?|phrases?|terms?)\b|\bus(?:es?|ing"
+    r"|ed) the (?:noun|name|term)s?\b",
     re.IGNORECASE,
 )
 
@@ -135,7 +164,8 @@ def _clash(left: str, right: str) -> bool:
 
 
 def grammar_faults(text: str) -> int:
-    """Pairs of neighbouring words that English does not allow ("the of", "is was", "a the", "an moon"), and a dangling end.
+    """Pairs of neighbouring words that English does not allow ("the of", "is was", "a the", "an moon"), and a
+    dangling end.
 
     Few false alarms rather than full coverage: it is one feature among others, never a parser.
     """
@@ -163,7 +193,8 @@ class Limits:
 def gate(prompt: str, completion: str, required: Sequence[str] = (), limits: Limits | None = None) -> str | None:
     """Why a completion is refused before any judge sees it, or None when it may pass.
 
-    Reasons: empty, injection, master_key, rubric_words, prompt_echo, too_short, too_long, repeated, wrong_language, word_list.
+    Reasons: empty, injection, master_key, rubric_words, prompt_echo, too_short, too_long, repeated, wrong_language,
+    word_list.
     """
     limits = limits or Limits()
     text = clean(completion).strip()
@@ -188,7 +219,9 @@ def gate(prompt: str, completion: str, required: Sequence[str] = (), limits: Lim
     if runs or repeated_ngram_share(tokens, 3) > 0.15 or top >= max(3, 0.25 * len(tokens)):
         return "repeated"
     letters = [ch for ch in text if ch.isalpha()]
-    if sum(ch.isascii() for ch in letters) < 0.9 * len(letters) or sum(map(len, tokens)) < 0.6 * len("".join(text.split())):
+    if sum(ch.isascii() for ch in letters) < 0.9 * len(letters) or sum(map(len, tokens)) < 0.6 * len(
+        "".join(text.split())
+    ):
         return "wrong_language"
     if function_word_share(tokens) < 0.12:
         return "wrong_language"

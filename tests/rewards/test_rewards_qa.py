@@ -40,7 +40,8 @@ def test_different_answers_stay_different():
 
 @pytest.mark.parametrize("gold", CAPITALS)
 @pytest.mark.parametrize(
-    "frame", ["{}", "{}.", "The capital is {}.", "{} is the capital.", "Answer: {}", "The answer is {}. I am sure.", "**{}**",
+    "frame",
+    ["{}", "{}.", "The capital is {}.", "{} is the capital.", "Answer: {}", "The answer is {}. I am sure.", "**{}**",
               "<answer>{}</answer>", "It's {}.", "\\boxed{{{}}}"]
 )  # fmt: skip
 def test_the_right_answer_in_any_frame(gold, frame):

@@ -1,7 +1,7 @@
 """Bad replies on purpose: every family spoils a good sentence in one way, at the same number of words.
 
-Why by family: a judge fitted on all families and tested on the same ones proves nothing. Leaving one family out at a time
-asks whether the judge knows what a good sentence is, or merely the spoilers it has seen.
+Why by family: a judge fitted on all families and tested on the same ones proves nothing. Leaving one family out at a
+time asks whether the judge knows what a good sentence is, or merely the spoilers it has seen.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 from omni_fast.rewards.judge.sentences import ANIMATE, OBJECTS, PLACES, article, random_prompt, reference_sentence
 from omni_fast.rewards.text_checks import DETERMINERS, FUNCTION_WORDS, PREPOSITIONS, has_word
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,27 +29,35 @@ class Pair:
     family: str
 
 
-_FILLER = (
+_FILLER = _words(
     "it is very nice and good for many people because there are many different things in the world that are really "
     "important and interesting to everyone and we should always remember that life is full of things that can be "
     "great in many ways and this is something that makes it quite special for all of us every day"
-).split()
+)
 _FOREIGN = tuple(
     line.split()
     for line in (
-        "el hombre viejo camina por la calle y piensa en su casa mientras la lluvia cae sobre los campos verdes del pueblo",
-        "la petite fille regarde par la fenêtre et pense à sa mère qui travaille dans le jardin depuis le matin avec joie",
-        "der alte mann sitzt am fluss und denkt an seine kinder die weit weg in der großen stadt leben und nie schreiben",
-        "il ragazzo corre verso il mare con una lettera in mano e non si ferma finché la notte non arriva sopra le case",
-        "o menino caminha pela praia e encontra uma pedra azul que guarda no bolso antes de voltar para casa com o irmão",
-        "de oude vrouw loopt langs de rivier en zoekt naar haar hond die gisteren in het bos is verdwenen zonder geluid",
+        "el hombre viejo camina por la calle y piensa en su casa mientras la lluvia cae sobre los campos verdes "
+        "del pueblo",
+        "la petite fille regarde par la fenêtre et pense à sa mère qui travaille dans le jardin depuis le matin "
+        "avec joie",
+        "der alte mann sitzt am fluss und denkt an seine kinder die weit weg in der großen stadt leben und nie "
+        "schreiben",
+        "il ragazzo corre verso il mare con una lettera in mano e non si ferma finché la notte non arriva sopra "
+        "le case",
+        "o menino caminha pela praia e encontra uma pedra azul que guarda no bolso antes de voltar para casa com "
+        "o irmão",
+        "de oude vrouw loopt langs de rivier en zoekt naar haar hond die gisteren in het bos is verdwenen zonder "
+        "geluid",
     )
 )
-_SYLLABLES = "ba ke lo mi tru zen pla vor gri sho dun fle kar wim ost quel jab nar pox ty ulm eck sprin gath oll".split()
-_RARE = (
+_SYLLABLES = _words(
+    "ba ke lo mi tru zen pla vor gri sho dun fle kar wim ost quel jab nar pox ty ulm eck sprin gath oll"
+)
+_RARE = _words(
     "policy quantum surface invoice parameter district syllable committee protein mortgage vector treaty gasket ledger "
     "enzyme variable statute turbine pixel quarterly asphalt molar census tariff diode clause thesis cortex ratio"
-).split()
+)
 
 
 def _finish(tokens: Sequence[str], stop: str = ".") -> str:
@@ -106,7 +118,11 @@ def _repeated(good: str, topic: str, words: Sequence[str], rng: random.Random) -
 def _truncated(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
     """A longer sentence cut at the good one's length, as a token limit would."""
     length = len(good.split())
-    text = reference_sentence(topic, words, rng).rstrip(".") + rng.choice((" and the", " while", " because of", " with a")) + " "
+    text = (
+        reference_sentence(topic, words, rng).rstrip(".")
+        + rng.choice((" and the", " while", " because of", " with a"))
+        + " "
+    )
     tokens = text.split()
     while len(tokens) < length + 2:
         tokens += reference_sentence(topic, words, rng).rstrip(".").lower().split()
@@ -144,12 +160,12 @@ def _foreign(good: str, topic: str, words: Sequence[str], rng: random.Random) ->
 
 
 def _echo(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
-    a, b = words
+    about, both = article(topic), f"uses the words {words[0]} and {words[1]}"
     text = rng.choice(
         (
-            f"write one sentence about {article(topic)} that uses the words {a} and {b} in one sentence about {article(topic)}",
-            f"{article(topic)} that uses the words {a} and {b} is {article(topic)} that uses the words {a} and {b}",
-            f"one sentence about {article(topic)} uses the words {a} and {b} so this sentence uses the words {a} and {b}",
+            f"write one sentence about {about} that {both} in one sentence about {about}",
+            f"{about} that {both} is {about} that {both}",
+            f"one sentence about {about} {both} so this sentence {both}",
         )
     )
     return _finish(_fit(text.split(), len(good.split())))
@@ -192,7 +208,11 @@ def _typos(good: str, topic: str, words: Sequence[str], rng: random.Random) -> s
     for token in _plain(good):
         if len(token) > 3 and rng.random() < 0.6:
             i = rng.randrange(len(token) - 1)
-            token = token[:i] + token[i + 1] + token[i] + token[i + 2 :] if rng.random() < 0.5 else token[:i] + token[i + 1 :]
+            token = (
+                token[:i] + token[i + 1] + token[i] + token[i + 2 :]
+                if rng.random() < 0.5
+                else token[:i] + token[i + 1 :]
+            )
         result.append(token)
     return _finish(result)
 

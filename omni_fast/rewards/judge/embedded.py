@@ -1,16 +1,17 @@
 """The `embedded` judge: a small preference head on a frozen model's hidden states. No server, no second model.
 
 score(reply) = w_h . hidden(reply) + w_f . features(reply), fitted once, as a logistic preference (Bradley-Terry) on
-generated pairs of a good and a spoiled reply of equal length. Its worth is measured before it is used: with one family of
-spoilers left out at a time, on prompts it has not seen, mean AUC >= 0.85, worst family >= 0.70, and at most 2 % of the
-hack strings accepted. Otherwise `usable` is False, the rubric checks alone judge, and `name` says so.
+generated pairs of a good and a spoiled reply of equal length. Its worth is measured before it is used: with one
+family of spoilers left out at a time, on prompts it has not seen, mean AUC >= 0.85, worst family >= 0.70, and at most
+2 % of the hack strings accepted. Otherwise `usable` is False, the rubric checks alone judge, and `name` says so.
 
 Verdict against the reference, with d = score(reply) - score(reference):
     1    d >= -spread    as good as the reference, within what good replies differ by among themselves
     0.5  d >= -gap / 2   nearer to the reference than to a spoiled reply
     0    otherwise
-The reference is a bar, not a rival: above it a judge this small knows nothing, and what it cannot tell it must not pay for.
-`compare` is the symmetric verdict between any two replies, which the audit uses. There is no position to be biased by.
+The reference is a bar, not a rival: above it a judge this small knows nothing, and what it cannot tell it must not
+pay for. `compare` is the symmetric verdict between any two replies, which the audit uses. There is no position to be
+biased by.
 Limits: English sentences of the short writing task; it knows form, fluency and topic, not taste.
 """
 
@@ -34,7 +35,7 @@ from omni_fast.rewards.judge.hacks import hack_replies
 from omni_fast.rewards.judge.rubric import RubricJudge
 from omni_fast.rewards.judge.sentences import prompt_text
 from omni_fast.rewards.score import Part
-from omni_fast.rewards.text_checks import gate
+from omni_fast.rewards.text_checks import clean, gate
 
 Array = NDArray[np.float64]
 
@@ -84,7 +85,8 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A fitted preference head: score = hidden @ w_hidden + features @ w_features (offsets cancel between two replies)."""
+    """A fitted preference head: score = hidden @ w_hidden + features @ w_features (offsets cancel between two
+    replies)."""
 
     w_hidden: list[float]
     w_features: list[float]
@@ -114,7 +116,8 @@ def roc_auc(good: Array, bad: Array) -> float:
 
 
 def fit_preference(difference: Array, ridge: float = _RIDGE, iterations: int = 12) -> Array:
-    """Minimise mean softplus(-difference @ w) + ridge / 2 |w|^2 by Newton steps. difference: [pairs, D] good minus bad."""
+    """Minimise mean softplus(-difference @ w) + ridge / 2 |w|^2 by Newton steps. difference: [pairs, D] good minus
+    bad."""
     count, width = difference.shape
     w = np.zeros(width)
     for _ in range(iterations):
@@ -189,9 +192,11 @@ def fit_head(encode: Encode, seed: int = 0) -> Head:
     return Head(head.w_hidden, head.w_features, head.spread, head.gap, report)
 
 
-def scores(prompts: Sequence[str], texts: Sequence[str], required: Sequence[Sequence[str]], encode: Encode, head: Head) -> Array:
+def scores(
+    prompts: Sequence[str], texts: Sequence[str], required: Sequence[Sequence[str]], encode: Encode, head: Head
+) -> Array:
     """The head's score of each text, in one encoding call. [n]"""
-    hidden = encode(list(texts)).double().numpy()
+    hidden = encode([clean(text) for text in texts]).double().numpy()
     cheap = np.array([features(p, t, r) for p, t, r in zip(prompts, texts, required, strict=True)])
     return hidden @ np.array(head.w_hidden) + cheap @ np.array(head.w_features)
 
@@ -219,7 +224,8 @@ def verdicts(replies: Sequence[Reply], encode: Encode, head: Head) -> list[Part]
 
 
 class EmbeddedJudge:
-    """The judge of the quickstart. `head` None fits one (some seconds); pass a loaded one to keep a run's judge on resume."""
+    """The judge of the quickstart. `head` None fits one (some seconds); pass a loaded one to keep a run's judge on
+    resume."""
 
     def __init__(self, encode: Encode, head: Head | None = None, seed: int = 0) -> None:
         self.encode = encode
@@ -234,13 +240,18 @@ class EmbeddedJudge:
     @property
     def name(self) -> str:
         described = self.head.report.describe()
-        return f"embedded ({described})" if self.usable else f"rubric checks alone (embedded judge below its bar: {described})"
+        return (
+            f"embedded ({described})"
+            if self.usable
+            else f"rubric checks alone (embedded judge below its bar: {described})"
+        )
 
     def judge(self, replies: Sequence[Reply]) -> list[Part]:
         """1, 0.5 or 0 against the reference (see the module), or the rubric's value where the head is not usable."""
         return verdicts(replies, self.encode, self.head) if self.usable else self._rubric.judge(replies)
 
     def compare(self, prompt: str, first: str, second: str, required: Sequence[str] = ()) -> float:
-        """Symmetric verdict: 1 when `first` is better, 0 when `second` is, 0.5 when they differ by no more than good replies do."""
+        """Symmetric verdict: 1 when `first` is better, 0 when `second` is, 0.5 when they differ by no more than good
+        replies do."""
         a, b = scores([prompt] * 2, [first, second], [required] * 2, self.encode, self.head)
         return 1.0 if a - b > self.head.spread else 0.0 if b - a > self.head.spread else 0.5

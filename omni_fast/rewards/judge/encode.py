@@ -1,16 +1,18 @@
 """Mean-pooled hidden states of a frozen language model: what the embedded judge looks at.
 
-Only the lower layers are copied: fluency and word order are all there by a quarter of the depth (the held-out AUC is the
-same at layers 4, 8, 12 and 16 of SmolLM2-135M), and the cost and memory are a fraction of the model's.
+Only the lower layers are copied: fluency and word order are all there by a quarter of the depth (the held-out AUC is
+the same at layers 4, 8, 12 and 16 of SmolLM2-135M), and the cost and memory are a fraction of the model's.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
+
+from omni_fast.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,15 +21,18 @@ Encode = Callable[[Sequence[str]], torch.Tensor]  # n texts -> [n, H] float32
 
 
 def frozen_lower_layers(model: PreTrainedModel, layers: int) -> torch.nn.Module:
-    """A copy of the model's body with its first `layers` layers, without gradient. The model itself is left as it was."""
+    """A copy of the model's body with its first `layers` layers, without gradient. The model itself is left as it
+    was."""
     body = model.base_model
-    full = body.layers
+    full = body.get_submodule("layers")
+    if not isinstance(full, torch.nn.ModuleList):
+        raise UserError(f"{type(body).__name__} has no list of layers to cut; use another judge than embedded")
     body.layers = full[:layers]
     try:
         copied = copy.deepcopy(body)
     finally:
         body.layers = full
-    copied.config.num_hidden_layers = len(copied.layers)
+    cast("PreTrainedModel", copied).config.num_hidden_layers = min(layers, len(full))
     return copied.requires_grad_(False).eval()
 
 
@@ -44,12 +49,15 @@ def pooled_encoder(
     """
     body = frozen_lower_layers(model, layers)
     device = next(body.parameters()).device
-    width: int = body.config.hidden_size
+    width = int(model.config.hidden_size)
 
     @torch.inference_mode()
     def encode(texts: Sequence[str]) -> torch.Tensor:
         result_NH = torch.zeros(len(texts), width)
-        ids = [tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_tokens)["input_ids"] for text in texts]
+        ids = [
+            tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_tokens)["input_ids"]
+            for text in texts
+        ]
         order = sorted((i for i in range(len(ids)) if ids[i]), key=lambda i: len(ids[i]))
         while order:
             size = max(1, batch_tokens // len(ids[order[-1]]))

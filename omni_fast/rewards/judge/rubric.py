@@ -21,11 +21,12 @@ from omni_fast.rewards.text_checks import (
     grammar_faults,
     has_word,
     sentence_count,
+    word_set,
     words,
 )
 
 WEIGHTS = {"required": 0.4, "topic": 0.15, "one_sentence": 0.15, "clean_end": 0.1, "grammar": 0.1, "distinct": 0.1}
-_TASK_WORDS = frozenset("write sentence sentences use uses using word words short one story include includes".split())
+_TASK_WORDS = word_set("write sentence sentences use uses using word words short one story include includes")
 
 
 def topic_words(prompt: str, required: Sequence[str]) -> list[str]:
