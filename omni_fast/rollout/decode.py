@@ -23,8 +23,9 @@ WIDEN = 16  # columns: more means fewer copies of the cache, and more masked col
 
 
 class Wave:
-    """Rows that decode in lockstep: `samples[g]` rows for prompt g of `lengths[g]` tokens, then `new` columns.
+    """Rows that decode in lockstep: `samples[g]` rows for prompt g, then `new` columns.
 
+    Prompts enter the model flat and without their common beginning: its tokens once, then each prompt's remaining ones.
     Keys and values of a layer are [row, kv head, column, head size], dense over `width` columns, of which `column` are
     filled.
     """
@@ -32,7 +33,7 @@ class Wave:
     def __init__(
         self,
         config: PretrainedConfig,
-        lengths: Sequence[int],
+        prompts: Sequence[Sequence[int]],
         samples: Sequence[int],
         new: int,
         dtype: torch.dtype,
@@ -40,42 +41,52 @@ class Wave:
     ) -> None:
         heads = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self.lengths = torch.tensor(lengths, device=device)
-        self.prompt_of_row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(samples)).to(device)
-        self.rows = len(self.prompt_of_row)
-        self.column = max(lengths)
-        self.end = self.column + new
-        self.width = self.column
+        lengths = [len(prompt) for prompt in prompts]
         self.shape = (config.num_key_value_heads, size)
         self.group = heads // config.num_key_value_heads
+        self.lengths = torch.tensor(lengths, device=device)
+        self.prompt_of_row = torch.tensor([g for g, count in enumerate(samples) for _ in range(count)], device=device)
+        self.rows = sum(samples)
+        self.column = self.width = max(lengths)
+        self.end = self.column + new
         numbers = self.rows * config.num_key_value_heads * self.end * size
         # Two buffers a layer and one spare, which the buffers take turns in being.
         self.buffers = [
             torch.empty(numbers, dtype=dtype, device=device) for _ in range(2 * config.num_hidden_layers + 1)
         ]
-        self.prefilling = True
-        self._index_prompts()
+        self._lay_out_prompts(prompts)
         columns = torch.arange(self.end, device=device)
         before = columns < (self.column - self.lengths)[self.prompt_of_row, None]
         self.padding = torch.zeros((self.rows, self.end), dtype=dtype, device=device)
         self.padding.masked_fill_(before | (columns >= self.column), float("-inf"))
+        self.prefilling = True
         self.bias = self.padding  # of this step's scores: set by `advance`
 
-    def _index_prompts(self) -> None:
-        """Indices between the flat prompts [token] and [prompt, column] with prompts at the left or the right end."""
-        columns = torch.arange(self.column, device=self.lengths.device)
-        self.starts = self.lengths.cumsum(0) - self.lengths
-        self.total = int(self.lengths.sum())
-        left = self.starts[:, None] + columns
-        right = left - (self.column - self.lengths)[:, None]
-        self.left = left.clamp(max=self.total - 1).flatten()
-        self.right = right.maximum(self.starts[:, None]).flatten()
-        self.flat = (columns < self.lengths[:, None]).flatten().nonzero().squeeze(1)
-
-    def positions(self) -> Tensor:
-        """Positions of the flat prompts, [1, tokens]."""
-        flat = torch.arange(self.total, device=self.lengths.device)
-        return (flat - torch.repeat_interleave(self.starts, self.lengths))[None]
+    def _lay_out_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+        """The flat input, and the indices between it and [prompt, column] with tokens at the left or the right end."""
+        device = self.lengths.device
+        self.common = common = common_length(prompts)
+        tails = self.lengths - common
+        starts = common + tails.cumsum(0) - tails
+        flat = list(prompts[0][:common]) + [token for prompt in prompts for token in prompt[common:]]
+        self.tokens = torch.tensor([flat], device=device)
+        self.positions = torch.cat(
+            [
+                torch.arange(common, device=device),
+                *(torch.arange(common, n, device=device) for n in self.lengths.tolist()),
+            ]
+        )[None]
+        self.last = starts + tails - 1  # where each prompt's last token stands in the flat input
+        self.columns = self.column - common  # of the padded tails
+        columns = torch.arange(self.columns, device=device)
+        self.even = len(flat) == common + len(prompts) * self.columns
+        self.left = (starts[:, None] + columns).clamp(max=len(flat) - 1).flatten()
+        self.flat = (columns < tails[:, None]).flatten().nonzero().squeeze(1)
+        place = torch.arange(self.column, device=device) - (self.column - self.lengths)[:, None]
+        right = torch.where(place < common, place.clamp(min=0), place - common + starts[:, None])
+        self.right_of_row = right[self.prompt_of_row].flatten()
+        # A tail's token sees the common tokens and those of its own tail up to itself.
+        self.visible = torch.ones((self.columns, self.column), dtype=torch.bool, device=device).tril(common)
 
     def advance(self) -> None:
         """Open the next column for one token a row."""
@@ -118,29 +129,45 @@ class Wave:
 
         query: [1, heads, tokens, size]; key, value: [1, kv heads, tokens, size]. Returns [1, tokens, heads, size].
         """
-        prompts = len(self.lengths)
-        even = self.total == prompts * self.column
-
-        def spread(flat: Tensor, index: Tensor) -> Tensor:
-            padded = flat[0].transpose(0, 1)
-            if not even:
-                padded = padded.index_select(0, index)
-            return padded.unflatten(0, (prompts, self.column)).transpose(1, 2)  # [prompt, head, column, size]
-
+        prompts, common = len(self.lengths), self.common
         for number, states in ((2 * layer, key), (2 * layer + 1, value)):
-            torch.index_select(
-                spread(states, self.right), 0, self.prompt_of_row, out=self._view(number, self.column)
-            )
+            store = self._view(number, self.width).transpose(1, 2)
+            store.copy_(states[0].transpose(0, 1).index_select(0, self.right_of_row).view(store.shape))
+
+        def tails(states: Tensor) -> Tensor:
+            flat = states[0].transpose(0, 1)
+            padded = flat[common:] if self.even else flat.index_select(0, self.left)
+            return padded.unflatten(0, (prompts, self.columns)).transpose(1, 2)  # [prompt, head, column, size]
+
+        def with_common(states: Tensor) -> Tensor:
+            if common == 0:
+                return tails(states)
+            return torch.cat((states[:, :, :common].expand(prompts, -1, -1, -1), tails(states)), dim=2)
+
+        gqa = self.group > 1
         output = F.scaled_dot_product_attention(
-            spread(query, self.left),
-            spread(key, self.left),
-            spread(value, self.left),
-            is_causal=True,
+            tails(query),
+            with_common(key),
+            with_common(value),
+            attn_mask=self.visible if common else None,
+            is_causal=common == 0,
             scale=scaling,
-            enable_gqa=self.group > 1,
+            enable_gqa=gqa,
         )
         output = output.transpose(1, 2).flatten(0, 1)
-        return (output if even else output.index_select(0, self.flat))[None]
+        if not self.even:
+            output = output.index_select(0, self.flat)
+        if common == 0:
+            return output[None]
+        first = F.scaled_dot_product_attention(
+            query[:, :, :common],
+            key[:, :, :common],
+            value[:, :, :common],
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=gqa,
+        )
+        return torch.cat((first.transpose(1, 2), output[None]), dim=1)
 
     def decode(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attention of one new token a row over its columns, after storing the token's own key and value.
@@ -158,6 +185,15 @@ class Wave:
         )
         output = torch.bmm(torch.softmax(scores, dim=-1), values.flatten(0, 1))
         return output.view(self.rows, 1, heads * self.group, size)
+
+
+def common_length(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, leaving each at least one of its own; 0 for a single prompt."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # in dictionary order, the two that differ most
+    limit = min(map(len, prompts)) - 1
+    return next((place for place in range(limit) if first[place] != last[place]), limit)
 
 
 def wave_attention(

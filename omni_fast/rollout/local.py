@@ -37,7 +37,7 @@ class LocalEngine:
         self,
         model: PreTrainedModel,
         *,
-        tokens_in_flight: int = 65_536,
+        tokens_in_flight: int = 32_768,
         max_rows: int = 256,
         threads: int | None = None,
     ) -> None:
@@ -124,7 +124,7 @@ class LocalEngine:
         counts = [sum(index == member for member, _ in members) for index in indices]
         wave = Wave(
             self.config,
-            [len(prompts[index].tokens) for index in indices],
+            [prompts[index].tokens for index in indices],
             counts,
             sampling.max_new_tokens,
             self.fast.dtype,
@@ -137,9 +137,8 @@ class LocalEngine:
         rows = [results[index][number] for index, number in members]
         alive = [True] * len(rows)
         position_R = wave.lengths[wave.prompt_of_row]
-        flat = torch.tensor([token for index in indices for token in prompts[index].tokens], device=device)
-        hidden = self._forward(flat[None], wave.positions(), wave)[0]
-        logits_RV = self.fast.lm_head(hidden[wave.starts + wave.lengths - 1])[wave.prompt_of_row]
+        hidden_1TH = self._forward(wave.tokens, wave.positions, wave)
+        logits_RV = self.fast.lm_head(hidden_1TH[0, wave.last])[wave.prompt_of_row]
         stops = frozenset(sampling.stop_token_ids)
         for step in range(sampling.max_new_tokens):
             token_R, logprob_R = draw(logits_RV, uniform_RT[:, step], sampling.temperature)

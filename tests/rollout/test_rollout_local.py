@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
-from transformers import Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from omni_fast.errors import UserError
+from omni_fast.rollout.decode import common_length
 from omni_fast.rollout.engine import Prompt, Sample, Sampling
 from omni_fast.rollout.local import LocalEngine
 
@@ -42,11 +50,13 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return made
 
 
-def some_prompts(lengths: tuple[int, ...] = (5, 11, 1, 8, 5)) -> list[Prompt]:
+def some_prompts(common: int = 0) -> list[Prompt]:
+    """Five prompts of different lengths whose first `common` tokens are the same."""
     generator = torch.Generator().manual_seed(3)
+    first = torch.randint(517, (common,), generator=generator).tolist()
     return [
-        Prompt(torch.randint(517, (length,), generator=generator).tolist(), key=100 + number)
-        for number, length in enumerate(lengths)
+        Prompt(first + torch.randint(517, (length,), generator=generator).tolist(), key=100 + number)
+        for number, length in enumerate((5, 11, 1, 8, 5))
     ]
 
 
@@ -54,10 +64,11 @@ def token_lists(results: list[list[Sample]]) -> list[list[list[int]]]:
     return [[sample.tokens for sample in samples] for samples in results]
 
 
+@pytest.mark.parametrize("common", [0, 1, 9])
 @pytest.mark.parametrize("device", DEVICES)
-def test_greedy_is_transformers_generate(model: PreTrainedModel, device: str) -> None:
+def test_greedy_is_transformers_generate(model: PreTrainedModel, device: str, common: int) -> None:
     model.to(device)
-    prompts = some_prompts()
+    prompts = some_prompts(common)
     results = LocalEngine(model).generate(prompts, 2, Sampling(12, temperature=0.0))
     for prompt, samples in zip(prompts, results, strict=True):
         expected = model.generate(torch.tensor([prompt.tokens], device=device), max_new_tokens=12, do_sample=False)
@@ -84,8 +95,9 @@ def test_logprobs_are_those_of_a_forward_pass(model: PreTrainedModel, temperatur
             )
 
 
-def test_a_draw_depends_on_nothing_else_in_the_batch(model: PreTrainedModel) -> None:
-    prompts = some_prompts()
+@pytest.mark.parametrize("common", [0, 7])
+def test_a_draw_depends_on_nothing_else_in_the_batch(model: PreTrainedModel, common: int) -> None:
+    prompts = some_prompts(common)
     sampling = Sampling(10, temperature=1.0, seed=11)
     together = token_lists(LocalEngine(model).generate(prompts, 4, sampling))
     assert len({tuple(tokens) for tokens in together[0]}) == 4, "samples of one prompt must differ"
@@ -167,6 +179,21 @@ def test_bfloat16_stays_close_to_a_forward_pass(model: PreTrainedModel) -> None:
             expected = logits.log_softmax(-1).gather(1, ids[0, len(prompt.tokens) :, None])[:, 0]
             errors.append((torch.tensor(sample.logprobs) - expected).abs().mean())
     assert torch.stack(errors).mean() < 0.1
+
+
+def test_the_same_prompt_twice_is_two_prompts(model: PreTrainedModel) -> None:
+    tokens = some_prompts()[1].tokens
+    twice = LocalEngine(model).generate([Prompt(tokens, 1), Prompt(tokens, 2)], 2, Sampling(9, seed=3))
+    alone = LocalEngine(model).generate([Prompt(tokens, 2)], 2, Sampling(9, seed=3))
+    assert token_lists(twice)[1:] == token_lists(alone) != token_lists(twice)[:1]
+
+
+def test_the_common_beginning_leaves_each_prompt_a_token() -> None:
+    assert common_length([[1, 2, 3]]) == 0
+    assert common_length([[1, 2, 3], [1, 2, 3]]) == 2
+    assert common_length([[1, 2, 3], [1, 2], [1, 2, 4, 5]]) == 1
+    assert common_length([[1, 2, 3, 9], [1, 2, 7, 9], [1, 2, 3, 4, 5]]) == 2
+    assert common_length([[3, 2], [1, 2]]) == 0
 
 
 def test_no_prompts_give_no_samples(model: PreTrainedModel) -> None:
