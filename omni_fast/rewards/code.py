@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from omni_fast.rewards.sandbox import Call, Data, Job, Sandbox
+from omni_fast.rewards.sandbox import Call, Data, JailError, Job, Sandbox
 from omni_fast.rewards.score import Part
 
 RELATIVE, ABSOLUTE = 1e-6, 1e-9
@@ -35,6 +35,23 @@ class Tests:
     cases: tuple[Case, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Asserts:
+    """Tests written as a program, in HumanEval's form: `test` defines `check(candidate)`, which raises when it fails.
+
+    prelude: source that defines helpers the tests use (HumanEval: the prompt). Both run in this process: only for
+    sources from a package you trust, never for anything a model or an unknown user wrote.
+    """
+
+    entry: str
+    test: str
+    prelude: str = ""
+
+
+class CandidateFailed(Exception):
+    """The function under test gave no value; the text is the outcome."""
+
+
 class CodeVerifier:
     """Part `tests` of a score: the share of hidden cases passed, or all-or-nothing."""
 
@@ -54,6 +71,22 @@ class CodeVerifier:
         ]
         return [self._part(calls, test.cases) for calls, test in zip(self.sandbox.run(jobs), tests, strict=True)]
 
+    def score_asserts(self, sources: Sequence[str], tests: Sequence[Asserts]) -> list[Part]:
+        """One part per source text: 1 when `check` returns, else 0; invalid where the jail failed.
+
+        The tests run here and the function runs in the jail: each call crosses as data.
+        """
+        return [self._assert_one(source, test) for source, test in zip(sources, tests, strict=True)]
+
+    def _assert_one(self, source: str, tests: Asserts) -> Part:
+        for _ in range(2):  # a jail that failed is started anew, once
+            try:
+                with self.sandbox.session(source, tests.entry) as call:
+                    return _check(call, tests)
+            except JailError:
+                continue
+        return Part(None, "infrastructure")
+
     def _part(self, calls: Sequence[Call], cases: Sequence[Case]) -> Part:
         if any(call.outcome == "infrastructure" for call in calls):
             return Part(None, "infrastructure")
@@ -68,6 +101,32 @@ class CodeVerifier:
         if all(call.outcome == "ok" and same(calls[0].value, call.value) for call in calls):
             return Part(0.0, "constant")  # passes the boolean cases of its kind without having looked at the input
         return Part(sum(passed) / len(passed), reason)
+
+
+def _check(call: Callable[[tuple[Data, ...]], Call], tests: Asserts) -> Part:
+    def candidate(*args: Data) -> Data:
+        reply = call(args)
+        if reply.outcome != "ok":
+            raise CandidateFailed(reply.outcome)
+        return reply.value
+
+    namespace: dict[str, object] = {"__name__": "tests"}
+    try:
+        exec(tests.prelude, namespace)
+        namespace[tests.entry] = candidate  # some tests call the function by its name
+        exec(tests.test, namespace)
+        check = namespace["check"]
+        assert callable(check)
+        check(candidate)
+    except CandidateFailed as failure:
+        return Part(0.0, str(failure))
+    except JailError:
+        raise
+    except AssertionError:
+        return Part(0.0, "wrong")
+    except Exception:  # the tests compare values of any type and raise whatever that raises
+        return Part(0.0, "error")
+    return Part(1.0)
 
 
 def same(expected: Data, got: Data) -> bool:

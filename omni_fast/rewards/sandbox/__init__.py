@@ -88,6 +88,9 @@ PROBE_REFUSALS: tuple[Data, ...] = ("denied", [], False)
 class Backend(Protocol):
     """One place to run jobs, used by one thread at a time."""
 
+    @property
+    def layers(self) -> list[str]: ...
+
     def start(self) -> None: ...
 
     def run(self, job: Job) -> list[Call]: ...
@@ -197,7 +200,7 @@ class Sandbox:
         return {
             "backend": self.backend or "none",
             "isolated": self.backend not in ("", "unsafe"),
-            "layers": list(LAYERS.get(self.backend, ())),
+            "layers": [*LAYERS.get(self.backend, ()), *(self._jails[0].layers if self._jails else ())],
             "workers": self.workers,
             "restarts": self.restarts,
             "refused": dict(self.refused),

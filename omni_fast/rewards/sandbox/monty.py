@@ -34,6 +34,10 @@ class MontyJail:
         self.limits = limits
         self._pool: Monty | None = None
 
+    @property
+    def layers(self) -> list[str]:
+        return []
+
     def start(self) -> None:
         """Raises JailError when the package is missing or its worker does not start."""
         self.stop()

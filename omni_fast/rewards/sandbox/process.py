@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import struct
@@ -22,11 +23,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from omni_fast.rewards.sandbox import bwrap, seccomp, wire
+from omni_fast.rewards.sandbox.cgroup import Group
 from omni_fast.rewards.sandbox.job import Call, Job, Limits
 from omni_fast.rewards.sandbox.wire import Data
 
 START_S = 20.0  # a cold interpreter on a busy machine
 GRACE_S = 3.0  # how much longer than the job's own wall clock the host waits for the fork-server
+OVERHEAD_BYTES = 192 << 20  # fork-server, /tmp and bubblewrap, on top of a job's own memory, in the group's limit
+PIDS = 96  # bubblewrap, fork-server, one job with its threads
 HERE = Path(__file__).parent
 
 
@@ -54,18 +58,24 @@ class Jail:
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._group: Group | None = None
 
     @property
     def pid(self) -> int | None:
         """Process id of the jail's outermost process; None when it does not run."""
         return self._process.pid if self._process and self._process.poll() is None else None
 
+    @property
+    def layers(self) -> list[str]:
+        """What this machine added to the layers that every jail has."""
+        return ["cgroup: " + ", ".join(self._group.controllers)] if self._group and self._group.controllers else []
+
     def start(self) -> None:
         """(Re)start the fork-server and wait until it is ready. Raises JailError with the reason."""
         self.stop()
         self._socket, theirs = socket.socketpair()
         try:
-            self._process = self._spawn(theirs)
+            self._spawn(theirs)
             if self._read_frame(time.monotonic() + START_S)[0] != b"X":
                 raise JailError("the fork-server did not report ready")
         except JailError as error:
@@ -75,45 +85,51 @@ class Jail:
         finally:
             theirs.close()
 
-    def _spawn(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
-        fds = [theirs.fileno()]
-        try:
-            settings = asdict(self.limits) | {
-                "isolate": self.isolate,
-                "fd": theirs.fileno(),
-                "seccomp": seccomp.build().hex(),
-            }
-            if self._command is not None:
-                line = [word.format(fd=theirs.fileno()) for word in self._command]
-            elif self.isolate:
-                fds += [_as_fd(HERE / name) for name in ("jail.py", "wire.py")]
-                line = bwrap.command(fds[1], fds[2], json.dumps(settings))
-            else:
-                line = [sys.executable, "-I", "-S", "-B", str(HERE / "jail.py"), json.dumps(settings)]
-            # RLIMIT_NPROC does not bind real root, and root owns too much: as root the whole jail, bwrap included, is
-            # nobody.
-            drop = bwrap.NOBODY if self.isolate and os.getuid() == 0 else None
-            return subprocess.Popen(
-                line,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env={
-                    "PYTHONHASHSEED": "0",
-                    "LC_ALL": "C.UTF-8",
-                },  # nothing of the trainer's environment: keys live there
-                pass_fds=fds,
-                user=drop,
-                group=drop,
-                extra_groups=None if drop is None else [],
-                start_new_session=True,  # Ctrl-C on the terminal is for the trainer
-                cwd="/",
-            )
-        except (OSError, KeyError, bwrap.NoInterpreter) as error:
-            raise JailError(f"cannot start the jail: {error}") from None
-        finally:
-            for fd in fds[1:]:
-                os.close(fd)
+    def _spawn(self, theirs: socket.socket) -> None:
+        with contextlib.ExitStack() as fds:
+            try:
+                self._launch(theirs.fileno(), fds)
+            except (OSError, KeyError, bwrap.NoInterpreter) as error:
+                raise JailError(f"cannot start the jail: {error}") from None
+
+    def _launch(self, fd: int, fds: contextlib.ExitStack) -> None:
+        """Start the process with `fd` as its socket; what it needs only at the start is closed with `fds`."""
+        settings = json.dumps(
+            asdict(self.limits) | {"isolate": self.isolate, "fd": fd, "seccomp": seccomp.build().hex()}
+        )
+        inherited = [fd]
+        gate = None
+        if self._command is not None:
+            line = [word.format(fd=fd) for word in self._command]
+        elif self.isolate:
+            files = [_as_fd(HERE / name, fds) for name in ("jail.py", "wire.py")]
+            line = bwrap.command(files[0], files[1], settings)
+            inherited += files
+            self._group = Group(self.limits.memory_bytes + OVERHEAD_BYTES, PIDS)
+            if self._group.controllers:
+                gate = _Gate(fds)
+                line[1:1] = gate.options
+                inherited += gate.theirs
+        else:
+            line = [sys.executable, "-I", "-S", "-B", str(HERE / "jail.py"), settings]
+        # RLIMIT_NPROC does not bind real root, and root owns too much: then the whole jail, bubblewrap included, is nobody.
+        drop = bwrap.NOBODY if self.isolate and os.getuid() == 0 else None
+        self._process = subprocess.Popen(
+            line,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            # nothing of the trainer's environment: keys live there
+            env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},
+            pass_fds=inherited,
+            user=drop,
+            group=drop,
+            extra_groups=None if drop is None else [],
+            start_new_session=True,  # Ctrl-C on the terminal is for the trainer
+            cwd="/",
+        )
+        if gate is not None and self._group is not None:
+            gate.open(self._group, self._process)
 
     def stop(self) -> None:
         """Kill the jail with all in it; harmless when it does not run."""
@@ -126,6 +142,9 @@ class Jail:
             if self._process.stderr is not None:
                 self._process.stderr.close()
             self._process = None
+        if self._group is not None:
+            self._group.remove()
+            self._group = None
 
     def run(self, job: Job) -> list[Call]:
         """All calls of one job, whatever the sample does. Raises JailError when the jail itself failed."""
@@ -149,7 +168,13 @@ class Jail:
         deadline = time.monotonic() + self.limits.wall_s + GRACE_S
         replies = Replies(None)
         end: Exit | None = None
-        self._write_frame(b"S", _first_line(source, entry, self.limits) + b"\n")
+        try:
+            first = _first_line(source, entry, self.limits)
+        except wire.WireError as error:
+            refused = Call("error", detail=str(error))
+            yield lambda args: refused
+            return
+        self._write_frame(b"S", first + b"\n")
 
         def call(args: tuple[Data, ...]) -> Call:
             nonlocal end
@@ -163,10 +188,12 @@ class Jail:
                 replies.calls.append(replies.failure or unanswered(end, self.limits))
             return replies.calls[number]
 
-        yield call
-        self._write_frame(b"E", b"")
-        while end is None:
-            end = self._advance(Replies(None), deadline)
+        try:
+            yield call
+        finally:
+            self._write_frame(b"E", b"")
+            while end is None:
+                end = self._advance(replies, deadline)
 
     def _advance(self, replies: Replies, deadline: float) -> Exit | None:
         """Take one frame in; the report of the child's end when it was that."""
@@ -216,9 +243,39 @@ class Jail:
         return text.splitlines()[-1][:300] if text else ""
 
 
-def _as_fd(path: Path) -> int:
-    """The file's bytes behind an inheritable descriptor: the jail's uid may not be allowed to open the path."""
+class _Gate:
+    """Holds bubblewrap back between making the jail and running anything in it, while the jail is put into its group."""
+
+    def __init__(self, fds: contextlib.ExitStack) -> None:
+        self._block, self._go = _pipe(fds)
+        self._told, self._info = _pipe(fds)
+        self.theirs = [self._block, self._info]
+        self.options = ["--block-fd", str(self._block), "--info-fd", str(self._info)]
+
+    def open(self, group: Group, process: subprocess.Popen[bytes]) -> None:
+        """Raises OSError when bubblewrap does not come so far."""
+        text = b""
+        while b"}" not in text:
+            if select.select([self._told], [], [], 0.05)[0]:
+                text += os.read(self._told, 4096)
+            elif process.poll() is not None:
+                raise OSError("bubblewrap ended")
+        group.add(process.pid)
+        group.add(int(json.loads(text)["child-pid"]))
+        os.write(self._go, b"g")
+
+
+def _pipe(fds: contextlib.ExitStack) -> tuple[int, int]:
+    ends = os.pipe()
+    for fd in ends:
+        fds.callback(os.close, fd)
+    return ends
+
+
+def _as_fd(path: Path, fds: contextlib.ExitStack) -> int:
+    """The file's bytes behind a descriptor: the jail's uid may not be allowed to open the path."""
     fd = os.memfd_create(path.name)
+    fds.callback(os.close, fd)
     os.write(fd, path.read_bytes())
     os.lseek(fd, 0, os.SEEK_SET)
     return fd

@@ -1,0 +1,146 @@
+"""The host's end: whatever a jail sends, the host goes on; the filter lets through what its table says and no more."""
+
+import contextlib
+import struct
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omni_fast.errors import UserError
+from omni_fast.rewards.sandbox import OUTCOMES, Job, Limits, Sandbox, seccomp
+from omni_fast.rewards.sandbox.process import Exit, Jail, JailError, Replies, parse_exit
+
+LIMITS = Limits(wall_s=0.3, cpu_s=1)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    chunks=st.lists(
+        st.binary(max_size=40)
+        | st.sampled_from(
+            [
+                b'["load","ok",""]\n',
+                b'[0,"ok",1]\n',
+                b'[1,"ok",{"$set":[1]}]\n',
+                b'[0,"error","x"]\n',
+                b'[0,"memory",""]\n',
+            ]
+        ),
+        max_size=8,
+    ),
+    count=st.integers(0, 4),
+    end=st.builds(
+        Exit, st.integers(-1, 255), st.integers(0, 64), st.floats(0, 10), st.sampled_from(["", "wall", "output", "?"])
+    ),
+)
+def test_any_bytes_give_one_outcome_per_call(chunks, count, end):
+    replies = Replies(count)
+    for chunk in chunks:
+        replies.feed(chunk, 10_000)
+    calls = replies.finish(end, LIMITS)
+    assert len(calls) == count
+    assert {call.outcome for call in calls} <= set(OUTCOMES) - {"infrastructure"}
+
+
+def test_values_arrive_only_in_their_places():
+    replies = Replies(3)
+    replies.feed(b'["load","ok",""]\n[0,"ok",5]\n[2,"ok",7]\n[1,"ok",6]\n', 1000)
+    assert [call.outcome for call in replies.finish(Exit(0, 0, 0.0, ""), LIMITS)] == ["ok", "protocol", "protocol"]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.binary(max_size=100))
+def test_a_report_is_read_or_refused(payload):
+    with contextlib.suppress(JailError):
+        assert isinstance(parse_exit(payload), Exit)
+
+
+# Programs in the jail's place, each with the socket as `s`. All let the host believe in a start first, or not even that.
+READY = "s.sendall(struct.pack('<Ic', 2, b'X') + b'{}')\n"
+LIARS = {
+    "never ready": "time.sleep(60)",
+    "ends at once": "",
+    "random bytes": READY + "s.recv(9)\nimport random\ns.sendall(random.Random(0).randbytes(5000))",
+    "huge size": READY + "s.recv(9)\ns.sendall(struct.pack('<Ic', 2**32 - 1, b'O'))\ntime.sleep(60)",
+    "half a frame": READY + "s.recv(9)\ns.sendall(struct.pack('<Ic', 500, b'O') + b'x' * 10)",
+    "stalls": READY + "time.sleep(60)",
+    "endless output": READY + "s.recv(9)\nwhile True:\n    s.sendall(struct.pack('<Ic', 65536, b'O') + b'x' * 65536)",
+    "bad report": READY + "s.recv(9)\ns.sendall(struct.pack('<Ic', 5, b'X') + b'[[[[[')",
+    "report without fields": READY + "s.recv(9)\ns.sendall(struct.pack('<Ic', 2, b'X') + b'{}')",
+    "deep report": READY + "s.recv(9)\ns.sendall(struct.pack('<Ic', 60000, b'X') + b'[' * 60000)",
+    "dies": READY + "s.recv(9)\nimport os\nos.abort()",
+}
+
+
+def liar(body: str) -> list[str]:
+    head = "import socket, struct, sys, time\ns = socket.socket(fileno=int(sys.argv[1]))\n"
+    return [sys.executable, "-I", "-S", "-c", (head + body).replace("{", "{{").replace("}", "}}"), "{fd}"]
+
+
+@pytest.mark.parametrize("name", LIARS)
+def test_the_host_survives_a_lying_jail(name, monkeypatch):
+    monkeypatch.setattr("omni_fast.rewards.sandbox.process.START_S", 2.0)
+    monkeypatch.setattr("omni_fast.rewards.sandbox.process.GRACE_S", 0.3)
+    jail = Jail(LIMITS, isolate=False, command=liar(LIARS[name]))
+    with pytest.raises(JailError):
+        jail.start()
+        jail.run(Job("def f(x): return x", "f", [(1,)]))
+    jail.stop()
+    assert jail.pid is None
+
+
+def test_without_a_backend_it_refuses_and_says_what_to_do():
+    with pytest.raises(UserError, match=r"bubblewrap.*--unsafe"):
+        Sandbox(backends=()).start()
+
+
+def test_run_before_start_is_a_mistake_of_the_caller():
+    with pytest.raises(RuntimeError, match="not running"):
+        Sandbox().run([])
+
+
+def verdict(program: bytes, arch: int, number: int, argument: int = 0) -> int:
+    """A small interpreter of the filter's instructions."""
+    code = [struct.unpack_from("=HBBI", program, offset) for offset in range(0, len(program), 8)]
+    data = {seccomp.OFFSET_NR: number, seccomp.OFFSET_ARCH: arch, seccomp.OFFSET_ARG0: argument}
+    accumulator, position = 0, 0
+    while True:
+        operation, if_true, if_false, operand = code[position]
+        position += 1
+        if operation == seccomp.RET:
+            return operand
+        if operation == seccomp.LD_ABS:
+            accumulator = data[operand]
+        elif operation == seccomp.AND:
+            accumulator &= operand
+        else:
+            compare = {
+                seccomp.JEQ: accumulator == operand,
+                seccomp.JGE: accumulator >= operand,
+                seccomp.JGT: accumulator > operand,
+            }
+            position += if_true if compare[operation] else if_false
+
+
+@pytest.mark.parametrize("column, machine", list(enumerate(seccomp.AUDIT_ARCH)))
+def test_the_filter_allows_its_table_and_nothing_else(column, machine):
+    program, arch = seccomp.build(machine), seccomp.AUDIT_ARCH[machine]
+    allowed = {pair[column] for pair in seccomp.ALLOWED.values()}
+    for number in range(600):
+        if number in (seccomp.CLONE[column], seccomp.CLONE3[column], seccomp.IOCTL[column]):
+            continue
+        expected = seccomp.RET_ALLOW if number in allowed else seccomp.RET_ERRNO | seccomp.EPERM
+        assert verdict(program, arch, number) == expected, number
+    assert verdict(program, arch ^ 1, 0) == seccomp.RET_KILL_PROCESS
+    assert verdict(program, arch, seccomp.X32_BIT + 1) == seccomp.RET_KILL_PROCESS
+    clone = seccomp.CLONE[column]
+    assert verdict(program, arch, clone, 0x3D0F00) == seccomp.RET_ALLOW  # what pthread_create asks for
+    for flags in (17, 0x10000000, 0x3D0F00 | 0x10000000, 0x4111):
+        assert verdict(program, arch, clone, flags) == seccomp.RET_ERRNO | seccomp.EPERM
+
+
+def test_an_unknown_machine_has_no_filter():
+    with pytest.raises(KeyError, match="riscv64"):
+        seccomp.build("riscv64")
