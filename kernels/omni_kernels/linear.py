@@ -279,7 +279,7 @@ def _forward(m: Matrices, head: Head, targets: Tensor, stats: Stats, chunk: slic
     logits = m.logits(chunk)
     logp, entropy, lse = head.at(chunk).forward(logits, targets[chunk], stats.entropy is not None)
     stats.logp[chunk], stats.lse[chunk] = logp, lse
-    if stats.entropy is not None:
+    if stats.entropy is not None and entropy is not None:
         stats.entropy[chunk] = entropy
     return logits
 

@@ -49,8 +49,9 @@ class Prepared:
 
         Those look across a sequence only when on-policy, where its log-ratios are 0: the ids are not needed.
         """
-        cut = {f.name: getattr(self, f.name) for f in fields(self)} | {"sequences": None}
-        return Prepared(**{name: None if value is None else value[index] for name, value in cut.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sequences"}
+        cut = {name: value[index] for name, value in values.items() if value is not None}
+        return replace(self, **cut, sequences=None)
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,14 @@ class _Attach(torch.autograd.Function):
     """Gives a known scalar its known gradients: apply(loss, x1, dloss/dx1, x2, dloss/dx2, ...)."""
 
     @staticmethod
-    def forward(ctx, loss, *pairs):  # type: ignore[no-untyped-def]
+    def forward(ctx, loss, *pairs):
         ctx.save_for_backward(*pairs[1::2])
         ctx.dtypes = [None if x is None else x.dtype for x in pairs[::2]]
         return loss.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+    def backward(ctx, upstream):
         grads: list[Tensor | None] = [None]
         for slope, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1::2], strict=True):
             grads += [(upstream * slope).to(dtype) if needed and slope is not None else None, None]
@@ -273,6 +274,10 @@ def _ratio(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
     return ratio, torch.where(log_ratio.abs() <= LOG_RATIO_BOUND, ratio, 0)
 
 
+def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    return torch.where(condition, torch.full_like(like, yes), no)  # of two numbers, where makes fp32
+
+
 def _policy(logp: Tensor, log_ratio: Tensor, batch: Prepared, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
     """(w policy, share w dpolicy/dlogp, the ratio that bounds apply to), [N] each.
 
@@ -286,14 +291,14 @@ def _policy(logp: Tensor, log_ratio: Tensor, batch: Prepared, spec: LossSpec) ->
         log_total = segment_sum(log_ratio, sequences).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
         ratio = log_total.exp()
         rising, falling = spec.vespo_positive, spec.vespo_negative
-        k, rate = (torch.where(advantages >= 0, rising[i], falling[i]) for i in range(2))
+        k, rate = (_choose(advantages >= 0, rising[i], falling[i], ratio) for i in range(2))
         slope = -(rate + k * log_total - rate * ratio).exp() * advantages
         value, coupled = slope * logp, False
     elif spec.policy == "gmpo":
         assert length is not None
         ratio, _ = _ratio(log_ratio)
         within = torch.where(advantages > 0, ratio <= high, ratio >= low)
-        bounded = torch.where(within, ratio, torch.where(advantages > 0, high, low))
+        bounded = torch.where(within, ratio, _choose(advantages > 0, high, low, ratio))
         value = slope = -advantages * (segment_sum(bounded.log(), sequences) / length).exp()
         passes = passes & within & (log_ratio.abs() <= LOG_RATIO_BOUND)
     else:
@@ -310,7 +315,7 @@ def _policy(logp: Tensor, log_ratio: Tensor, batch: Prepared, spec: LossSpec) ->
                 dead = dead | over
             slope = torch.where(dead, 0, -advantages * ratio_slope)
         elif spec.policy == "sapo":
-            tau = torch.where(advantages > 0, spec.sapo_tau_positive, spec.sapo_tau_negative)
+            tau = _choose(advantages > 0, spec.sapo_tau_positive, spec.sapo_tau_negative, ratio)
             gate = torch.sigmoid(tau * (ratio - 1))
             value = -advantages * 4 / tau * gate
             slope = -advantages * ratio_slope * 4 * gate * (1 - gate)

@@ -4,7 +4,7 @@ A custom op is opaque to torch.compile, so chunk loops, native kernels and row c
 Forward ops are functional; only backward ops write in place, and the one whose name says so. `LossSpec` passes through
 as a string, as ops take no objects, and an absent output is an empty tensor, as ops return no None.
 
-Gradients are first order: differentiating a gradient raises RuntimeError.
+Gradients are first order: a backward pass with create_graph=True raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -212,12 +212,12 @@ def _policy_op(
         workspace_bytes, backend,
     )  # fmt: skip
     stats = result.stats
-    outputs = (stats.entropy, result.dx, result.dw, result.db)
-    return result.loss, result.metrics, stats.logp, *(_present(v, hidden) for v in outputs)
+    entropy, dx, dw, db = (_present(v, hidden) for v in (stats.entropy, result.dx, result.dw, result.db))
+    return result.loss, result.metrics, stats.logp, entropy, dx, dw, db
 
 
 @_policy_op.register_fake
-def _(hidden, weight, bias, main_grad, targets, *rest):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, main_grad, targets, *rest):
     *_, want_entropy, need_dx, need_dw, need_db, _tile_rows, _workspace_bytes, _backend = rest
     dtype, n = _wide(hidden), len(hidden)
     rows = hidden.new_empty(n, dtype=dtype)
@@ -234,14 +234,14 @@ def _(hidden, weight, bias, main_grad, targets, *rest):  # type: ignore[no-untyp
 
 def _policy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.count, ctx.main_grad = len(inputs), inputs[3]
     ctx.needs = inputs[-6:-3]
     ctx.save_for_backward(*output[4:])
 
 
-def _policy_backward(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    if any(g is not None for g in others):
-        raise RuntimeError("linear_policy_loss is differentiable once; use policy_loss(linear_logprob(...)) for more")
+def _policy_backward(ctx: Any, upstream: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+    _first_order_only()
     grads: list[Tensor | None] = [None, None, None]
     if upstream is not None:
         for k, made in enumerate(ctx.saved_tensors):
@@ -273,12 +273,12 @@ def _policy_into_op(
         rows, denominator, row_scale, n, scale, softcap, spec, want_entropy, need_dx, need_dw, need_db, tile_rows,
         workspace_bytes, backend,
     )  # fmt: skip
-    outputs = (result.stats.entropy, result.dx, result.db)
-    return result.loss, result.metrics, result.stats.logp, *(_present(v, hidden) for v in outputs)
+    entropy, dx, db = (_present(v, hidden) for v in (result.stats.entropy, result.dx, result.db))
+    return result.loss, result.metrics, result.stats.logp, entropy, dx, db
 
 
 @_policy_into_op.register_fake
-def _(hidden, weight, bias, main_grad, grad_scale, targets, *rest):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, main_grad, grad_scale, targets, *rest):
     *_, want_entropy, need_dx, _need_dw, need_db, _tile_rows, _workspace_bytes, _backend = rest
     rows = hidden.new_empty(len(hidden), dtype=_wide(hidden))
     return (
@@ -302,11 +302,12 @@ def _linear_logprob(
     _check_head(hidden, weight, bias, main_grad)
     _check_rows(hidden, targets, inv_temperature, softcap, "hidden")
     row_scale, scale = _split(inv_temperature)
-    logp, entropy, _, *extras = _logprob_op(
+    logp, entropy, _, *extra = _logprob_op(
         hidden, weight, bias, main_grad, targets, row_scale, scale, softcap or 0.0, want_entropy,
         -1 if top_k is None else top_k, _tile(hidden, batch_invariant), workspace_bytes or 0, backend or "",
     )  # fmt: skip
-    return logp, entropy if want_entropy else None, *(v.detach() for v in extras)
+    top_logp, top_tokens, squares = (v.detach() for v in extra)
+    return logp, entropy if want_entropy else None, top_logp, top_tokens, squares
 
 
 @torch.library.custom_op("omni_kernels::linear_logprob", mutates_args=())
@@ -318,15 +319,13 @@ def _logprob_op(
     head = _head(hidden, row_scale, scale, softcap, tile_rows, workspace_bytes, backend)
     wanted = None if top_k < 0 else top_k
     stats, extra = linear.logprob_forward(hidden, weight, bias, targets, head, want_entropy, wanted)
-    top_logp, top_tokens, squares = (
-        (None, None, None) if extra is None else (extra.top_logp, extra.top_tokens, extra.sum_p_squared)
-    )
-    outputs = (_present(v, hidden) for v in (top_logp, top_tokens, squares))
-    return stats.logp, _present(stats.entropy, hidden), stats.lse, *outputs
+    found = (None, None, None) if extra is None else (extra.top_logp, extra.top_tokens, extra.sum_p_squared)
+    entropy, top_logp, top_tokens, squares = (_present(v, hidden) for v in (stats.entropy, *found))
+    return stats.logp, entropy, stats.lse, top_logp, top_tokens, squares
 
 
 @_logprob_op.register_fake
-def _(hidden, weight, bias, main_grad, targets, row_scale, scale, softcap, want_entropy, top_k, *rest):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, main_grad, targets, row_scale, scale, softcap, want_entropy, top_k, *how):
     n, dtype, nothing = len(hidden), _wide(hidden), lambda: hidden.new_empty(0)
     return (
         hidden.new_empty(n, dtype=dtype),
@@ -349,11 +348,12 @@ def _logprob_backward_op(
     gradient = _upstream(grad_logp, grad_entropy, lse)
     needs = (need_dx, need_dw, need_db)
     grads = linear.logprob_backward(hidden, weight, bias, targets, stats, gradient, head, needs)
-    return tuple(_present(g, hidden) for g in grads)  # type: ignore[return-value]
+    dx, dw, db = (_present(g, hidden) for g in grads)
+    return dx, dw, db
 
 
 @_logprob_backward_op.register_fake
-def _(grad_logp, grad_entropy, hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
+def _(grad_logp, grad_entropy, hidden, weight, bias, *rest):
     need_dx, need_dw, need_db = rest[6:9]
     return (
         hidden.new_empty(hidden.shape) if need_dx else hidden.new_empty(0),
@@ -365,11 +365,13 @@ def _(grad_logp, grad_entropy, hidden, weight, bias, *rest):  # type: ignore[no-
 def _logprob_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, main_grad, targets, row_scale, *how = inputs
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2:])
     ctx.main_grad, ctx.scale, ctx.softcap, ctx.tail = main_grad, how[0], how[1], how[4:]
     ctx.save_for_backward(hidden, weight, bias, targets, output[2], output[1], row_scale)
 
 
 def _logprob_backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: object) -> Any:
+    _first_order_only()
     grads: list[Tensor | None] = [None] * 13
     if grad_logp is None and grad_entropy is None:
         return tuple(grads)
@@ -406,7 +408,7 @@ def _logits_op(
 
 
 @_logits_op.register_fake
-def _(logits, targets, row_scale, scale, softcap, want_entropy, in_place, backend):  # type: ignore[no-untyped-def]
+def _(logits, targets, row_scale, scale, softcap, want_entropy, in_place, backend):
     rows = logits.new_empty(len(logits), dtype=_wide(logits))
     return rows, torch.empty_like(rows) if want_entropy else logits.new_empty(0), torch.empty_like(rows)
 
@@ -424,10 +426,12 @@ def _logits_backward_op(
 def _logits_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, targets, row_scale, ctx.scale, ctx.softcap, _, ctx.in_place, ctx.backend = inputs
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(logits, targets, output[2], output[1], row_scale)
 
 
 def _logits_backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: object) -> Any:
+    _first_order_only()
     if grad_logp is None and grad_entropy is None:
         return (None,) * 8
     logits, targets, lse, entropy, row_scale = ctx.saved_tensors
@@ -442,6 +446,11 @@ _logits_op.register_autograd(_logits_backward, setup_context=_logits_setup)
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _first_order_only() -> None:
+    if torch.is_grad_enabled():  # only where the gradient itself is to be differentiated
+        raise RuntimeError("omni_kernels gradients are first order; leave out create_graph=True")
 
 
 def _upstream(grad_logp: Tensor | None, grad_entropy: Tensor | None, lse: Tensor) -> Gradient:

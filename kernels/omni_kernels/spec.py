@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ class LossSpec:
     @lru_cache(maxsize=64)
     def decode(encoded: str) -> LossSpec:
         """The spec of `LossSpec.encoded`: how a spec passes through a torch operator, which takes no objects."""
-        values = json.loads(encoded)
+        values: dict[str, Any] = json.loads(encoded)
         return LossSpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
     @classmethod
@@ -209,7 +209,12 @@ def check(tokens: Tokens, spec: LossSpec) -> None:
             raise ValueError(f"Tokens.{name} is {given}; give {wanted} like targets")
     if tokens.mask is not None and tokens.mask.dtype != torch.bool:
         raise ValueError(f"Tokens.mask is {tokens.mask.dtype}; give bool")
+    ids = tokens.sequences
+    if ids is not None and not ids.is_cuda and len(ids) and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in ids.aminmax())
+        if low < 0 or high >= len(ids):
+            raise ValueError(f"Tokens.sequences holds {low if low < 0 else high}; give ids in [0, N) = [0, {len(ids)})")
     if spec.beta != 0 and tokens.reference is None:
-        raise ValueError(f"LossSpec.beta is {spec.beta} but Tokens.reference is None; give reference log-probs or beta=0")
+        raise ValueError(f"LossSpec.beta is {spec.beta} but Tokens.reference is None; give its log-probs, or beta=0")
     if spec.rollout is not None and tokens.rollout is None:
         raise ValueError(f"LossSpec.rollout is {spec.rollout!r} but Tokens.rollout is None; give sampler log-probs")

@@ -16,10 +16,10 @@ import importlib.util
 from functools import cache
 from types import ModuleType
 
-import torch
+from torch import bfloat16, device, dtype, float16, float32, float64  # `torch` here is the backend of that name
 
 _PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
-_DTYPES = {"torch": (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+_DTYPES = {"torch": (float32, bfloat16, float16, float64)}  # the others: float32 and bfloat16
 
 
 @cache
@@ -32,8 +32,13 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     return (None, reason) if reason else (module, None)
 
 
-def select(device: torch.device, dtype: torch.dtype, name: str | None = None) -> ModuleType:
-    """The row backend for tensors of this device and dtype: the fastest one available, or the one named.
+def reason_unavailable(name: str) -> str | None:
+    """Why a backend cannot be used here, in a sentence; None if it can."""
+    return _load(name)[1]
+
+
+def select(place: device, kind: dtype, name: str | None = None) -> ModuleType:
+    """The row backend for tensors of this place and kind: the fastest one available, or the one named.
 
     Raises ValueError when the named one is absent, with the reason.
     """
@@ -42,8 +47,8 @@ def select(device: torch.device, dtype: torch.dtype, name: str | None = None) ->
         if module is None:
             raise ValueError(f"backend {name!r} is not available: {reason}; use backend='torch'")
         return module
-    for candidate in _PREFERENCE.get(device.type, ("torch",)):
+    for candidate in _PREFERENCE.get(place.type, ("torch",)):
         module, _ = _load(candidate)
-        if module is not None and dtype in _DTYPES.get(candidate, (torch.float32, torch.bfloat16)):
+        if module is not None and kind in _DTYPES.get(candidate, (float32, bfloat16)):
             return module
     raise RuntimeError("unreachable: the torch backend is always available")

@@ -1,0 +1,419 @@
+"""Log-probs, entropies and fused losses of a head against the float64 oracle, and the integration with torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omni_kernels import (
+    IGNORE,
+    LossSpec,
+    Tokens,
+    backends,
+    head_rows,
+    linear_logprob,
+    linear_logprob_extras,
+    linear_policy_loss,
+    logits_logprob,
+    policy_loss,
+    reference,
+)
+from torch import Tensor
+
+BACKENDS = [name for name in ("torch", "cpu") if backends.reason_unavailable(name) is None]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def problem(n: int = 50, h: int = 24, v: int = 307, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    targets = torch.randint(0, v, (n,), generator=g)
+    targets[1::7] = IGNORE
+    return {
+        "hidden": torch.randn(n, h, generator=g).to(dtype).requires_grad_(),
+        "weight": (torch.randn(v, h, generator=g) * 0.5).to(dtype).requires_grad_(),
+        "targets": targets,
+        "bias": torch.randn(v, generator=g).to(dtype).requires_grad_(),
+        "row_scale": torch.rand(n, generator=g) + 0.5,
+        "ga": torch.randn(n, generator=g),
+        "gb": torch.randn(n, generator=g),
+    }
+
+
+def tokens_of(p: dict[str, Tensor], logp: Tensor, seed: int = 0, on_policy: bool = False) -> Tokens:
+    g = torch.Generator().manual_seed(seed)
+    n = len(logp)
+    near = [logp.detach().float() + 0.3 * torch.randn(n, generator=g) for _ in range(3)]
+    sequences = torch.randint(0, 5, (n,), generator=g)
+    mask = torch.rand(n, generator=g) < 0.8
+    old = None if on_policy else near[0]
+    return Tokens(p["targets"], torch.randn(n, generator=g), mask, sequences, old, near[1], near[2])
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return float(((found.double() - truth).norm() / truth.norm().clamp(min=1e-300)).detach())
+
+
+def plain(p: dict[str, Tensor], softcap: float | None, scaled: bool) -> tuple[Tensor, Tensor]:
+    """(logp, entropy) as PyTorch computes them in the dtype of the inputs, log-softmax in fp32."""
+    z = (p["hidden"] @ p["weight"].T + p["bias"]).float()
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    z = z * p["row_scale"][:, None] if scaled else z
+    log_p = torch.log_softmax(z, -1)
+    used = p["targets"] != IGNORE
+    logp = torch.where(used, log_p.gather(-1, p["targets"].clamp(min=0)[:, None])[:, 0], 0)
+    return logp, torch.where(used, -(log_p.exp() * log_p).sum(-1), 0)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("workspace", [None, 4 * 307 * 9])
+def test_head_is_as_exact_as_plain_pytorch(
+    backend: str, dtype: torch.dtype, softcap: float | None, scaled: bool, workspace: int | None
+) -> None:
+    p = problem(dtype=dtype)
+    leaves = [p["hidden"], p["weight"], p["bias"]]
+    scale = p["row_scale"] if scaled else 1.0
+    logp, entropy, _ = reference.head(*leaves[:2], p["targets"], p["bias"], scale, softcap)
+    truth = torch.autograd.grad((logp * p["ga"] + entropy * p["gb"]).sum(), leaves)
+    rival_logp, rival_entropy = plain(p, softcap, scaled)
+    rival = torch.autograd.grad((rival_logp * p["ga"] + rival_entropy * p["gb"]).sum(), leaves)
+    ours_logp, ours_entropy = linear_logprob(
+        *leaves[:2], p["targets"], bias=p["bias"], inv_temperature=scale, softcap=softcap, workspace_bytes=workspace,
+        backend=backend,
+    )  # fmt: skip
+    assert ours_entropy is not None
+    ours = torch.autograd.grad((ours_logp * p["ga"] + ours_entropy * p["gb"]).sum(), leaves)
+    floor = 3e-7
+    assert error(ours_logp, logp) <= 2 * error(rival_logp, logp) + floor
+    assert error(ours_entropy, entropy) <= 2 * error(rival_entropy, entropy) + floor
+    for mine, theirs, exact in zip(ours, rival, truth, strict=True):
+        assert mine.dtype == dtype
+        assert error(mine, exact) <= 3 * error(theirs, exact) + floor
+
+
+@every_backend
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_given_logits(backend: str, in_place: bool, dtype: torch.dtype) -> None:
+    p = problem()
+    wide = torch.randn(50, 400, generator=torch.Generator().manual_seed(1)).to(dtype) * 3
+    source = wide[:, :307].detach().requires_grad_()  # rows are strided
+    logp, entropy, _ = reference.logprob(source, p["targets"], p["row_scale"], 9.0)
+    (truth,) = torch.autograd.grad((logp * p["ga"] + entropy * p["gb"]).sum(), source)
+    ours_logp, ours_entropy = logits_logprob(
+        source, p["targets"], inv_temperature=p["row_scale"], softcap=9.0, in_place=in_place, backend=backend
+    )
+    assert ours_entropy is not None
+    (mine,) = torch.autograd.grad((ours_logp * p["ga"] + ours_entropy * p["gb"]).sum(), source)
+    assert error(ours_logp, logp) < 1e-6 and error(ours_entropy, entropy) < 1e-6
+    assert error(mine, truth) < (1e-6 if dtype == torch.float32 else 3e-3)
+    assert (mine[p["targets"] == IGNORE] == 0).all()
+
+
+@every_backend
+@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "sapo", "gmpo", "vespo", "reinforce"])
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("chunk_rows", [7, 1000])
+def test_fused_loss_equals_loss_of_the_logits(backend: str, name: str, on_policy: bool, chunk_rows: int) -> None:
+    p = problem()
+    leaves = [p["hidden"], p["weight"], p["bias"]]
+    logp, entropy, lse = reference.head(*leaves[:2], p["targets"], p["bias"], p["row_scale"], 8.0)
+    tokens = tokens_of(p, logp, on_policy=on_policy)
+    spec = LossSpec.preset(
+        name, beta=0.2, entropy_coef=0.03, z_loss=1e-3, eps_low=0.2, eps_high=0.3, rollout="truncate", rollout_max=1.2
+    )
+    wide = replace(tokens, **{f: v.double() for f in ("old", "reference", "rollout") if (v := getattr(tokens, f)) is not None})
+    truth = reference.policy_loss(logp, entropy, wide, spec, lse)
+    wanted = torch.autograd.grad(truth, leaves)
+    out = linear_policy_loss(
+        *leaves[:2], tokens, spec, bias=p["bias"], inv_temperature=p["row_scale"], softcap=8.0, backend=backend,
+        workspace_bytes=chunk_rows * 307 * 4, return_tokens=True,
+    )  # fmt: skip
+    assert out.loss.item() == pytest.approx(float(truth.detach()), abs=1e-5)
+    for mine, exact in zip(torch.autograd.grad(out.loss * 2.5, leaves), wanted, strict=True):
+        assert error(mine / 2.5, exact) < 3e-6
+    trained = tokens.trained()
+    assert out.logp is not None and out.entropy is not None and not out.logp.requires_grad
+    assert error(out.logp[trained], logp[trained]) < 1e-6 and error(out.entropy[trained], entropy[trained]) < 1e-6
+    assert (out.logp[~trained] == 0).all()
+    plain = policy_loss(logp.float(), entropy.float(), tokens, spec, lse.float())
+    torch.testing.assert_close(out.metrics, plain.metrics, rtol=1e-5, atol=1e-4)
+
+
+def test_workspace_does_not_change_the_result() -> None:
+    p = problem()
+    logp, *_ = reference.head(p["hidden"], p["weight"], p["targets"])
+    for spec in (LossSpec(beta=0.1), LossSpec.preset("gspo", top_entropy=0.5)):
+        results = []
+        for workspace in (1, 10_000, 1 << 30):
+            out = linear_policy_loss(
+                p["hidden"], p["weight"], tokens_of(p, logp), spec, workspace_bytes=workspace, backend="torch"
+            )
+            results.append((out.loss.detach(), out.metrics, *torch.autograd.grad(out.loss, (p["hidden"], p["weight"]))))
+        for other in results[1:]:
+            torch.testing.assert_close(results[0], other, rtol=2e-5, atol=1e-7)
+
+
+@every_backend
+def test_clipped_masked_and_ignored_rows_leave_exactly(backend: str) -> None:
+    p = problem()
+    logp, *_ = reference.head(p["hidden"], p["weight"], p["targets"])
+    tokens = tokens_of(p, logp)
+    assert tokens.old is not None
+    tokens = replace(tokens, old=tokens.old - 2.0)  # most rows with A > 0 are clipped
+    out = linear_policy_loss(p["hidden"], p["weight"], tokens, LossSpec(), backend=backend)
+    dead = ~tokens.trained() | ((tokens.advantages > 0) & (logp > tokens.old + 0.2))
+    (dx,) = torch.autograd.grad(out.loss, p["hidden"])
+    assert (dx[dead] == 0).all() and (dx[~dead].abs().sum(-1) > 0).all()
+    poisoned = p["hidden"].detach().clone()
+    poisoned[~tokens.trained()] = torch.nan  # rows that are not trained on are never read
+    again = linear_policy_loss(poisoned, p["weight"], tokens, LossSpec(), backend=backend)
+    assert torch.equal(again.loss, out.loss)
+
+
+def test_rows_from_the_packer_give_the_same_gradient() -> None:
+    p = problem()
+    logp, *_ = reference.head(p["hidden"], p["weight"], p["targets"])
+    tokens = tokens_of(p, logp)
+    tokens = replace(tokens, advantages=tokens.advantages * (tokens.advantages > 0))
+    full = linear_policy_loss(p["hidden"], p["weight"], tokens, LossSpec.preset("grpo"))
+    rows = head_rows(tokens, LossSpec.preset("grpo"))
+    few = linear_policy_loss(p["hidden"], p["weight"], replace(tokens, rows=rows), LossSpec.preset("grpo"))
+    assert len(rows) < tokens.trained().sum()
+    torch.testing.assert_close(few.loss, full.loss)
+    for a, b in zip(*(torch.autograd.grad(o.loss, (p["hidden"], p["weight"])) for o in (full, few)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("needed", [(), ("hidden",), ("weight",), ("bias",), ("hidden", "weight")])
+def test_only_wanted_gradients_are_made(needed: tuple[str, ...]) -> None:
+    p = problem()
+    tokens = tokens_of(p, torch.full((50,), -5.0))
+    full = linear_policy_loss(p["hidden"], p["weight"], tokens, LossSpec(), bias=p["bias"])
+    full.loss.backward()
+    cut = {k: p[k].detach().requires_grad_(k in needed) for k in ("hidden", "weight", "bias")}
+    for out in (
+        linear_policy_loss(cut["hidden"], cut["weight"], tokens, LossSpec(), bias=cut["bias"]).loss,
+        policy_loss(linear_logprob(cut["hidden"], cut["weight"], p["targets"], bias=cut["bias"])[0], None, tokens, LossSpec()).loss,
+    ):
+        assert out.requires_grad == bool(needed)
+        if needed:
+            for name, grad in zip(needed, torch.autograd.grad(out, [cut[k] for k in needed]), strict=True):
+                torch.testing.assert_close(grad, p[name].grad, rtol=1e-4, atol=1e-7)
+
+
+def test_tied_weight_gets_both_gradients() -> None:
+    p = problem()
+    table = p["weight"].detach().clone().requires_grad_()
+    ids = torch.arange(50)
+    tokens = tokens_of(p, torch.full((50,), -5.0))
+    out = linear_policy_loss(table[ids] * 1.5, table, tokens, LossSpec())
+    out.loss.backward()
+    x = (table.detach()[ids] * 1.5).requires_grad_()
+    w = table.detach().clone().requires_grad_()
+    dx, dw = torch.autograd.grad(linear_policy_loss(x, w, tokens, LossSpec()).loss, (x, w))
+    torch.testing.assert_close(table.grad, dw.index_add(0, ids, 1.5 * dx), rtol=1e-5, atol=1e-8)
+
+
+def test_master_weight_gets_an_unrounded_gradient() -> None:
+    p = problem(dtype=torch.bfloat16)
+    master = p["weight"].detach().float().requires_grad_()
+    tokens = tokens_of(p, torch.full((50,), -5.0))
+    linear_policy_loss(p["hidden"], master, tokens, LossSpec()).loss.backward()
+    linear_policy_loss(p["hidden"], p["weight"], tokens, LossSpec()).loss.backward()
+    assert master.grad is not None and master.grad.dtype == torch.float32
+    torch.testing.assert_close(master.grad.bfloat16(), p["weight"].grad)
+
+
+@pytest.mark.parametrize("when", ["backward", "forward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_main_grad_accumulates_in_fp32(when: str, dtype: torch.dtype) -> None:
+    p = problem(dtype=dtype)
+    tokens = tokens_of(p, torch.full((50,), -5.0))
+    master = p["weight"].detach().float().requires_grad_()
+    (wanted,) = torch.autograd.grad(linear_policy_loss(p["hidden"], master, tokens, LossSpec()).loss, master)
+    main = torch.ones_like(wanted)
+    for _ in range(2):
+        out = linear_policy_loss(
+            p["hidden"], p["weight"], tokens, LossSpec(), main_grad=main, workspace_bytes=9 * 307 * 4,
+            grad_scale=0.5 if when == "forward" else None,
+        )  # fmt: skip
+        (out.loss * 0.5).backward()
+    assert p["weight"].grad is None and p["hidden"].grad is not None
+    torch.testing.assert_close(main - 1, wanted, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
+def test_linear_logprob_accumulates_into_main_grad() -> None:
+    p = problem()
+    (wanted,) = torch.autograd.grad(linear_logprob(p["hidden"], p["weight"], p["targets"])[0] @ p["ga"], p["weight"])
+    main = torch.zeros_like(wanted)
+    (linear_logprob(p["hidden"], p["weight"], p["targets"], main_grad=main)[0] @ p["ga"]).backward()
+    assert p["weight"].grad is None
+    torch.testing.assert_close(main, wanted)
+
+
+def test_grad_scale_refuses_recomputation() -> None:
+    p = problem()
+    tokens, main = tokens_of(p, torch.full((50,), -5.0)), torch.zeros(307, 24)
+
+    def loss(x: Tensor) -> Tensor:
+        return linear_policy_loss(x, p["weight"], tokens, LossSpec(), main_grad=main, grad_scale=1.0).loss
+
+    out = torch.utils.checkpoint.checkpoint(loss, p["hidden"], use_reentrant=False)
+    with pytest.raises(RuntimeError, match="outside the activation checkpoint"):
+        out.backward()
+
+
+def test_extras() -> None:
+    p = problem()
+    out = linear_logprob_extras(
+        p["hidden"], p["weight"], p["targets"], top_k=4, inv_temperature=p["row_scale"], softcap=6.0, workspace_bytes=9000
+    )
+    z = 6 * torch.tanh(p["hidden"].double() @ p["weight"].double().T / 6) * p["row_scale"].double()[:, None]
+    log_p = torch.log_softmax(z, -1)
+    used = p["targets"] != IGNORE
+    best = log_p.topk(4)
+    torch.testing.assert_close(out.top_logp[used].double(), best.values[used], rtol=1e-5, atol=1e-5)
+    assert torch.equal(out.top_tokens[used], best.indices[used])
+    torch.testing.assert_close(out.sum_p_squared[used].double(), log_p.exp().square().sum(-1)[used], rtol=1e-5, atol=1e-7)
+    assert (out.top_logp[~used] == 0).all() and (out.sum_p_squared[~used] == 0).all()
+    assert out.logp.requires_grad and not out.top_logp.requires_grad
+
+
+def test_entropy_is_absent_when_not_wanted() -> None:
+    p = problem()
+    assert linear_logprob(p["hidden"], p["weight"], p["targets"], want_entropy=False)[1] is None
+    assert logits_logprob(torch.randn(50, 307), p["targets"], want_entropy=False)[1] is None
+    tokens = tokens_of(p, torch.full((50,), -5.0))
+    out = linear_policy_loss(p["hidden"], p["weight"], tokens, LossSpec(), want_entropy=False, return_tokens=True)
+    assert out.entropy is None
+
+
+@every_backend
+def test_repeats_bit_by_bit(backend: str) -> None:
+    p = problem(dtype=torch.bfloat16, n=200)
+    tokens = tokens_of(p, torch.full((200,), -5.0))
+    runs = [linear_policy_loss(p["hidden"], p["weight"], tokens, LossSpec(), backend=backend) for _ in range(2)]
+    grads = [torch.autograd.grad(r.loss, (p["hidden"], p["weight"])) for r in runs]
+    assert torch.equal(runs[0].loss, runs[1].loss) and torch.equal(runs[0].metrics, runs[1].metrics)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batch_invariant_rows_do_not_see_each_other(backend: str, dtype: torch.dtype) -> None:
+    p = problem(n=600, h=64, v=1031, dtype=dtype)
+    targets = p["targets"].clamp(min=0)
+    options = {"batch_invariant": True, "backend": backend, "workspace_bytes": 600 * 1031}
+    hidden, weight = p["hidden"], p["weight"]
+    logp, entropy = linear_logprob(hidden, weight, targets, **options)
+    (dx,) = torch.autograd.grad((logp * p["ga"] + entropy * p["gb"]).sum(), hidden)
+    for cut in (slice(0, 1), slice(5, 300), slice(599, 600), slice(100, 600)):
+        some, some_entropy = linear_logprob(hidden[cut], weight, targets[cut], **options)
+        assert torch.equal(some, logp[cut]) and torch.equal(some_entropy, entropy[cut])
+        (some_dx,) = torch.autograd.grad((some * p["ga"][cut] + some_entropy * p["gb"][cut]).sum(), hidden)
+        assert torch.equal(some_dx[cut], dx[cut])
+
+
+def test_retained_graph_gives_the_same_gradient_again() -> None:
+    p = problem()
+    tokens = tokens_of(p, torch.full((50,), -5.0))
+    for loss in (
+        linear_policy_loss(p["hidden"], p["weight"], tokens, LossSpec()).loss,
+        linear_logprob(p["hidden"], p["weight"], p["targets"])[0].sum(),
+        logits_logprob(p["hidden"] @ p["weight"].T, p["targets"])[0].sum(),
+    ):
+        one = torch.autograd.grad(loss, p["hidden"], retain_graph=True)[0]
+        two = torch.autograd.grad(loss, p["hidden"], retain_graph=True)[0]
+        assert torch.equal(one, two)
+
+
+def test_in_place_gradient_runs_once() -> None:
+    logits = torch.randn(4, 9, requires_grad=True)
+    loss = logits_logprob(logits, torch.zeros(4, dtype=torch.int64), in_place=True)[0].sum()
+    (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert grad.data_ptr() == logits.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, logits)
+
+
+@pytest.mark.parametrize("which", ["fused", "linear", "logits"])
+def test_second_order_is_a_clear_error(which: str) -> None:
+    p = problem()
+    tokens = tokens_of(p, torch.full((50,), -5.0))
+    loss = {
+        "fused": lambda: linear_policy_loss(p["hidden"], p["weight"], tokens, LossSpec()).loss,
+        "linear": lambda: linear_logprob(p["hidden"], p["weight"], p["targets"])[0].sum(),
+        "logits": lambda: logits_logprob(p["hidden"] @ p["weight"].T, p["targets"])[0].sum(),
+    }[which]()
+    with pytest.raises(RuntimeError, match="first order"):
+        torch.autograd.grad(loss, p["hidden"], create_graph=True)
+
+
+def test_opcheck() -> None:
+    p = problem(n=9, v=31)
+    ops = torch.ops.omni_kernels
+    tokens = tokens_of(p, torch.full((9,), -3.0))
+    how = (0.0, 1.0, 0.0, LossSpec(entropy_coef=0.1).encoded, True, True, True, True, 0, 0, "torch")
+    vectors = (
+        tokens.targets, tokens.advantages, tokens.mask, tokens.sequences, tokens.old, tokens.reference, tokens.rollout,
+        None, None, p["row_scale"],
+    )  # fmt: skip
+    head = (p["hidden"], p["weight"], p["bias"])
+    torch.library.opcheck(ops.linear_policy_loss, (*head, None, *vectors, *how))
+    detached = tuple(v.detach() for v in head)
+    torch.library.opcheck(ops.linear_policy_loss_into_, (*detached, torch.zeros(31, 24), 1.0, *vectors, *how))
+    torch.library.opcheck(ops.linear_logprob, (*head, None, tokens.targets, None, 1.0, 0.0, True, 3, 0, 0, "torch"))
+    logits = torch.randn(9, 31, requires_grad=True)
+    torch.library.opcheck(ops.logits_logprob, (logits, tokens.targets, p["row_scale"], 1.0, 4.0, True, False, "torch"))
+
+
+@pytest.mark.parametrize("which", ["fused", "linear", "logits", "loss"])
+def test_compiles_as_one_graph(which: str) -> None:
+    p = problem()
+    tokens = tokens_of(p, torch.full((50,), -5.0))
+    spec = LossSpec.preset("gspo", beta=0.1, entropy_coef=0.1)
+
+    def run(hidden: Tensor, weight: Tensor) -> Tensor:
+        if which == "fused":
+            return linear_policy_loss(hidden, weight, tokens, spec, bias=p["bias"], softcap=8.0).loss * 2
+        if which == "linear":
+            logp, entropy = linear_logprob(hidden, weight, tokens.targets, inv_temperature=p["row_scale"])
+        else:
+            logp, entropy = logits_logprob(hidden @ weight.T, tokens.targets)
+        if which == "loss":
+            return policy_loss(logp, entropy, tokens, spec).loss
+        return (logp * p["ga"] + entropy * p["gb"]).sum()
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    eager, traced = run(p["hidden"], p["weight"]), compiled(p["hidden"], p["weight"])
+    torch.testing.assert_close(eager, traced, rtol=1e-5, atol=1e-6)
+    for a, b in zip(*(torch.autograd.grad(v, (p["hidden"], p["weight"])) for v in (eager, traced)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(0, 12), h=st.integers(1, 5), v=st.integers(1, 17), rows=st.integers(1, 5), seed=st.integers(0, 99),
+    backend=st.sampled_from(BACKENDS), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_any_shape(n: int, h: int, v: int, rows: int, seed: int, backend: str, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(a, h, generator=g).to(dtype).requires_grad_() for a in (n, v))
+    targets = torch.randint(0, v, (n,), generator=g)
+    logp, entropy = linear_logprob(hidden, weight, targets, workspace_bytes=rows * v * 2, backend=backend)
+    assert entropy is not None and (logp <= 0).all() and (entropy >= -1e-6).all()
+    (logp.sum() + entropy.sum()).backward()
+    tokens = Tokens(targets, torch.randn(n, generator=g))
+    out = linear_policy_loss(hidden, weight, tokens, LossSpec(entropy_coef=0.1), workspace_bytes=rows * v * 2, backend=backend)
+    out.loss.backward()
+    assert out.loss.isfinite() and hidden.grad is not None and weight.grad is not None
+    assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+    if v == 1:
+        assert (logp == 0).all() and (hidden.grad == 0).all()
