@@ -80,7 +80,13 @@ def wilson(mean: float, n: int) -> tuple[float, float]:
 
 def resample(n: int, draws: int, rng: np.random.Generator) -> Floats:
     """Bootstrap weights [draws, n]: row b holds how often each of n items was drawn, divided by n."""
-    return rng.multinomial(n, np.full(n, 1.0 / n), size=draws).astype(np.float64) / n
+    out = np.empty((draws, n))
+    rows = max(1, 1_000_000 // n)  # bounds the memory of the indices; several times faster than a multinomial draw
+    for start in range(0, draws, rows):
+        count = min(rows, draws - start)
+        picks = rng.integers(0, n, (count, n)) + n * np.arange(count)[:, None]
+        out[start : start + count] = np.bincount(picks.ravel(), minlength=count * n).reshape(count, n)
+    return out / n
 
 
 def interval(draws: Floats) -> tuple[float, float]:

@@ -1,0 +1,115 @@
+"""Transfer measured only as far as the order needs it: evaluate in batches, stop when the order is settled.
+
+Each look adds items of the task whose part of the gap between the best and the second best order is the least certain
+(its variance falls most per evaluation), re-solves the order on all items so far, and stops when the order is the
+optimum in enough of the bootstrap draws. Looking several times would raise the chance of stopping at a wrong order, so
+the level is split over the looks that are possible (Bonferroni: safe and a little slow). What the caller saves is
+reported in evaluations, one being one checkpoint on one item. Limit: the draws hold the items' noise, not that of the
+training seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from omni_fast.curriculum import order as orders
+from omni_fast.curriculum.decide import Decision, decide
+from omni_fast.curriculum.scores import Floats
+from omni_fast.curriculum.transfer import Transfer, measure
+
+
+class Scorer(Protocol):
+    """Scores all K + 1 checkpoints on items start..stop of a task's `select` split."""
+
+    def __call__(self, task: str, start: int, stop: int) -> Floats:
+        """[K + 1, stop - start] in 0..1, row 0 the initial policy, row i + 1 the run of task i; NaN where it failed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was known after one batch."""
+
+    items: Mapping[str, int]
+    order: tuple[str, ...]
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Result of a sequential measurement. settled: the order met the level before the items ran out, or at the end."""
+
+    transfer: Transfer
+    decision: Decision
+    looks: tuple[Look, ...]
+    settled: bool
+    evaluations: int
+    evaluations_full: int
+
+    @property
+    def saved(self) -> float:
+        """Share of the full measurement's evaluations that were not needed."""
+        return 1.0 - self.evaluations / self.evaluations_full
+
+
+def settle_order(
+    tasks: Sequence[str],
+    sizes: Mapping[str, int],
+    scorer: Scorer,
+    *,
+    first: int = 30,
+    batch: int = 20,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Outcome:
+    """Measure until the order is settled at `level`, or all items are used.
+
+    sizes: `select` items per task.   first: items of every task at the first look (a bootstrap of fewer is not to be
+    trusted).
+    batch: items added to one task at each further look.
+    """
+    scores = {task: scorer(task, 0, min(first, sizes[task])) for task in tasks}
+    possible = 1 + sum(math.ceil((sizes[task] - scores[task].shape[1]) / batch) for task in tasks)
+    wanted = 1.0 - (1.0 - level) / possible
+    looks: list[Look] = []
+    while True:
+        transfer = measure(
+            {task: scores[task][0] for task in tasks},
+            {trained: {task: scores[task][i + 1] for task in tasks} for i, trained in enumerate(tasks)},
+            seed=seed + len(looks),
+        )
+        decision = decide(transfer)
+        used = {task: scores[task].shape[1] for task in tasks}
+        probability = decision.probability if decision.probability is not None else 0.0
+        looks.append(Look(used, decision.order, probability))
+        open_tasks = [task for task in tasks if used[task] < sizes[task]]
+        settled = probability >= wanted
+        if settled or not open_tasks:
+            break
+        task = _least_certain(transfer, decision, open_tasks)
+        more = scorer(task, used[task], min(used[task] + batch, sizes[task]))
+        scores[task] = np.concatenate([scores[task], more], axis=1)
+    checkpoints = len(tasks) + 1
+    full = checkpoints * sum(sizes[task] for task in tasks)
+    return Outcome(transfer, decision, tuple(looks), settled, checkpoints * sum(used.values()), full)
+
+
+def _least_certain(transfer: Transfer, decision: Decision, candidates: Sequence[str]) -> str:
+    """The task whose further items reduce the variance of the gap to the second best order most."""
+    index = {task: j for j, task in enumerate(transfer.tasks)}
+    best = [index[task] for task in decision.order]
+    second = [index[task] for task in decision.second] if decision.second else best
+    drop: dict[str, float] = {}
+    for task in candidates:
+        only = np.zeros_like(transfer.matrix_draws_BKK)
+        only[:, :, index[task]] = transfer.matrix_draws_BKK[:, :, index[task]]
+        gap = orders.order_values(only, best) - orders.order_values(only, second)
+        drop[task] = float(gap.var()) / transfer.n_K[index[task]]
+    if max(drop.values()) == 0.0:  # the two orders tie, or nothing has moved yet: the task with the fewest items
+        return min(candidates, key=lambda task: transfer.n_K[index[task]])
+    return max(drop, key=lambda task: drop[task])
