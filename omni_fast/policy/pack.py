@@ -87,7 +87,8 @@ def _grow(trajectories: Sequence[Trajectory], members: Sequence[int], share: Sha
     # In sorted order a completion shares its longest prefix with its neighbour, so one path at a time builds the tree.
     ordered = sorted(members, key=lambda index: tuple(trajectories[index].completion))
     trees: list[_Tree] = []
-    tree, path, previous = _Tree(), [-1], ()
+    tree, path = _Tree(), [-1]
+    previous: tuple[int, ...] = ()
     for index in ordered:
         sample = trajectories[index]
         inner = tuple(sample.completion[:-1])

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omni_kernels import LossSpec, Tokens, linear_policy_loss, policy_loss
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from omni_fast.errors import UserError
 from omni_fast.policy import tree_attention
 from omni_fast.policy.pack import Share, Trajectory, pack, partition
+from omni_kernels import LossSpec, Tokens, linear_policy_loss, policy_loss
 
-VOCABULARY = 23
-
-
-def small_model(layers: int = 2) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=24, intermediate_size=40, num_hidden_layers=layers, num_attention_heads=6,
-        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.3, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+Models = Callable[..., LlamaForCausalLM]
 
 
 tokens = st.lists(st.integers(0, 3), min_size=1, max_size=9)  # few ids, so that completions share prefixes
@@ -74,9 +66,9 @@ def test_each_token_once_within_the_budget(
 @given(raw=groups, block=st.sampled_from([1, 3, 64]), share=st.sampled_from(["tree", "prompt", "none"]))
 @settings(deadline=None, max_examples=25)
 def test_gradients_equal_plain_forward_per_sample(
-    raw: list[tuple[list[int], list[list[int]]]], block: int, share: Share
+    build_model: Models, raw: list[tuple[list[int], list[list[int]]]], block: int, share: Share
 ) -> None:
-    model = small_model().double()
+    model = build_model().double()
     trajectories = build(raw)
     spec = LossSpec(entropy_coef=0.1)
     total = float(sum(len(sample.completion) for sample in trajectories))

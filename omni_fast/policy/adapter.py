@@ -1,0 +1,39 @@
+"""LoRA through peft: the adapter is put into the model in place, so whoever shares the model sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
+from omni_fast.errors import UserError
+
+
+def add_adapter(model: PreTrainedModel, rank: int, alpha: float) -> None:
+    """Freezes `model` and adds a trainable adapter of that rank to every linear layer but the head (LoRA, 2106.09685)."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError("lora_rank > 0 needs the package peft: pip install peft, or set lora_rank to 0.") from error
+    model.requires_grad_(False)
+    settings = LoraConfig(r=rank, target_modules="all-linear")
+    settings.lora_alpha = alpha  # type: ignore[assignment]  # declared int, used as a number
+    inject_adapter_in_model(settings, model)
+
+
+@contextmanager
+def without_adapter(model: PreTrainedModel) -> Iterator[None]:
+    """The base model while inside; nothing changes for a model without adapter."""
+    layers = []
+    if hasattr(model, "peft_config"):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)

@@ -1,0 +1,461 @@
+"""One optimiser step on a batch of samples: pack, forward, loss and gradient, clip, AdamW, copy back.
+
+The model the caller gave keeps working weights (bf16 where the processor multiplies it fast); the fp32 master weights
+live here. Each micro-batch adds its gradient to fp32 sums as soon as a parameter has it, so a working-precision
+gradient of the whole model never exists. The loss is divided once by counts of the whole step: how the step is split
+never changes it. After the step the working weights are overwritten in place, so an engine that shares the model
+reads the new ones.
+
+Limits: decoders whose attention is plain causal softmax (see tree_attention.py) and whose logits are a linear head
+with at most a final soft cap; one device. Losses with quantile masks are refused, since those depend on the split.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from omni_kernels import METRICS, LossSpec, Tokens, finalise, linear_logprob, linear_policy_loss, normaliser_count
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from omni_fast.errors import RunError, UserError
+from omni_fast.policy import tree_attention
+from omni_fast.policy.adapter import add_adapter, without_adapter
+from omni_fast.policy.pack import MicroBatch, Share, Trajectory, pack
+
+ADAM_EPS = 1e-8
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+def working_dtype(device: str | torch.device = "cpu") -> torch.dtype:
+    """bf16 on GPUs and on processors that multiply it in hardware (AMX, AVX512-BF16, Arm BF16); else fp32."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16
+    path = Path("/proc/cpuinfo")
+    flags = set(path.read_text().split()) if path.is_file() else set()
+    return torch.bfloat16 if flags & {"amx_bf16", "avx512_bf16", "bf16"} else torch.float32
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A trained parameter: what the model reads, the fp32 truth, the gradient sum, AdamW's moments (None: not stepped)."""
+
+    name: str
+    working: nn.Parameter
+    master: Tensor
+    grad: Tensor
+    filled: bool = False  # whether `grad` holds anything of this step
+    mean: Tensor | None = None
+    square: Tensor | None = None
+
+    def add(self, grad: Tensor) -> None:
+        if self.filled:
+            self.grad.add_(grad)
+        else:
+            self.grad.copy_(grad)
+            self.filled = True
+
+    def sum(self) -> Tensor:
+        """The gradient sum, to be added to."""
+        if not self.filled:
+            self.grad.zero_()
+            self.filled = True
+        return self.grad
+
+
+class Policy:
+    """The trained model, its optimiser and, where the loss wants one, its frozen reference."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        loss: LossSpec,
+        learning_rate: float,
+        temperature: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        max_grad_norm: float = 1.0,
+        tokens_per_microbatch: int = 4096,
+        old: Literal["current", "behaviour"] = "current",
+        share: Share = "tree",
+        dtype: torch.dtype | None = None,
+        lora_rank: int = 0,
+        lora_alpha: float = 16.0,
+        gradient_checkpointing: bool = False,
+        max_bad_steps: int = 3,
+    ) -> None:
+        """Takes `model` over: its parameters become the working weights, in `dtype` (None: `working_dtype`), in place.
+
+        temperature: the sampler's; the loss is of the distribution that was sampled from. warmup_steps: linear, counted
+        from the last `reset_optimizer`. old: "current" is on-policy (ratio 1); "behaviour" takes the sampler's log-
+        probs as the old ones, for samples of an earlier weight version. lora_rank: 0 trains all weights.
+        gradient_checkpointing: keep only each layer's input, compute the rest again. max_bad_steps: how many steps in
+        a row may have a non-finite gradient (they are skipped) before the run stops.
+        """
+        if loss.top_entropy < 1 or loss.drop_covariance > 0:
+            raise UserError(
+                "Masks by quantile (top_entropy, drop_covariance) depend on the micro-batch split: turn them off."
+            )
+        _check_model(model)
+        self.model = model
+        self.loss = loss
+        self.learning_rate = learning_rate
+        self.inv_temperature = 1.0 / temperature
+        self.betas = betas
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.max_grad_norm = max_grad_norm
+        self.tokens_per_microbatch = tokens_per_microbatch
+        self.old = old
+        self.share: Share = share
+        self.max_bad_steps = max_bad_steps
+        self.steps = 0  # optimiser steps since the last reset
+        self.bad_steps = 0  # skipped steps in a row
+        self.lora = lora_rank > 0
+        if self.lora:
+            add_adapter(model, lora_rank, lora_alpha)
+        if gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        else:
+            model.eval()  # dropout has no place in a policy gradient
+        dtype = dtype or working_dtype(model.device)
+        self.slots = _take_over(model, dtype)
+        self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.reference: PreTrainedModel | None = None
+        if loss.beta > 0 and not self.lora:
+            self.reference = copy.deepcopy(model).requires_grad_(False).eval()
+        by_parameter: dict[Tensor, _Slot] = {slot.working: slot for slot in self.slots}
+        embedding = model.get_input_embeddings()
+        self._embedding = by_parameter.get(embedding.weight) if type(embedding) is nn.Embedding else None
+        self._head = by_parameter.get(model.get_output_embeddings().weight)
+        for slot in self.slots:
+            slot.working.register_post_accumulate_grad_hook(_drain(slot))
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    def update(self, batch: Sequence[Trajectory]) -> dict[str, float]:
+        """One optimiser step on all of `batch`; returns metrics.
+
+        loss, grad_norm (before clipping), entropy and kl in nats, ratios, clip fractions, tokens (trained completion
+        tokens), rows (rows the model computed), sample_tokens (what they stand for, prompts included), skipped (1: no
+        step was made, because no sample had an advantage or the gradient was not finite), entropy/TASK, seconds/PART.
+        Raises UserError where a sample exceeds the token budget, RunError after `max_bad_steps` non-finite gradients.
+        """
+        clock = _Clock()
+        deferred = self._count_is_deferred()
+        denominator = 1.0 if deferred else float(normaliser_count(self._flat(batch), self.loss))
+        passive = self.loss.beta == self.loss.entropy_coef == self.loss.z_loss == 0 and not deferred
+        active = [sample for sample in batch if sample.advantage != 0] if passive else list(batch)
+        micro_batches = self._pack(active)
+        clock.lap("pack")
+        for slot in self.slots:
+            slot.filled = False
+        totals: Tensor | None = None
+        entropies: dict[str, list[Tensor]] = {}
+        for micro in micro_batches:
+            sums, entropy = self._accumulate(micro, denominator, clock)
+            totals = sums if totals is None else totals + sums
+            tasks = [active[index].task for index in micro.samples]
+            for task in set(tasks):
+                own = torch.tensor([name == task for name in tasks], device=entropy.device)[micro.sequences]
+                entropies.setdefault(task, []).append(entropy[own])
+        metrics = {} if totals is None else finalise(totals)
+        if "reference_kl_k3" in metrics:
+            metrics["kl"] = metrics["reference_kl_k3"]
+        metrics |= {f"entropy/{task}": torch.cat(parts).mean().item() for task, parts in entropies.items()}
+        metrics["rows"] = sum(micro.input_ids.numel() for micro in micro_batches)
+        metrics["sample_tokens"] = sum(len(sample.prompt) + len(sample.completion) for sample in active)
+        metrics["microbatches"] = len(micro_batches)
+        scale = 1.0
+        if deferred and totals is not None:
+            scale = totals[METRICS.index("kept")].item()
+            metrics["loss"] /= scale
+        metrics |= self._step(scale, bool(micro_batches), clock)
+        metrics |= clock.seconds()
+        return metrics
+
+    def measure(self, batch: Sequence[Trajectory]) -> list[tuple[list[float], list[float]]]:
+        """Log-prob and entropy (nats, at the sampling temperature) of each completion token, for each sample in order."""
+        results: list[tuple[list[float], list[float]]] = [([], [])] * len(batch)
+        with torch.no_grad(), self._attention(self.model):
+            for micro in self._pack(batch):
+                logp, entropy = self._logprobs(self.model, micro, want_entropy=True)
+                assert entropy is not None
+                for number, index in enumerate(micro.samples):
+                    own = micro.sequences == number
+                    results[index] = (logp[own].tolist(), entropy[own].tolist())
+        return results
+
+    def _pack(self, batch: Sequence[Trajectory]) -> list[MicroBatch]:
+        if not batch:
+            return []
+        return pack(batch, tokens_per_microbatch=self.tokens_per_microbatch, share=self.share, device=self.model.device)
+
+    def _flat(self, batch: Sequence[Trajectory]) -> Tokens:
+        """All completion tokens of the step, for counting; on the CPU."""
+        lengths = torch.tensor([len(sample.completion) for sample in batch])
+        rollout = torch.tensor([value for sample in batch for value in sample.logprobs])
+        return Tokens(
+            targets=torch.tensor([token for sample in batch for token in sample.completion]),
+            advantages=torch.tensor([sample.advantage for sample in batch]).repeat_interleave(lengths),
+            sequences=torch.arange(len(batch)).repeat_interleave(lengths),
+            old=rollout if self.old == "behaviour" else None,
+            rollout=rollout,
+            reference=torch.zeros_like(rollout) if self.loss.beta > 0 else None,
+        )
+
+    def _count_is_deferred(self) -> bool:
+        """Whether the loss's count of kept tokens is known only after the forward pass."""
+        probe = Tokens(torch.zeros(1, dtype=torch.int64), torch.zeros(1), rollout=torch.zeros(1))
+        if self.old == "behaviour":
+            probe = replace(probe, old=torch.zeros(1))
+        try:
+            normaliser_count(probe, replace(self.loss, beta=0.0))
+        except ValueError:
+            return True
+        return False
+
+    def _accumulate(self, micro: MicroBatch, denominator: float, clock: _Clock) -> tuple[Tensor, Tensor]:
+        """Adds one micro-batch to the gradient sums; its metric sums and the entropies of its tokens."""
+        reference = self._reference_logprobs(micro)
+        clock.lap("reference")
+        tokens = Tokens(
+            micro.targets,
+            micro.advantages,
+            sequences=micro.sequences,
+            old=micro.rollout if self.old == "behaviour" else None,
+            reference=reference,
+            rollout=micro.rollout,
+            denominator=denominator,
+        )
+        with self._attention(self.model):
+            inputs = self.model.get_input_embeddings()(micro.input_ids)
+            if self._embedding is not None:
+                inputs = inputs.detach().requires_grad_()
+            hidden = _body(self.model, inputs, micro)
+            clock.lap("forward")
+            head = self.model.get_output_embeddings()
+            output = linear_policy_loss(
+                hidden.index_select(0, micro.predicts), head.weight, tokens, self.loss, bias=head.bias,
+                inv_temperature=self.inv_temperature, softcap=self.softcap, return_tokens=True,
+                main_grad=self._head.sum() if self._head else None, grad_scale=1.0 if self._head else None,
+            )  # fmt: skip
+            clock.lap("head")
+            output.loss.backward()
+        if self._embedding is not None:
+            # The rows' gradients are summed in fp32 here: autograd would sum them in the working dtype.
+            assert inputs.grad is not None
+            self._embedding.sum().index_add_(0, micro.input_ids[0], inputs.grad[0].float())
+        clock.lap("backward")
+        assert output.entropy is not None
+        return output.metrics, output.entropy
+
+    def _step(self, scale: float, any_rows: bool, clock: _Clock) -> dict[str, float]:
+        """Clips and applies the gradient sums, divided by `scale`; metrics of it."""
+        if not any_rows:
+            return {"skipped": 1.0, "grad_norm": 0.0, "learning_rate": 0.0}
+        norms = torch.stack(torch._foreach_norm([slot.sum() for slot in self.slots]))
+        norm = norms.double().square().sum().sqrt().item() / scale
+        if not math.isfinite(norm):
+            self.bad_steps += 1
+            if self.bad_steps > self.max_bad_steps:
+                raise RunError(
+                    f"The gradient was not finite in {self.bad_steps} steps in a row; the weights are those of the last good "
+                    "step. Lower the learning rate, or look at the last rewards for values that are not finite."
+                )
+            return {"skipped": 1.0, "grad_norm": norm, "bad_steps": float(self.bad_steps), "learning_rate": 0.0}
+        self.bad_steps = 0
+        clock.lap("clip")
+        self.steps += 1
+        rate = self.learning_rate * min(1.0, self.steps / (self.warmup_steps + 1))
+        self._adamw(rate, scale * max(1.0, norm / self.max_grad_norm))
+        clock.lap("optimizer")
+        self._publish()
+        clock.lap("copy")
+        return {"skipped": 0.0, "grad_norm": norm, "learning_rate": rate}
+
+    @torch.no_grad()
+    def _adamw(self, rate: float, divisor: float) -> None:
+        for slot in self.slots:
+            if slot.mean is None or slot.square is None:
+                slot.mean, slot.square = torch.zeros_like(slot.master), torch.zeros_like(slot.master)
+        device = self.slots[0].master.device
+        torch._fused_adamw_(
+            [slot.master for slot in self.slots],
+            [slot.grad for slot in self.slots],
+            [slot.mean for slot in self.slots if slot.mean is not None],
+            [slot.square for slot in self.slots if slot.square is not None],
+            [],
+            [torch.tensor(float(self.steps), device=device) for _ in self.slots],
+            lr=rate, beta1=self.betas[0], beta2=self.betas[1], weight_decay=self.weight_decay, eps=ADAM_EPS,
+            amsgrad=False, maximize=False, grad_scale=torch.tensor(divisor, device=device),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Master weights into the working weights, in place."""
+        for slot in self.slots:
+            if slot.working.data_ptr() != slot.master.data_ptr():
+                slot.working.copy_(slot.master)
+
+    # -- forward passes ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _attention(self, model: PreTrainedModel) -> Iterator[None]:
+        """Tree attention for the model while inside; others that share the model keep their own."""
+        before = model.config._attn_implementation
+        model.config._attn_implementation = tree_attention.NAME
+        try:
+            yield
+        finally:
+            model.config._attn_implementation = before
+
+    def _logprobs(self, model: PreTrainedModel, micro: MicroBatch, want_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        hidden = _body(model, model.get_input_embeddings()(micro.input_ids), micro).index_select(0, micro.predicts)
+        head = model.get_output_embeddings()
+        return linear_logprob(
+            hidden, head.weight, micro.targets, bias=head.bias, inv_temperature=self.inv_temperature,
+            softcap=self.softcap, want_entropy=want_entropy,
+        )  # fmt: skip
+
+    def _reference_logprobs(self, micro: MicroBatch) -> Tensor | None:
+        """Log-probs of the frozen reference; under LoRA that is the model without its adapter."""
+        if self.loss.beta == 0:
+            return None
+        model = self.reference or self.model
+        with torch.no_grad(), self._attention(model), without_adapter(model):
+            return self._logprobs(model, micro, want_entropy=False)[0]
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, Tensor]:
+        """The fp32 master weights by parameter name (under LoRA the adapter's alone); not copies."""
+        return {slot.name: slot.master for slot in self.slots}
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Overwrites masters and working weights. Raises UserError where names or shapes are not those of this model."""
+        own = self.weights()
+        if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
+            odd = sorted(own.keys() ^ weights.keys()) or [
+                name for name in own if own[name].shape != weights[name].shape
+            ]
+            raise UserError(
+                f"The stored weights are not of this model ({len(odd)} differ, for example {odd[0]}): "
+                "use the model, and the lora_rank, that they were trained with."
+            )
+        for name, master in own.items():
+            master.copy_(weights[name])
+        self._publish()
+
+    def reset_optimizer(self) -> None:
+        """Forgets AdamW's moments and starts the warm-up again."""
+        self.steps = 0
+        for slot in self.slots:
+            slot.mean = slot.square = None
+
+    @torch.no_grad()
+    def reset_reference(self) -> None:
+        """The current weights become the reference (no effect under LoRA, whose reference is the base model)."""
+        if self.reference is not None:
+            for frozen, current in zip(self.reference.parameters(), self.model.parameters(), strict=True):
+                frozen.copy_(current)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
+        """Everything a resume needs: tensors (not copies) under flat names, and a few numbers."""
+        tensors: dict[str, Tensor] = {}
+        for slot in self.slots:
+            tensors[f"master.{slot.name}"] = slot.master
+            if slot.mean is not None and slot.square is not None:
+                tensors[f"mean.{slot.name}"] = slot.mean
+                tensors[f"square.{slot.name}"] = slot.square
+        if self.reference is not None:
+            tensors |= {f"reference.{name}": value.detach() for name, value in self.reference.named_parameters()}
+        return tensors, {"steps": self.steps, "bad_steps": self.bad_steps}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Json]) -> None:
+        """Restores what `state_dict` gave; the next update is then bit for bit the one an uninterrupted run makes."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        self.load_weights(part("master."))
+        mean, square, reference = part("mean."), part("square."), part("reference.")
+        for slot in self.slots:
+            slot.mean = mean[slot.name].to(slot.master.device, copy=True) if mean else None
+            slot.square = square[slot.name].to(slot.master.device, copy=True) if square else None
+        if self.reference is not None:
+            for name, value in self.reference.named_parameters():
+                value.copy_(reference[name])
+        steps, bad_steps = numbers["steps"], numbers["bad_steps"]
+        assert isinstance(steps, int) and isinstance(bad_steps, int)
+        self.steps, self.bad_steps = steps, bad_steps
+
+
+class _Clock:
+    """Seconds by part of the step."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+        self.started = self.last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self.last
+        self.last = now
+
+    def seconds(self) -> dict[str, float]:
+        total = {"seconds/update": time.perf_counter() - self.started}
+        return {f"seconds/{part}": value for part, value in self.parts.items()} | total
+
+
+def _body(model: PreTrainedModel, inputs: Tensor, micro: MicroBatch) -> Tensor:
+    """Hidden states [T, H] after the final norm."""
+    output = model.base_model(inputs_embeds=inputs, position_ids=micro.positions, use_cache=False, tree=micro.layout)
+    return output.last_hidden_state[0]
+
+
+def _drain(slot: _Slot):  # type: ignore[no-untyped-def]
+    def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        slot.add(parameter.grad)
+        parameter.grad = None
+
+    return hook
+
+
+@torch.no_grad()
+def _take_over(model: PreTrainedModel, dtype: torch.dtype) -> list[_Slot]:
+    """Masters for the trained parameters; all parameters of the model become `dtype`, one at a time."""
+    slots = []
+    for name, parameter in model.named_parameters():
+        master = parameter.data.float()
+        parameter.data = master.to(dtype)  # the same tensor where dtype is fp32
+        if parameter.requires_grad:
+            slots.append(_Slot(name, parameter, master, torch.empty_like(master)))
+    return slots
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    config = model.config
+    name = type(model).__name__
+    for key in ("logit_scale", "logits_scaling"):
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            raise UserError(f"{name} scales its logits ({key}), which training does not know: choose another model.")
+    layers = getattr(config, "layer_types", None) or []
+    if any(kind != "full_attention" for kind in layers):
+        raise UserError(
+            f"{name} has layers that are not plain full attention ({sorted(set(layers))}): choose another model."
+        )
