@@ -181,7 +181,7 @@ def _tiny_pools(rng: random.Random) -> dict[Split, list[Item]]:
 
 
 def tiny_corpus(seed: int) -> list[tuple[str, str, str]]:
-    """Demonstrations (prompt, reply, wrong reply) for the warm-up of a from-scratch model: train items of level tiny.
+    """Demonstrations (prompt, reply, wrong reply) to warm up a from-scratch model: the train items of "tiny".
 
     The reply opens with the item's prefix.
     """

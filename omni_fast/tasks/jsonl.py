@@ -8,11 +8,11 @@
     answer = "answer"
     verifier = "math"
 
-Every gold answer is run through its own verifier at load time. An item whose gold does not score 1, or for which a reply
-that answers nothing (empty, the prompt again, a stub function) scores above 0, would teach the wrong thing: it is dropped
-and reported. Fixed columns, by verifier: qa reads `candidates` and `aliases` (lists, optional); code reads `entry`
-(function name) and `tests` (list of {"args": [...], "expected": ...}), its answer is a reference solution; judge reads
-`words` (list, optional).
+Every gold answer is run through its own verifier at load time. An item whose gold does not score 1, or for which a
+reply that answers nothing (empty, the prompt again, a stub function) scores above 0, would teach the wrong thing: it is
+dropped and reported. Fixed columns, by verifier: qa reads `candidates` and `aliases` (lists, optional); code reads
+`entry` (function name) and `tests` (list of {"args": [...], "expected": ...}), its answer is a reference solution;
+judge reads `words` (list, optional). A column `id` names the items; without one the line number does.
 Splits are drawn by the seed over distinct prompts: 70 % train, 10 % select, 20 % test.
 Limits: the whole file is read into memory.
 """
@@ -49,7 +49,7 @@ _EXAMPLES = 3  # of dropped items in a message
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """An item that was left out. line: of the file. reason: one of "gold:REASON", "stub:WHICH", "duplicate", "row"."""
+    """An item that was left out. line: of the file. reason: "gold:REASON", "stub:WHICH", "duplicate" or "row"."""
 
     line: int
     reason: str
@@ -107,15 +107,17 @@ class FileTask:
         """Make items of the rows, drop what its own verifier refuses, and split the rest."""
         items: dict[str, tuple[int, Item]] = {}
         dropped: list[Dropped] = []
+        ids: set[str] = set()
         for line, row in rows:
             try:
                 item = _item(line, row, block, self.verifier)
             except ValueError as error:
                 dropped.append(Dropped(line, "row", str(error)))
                 continue
-            if item.prompt in items:
-                dropped.append(Dropped(line, "duplicate", _short(item.prompt)))
+            if item.prompt in items or item.id in ids:
+                dropped.append(Dropped(line, "duplicate", _short(f"{item.id}: {item.prompt}")))
             else:
+                ids.add(item.id)
                 items[item.prompt] = (line, item)
         kept: list[Item] = []
         for (line, item), reason in zip(

@@ -117,7 +117,7 @@ def _gym(seed: int, sizes: Sizes) -> dict[Split, list[Item]]:
 
 
 def tiny_corpus(seed: int) -> list[tuple[str, str, str]]:
-    """Demonstrations (prompt, reply, wrong reply) for the warm-up of a from-scratch model: the train items of "tiny"."""
+    """Demonstrations (prompt, reply, wrong reply) to warm up a from-scratch model: the train items of "tiny"."""
     rng = random.Random(f"math:tiny:corpus:{seed}")
     pools = _arithmetic("tiny", random.Random(f"math:tiny:{seed}"))
     rows = []

@@ -1,7 +1,7 @@
 """Questions on countries, with candidates in the prompt and the answer as text.
 
-Facts come from the package countryinfo (MIT). The gold answer stands among distractors of its own kind, in an order that
-a seeded generator draws; the reply must be the answer's text and name no other candidate (`rewards.qa`).
+Facts come from the package countryinfo (MIT). The gold answer stands among distractors of its own kind, in an order
+that a seeded generator draws; the reply must be the answer's text and name no other candidate (`rewards.qa`).
 Splits share no country: no country asked about in training is asked about in a held-out split. It may still be a
 distractor there. Train items beyond one pass over the facts show the same facts with new distractors in a new order.
 Limits: facts are as good as the package (capitals and continents of about 190 countries of more than 200,000 people).
@@ -13,7 +13,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib import resources
 
 from omni_fast.errors import UserError
@@ -93,7 +93,7 @@ class QaTask:
         return [score.parts["correct"].value for score in self.score(items, completions)]
 
 
-@lru_cache(maxsize=1)
+@cache
 def countries() -> tuple[Country, ...]:
     """Countries with a capital and a continent, by name; raises UserError when the package is missing."""
     try:
@@ -128,29 +128,39 @@ def _pools(seed: int, sizes: Sizes) -> dict[Split, list[Item]]:
     wanted = {"train": sizes.train, "select": sizes.select, "test": sizes.test}
     pools: dict[Split, list[Item]] = {}
     for split, own in partition(countries(), shares, rng).items():
-        pools[split] = []
+        found: dict[str, Item] = {}  # by prompt: few candidates of a kind meet again in the same order
         epoch = 0
-        while len(pools[split]) < wanted[split] and (split == "train" or epoch == 0):
+        while len(found) < wanted[split] and (split == "train" or epoch == 0):
             items = [_item(kind, country, epoch, seed) for kind in KINDS for country in own]
             random.Random(f"qa:order:{seed}:{split}:{epoch}").shuffle(items)
-            pools[split] += items
+            for item in items:
+                found.setdefault(item.prompt, item)
             epoch += 1
+        pools[split] = list(found.values())
     return pools
 
 
-def _fact(kind: str, country: Country) -> tuple[str, str, list[str]]:
-    """Subject, gold answer, and all answers of the kind."""
+def _fact(kind: str, country: Country) -> tuple[str, str]:
+    """Subject and gold answer."""
     if kind == "capital":
-        return country.name, country.capital, [other.capital for other in countries()]
+        return country.name, country.capital
     if kind == "country":
-        return country.capital, country.name, [other.name for other in countries()]
-    return country.name, country.continent, list(CONTINENTS)
+        return country.capital, country.name
+    return country.name, country.continent
+
+
+@cache
+def _answers(kind: str) -> tuple[str, ...]:
+    """All answers of a kind, no two of which read the same."""
+    return tuple(
+        sorted({normalise(gold): gold for _, gold in (_fact(kind, country) for country in countries())}.values())
+    )
 
 
 def _item(kind: str, country: Country, epoch: int, seed: int) -> Item:
-    subject, gold, answers = _fact(kind, country)
+    subject, gold = _fact(kind, country)
     rng = random.Random(f"qa:{seed}:{kind}:{country.name}:{epoch}")
-    others = sorted({answer for answer in answers if normalise(answer) != normalise(gold)})
+    others = [answer for answer in _answers(kind) if answer != gold]
     shown = [gold, *rng.sample(others, CANDIDATES - 1)]
     rng.shuffle(shown)
     candidates: list[Json] = list(shown)
@@ -188,7 +198,7 @@ def _tiny_pools(seed: int) -> dict[Split, list[Item]]:
 
 
 def tiny_corpus(seed: int) -> list[tuple[str, str, str]]:
-    """Demonstrations (prompt, reply, wrong reply) for the warm-up of a from-scratch model: the train items of "tiny"."""
+    """Demonstrations (prompt, reply, wrong reply) to warm up a from-scratch model: the train items of "tiny"."""
     rng = random.Random(f"qa:tiny:corpus:{seed}")
     rows = []
     for item in _tiny_pools(seed)["train"]:

@@ -123,7 +123,7 @@ def _tiny_sentence(words: Sequence[str], rng: random.Random) -> str:
 
 
 def tiny_corpus(seed: int) -> list[tuple[str, str, str]]:
-    """Demonstrations (prompt, reply, wrong reply) for the warm-up of a from-scratch model: train items of level tiny.
+    """Demonstrations (prompt, reply, wrong reply) to warm up a from-scratch model: the train items of "tiny".
 
     The wrong reply uses other words.
     """

@@ -1,0 +1,178 @@
+"""Rewards and metrics of the four domains on replies whose worth is known. Code runs in the real sandbox."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omni_fast.errors import UserError
+from omni_fast.rewards.code import CodeVerifier, same
+from omni_fast.rewards.judge.base import Reply
+from omni_fast.rewards.judge.rubric import RubricJudge
+from omni_fast.rewards.math import MathVerifier
+from omni_fast.rewards.sandbox import Sandbox
+from omni_fast.rewards.score import Part
+from omni_fast.tasks.base import Item
+from omni_fast.tasks.code import CASES, CodeTask, _item, hidden_tests, program
+from omni_fast.tasks.functions import OPERATIONS, draw, reference
+from omni_fast.tasks.math import MathTask
+from omni_fast.tasks.qa import QaTask
+from omni_fast.tasks.writing import WritingTask
+
+EVERY = [
+    _item(operation, constant, rename, 0)
+    for operation in OPERATIONS
+    for constant in (operation.constants or ("",))[:2]
+    for rename in range(2)
+]
+
+
+@pytest.fixture(scope="module")
+def code() -> Iterator[CodeTask]:
+    sandbox = Sandbox(workers=1)
+    try:
+        sandbox.start()
+    except UserError as error:
+        pytest.skip(str(error))
+    yield CodeTask(CodeVerifier(sandbox, all_or_nothing=True))
+    sandbox.close()
+
+
+def test_math_pays_for_the_last_number_alone() -> None:
+    task = MathTask(MathVerifier())
+    item = next(item for item in task.items("test") if item.prompt.startswith("What is") and "+" in item.id)
+    gold = int(str(item.answer["gold"]))
+    replies = [f"It is {gold}.", f"{gold} or {gold + 1}", "I do not know", "", f"\\boxed{{{gold}}}", f"-{gold}"]
+    assert task.metric([item] * len(replies), replies) == [1, 0, 0, 0, 1, 0]
+    reasons = [score.parts["correct"].reason for score in task.score([item] * 2, [str(gold + 1), "none"])]
+    assert reasons == ["wrong", "no_answer"]
+
+
+def test_every_math_gold_is_right() -> None:
+    task = MathTask(MathVerifier())
+    for item in task.items("train"):
+        assert int(str(item.answer["gold"])) == eval(item.id)  # noqa: S307
+
+
+def test_qa_wants_one_candidate_as_the_answer() -> None:
+    task = QaTask()
+    item = next(item for item in task.items("test") if item.id.startswith("capital/"))
+    gold, candidates = str(item.answer["gold"]), item.answer["candidates"]
+    assert isinstance(candidates, list)
+    other = next(str(candidate) for candidate in candidates if candidate != gold)
+    tails = [f" {gold}.", f" {gold}", f" {other}.", f" {gold}, not {other}.", f" {', '.join(map(str, candidates))}", ""]
+    assert task.metric([item] * len(tails), [item.prefix + tail for tail in tails]) == [1, 1, 0, 0, 0, 0]
+
+
+class Fixed:
+    """A judge whose verdict is known, so that reward and metric can be told apart."""
+
+    def __init__(self, value: float | None) -> None:
+        self.value = value
+        self.seen: list[Reply] = []
+
+    name = "fixed"
+
+    def judge(self, replies: Sequence[Reply]) -> list[Part]:
+        self.seen += replies
+        return [Part(self.value, "ok" if self.value is not None else "judge_down") for _ in replies]
+
+
+def test_writing_trains_on_one_judge_and_reports_the_other() -> None:
+    reward, metric = Fixed(1.0), Fixed(None)
+    task = WritingTask(reward, metric)
+    items = task.items("test")[:2]
+    assert [score.parts["preference"].value for score in task.score(items, ["a", "b"])] == [1.0, 1.0]
+    assert task.metric(items, ["a", "b"]) == [None, None]
+    assert [reply.completion for reply in reward.seen] == ["a", "b"] == [reply.completion for reply in metric.seen]
+    assert reward.seen[0].required == tuple(str(items[0].answer["words"])[2:-2].split("', '"))
+
+
+def test_writing_references_are_good_replies() -> None:
+    task = WritingTask(RubricJudge(), RubricJudge())
+    items = task.items("train")[:100]
+    values = [value for value in task.metric(items, [str(item.answer["reference"]) for item in items]) if value]
+    assert len(values) >= 99 and sum(values) / len(values) > 0.9
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_operations_tell_stubs_from_the_reference(operation: object) -> None:
+    """No constant, echo of an argument, or neighbour constant may pass all hidden inputs."""
+    own = [item for item in EVERY if item.answer["operation"] == operation.name]  # type: ignore[attr-defined]
+    for item in own:
+        cases = hidden_tests(item.answer, "key").cases
+        assert len(cases) == CASES
+        expected = [case.expected for case in cases]
+        assert not all(same(expected[0], value) for value in expected)
+        for place in range(len(cases[0].args)):
+            assert not all(same(case.expected, case.args[place]) for case in cases), "returning an argument passes"
+
+
+def test_hidden_inputs_vary_with_the_batch_and_are_fixed_for_the_metric() -> None:
+    item = EVERY[0]
+    assert hidden_tests(item.answer, "a") == hidden_tests(item.answer, "a") != hidden_tests(item.answer, "b")
+
+
+def test_boolean_functions_are_asked_for_both_answers() -> None:
+    for item in EVERY:
+        expected = [case.expected for case in hidden_tests(item.answer, "x").cases]
+        if all(isinstance(value, bool) for value in expected):
+            assert 2 <= sum(map(bool, expected)) <= CASES - 2, item.id
+
+
+def test_renaming_reaches_every_parameter_and_no_constant() -> None:
+    for item in EVERY:
+        names = str(item.answer["parameters"]).split(", ")
+        arguments = [draw(kind, random.Random(0)) for kind in str(item.answer["arguments"])]
+        reference(tuple(names), str(item.answer["expression"]))(*arguments)  # NameError if a name was missed
+        assert all(name in item.prompt.split("#")[1] for name in names), item.prompt
+        assert "{" not in item.prompt + str(item.answer["expression"])
+
+
+def test_every_reference_passes_and_no_stub_does(code: CodeTask) -> None:
+    golds = [f"{item.prefix} {item.answer['expression']}\n```" for item in EVERY]
+    assert {score.parts["tests"].reason for score in code.score(EVERY, golds)} == {"ok"}
+    plain = EVERY[::2]
+    first = [str(item.answer["parameters"]).split(", ")[0] for item in plain]
+    for stubs in (["None"] * len(plain), ["True"] * len(plain), first):
+        replies = [f"{item.prefix} {stub}\n```" for item, stub in zip(plain, stubs, strict=True)]
+        assert code.metric(plain, replies) == [0.0] * len(plain)
+
+
+WITHOUT_SANDBOX = (MathTask(MathVerifier()), QaTask(), WritingTask(RubricJudge(), RubricJudge()))
+
+
+@given(text=st.text(max_size=200))
+@settings(deadline=None, max_examples=25)
+def test_no_text_upsets_a_domain(code: CodeTask, text: str) -> None:
+    for task in (*WITHOUT_SANDBOX, code):
+        item = task.items("train")[0]
+        for reply in (text, item.prefix + text):
+            assert task.score([item], [reply])[0].valid
+            value = task.metric([item], [reply])[0]
+            assert value is not None and 0.0 <= value <= 1.0
+
+
+def test_an_invalid_score_stays_invalid() -> None:
+    class Down(CodeVerifier):
+        def __init__(self) -> None: ...
+
+        def score(self, sources: Sequence[str], tests: Sequence[object]) -> list[Part]:
+            return [Part(None, "infrastructure") for _ in sources]
+
+    task = CodeTask(Down())
+    item: Item = task.items("test")[0]
+    assert not task.score([item], ["x"])[0].valid
+    assert task.metric([item], ["x"]) == [None]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["```python\ndef f(n):\n    return n\n```\nmore ```", "```python\ndef f(n):\n    return n\n", "def f(n): return n"],
+)
+def test_program_ends_at_the_closing_fence(reply: str) -> None:
+    assert program(reply).split() == ["def", "f(n):", "return", "n"]

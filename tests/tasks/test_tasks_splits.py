@@ -1,0 +1,154 @@
+"""What must never leak from training into what decides and what is reported."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omni_fast.errors import UserError
+from omni_fast.rewards.code import CodeVerifier
+from omni_fast.rewards.judge.rubric import RubricJudge
+from omni_fast.rewards.math import MathVerifier
+from omni_fast.rewards.sandbox import Sandbox
+from omni_fast.tasks import code, math, qa, writing
+from omni_fast.tasks.base import SPLITS, Item, Task
+from omni_fast.tasks.code import CodeTask
+from omni_fast.tasks.math import MathTask
+from omni_fast.tasks.qa import QaTask, countries
+from omni_fast.tasks.splits import Sizes, partition, take
+from omni_fast.tasks.writing import WritingTask
+
+SEEDS = (0, 1, 7)
+VERIFIER = MathVerifier()
+CODE = CodeVerifier(Sandbox())  # never started: these tests grade no code
+
+
+def tasks(seed: int, level: str = "default") -> list[Task]:
+    return [
+        MathTask(VERIFIER, seed=seed, level=level),
+        CodeTask(CODE, seed=seed, level=level),
+        QaTask(seed=seed, level=level),
+        WritingTask(RubricJudge(), RubricJudge(), seed=seed, level=level),
+    ]
+
+
+def keys(task: Task, item: Item) -> set[object]:
+    """What identifies the thing asked: it may occur in one split only."""
+    if task.name == "math":
+        return {frozenset(re.findall(r"\d+", item.prompt))}
+    if task.name == "code":
+        return {item.answer["operation"]}
+    if task.name == "qa":
+        return {item.id.split("/")[1]}
+    return {item.id.split("/")[0], frozenset(item.id.split("/")[1:])}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_splits_share_nothing_that_is_asked(seed: int) -> None:
+    for task in tasks(seed):
+        asked = {split: {key for item in task.items(split) for key in keys(task, item)} for split in SPLITS}
+        for one, other in itertools.combinations(SPLITS, 2):
+            assert not asked[one] & asked[other], (task.name, one, other)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("level", ["default", "tiny"])
+def test_prompts_and_ids_are_distinct_over_all_splits(seed: int, level: str) -> None:
+    for task in tasks(seed, level):
+        items = [item for split in SPLITS for item in task.items(split)]
+        assert len({item.id for item in items}) == len(items), task.name
+        assert len({(item.prompt, item.prefix) for item in items}) == len(items), task.name
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_default_sizes_allow_the_evaluations_that_the_project_promises(seed: int) -> None:
+    for task in tasks(seed):
+        assert len(task.items("train")) >= 400 and len(task.items("select")) >= 48 and len(task.items("test")) >= 100
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(deadline=None, max_examples=8)
+def test_every_seed_fills_every_split(seed: int) -> None:
+    for level in ("default", "tiny"):
+        for task in tasks(seed, level):
+            assert all(task.items(split) for split in SPLITS)
+
+
+def test_same_seed_same_items_and_another_seed_others() -> None:
+    for one, same, other in zip(tasks(3), tasks(3), tasks(4), strict=True):
+        for split in SPLITS:
+            assert one.items(split) == same.items(split)
+            assert one.items(split) != other.items(split), one.name
+
+
+def test_held_out_gold_is_not_in_the_prompt_of_an_open_task() -> None:
+    """A prompt that ends in its own answer would make the last-number rule pay for an echo."""
+    task = MathTask(VERIFIER)
+    items = task.items("test")
+    echoed = [value for value in task.metric(items, [item.prompt for item in items]) if value]
+    assert len(echoed) <= 2  # "10 - 5" and its like
+
+
+def test_prompts_are_short_enough_for_the_quickstart() -> None:
+    for task in tasks(0):
+        longest = max(len((item.prompt + item.prefix).split()) for split in SPLITS for item in task.items(split))
+        assert longest <= 30, task.name
+
+
+def test_qa_candidates_hold_the_gold_once_at_no_fixed_place() -> None:
+    places = []
+    for split in SPLITS:
+        for item in QaTask().items(split):
+            candidates = item.answer["candidates"]
+            assert isinstance(candidates, list) and len(candidates) == qa.CANDIDATES == len(set(map(str, candidates)))
+            places.append(candidates.index(item.answer["gold"]))
+    shares = [places.count(place) / len(places) for place in range(qa.CANDIDATES)]
+    assert max(shares) < 0.32 and min(shares) > 0.18, shares
+
+
+def test_qa_shows_a_fact_again_with_other_distractors() -> None:
+    items = QaTask(sizes=Sizes(train=800, select=64, test=100)).items("train")
+    first = {item.id.removesuffix("/0"): item for item in items if item.id.endswith("/0")}
+    again = [item for item in items if item.id.endswith("/1")]
+    assert again and all(item.prompt != first[item.id.removesuffix("/1")].prompt for item in again)
+
+
+def test_countries_are_askable() -> None:
+    known = {country.name: country for country in countries()}
+    assert known["France"].capital == "Paris" and known["France"].continent == "Europe"
+    assert len(known) > 140 and "Mexico" not in known  # its capital gives it away
+
+
+@given(n=st.integers(6, 60), seed=st.integers(0, 99), select=st.floats(0.05, 0.3), test=st.floats(0.05, 0.4))
+@settings(deadline=None)
+def test_partition_loses_and_repeats_nothing(n: int, seed: int, select: float, test: float) -> None:
+    shares = {"train": 1 - select - test, "select": select, "test": test}
+    parts = partition(range(n), shares, random.Random(seed))  # type: ignore[arg-type]
+    assert sorted(parts["train"] + parts["select"] + parts["test"]) == list(range(n))
+    assert all(parts[split] for split in SPLITS)
+
+
+def test_too_large_a_split_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match=r"2 items for split 'test', 3 were asked"):
+        items = [Item("a", "a"), Item("b", "b")]
+        take("mine", {"train": items, "select": items, "test": items}, Sizes(2, 2, 3))
+    with pytest.raises(UserError, match="no level 'hard'"):
+        QaTask(level="hard")
+
+
+@pytest.mark.parametrize("module", [math, code, qa, writing])
+def test_tiny_corpus_demonstrates_train_items_alone(module: object) -> None:
+    rows = module.tiny_corpus(0)  # type: ignore[attr-defined]
+    task = {"math": 0, "code": 1, "qa": 2, "writing": 3}[module.__name__.rsplit(".", 1)[1]]  # type: ignore[attr-defined]
+    made = tasks(0, "tiny")[task]
+    train = {item.prompt for item in made.items("train")}
+    held_out = {item.prompt for split in SPLITS[1:] for item in made.items(split)}
+    prompts = {prompt for prompt, _, _ in rows}
+    assert prompts and not prompts & held_out and prompts >= train
+    assert all(reply and wrong and reply != wrong for _, reply, wrong in rows)
+    assert rows == module.tiny_corpus(0) != module.tiny_corpus(1)  # type: ignore[attr-defined]
