@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from omni_kernels.losses import Coefficients, Prepared, coefficients, prepare, row_wise
+from omni_kernels.metrics import METRICS
 from omni_kernels.plan import plan
 from omni_kernels.spec import IGNORE, LossSpec, Tokens
 
@@ -49,11 +50,27 @@ class Head:
         return self.rows.rows_forward(logits, targets, self.inv_temperature, self.softcap, want_entropy)
 
     def backward_(self, logits: Tensor, targets: Tensor, stats: Stats, gradient: Gradient) -> None:
-        """Overwrites logits [C, V] with their gradient."""
-        z = 0.0 if gradient.z is None else gradient.z
+        """Overwrites logits [C, V] with their gradient.
+
+        A backend knows the target's log-prob as z - lse, to the last bit of lse. That is too coarse for 1 - p of a sure
+        target, so its entry is written again from the log-prob of the forward pass, which was formed from shifted logits.
+        """
+        a, b, z = gradient.a, gradient.b, gradient.z
+        column = torch.where(targets == IGNORE, 0, targets)[:, None]
+        scale = self.inv_temperature
+        if self.softcap is not None:
+            bent = torch.tanh(logits.gather(1, column)[:, 0].to(a.dtype) / self.softcap)
+            scale = scale * (1 - bent.square())
         self.rows.rows_backward_(
-            logits, targets, stats.lse, stats.entropy, gradient.a, gradient.b, self.inv_temperature, self.softcap, z
+            logits, targets, stats.lse, stats.entropy, a, b, self.inv_temperature, self.softcap, 0.0 if z is None else z
         )
+        hit = -a * torch.expm1(stats.logp)
+        if b is not None and stats.entropy is not None:
+            hit = hit - b * stats.logp.exp() * (stats.logp + stats.entropy)
+        if z is not None:
+            hit = hit + 2 * z * stats.lse * stats.logp.exp()
+        hit = torch.where(gradient.live() & (targets != IGNORE), hit * scale, 0)
+        logits.scatter_(1, column, hit[:, None].to(logits.dtype))
 
 
 @dataclass(frozen=True)
@@ -120,7 +137,7 @@ class Matrices:
         if self.dx is not None:
             self.dx[rows] = self._product(dlogits, self.weight)
         if self.need_dw:
-            part = torch.mm(dlogits.t(), self.hidden[rows])
+            part = self._weight_part(dlogits, self.hidden[rows])
             if self.dw is None:
                 self.dw = part
             else:
@@ -130,6 +147,12 @@ class Matrices:
         if self.need_db:
             total = dlogits.sum(0, dtype=torch.float64 if dlogits.dtype == torch.float64 else torch.float32)
             self.db = total if self.db is None else self.db.add_(total)
+
+    @staticmethod
+    def _weight_part(dlogits: Tensor, x: Tensor) -> Tensor:
+        if dlogits.is_cuda and dlogits.dtype in (torch.bfloat16, torch.float16):
+            return torch.mm(dlogits.t(), x, out_dtype=torch.float32)
+        return torch.mm(dlogits.t(), x)  # on a CPU each chunk's part is rounded to the dtype of hidden, the sum is not
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         tile = self.tile_rows
@@ -178,11 +201,11 @@ def policy_head(
     if by_row:
         batch = prepare(tokens, spec, dtype)
         batch = batch if rows is None else batch.rows(rows)
-        loss, metrics = torch.zeros((), dtype=dtype, device=hidden.device), None
+        metrics = torch.zeros(len(METRICS), dtype=torch.float64, device=hidden.device)
         for chunk in chunks:
             logits = _forward(m, head, targets, stats, chunk)
             known = _coefficients(stats[chunk], batch.rows(chunk), spec)
-            loss, metrics = loss + known.loss, known.metrics if metrics is None else metrics + known.metrics
+            metrics += known.metrics
             if m.wanted:
                 _backward(m, head, logits, targets, stats, Gradient(known.a, known.b, known.z), chunk)
             del logits
@@ -194,12 +217,12 @@ def policy_head(
         del logits
         full = _scattered(stats, rows, n)
         known = _coefficients(full, prepare(tokens, spec, dtype, full.logp, full.entropy), spec)
-        loss, metrics = known.loss, known.metrics
+        metrics = known.metrics
         gradient = Gradient(known.a, known.b, known.z)
         gradient = gradient if rows is None else gradient[rows]
         for chunk in chunks if m.wanted else ():
             _backward(m, head, stash, targets, stats, gradient[chunk], chunk)
-    assert metrics is not None
+    loss = metrics[METRICS.index("loss")].to(dtype)
     dx, dw, db = _gradients(m, weight, bias, rows, n)
     return PolicyResult(loss, metrics, _scattered(stats, rows, n), dx, None if into is not None else dw, db)
 

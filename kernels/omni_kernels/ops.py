@@ -340,11 +340,11 @@ def _(hidden, weight, bias, main_grad, targets, row_scale, scale, softcap, want_
 @torch.library.custom_op("omni_kernels::linear_logprob_backward", mutates_args=())
 def _logprob_backward_op(
     grad_logp: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    targets: Tensor, lse: Tensor, entropy: Tensor, row_scale: Tensor | None, scale: float, softcap: float,
+    targets: Tensor, logp: Tensor, lse: Tensor, entropy: Tensor, row_scale: Tensor | None, scale: float, softcap: float,
     need_dx: bool, need_dw: bool, need_db: bool, tile_rows: int, workspace_bytes: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     head = _head(hidden, row_scale, scale, softcap, tile_rows, workspace_bytes, backend)
-    stats = Stats(lse, entropy if len(entropy) == len(lse) else None, lse)
+    stats = Stats(logp, entropy if len(entropy) == len(lse) else None, lse)
     gradient = _upstream(grad_logp, grad_entropy, lse)
     needs = (need_dx, need_dw, need_db)
     grads = linear.logprob_backward(hidden, weight, bias, targets, stats, gradient, head, needs)
@@ -354,7 +354,7 @@ def _logprob_backward_op(
 
 @_logprob_backward_op.register_fake
 def _(grad_logp, grad_entropy, hidden, weight, bias, *rest):
-    need_dx, need_dw, need_db = rest[6:9]
+    need_dx, need_dw, need_db = rest[7:10]
     return (
         hidden.new_empty(hidden.shape) if need_dx else hidden.new_empty(0),
         weight.new_empty(weight.shape) if need_dw else hidden.new_empty(0),
@@ -367,7 +367,7 @@ def _logprob_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.main_grad, ctx.scale, ctx.softcap, ctx.tail = main_grad, how[0], how[1], how[4:]
-    ctx.save_for_backward(hidden, weight, bias, targets, output[2], output[1], row_scale)
+    ctx.save_for_backward(hidden, weight, bias, targets, output[0], output[2], output[1], row_scale)
 
 
 def _logprob_backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: object) -> Any:
@@ -375,11 +375,11 @@ def _logprob_backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor |
     grads: list[Tensor | None] = [None] * 13
     if grad_logp is None and grad_entropy is None:
         return tuple(grads)
-    hidden, weight, bias, targets, lse, entropy, row_scale = ctx.saved_tensors
+    hidden, weight, bias, targets, logp, lse, entropy, row_scale = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     made = _logprob_backward_op(
-        grad_logp, grad_entropy, hidden, weight, bias, targets, lse, entropy, row_scale, ctx.scale, ctx.softcap, *needs,
-        *ctx.tail,
+        grad_logp, grad_entropy, hidden, weight, bias, targets, logp, lse, entropy, row_scale, ctx.scale, ctx.softcap,
+        *needs, *ctx.tail,
     )  # fmt: skip
     for k in range(3):
         if needs[k]:
@@ -415,11 +415,11 @@ def _(logits, targets, row_scale, scale, softcap, want_entropy, in_place, backen
 
 @torch.library.custom_op("omni_kernels::logits_logprob_backward_", mutates_args=("logits",))
 def _logits_backward_op(
-    grad_logp: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, targets: Tensor, lse: Tensor,
+    grad_logp: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, targets: Tensor, logp: Tensor, lse: Tensor,
     entropy: Tensor, row_scale: Tensor | None, scale: float, softcap: float, backend: str,
 ) -> None:  # fmt: skip
     head = _head(logits, row_scale, scale, softcap, 0, 0, backend)
-    stats = Stats(lse, entropy if len(entropy) == len(lse) else None, lse)
+    stats = Stats(logp, entropy if len(entropy) == len(lse) else None, lse)
     head.backward_(logits, targets, stats, _upstream(grad_logp, grad_entropy, lse))
 
 
@@ -427,17 +427,17 @@ def _logits_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     logits, targets, row_scale, ctx.scale, ctx.softcap, _, ctx.in_place, ctx.backend = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(logits, targets, output[2], output[1], row_scale)
+    ctx.save_for_backward(logits, targets, output[0], output[2], output[1], row_scale)
 
 
 def _logits_backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: object) -> Any:
     _first_order_only()
     if grad_logp is None and grad_entropy is None:
         return (None,) * 8
-    logits, targets, lse, entropy, row_scale = ctx.saved_tensors
+    logits, targets, logp, lse, entropy, row_scale = ctx.saved_tensors
     gradient = logits if ctx.in_place else logits.clone(memory_format=torch.contiguous_format)
     _logits_backward_op(
-        grad_logp, grad_entropy, gradient, targets, lse, entropy, row_scale, ctx.scale, ctx.softcap, ctx.backend
+        grad_logp, grad_entropy, gradient, targets, logp, lse, entropy, row_scale, ctx.scale, ctx.softcap, ctx.backend
     )
     return gradient, *[None] * 7
 

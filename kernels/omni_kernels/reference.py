@@ -25,7 +25,7 @@ def logprob(
     z = z * (inv_temperature.double()[used, None] if isinstance(inv_temperature, Tensor) else inv_temperature)
     log_p = torch.log_softmax(z, dim=-1)
     picked = log_p.gather(-1, targets[used, None])[:, 0]
-    entropy = torch.special.entr(log_p.exp()).sum(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
     outputs = (picked, entropy, torch.logsumexp(z, dim=-1))
     return tuple(torch.zeros(len(targets), dtype=torch.float64).masked_scatter(used, v) for v in outputs)  # type: ignore[return-value]
 

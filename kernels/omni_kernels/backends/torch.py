@@ -32,6 +32,8 @@ def rows_forward(
     entropy = torch.zeros_like(logp) if want_entropy else None
     for block in _blocks(logits):
         used = targets[block] != IGNORE
+        if not used.is_cuda and not used.any():
+            continue
         z = _scaled(logits[block], inv_temperature, softcap, block)
         peak = z.amax(-1, keepdim=True)
         peak = torch.where(peak == -torch.inf, 0, peak)
