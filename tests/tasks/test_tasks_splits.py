@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omni_fast.config import TaskConfig
 from omni_fast.errors import UserError
 from omni_fast.rewards.code import CodeVerifier
 from omni_fast.rewards.judge.rubric import RubricJudge
@@ -21,6 +22,7 @@ from omni_fast.tasks.code import CodeTask
 from omni_fast.tasks.math import MathTask
 from omni_fast.tasks.qa import QaTask, countries
 from omni_fast.tasks.splits import Sizes, partition, take
+from omni_fast.tasks.tiny import tiny_corpus
 from omni_fast.tasks.writing import WritingTask
 
 SEEDS = (0, 1, 7)
@@ -152,3 +154,10 @@ def test_tiny_corpus_demonstrates_train_items_alone(module: object) -> None:
     assert prompts and not prompts & held_out and prompts >= train
     assert all(reply and wrong and reply != wrong for _, reply, wrong in rows)
     assert rows == module.tiny_corpus(0) != module.tiny_corpus(1)  # type: ignore[attr-defined]
+
+
+def test_tiny_corpus_of_blocks_joins_the_domains() -> None:
+    blocks = [TaskConfig(name=kind, kind=kind, level="tiny") for kind in ("math", "qa")]  # type: ignore[arg-type]
+    assert tiny_corpus(blocks, 3) == math.tiny_corpus(3) + qa.tiny_corpus(3)
+    with pytest.raises(UserError, match="task 'big' cannot be learned"):
+        tiny_corpus([TaskConfig(name="big", kind="math")], 3)
