@@ -207,6 +207,14 @@ def attack(x):
 === stall: set of colliding numbers
 def attack(x):
     return {n * (2 ** 61 - 1) for n in range(1, 20000)}
+=== stall: set of colliding numbers past the encoder
+class json:
+    def dumps(value):
+        return {n * (2 ** 61 - 1) for n in range(1, 20000)}
+def attack(x):
+    return 1
+=== stall: set of colliding numbers as the last expression
+{n * (2 ** 61 - 1) for n in range(1, 20000)} or \
 === stall: close every descriptor
 import os
 def attack(x):

@@ -13,7 +13,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 from functools import lru_cache
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def command(jail_fd: int, wire_fd: int, argument: str) -> list[str]:
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise FileNotFoundError("bwrap is not installed (package bubblewrap)")
-    triplet = sysconfig.get_config_var("MULTIARCH") or f"{platform.machine()}-linux-gnu"
+    triplet = getattr(sys.implementation, "_multiarch", f"{platform.machine()}-linux-gnu")
     libraries = (
         [f"/usr/lib/{triplet}", "/usr/lib64"] if os.path.isdir(f"/usr/lib/{triplet}") else ["/usr/lib64", "/usr/lib"]
     )

@@ -36,6 +36,7 @@ enum fractions functools hashlib heapq inspect io itertools json math numbers op
 textwrap time traceback types typing unicodedata"""
 
 RESULT_FD, JOB_FD = 3, 4  # in the child, which keeps no other descriptor
+HOST_FD = 3  # in the fork-server
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x00020000, 0x08000000, 0x10000000, 0x20000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND = 2, 4, 8, 4096
 PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 22, 24, 38
@@ -94,11 +95,7 @@ def lock_down(settings: dict) -> None:
         header = struct.pack("=II", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
         check(libc.syscall(SYS_CAPSET, header, bytes(24)), "capset")
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    if settings["seccomp"]:
-        program = bytes.fromhex(settings["seccomp"])
-        buffer = ctypes.create_string_buffer(program, len(program))
-        filter_ = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))
-        check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, filter_, 0, 0), "seccomp")
+    check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, settings["filter"], 0, 0), "seccomp")
 
 
 def one_call(function, args):  # noqa: ANN001, ANN201 -- hostile values have no type
@@ -119,7 +116,7 @@ def describe(error: BaseException) -> str:
 
 
 def reply(values: list, fd: int = RESULT_FD) -> None:
-    line = json.dumps(values, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
+    line = wire.to_json(values).encode("ascii") + b"\n"
     while line:
         line = line[os.write(fd, line) :]
 
@@ -198,7 +195,7 @@ class Child:
         job, result = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (job_read, result_write))
         for number, fd in ((0, null), (1, null), (2, null), (RESULT_FD, result), (JOB_FD, job)):
             os.dup2(fd, number)
-        os.closerange(5, 4096)  # the host's socket and every pipe of the fork-server
+        os.closerange(5, 64)  # every pipe of the fork-server; `main` has put all it holds below 64
         work(settings)
 
     def end(self) -> tuple:
@@ -275,11 +272,26 @@ def relay(sock: socket.socket, child: Child, kind: bytes, payload: bytes, settin
         closing = kind == b"E"
 
 
+def rehearse() -> None:
+    """Walk the children's way a few times: what the interpreter warms up here, no child has to, nor copy its pages."""
+    for number in range(20):
+        source = f"def rehearsal(x):\n    return [x, {number}, 'a', 1.5, (x,)]\n"
+        function = load(wire.loads(wire.dumps({"source": source, "entry": "rehearsal"})))
+        wire.to_json([number, *one_call(function, wire.loads(wire.dumps((number,))))])
+        random.seed(0)
+
+
 def main() -> None:
     settings = json.loads(sys.argv[1])
     for name in PRELOAD.split():
         __import__(name)
-    sock = socket.socket(fileno=settings["fd"])
+    os.dup2(settings["fd"], HOST_FD)
+    os.closerange(HOST_FD + 1, 65536)  # what else the way here has left open
+    sock = socket.socket(fileno=HOST_FD)
+    program = bytes.fromhex(settings["seccomp"])
+    buffer = ctypes.create_string_buffer(program, len(program))  # lives as long as this process
+    settings["filter"] = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))  # struct sock_fprog
+    rehearse()
     gc.collect()
     gc.freeze()  # children then share these pages instead of copying them at the first collection
     child = Child(settings)

@@ -23,6 +23,42 @@ from omni_fast.rewards.sandbox.wire import Data
 if TYPE_CHECKING:
     from pydantic_monty import Monty
 
+# Runs inside, before the sample: the value leaves as the text of `wire`. A set built out here from the worker's own
+# message would hash what the sample chose, and colliding numbers make that quadratic. A sample that breaks this
+# function breaks its own answers; the f-string around the call leaves no other type a way out.
+ENCODER = """
+import json, base64
+def _encode(value, depth=0):
+    if depth > 100:
+        raise ValueError('nested too deeply')
+    kind = type(value)
+    if value is None or kind is bool:
+        return value
+    if kind is int:
+        return value if -(2 ** 63) < value < 2 ** 63 else {'$int': hex(value)}
+    if kind is float:
+        return value if value - value == 0.0 else {'$float': repr(value)}
+    if kind is str:
+        return value
+    if kind is list:
+        return [_encode(item, depth + 1) for item in value]
+    if kind is tuple:
+        return {'$tuple': [_encode(item, depth + 1) for item in value]}
+    if kind is set:
+        return {'$set': [_encode(item, depth + 1) for item in value]}
+    if kind is frozenset:
+        return {'$frozenset': [_encode(item, depth + 1) for item in value]}
+    if kind is dict and all(type(key) is str and not key.startswith('$') for key in value):
+        return {key: _encode(item, depth + 1) for key, item in value.items()}
+    if kind is dict:
+        return {'$dict': [[_encode(key, depth + 1), _encode(item, depth + 1)] for key, item in value.items()]}
+    if kind is bytes:
+        return {'$bytes': base64.b64encode(value).decode()}
+    if kind is complex:
+        return {'$complex': [repr(value.real), repr(value.imag)]}
+    raise ValueError('cannot carry a value of type ' + kind.__name__)
+"""
+
 _STARTING = threading.Lock()  # it looks its program up through sysconfig, whose first use two threads must not share
 MAX_MEMORY = 64 << 20  # a value is built in this process before its size can be looked at
 
@@ -88,27 +124,38 @@ class MontyJail:
                 return Call("timeout", detail="wall clock")
             try:
                 value = session.feed_run(code, inputs=inputs, print_callback=lambda stream, text: None)
-                # Through the encoding and back: the same types, and the same refusals, as from the other backend.
-                line = wire.dumps(value)
-                if len(line) > self.limits.output_bytes:
+                if not isinstance(value, str):
+                    return Call("protocol", detail="a reply that is not text")
+                if len(value) > self.limits.output_bytes:
                     return Call("protocol", detail="output limit")
-                return Call("ok", wire.loads(line))
+                return Call("ok", wire.loads(value.encode("ascii")))
             except pydantic_monty.MontyCrashedError as error:
                 return Call("timeout" if error.timed_out else "killed", detail=str(error)[:200])
             except pydantic_monty.MontyError as error:
                 kind = type(error.exception())
                 names = {TimeoutError: "timeout", MemoryError: "memory"}
                 return Call(names.get(kind, "error"), detail=str(error)[:200])  # type: ignore[arg-type]
-            except (wire.WireError, ValueError, TypeError) as error:
+            except ValueError as error:  # WireError, or text that is not ASCII: the sample's own doing
+                return Call("protocol", detail=str(error)[:200])
+            except TypeError as error:  # arguments of a type the interpreter does not know
                 return Call("error", detail=str(error)[:200])
 
-        with checkout as session:
+        with contextlib.ExitStack() as stack:
+            try:
+                session = stack.enter_context(checkout)
+                session.feed_run(ENCODER)
+            except (OSError, pydantic_monty.MontyError) as error:
+                raise JailError(f"the interpreter is lost: {error}") from None
             if len(source) > self.limits.source_chars or not entry.isidentifier():
                 loaded = Call("error", detail="source too long or no function name")
             else:
-                loaded = feed(source + "\nNone")
+                loaded = feed(source + "\n\n'null'")  # two newlines: the source may end with a backslash
 
             def call(args: tuple[Data, ...]) -> Call:
-                return loaded if loaded.outcome != "ok" else feed(f"{entry}(*_arguments)", _arguments=args)
+                return (
+                    loaded
+                    if loaded.outcome != "ok"
+                    else feed(f"f'{{json.dumps(_encode({entry}(*_arguments)))}}'", _arguments=args)
+                )
 
             yield call

@@ -4,9 +4,10 @@ Why not pickle or marshal: their readers run code or read out of bounds on hosti
 else. Plain JSON stands for itself (None, bool, int, finite float, str, list, dict with string keys); what JSON lacks is
 an object with one key that starts with "$": `{"$tuple": [1, 2]}`, `{"$dict": [[1, "a"]]}`, `{"$float": "nan"}`.
 
-Limits: depth 100; other types (functions, generators, own classes) are refused; a subclass of a plain type becomes the
-plain type, so that an object that lies about equality arrives as harmless data.
-This file also runs inside the jail on the system's Python: standard library only, no syntax newer than Python 3.9.
+Limits: depth 100; sets and dictionaries with other than text keys of 2000 members; other types (functions, generators,
+own classes) are refused; a subclass of a plain type becomes the plain type, so that an object that lies about equality
+arrives as harmless data. This file also runs inside the jail on the system's Python: standard library only, no syntax
+newer than Python 3.9.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ Data = Union[  # noqa: UP007 -- evaluated by the jail's interpreter, which may b
 Json = Union[None, bool, int, float, str, "list[Json]", "dict[str, Json]"]  # noqa: UP007
 
 MAX_DEPTH = 100
+MAX_MEMBERS = 2000  # of a set, or of a dictionary with other than text keys: chosen hashes make building them quadratic
 PLAIN_INT_BITS = 63  # longer integers travel as hexadecimal: decimal conversion is quadratic and limited to 4300 digits
 
 
@@ -102,6 +104,8 @@ def _decode_tagged(tag: str, body: Json, depth: int) -> Data:
         return float(body) if tag == "$float" else base64.b64decode(body, validate=True)
     if not isinstance(body, list):
         raise WireError("expected a list")
+    if len(body) > MAX_MEMBERS and tag in ("$dict", "$set", "$frozenset"):
+        raise WireError(f"more than {MAX_MEMBERS} members")
     if tag == "$complex":
         real, imag = body
         return complex(float(real), float(imag))  # type: ignore[arg-type]
@@ -117,20 +121,25 @@ def _decode_tagged(tag: str, body: Json, depth: int) -> Data:
     raise WireError("unknown tag")
 
 
+def _refuse_constant(name: str) -> float:
+    raise WireError(f"{name} is not in the encoding")
+
+
+# Made once: `json.dumps` with options builds a new encoder at every call.
+to_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+_from_json = json.JSONDecoder(parse_constant=_refuse_constant).decode
+
+
 def dumps(value: Data) -> bytes:
     """Data -> one line of ASCII bytes without a newline."""
-    return json.dumps(encode(value), allow_nan=False, separators=(",", ":")).encode("ascii")
+    return to_json(encode(value)).encode("ascii")
 
 
 def loads(line: bytes) -> Data:
     """One line -> data: the only door for hostile bytes. Raises WireError for any that are not the encoding."""
     try:
-        return decode(json.loads(line, parse_constant=_refuse_constant))
+        return decode(_from_json(line.decode("ascii")))
     except WireError:
         raise
-    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, 5000-digit integers; 60,000 nested brackets
+    except (ValueError, RecursionError) as error:  # bad JSON, not ASCII, 5000-digit integers; 60,000 nested brackets
         raise WireError(f"{type(error).__name__}: {str(error)[:80]}") from None
-
-
-def _refuse_constant(name: str) -> float:
-    raise WireError(f"{name} is not in the encoding")
