@@ -6,7 +6,7 @@ Without --model the weights are random, in the shape of SmolLM2-135M. Contenders
 the same dtype and threads; `seconds` is the median. transformers pads on the left, gets the prompts repeated, and
 returns tokens only; the engine also returns log-probs. Every sample has all its new tokens (no stop token).
 The limit is a lower bound on time: the GEMMs' arithmetic at the best rate measured here or the weights read once per
-step at the copy bandwidth measured here, whichever is longer. It counts each prompt once.
+step at the copy bandwidth measured here, whichever is longer. It counts each prompt token once.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from omni_fast.rollout.engine import Prompt, Sampling
 from omni_fast.rollout.local import LocalEngine
@@ -32,7 +33,7 @@ PEER = f"transformers {transformers.__version__} generate"
 
 @dataclass(frozen=True)
 class Case:
-    """`prompts` prompts of `shortest` to `longest` tokens, `samples` samples each, `new` tokens a sample."""
+    """`prompts` prompts of `shortest` to `longest` tokens, the first `common` of them the same in all prompts."""
 
     name: str
     prompts: int
@@ -40,14 +41,16 @@ class Case:
     new: int
     shortest: int
     longest: int
+    common: int
     temperature: float
 
 
 CASES = (
-    Case("6x8 samples, 46-token prompts, 16 new", 6, 8, 16, 46, 46, 1.0),
-    Case("6x8 samples, 46-token prompts, 48 new", 6, 8, 48, 46, 46, 1.0),
-    Case("6x8 samples, 30-62-token prompts, 48 new", 6, 8, 48, 30, 62, 1.0),
-    Case("128x1 greedy, 20-120-token prompts, 48 new", 128, 1, 48, 20, 120, 0.0),
+    Case("6x8 samples, 46-token prompts, 16 new", 6, 8, 16, 46, 46, 0, 1.0),
+    Case("6x8 samples, 46-token prompts, 48 new", 6, 8, 48, 46, 46, 0, 1.0),
+    Case("6x8 samples, 30-62-token prompts, 48 new", 6, 8, 48, 30, 62, 0, 1.0),
+    Case("128x1 greedy, 20-120-token prompts, 48 new", 128, 1, 48, 20, 120, 0, 0.0),
+    Case("128x1 greedy, 50-120, 40 common, 48 new", 128, 1, 48, 50, 120, 40, 0.0),
 )
 
 
@@ -56,6 +59,7 @@ def load(folder: str | None, dtype: torch.dtype) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     torch.manual_seed(0)
     config = LlamaConfig(
+        dtype=dtype,
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
@@ -65,7 +69,7 @@ def load(folder: str | None, dtype: torch.dtype) -> PreTrainedModel:
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    return LlamaForCausalLM(config).eval()
 
 
 def make_prompts(case: Case, vocabulary: int) -> list[list[int]]:
@@ -73,7 +77,9 @@ def make_prompts(case: Case, vocabulary: int) -> list[list[int]]:
     lengths = torch.linspace(case.shortest, case.longest, case.prompts).long()[
         torch.randperm(case.prompts, generator=generator)
     ]
-    return [torch.randint(3, vocabulary, (int(length),), generator=generator).tolist() for length in lengths]
+    common = torch.randint(3, vocabulary, (case.common,), generator=generator).tolist()
+    own = [int(length) - case.common for length in lengths]
+    return [common + torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in own]
 
 
 def run_peer(model: PreTrainedModel, case: Case, prompts: list[list[int]]) -> None:
@@ -82,6 +88,7 @@ def run_peer(model: PreTrainedModel, case: Case, prompts: list[list[int]]) -> No
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if case.temperature else {}
+    assert isinstance(model, GenerationMixin)
     with torch.inference_mode():
         output = model.generate(
             ids,
@@ -126,15 +133,50 @@ def machine_limits(dtype: torch.dtype) -> tuple[float, float]:
 
 def limit_seconds(model: PreTrainedModel, case: Case, prompts: list[list[int]], limits: tuple[float, float]) -> float:
     rate, bandwidth = limits
-    head = model.get_output_embeddings().weight
-    layers = sum(parameter.numel() for parameter in model.parameters()) - head.numel()
-    if not model.config.tie_word_embeddings:
-        layers -= model.get_input_embeddings().weight.numel()
-    bytes_a_step = (layers + head.numel()) * head.element_size()
+    head = model.config.vocab_size * model.config.hidden_size
+    tables = 1 if model.config.tie_word_embeddings else 2
+    layers = sum(parameter.numel() for parameter in model.parameters()) - tables * head
+    bytes_a_step = (layers + head) * model.dtype.itemsize
+    tokens = case.common + sum(len(prompt) - case.common for prompt in prompts)
     rows = case.prompts * case.samples
-    prefill = 2 * (layers * sum(map(len, prompts)) + head.numel() * case.prompts) / rate
-    step = 2 * (layers + head.numel()) * rows / rate
+    prefill = 2 * (layers * tokens + head * case.prompts) / rate
+    step = 2 * (layers + head) * rows / rate
     return max(prefill, bytes_a_step / bandwidth) + (case.new - 1) * max(step, bytes_a_step / bandwidth)
+
+
+def measure(
+    model: PreTrainedModel, engine: LocalEngine, case: Case, limits: tuple[float, float], repeats: int, skip_peer: bool
+) -> list[dict[str, object]]:
+    """The rows of one case; contenders take turns, after one round that warms up."""
+    prompts = make_prompts(case, model.config.vocab_size)
+    contenders: dict[str, Callable[[], None]] = {"local": partial(run_engine, engine, case, prompts)}
+    if not skip_peer:
+        contenders[PEER] = partial(run_peer, model, case, prompts)
+    times: dict[str, list[float]] = {contender: [] for contender in contenders}
+    for repeat in range(repeats + 1):
+        for contender, function in contenders.items():
+            start = time.perf_counter()
+            function()
+            if repeat:
+                times[contender].append(time.perf_counter() - start)
+    medians = {contender: statistics.median(values) for contender, values in times.items()}
+    limit = limit_seconds(model, case, prompts, limits)
+    return [
+        {
+            "question": "generate",
+            "case": case.name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "contender": contender,
+            "seconds": round(seconds, 4),
+            "spread": [round(min(times[contender]), 4), round(max(times[contender]), 4)],
+            "tokens_per_s": round(case.prompts * case.samples * case.new / seconds, 1),
+            "ratio_to_best_peer": round(medians[PEER] / seconds, 3) if PEER in medians else None,
+            "ratio_to_limit": round(limit / seconds, 3),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "machine": f"{machine_name()}, {torch.get_num_threads()} threads",
+        }
+        for contender, seconds in medians.items()
+    ]
 
 
 def main() -> None:
@@ -148,52 +190,27 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows = []
+    rows: list[dict[str, object]] = []
     for name in arguments.dtypes:
         dtype = getattr(torch, name)
-        limits = machine_limits(dtype)
-        print(f"{name}: GEMM {limits[0] / 1e12:.2f} TFLOP/s, copy {limits[1] / 1e9:.0f} GB/s", flush=True)
         model = load(arguments.model, dtype)
         model.generation_config.eos_token_id = None
         engine = LocalEngine(model)
-        print(f"{name}: sync {median_seconds(lambda engine=engine: engine.sync(1), 3):.3f} s")
-        for case in [CASES[number] for number in arguments.cases]:
-            prompts = make_prompts(case, model.config.vocab_size)
-            contenders: dict[str, Callable[[], None]] = {
-                "local": lambda case=case, prompts=prompts: run_engine(engine, case, prompts)
-            }
-            if not arguments.skip_peer:
-                contenders[PEER] = lambda case=case, prompts=prompts: run_peer(model, case, prompts)
-            times: dict[str, list[float]] = {contender: [] for contender in contenders}
-            for repeat in range(arguments.repeats + 1):
-                for contender, function in contenders.items():
-                    start = time.perf_counter()
-                    function()
-                    if repeat:  # the first round warms up
-                        times[contender].append(time.perf_counter() - start)
-            medians = {contender: statistics.median(values) for contender, values in times.items()}
-            best_peer = min((value for contender, value in medians.items() if contender != "local"), default=None)
-            limit = limit_seconds(model, case, prompts, limits)
-            for contender, seconds in medians.items():
-                row = {
-                    "question": "generate",
-                    "case": case.name,
-                    "dtype": name,
-                    "contender": contender,
-                    "seconds": round(seconds, 4),
-                    "spread": [round(min(times[contender]), 4), round(max(times[contender]), 4)],
-                    "tokens_per_s": round(case.prompts * case.samples * case.new / seconds, 1),
-                    "ratio_to_best_peer": round(best_peer / seconds, 3) if best_peer else None,
-                    "ratio_to_limit": round(limit / seconds, 3),
-                    "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-                    "machine": f"{machine_name()}, {arguments.threads} threads",
-                }
+        sync = median_seconds(partial(engine.sync, 1), 3)
+        for number in arguments.cases:
+            limits = machine_limits(dtype)  # just before the case: a shared machine changes its speed
+            print(
+                f"{name}: GEMM {limits[0] / 1e12:.2f} TFLOP/s, copy {limits[1] / 1e9:.0f} GB/s, sync {sync:.3f} s",
+                flush=True,
+            )
+            for row in measure(model, engine, CASES[number], limits, arguments.repeats, arguments.skip_peer):
                 rows.append(row)
                 print(
-                    f"{name:9} {case.name:44} {contender:32} {seconds:7.3f} s {row['tokens_per_s']:8.0f} tokens/s  "
-                    f"x{row['ratio_to_best_peer'] or 0:.2f} of peer  {row['ratio_to_limit']:.2f} of limit",
+                    f"{row['case']:44} {row['contender']:32} {row['seconds']:7} s {row['tokens_per_s']:8} tokens/s  "
+                    f"x{row['ratio_to_best_peer']} of the peer  {row['ratio_to_limit']} of the limit",
                     flush=True,
                 )
+        engine.close()
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -15,15 +15,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from omni_fast.errors import UserError
 from omni_fast.rollout.decode import ATTENTION, Wave
 from omni_fast.rollout.engine import Progress, Prompt, Sample, Sampling
-from omni_fast.rollout.packed_linear import inference_copy, repack
+from omni_fast.rollout.packed_linear import inference_copy
 from omni_fast.rollout.sampling import draw, uniforms
 
+ROWS = 64  # what packed weights are laid out for
 ROW_STEP = 8  # rows leave the batch in such steps: a new row count costs the GEMM library a new kernel
 
 
@@ -45,22 +46,29 @@ class LocalEngine:
 
         max_rows: bound on the rows of a wave. threads: CPU threads while generating (None: as the process has them).
         """
-        self.version = 0
+        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"} or not model._supports_attention_backend:
+            raise UserError(
+                f"the local engine cannot run {type(model).__name__} (attention: {', '.join(sorted(kinds))}): "
+                "use a Llama, Qwen2 or Qwen3 model without sliding windows, or the sglang engine"
+            )
+        self.model = model
+        self.config = model.config
         self.tokens_in_flight = tokens_in_flight
         self.max_rows = max_rows
         self.threads = threads
-        self.config = model.config
-        self.fast = inference_copy(model, ATTENTION, rows=64)
+        self.fast: PreTrainedModel | None = None
+        self.sync(0)
 
     def sync(self, version: int) -> None:
-        """Read the model's parameters again; samples from now on carry `version`."""
-        with torch.no_grad():
-            repack(self.fast)
+        """Take over the model as it is now, adapters included; samples from now on carry `version`."""
+        self.fast = None  # the packed weights of the last version go first: never two of them in memory
+        self.fast = inference_copy(self.model, ATTENTION, ROWS)
         self.version = version
 
     def close(self) -> None:
-        """Give the packed weights back."""
-        del self.fast
+        """Give the packed weights back; `sync` makes the engine usable again."""
+        self.fast = None
 
     def generate(
         self, prompts: Sequence[Prompt], n: int, sampling: Sampling, progress: Progress | None = None
@@ -70,6 +78,8 @@ class LocalEngine:
         progress: called after each token with the tokens generated so far and the samples still running.
         Raises UserError for a prompt without tokens, or one that does not fit with its new tokens.
         """
+        if self.fast is None:
+            raise RuntimeError("this engine has been closed: call sync before generate")
         for number, prompt in enumerate(prompts):
             self._check(number, len(prompt.tokens), sampling.max_new_tokens)
         results: list[list[Sample]] = [[Sample([], [], "length") for _ in range(n)] for _ in prompts]
@@ -77,7 +87,7 @@ class LocalEngine:
         tokens = 0
         with torch.inference_mode(), _threads(self.threads):
             for wave in self._waves(prompts, n, sampling.max_new_tokens):
-                for added, finished in self._run(prompts, wave, results, sampling):
+                for added, finished in self._run(self.fast, prompts, wave, results, sampling):
                     tokens += added
                     running -= finished
                     if progress is not None:
@@ -113,13 +123,15 @@ class LocalEngine:
 
     def _run(
         self,
+        fast: PreTrainedModel,
         prompts: Sequence[Prompt],
         members: list[tuple[int, int]],
         results: list[list[Sample]],
         sampling: Sampling,
     ) -> Iterator[tuple[int, int]]:
         """Generate one wave into `results`; yields (tokens added, samples finished) after each step."""
-        device = self.fast.device
+        device = fast.device
+        decoder, head = fast.get_decoder(), fast.get_output_embeddings()
         indices = list(dict.fromkeys(index for index, _ in members))
         counts = [sum(index == member for member, _ in members) for index in indices]
         wave = Wave(
@@ -127,7 +139,7 @@ class LocalEngine:
             [prompts[index].tokens for index in indices],
             counts,
             sampling.max_new_tokens,
-            self.fast.dtype,
+            fast.dtype,
             device,
         )
         streams = [
@@ -137,8 +149,8 @@ class LocalEngine:
         rows = [results[index][number] for index, number in members]
         alive = [True] * len(rows)
         position_R = wave.lengths[wave.prompt_of_row]
-        hidden_1TH = self._forward(wave.tokens, wave.positions, wave)
-        logits_RV = self.fast.lm_head(hidden_1TH[0, wave.last])[wave.prompt_of_row]
+        hidden_1TH = _forward(decoder, wave.tokens, wave.positions, wave)
+        logits_RV = head(hidden_1TH[0, wave.last])[wave.prompt_of_row]
         stops = frozenset(sampling.stop_token_ids)
         for step in range(sampling.max_new_tokens):
             token_R, logprob_R = draw(logits_RV, uniform_RT[:, step], sampling.temperature)
@@ -165,12 +177,14 @@ class LocalEngine:
                 kept = torch.tensor(keep, device=device)
                 token_R, position_R, uniform_RT = token_R[kept], position_R[kept], uniform_RT[kept]
             wave.advance()
-            hidden_R1H = self._forward(token_R[:, None], position_R[:, None], wave)
+            hidden_R1H = _forward(decoder, token_R[:, None], position_R[:, None], wave)
             position_R = position_R + 1
-            logits_RV = self.fast.lm_head(hidden_R1H[:, 0])
+            logits_RV = head(hidden_R1H[:, 0])
 
-    def _forward(self, tokens: Tensor, positions: Tensor, wave: Wave) -> Tensor:
-        return self.fast.model(input_ids=tokens, position_ids=positions, use_cache=False, wave=wave).last_hidden_state
+
+def _forward(decoder: nn.Module, tokens: Tensor, positions: Tensor, wave: Wave) -> Tensor:
+    """Hidden states [row, token, hidden]; the keyword `wave` travels to the attention function."""
+    return decoder(input_ids=tokens, position_ids=positions, use_cache=False, wave=wave).last_hidden_state
 
 
 def _compaction(alive: list[bool]) -> list[int] | None:

@@ -2,7 +2,7 @@
 
 `inference_copy` makes a second module tree over the policy's own parameters (nothing is copied but the tree) and swaps in
 what generation gains from: on CPU, linear layers whose weight oneDNN has laid out once per weight version, with
-q/k/v and gate/up as one GEMM each; everywhere, the fused RMSNorm of PyTorch and an attention function of our own.
+q/k/v and gate/up as one GEMM each and LoRA merged; everywhere, PyTorch's RMSNorm and an attention function of our own.
 The forward passes of the layers stay those of transformers.
 
 Limits: decoders with the Llama layout of names (`q_proj`, `k_proj`, `v_proj`, `gate_proj`, `up_proj`), called in that
@@ -25,28 +25,38 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class PackedLinear(nn.Module):
     """One or more linear layers of the same input as one GEMM, with weights that oneDNN has reordered.
 
-    `pack` reads the sources' weights; until the next `pack`, changes to them have no effect. Inference only.
+    The sources are read once, here; a LoRA layer's adapter is merged into its weight. Inference only.
     """
 
-    def __init__(self, sources: Sequence[nn.Linear], rows: int) -> None:
+    def __init__(self, sources: Sequence[nn.Module], rows: int) -> None:
         """`rows`: the number of input rows to lay the weights out for (any other number works as well)."""
         super().__init__()
-        self.sources = tuple(sources)  # a tuple is not registered: the parameters stay the policy's
-        self.sizes = [source.out_features for source in sources]
-        self.rows = rows
-        self.weight: Tensor
-        self.bias: Tensor | None
-        self.pack()
-
-    def pack(self) -> None:
-        weights = [source.weight.detach() for source in self.sources]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, self.rows)
-        biases = [source.bias for source in self.sources if source.bias is not None]
-        self.bias = torch.cat([bias.detach() for bias in biases]) if biases else None
+        weights = [_weight(source) for source in sources]
+        biases = [bias for source in sources if isinstance(bias := source.bias, Tensor)]
+        self.sizes = [len(weight) for weight in weights]
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), rows)
+        self.bias = torch.cat(biases).detach() if biases else None
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """A plain linear layer, or peft's LoRA around one."""
+    return type(module) is nn.Linear or (
+        hasattr(module, "get_delta_weight") and type(getattr(module, "base_layer", None)) is nn.Linear
+    )
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """What the layer multiplies by: with an active adapter, its product is added in float32 and rounded once."""
+    if isinstance(module, nn.Linear):
+        return module.weight.detach()
+    base = module.base_layer.weight.detach()
+    if module.disable_adapters or module.merged:
+        return base
+    deltas = [module.get_delta_weight(name).detach().float() for name in module.active_adapters]
+    return torch.stack([base.float(), *deltas]).sum(0).to(base.dtype)
 
 
 class FirstPart(nn.Module):
@@ -101,23 +111,18 @@ def inference_copy(model: PreTrainedModel, attention: str, rows: int) -> PreTrai
     return fast
 
 
-def _pack_linears(fast: PreTrainedModel, rows: int) -> None:
-    for module in list(fast.modules()):
-        for names in FUSED:
-            parts = [getattr(module, name, None) for name in names]
-            linears = [part for part in parts if type(part) is nn.Linear]
-            if len(linears) == len(names) and len({part.bias is None for part in linears}) == 1:
-                first = FirstPart(PackedLinear(linears, rows))
-                setattr(module, names[0], first)
-                for name in names[1:]:
-                    setattr(module, name, LaterPart(first))
-    for name, module in list(fast.named_modules()):
-        if type(module) is nn.Linear:
-            fast.set_submodule(name, PackedLinear([module], rows))
-
-
-def repack(fast: PreTrainedModel) -> None:
-    """Read the parameters again after they changed."""
-    for module in fast.modules():
-        if isinstance(module, PackedLinear):
-            module.pack()
+@torch.no_grad()
+def _pack_linears(module: nn.Module, rows: int) -> None:
+    for names in FUSED:
+        parts = [getattr(module, name, None) for name in names]
+        linears = [part for part in parts if part is not None and _is_linear(part)]
+        if len(linears) == len(names) and len({part.bias is None for part in linears}) == 1:
+            first = FirstPart(PackedLinear(linears, rows))
+            setattr(module, names[0], first)
+            for name in names[1:]:
+                setattr(module, name, LaterPart(first))
+    for name, child in list(module.named_children()):
+        if _is_linear(child):
+            setattr(module, name, PackedLinear([child], rows))
+        else:
+            _pack_linears(child, rows)

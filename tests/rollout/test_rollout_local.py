@@ -155,6 +155,30 @@ def test_sync_takes_the_new_weights_and_not_before(model: PreTrainedModel) -> No
     assert engine.version == 3
 
 
+def test_an_adapter_put_in_later_is_taken_over(model: PreTrainedModel) -> None:
+    peft = pytest.importorskip("peft")
+    prompts, greedy = some_prompts(), Sampling(8, temperature=0.0)
+    engine = LocalEngine(model)
+    before = token_lists(engine.generate(prompts, 1, greedy))
+    settings = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    peft.inject_adapter_in_model(settings, model)
+    engine.sync(1)
+    after = token_lists(engine.generate(prompts, 1, greedy))
+    assert after != before
+    for prompt, samples in zip(prompts, after, strict=True):
+        expected = model.generate(torch.tensor([prompt.tokens]), max_new_tokens=8, do_sample=False)
+        assert samples == [expected[0, len(prompt.tokens) :].tolist()]
+
+
+def test_a_closed_engine_says_so(model: PreTrainedModel) -> None:
+    engine = LocalEngine(model)
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.generate(some_prompts(), 1, Sampling(2))
+    engine.sync(2)
+    assert len(engine.generate(some_prompts(), 1, Sampling(2))) == 5
+
+
 def test_the_model_is_left_as_it_was(model: PreTrainedModel) -> None:
     model.train()
     names = [name for name, _ in model.named_modules()]
@@ -211,3 +235,9 @@ def test_a_prompt_that_does_not_fit_is_the_users_error(
     with pytest.raises(UserError, match=words) as caught:
         LocalEngine(model, **arguments).generate(prompts, 1, Sampling(8))
     assert "prompt 1" in str(caught.value)
+
+
+def test_a_model_with_sliding_windows_is_refused() -> None:
+    config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    with pytest.raises(UserError, match="sliding_attention"):
+        LocalEngine(Qwen2ForCausalLM(config))
