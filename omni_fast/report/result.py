@@ -152,7 +152,7 @@ def assemble(
     single_test: the same on `test` where it was measured; `single` then comes from it.
     rows_test: item scores on `test`, row 0 the initial policy, row s after stage s.   trained: (task or "joint", steps)
     a stage.
-    order, order_method: the order that was run, when it is not the solved one ("user", "reversed", "random").
+    order, order_method: the order that was run, when it is not the solved one ("order", "reversed", "random").
     draws, seed: of the bootstrap behind transfer and order; the same as in the plan give the same probabilities.
     """
     names = list(tasks)

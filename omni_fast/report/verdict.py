@@ -16,6 +16,13 @@ from pydantic import JsonValue
 Json = Mapping[str, JsonValue]
 Tone = Literal["good", "bad", "open"]
 
+NOT_SOLVED = {
+    "reversed": "The solved order was run backwards.",
+    "random": "The order was drawn at random, not solved.",
+    "order": "The order was given by the user, not solved.",
+    "joint": "All tasks were trained together; there was no order to solve.",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
@@ -136,8 +143,8 @@ def _tasks(result: Json) -> list[Sentence]:
 def _order(result: Json) -> list[Sentence]:
     out = []
     method, statement = result.get("order_method"), result.get("statement")
-    if method in ("user", "reversed", "random", "joint"):
-        out.append(Sentence("open", f"The order that was run is not the solved one (it is: {method})."))
+    if isinstance(method, str) and method in NOT_SOLVED:
+        out.append(Sentence("open", NOT_SOLVED[method]))
     if isinstance(statement, str) and statement:
         settled = result.get("order_settled") is True
         out.append(Sentence("good" if settled else "open", typeset(statement)))

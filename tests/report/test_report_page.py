@@ -87,6 +87,7 @@ def test_headline_and_sentences_follow_the_intervals(fake_run):
     worse = copy.deepcopy(result)
     worse["intervals"]["gain_average"] = {"value": -0.05, "n": 400, "low": -0.08, "high": -0.02}
     assert headline(worse).tone == "bad" and "fell by 0.050" in headline(worse).text
+    assert "run backwards" in " ".join(s.text for s in sentences({**result, "order_method": "reversed"}))
     open_ = copy.deepcopy(result)
     open_["intervals"]["gain_average"] = {"value": 0.01, "n": 400, "low": -0.02, "high": 0.04}
     assert headline(open_).tone == "open" and "beyond noise" in headline(open_).text
@@ -257,6 +258,6 @@ def test_assemble_grows_with_what_is_known(fake_run):
     joint = assemble(names, rows_test=[base, {"a": y, "b": y}], trained=[("joint", 10)])
     assert joint["bwt"]["value"] is None and joint["final"]["a"]["value"] == 1.0
     user = assemble(
-        names, base_select=base, single_select=single, order=["b", "a"], order_method="user", trained=[("b", 1)]
+        names, base_select=base, single_select=single, order=["b", "a"], order_method="order", trained=[("b", 1)]
     )
-    assert user["order"] == ["b", "a"] and user["solved_order"] == ["a", "b"] and user["order_method"] == "user"
+    assert user["order"] == ["b", "a"] and user["solved_order"] == ["a", "b"] and user["order_method"] == "order"
