@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from importlib import resources
+from pathlib import Path
 
 from pydantic import JsonValue
 
@@ -47,7 +47,7 @@ def render(result: Json, metrics: Rows, samples: Rows) -> str:
     missing = [title for title, _, body in sections if not body]
     if missing:
         drawn += _section("Not there yet", "", f"<p>Nothing was recorded for: {text(', '.join(missing))}.</p>")
-    css = resources.files("omni_fast.report").joinpath("page.css").read_text(encoding="utf-8")
+    css = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     head = headline(result)
     tasks = ", ".join(names(result.get("tasks"))) or "no tasks"
     return (
