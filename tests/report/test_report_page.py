@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -232,6 +233,7 @@ def test_axis_marks_cover_the_range():
 
 def test_result_is_valid_and_names_what_is_not(fake_run):
     result, _, _ = fake_run
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
     checked = validate_result(result)
     assert checked.order == result["order"] and checked.bwt.n > 0
     with pytest.raises(UserError, match="bwt"):
