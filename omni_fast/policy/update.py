@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from omni_kernels import METRICS, LossSpec, Tokens, finalise, linear_logprob, linear_policy_loss, normaliser_count
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,6 +29,7 @@ from omni_fast.errors import RunError, UserError
 from omni_fast.policy import tree_attention
 from omni_fast.policy.adapter import add_adapter, without_adapter
 from omni_fast.policy.pack import MicroBatch, Share, Trajectory, pack
+from omni_kernels import METRICS, LossSpec, Tokens, finalise, linear_logprob, linear_policy_loss, normaliser_count
 
 ADAM_EPS = 1e-8
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]

@@ -1,0 +1,86 @@
+"""Real processes killed with SIGKILL while they write checkpoints, and a real full disk."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from omni_fast.checkpoint import Checkpoints
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from omni_fast.checkpoint import Checkpoints, run_lock
+folder = Path(sys.argv[1])
+with run_lock(folder):
+    checkpoints = Checkpoints(folder / "checkpoints", keep_last=2)
+    found = checkpoints.latest()
+    step = found.step if found else 0
+    if found:
+        assert found.tensors("policy")["w"][0].item() == step == found.state["step"], (step, found.state)
+    print("ready", flush=True)
+    while True:
+        step += 1
+        checkpoints.save(step, {"policy": {"w": torch.full((200_000,), float(step))}}, {"step": step})
+        print(step, flush=True)
+"""
+
+
+def test_kill_at_any_moment_loses_no_finished_checkpoint(tmp_path: Path) -> None:
+    draw = random.Random(5)
+    promised = 0
+    for _ in range(12):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None and writer.stderr is not None
+        assert writer.stdout.readline() == "ready\n", writer.stderr.read()
+        time.sleep(draw.uniform(0.0, 0.3))
+        writer.kill()
+        output, _ = writer.communicate(timeout=60)
+        promised = max([promised, *(int(line) for line in output.splitlines())])
+        said: list[str] = []
+        found = Checkpoints(tmp_path / "checkpoints", keep_last=2).latest(said.append)
+        assert said == [], "a killed writer must not leave a damaged checkpoint under its final name"
+        step = found.step if found else 0
+        assert step >= promised
+        if found:
+            assert found.tensors("policy")["w"][-1].item() == step
+    assert promised > 3
+
+
+FILLER = """
+import sys, torch
+from pathlib import Path
+from omni_fast.checkpoint import Checkpoints
+from omni_fast.errors import RunError
+checkpoints = Checkpoints(Path(sys.argv[1]), keep_last=5)
+for step in range(1, 6):
+    try:
+        checkpoints.save(step, {"policy": {"w": torch.full((200_000,), float(step))}}, {"step": step})
+    except RunError as error:
+        print(error)
+        found = checkpoints.latest()
+        print(found.step, found.tensors("policy")["w"][0].item())
+        break
+"""
+
+
+def test_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
+    command = f'mount -t tmpfs -o size=2m none {tmp_path} && {sys.executable} -c "$0" {tmp_path}'
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", command, FILLER],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip(f"no mount namespace here: {done.stderr.strip()[:80]}")
+    message, state = done.stdout.splitlines()
+    assert "step 3 could not be written" in message and "No space left" in message and "step 2 is intact" in message
+    assert state == "2 2.0"
