@@ -1,13 +1,13 @@
 """Checkpoints that survive a kill at any moment, and the run folder they live in.
 
-A checkpoint is a folder `step-00000012` with named safetensors files, `state.json`, and `manifest.json` holding the
-size and SHA-256 of each. It is written under a temporary name, brought to disk (fsync of files, folder and parent)
-and renamed: under its own name it is complete. Older ones go only after that. Reading checks every byte against the
-manifest; a checkpoint that fails is reported and the one before is taken. Nothing is ever pickled.
+A checkpoint is a folder `000012-NAME` (numbered in the order of writing) with `tensors.safetensors`, `state.json` and
+`manifest.json`, which holds size and SHA-256 of the others. It is written under a temporary name, brought to disk
+(fsync of files, folder and parent) and renamed: under its own name it is complete. Older ones go only after that.
+Reading checks every byte against the manifest; a checkpoint that fails is reported and the one before is taken.
+Nothing is ever pickled.
 
 One process owns a run folder at a time (`run_lock`, an advisory lock that the kernel drops with the process), and a
-folder belongs to one configuration (`check_config`). Limits: local or POSIX-like file systems; the lock needs
-`flock`.
+folder belongs to one configuration (`check_fingerprint`). Limits: POSIX file systems with `flock`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,6 +31,7 @@ from torch import Tensor
 from omni_fast.errors import RunError, UserError
 
 FORMAT = 1
+TENSORS = "tensors.safetensors"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 
@@ -39,115 +40,129 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that has passed its checksums. state: what `save` was given, numbers bit for bit."""
+    """A checkpoint that has passed its checksums. state: the JSON that `save` was given, floats bit for bit."""
 
-    step: int
     path: Path
-    state: dict[str, Json]
+    state: dict[str, Any]
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors saved under `name`, on the CPU. KeyError if there are none of that name."""
-        path = self.path / f"{name}.safetensors"
-        if not path.is_file():
-            raise KeyError(name)
-        return load_file(path)
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Read from disk at each access, onto the CPU."""
+        return load_file(self.path / TENSORS)
 
 
 def _warn(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-class Checkpoints:
-    """The checkpoints of one run, newest last."""
+def save(folder: Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Json], *, keep_last: int) -> Path:
+    """Writes a new checkpoint into `folder` (made when missing), then removes all but the newest `keep_last`.
 
-    def __init__(self, folder: Path, *, keep_last: int) -> None:
-        """folder: made when missing. keep_last: how many stay after a save, at least 1."""
-        if keep_last < 1:
-            raise ValueError(f"keep_last is {keep_last}; give at least 1")
-        self.folder = folder
-        self.keep_last = keep_last
+    `name` is for people; order is that of writing. RunError, with everything older untouched, if the disk is full or
+    the folder cannot be written.
+    """
+    if keep_last < 1:
+        raise ValueError(f"keep_last is {keep_last}; give at least 1")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        before = _numbered(folder)
+        number = int(before[-1].name.split("-")[0]) + 1 if before else 1
+        target = folder / f"{number:06d}-{name}"
+        _publish(target, tensors, state)
+        for old in _numbered(folder)[:-keep_last]:
+            _drop(old)
+    except (OSError, SafetensorError) as error:
+        kept = _numbered(folder)
+        safe = f"the checkpoint {kept[-1].name} is intact" if kept else "there is no earlier one"
+        raise RunError(_explain(f"The checkpoint {name}", folder, error, safe)) from error
+    return target
 
-    def steps(self) -> list[int]:
-        """Steps of the folders that look complete, ascending."""
-        return sorted(int(path.parent.name.removeprefix("step-")) for path in self.folder.glob(f"step-*/{MANIFEST}"))
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Json]) -> Path:
-        """Writes the checkpoint of `step`: one safetensors file per entry of `tensors`, and `state` as JSON.
+def latest(folder: Path, warn: Callable[[str], None] = _warn) -> Checkpoint | None:
+    """The newest checkpoint whose bytes are right; None if there is none at all.
 
-        RunError, with everything older untouched, if the disk is full or the folder cannot be written.
-        """
-        target = self._path(step)
-        work = self.folder / f".writing-{target.name}"
-        try:
-            self._sweep()
-            work.mkdir(parents=True)
-            for name, group in tensors.items():
-                save_file(
-                    {key: value.detach().contiguous() for key, value in group.items()}, work / f"{name}.safetensors"
-                )
-            (work / STATE).write_text(json.dumps(state), encoding="utf-8")
-            files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in work.iterdir()}
-            manifest = {"format": FORMAT, "step": step, "files": files}
-            (work / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            for path in (*work.iterdir(), work):
-                _to_disk(path)
-            if target.exists():  # the same step again, after a fall-back to an older one
-                target.rename(self.folder / f".old-{target.name}")
-            work.rename(target)
-            _to_disk(self.folder)
-            for old in self.steps()[: -self.keep_last]:
-                self._drop(self._path(old))
-            self._sweep()
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(work, ignore_errors=True)
-            raise RunError(self._explain(step, error)) from error
-        return target
-
-    def latest(self, warn: Callable[[str], None] = _warn) -> Checkpoint | None:
-        """The newest checkpoint whose bytes are right; None if there is none at all.
-
-        Each newer one that is damaged is named through `warn`. UserError if there are checkpoints and all are damaged.
-        """
-        steps = self.steps()
-        for step in reversed(steps):
-            problem = _problem(self._path(step))
-            if problem is None:
-                state = json.loads((self._path(step) / STATE).read_text(encoding="utf-8"))
-                return Checkpoint(step, self._path(step), state)
-            earlier = [other for other in steps if other < step]
-            remedy = f"trying the one before, of step {earlier[-1]}" if earlier else "there is none before it"
-            warn(f"The checkpoint {self._path(step)} is damaged ({problem}): {remedy}.")
-        if steps:
-            raise UserError(
-                f"All {len(steps)} checkpoints in {self.folder} are damaged: restore one from a copy, or remove that folder "
-                "to start over."
-            )
-        return None
-
-    def _path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
-
-    def _drop(self, path: Path) -> None:
-        """Removes a checkpoint so that a kill half-way leaves nothing that looks complete."""
-        away = self.folder / f".old-{path.name}"
-        path.rename(away)
-        shutil.rmtree(away)
-
-    def _sweep(self) -> None:
-        """What a killed process left."""
-        for pattern in (".writing-*", ".old-*"):
-            for path in self.folder.glob(pattern):
-                shutil.rmtree(path)
-
-    def _explain(self, step: int, error: Exception) -> str:
-        kept = [other for other in self.steps() if other != step]
-        safe = f"the checkpoint of step {kept[-1]} is intact" if kept else "there is no earlier one"
-        free = shutil.disk_usage(self.folder).free / 2**30 if self.folder.is_dir() else 0.0
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        return (
-            f"The checkpoint of step {step} could not be written to {self.folder} ({reason}; {free:.2f} GiB free); {safe}. "
-            "Make room or permission there, and run the same command again."
+    Each newer one that is damaged is named through `warn`. UserError if there are checkpoints and all are damaged.
+    """
+    paths = _numbered(folder)
+    for index in reversed(range(len(paths))):
+        problem = _problem(paths[index])
+        if problem is None:
+            return Checkpoint(paths[index], json.loads((paths[index] / STATE).read_text(encoding="utf-8")))
+        remedy = f"trying the one before, {paths[index - 1].name}" if index else "there is none before it"
+        warn(f"The checkpoint {paths[index]} is damaged ({problem}): {remedy}.")
+    if paths:
+        raise UserError(
+            f"All {len(paths)} checkpoints in {folder} are damaged: restore one from a copy, or remove that folder to "
+            "start over."
         )
+    return None
+
+
+def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Makes `folder` hold these tensors, with checksums, all at once. RunError if the disk is full or read-only."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _publish(folder, tensors, {})
+    except (OSError, SafetensorError) as error:
+        raise RunError(_explain(f"{folder.name}", folder.parent, error, "nothing else was touched")) from error
+
+
+def load_tensors(folder: Path) -> dict[str, Tensor]:
+    """What `save_tensors` wrote. UserError if it is missing or damaged."""
+    problem = _problem(folder)
+    if problem is not None:
+        raise UserError(f"The weights in {folder} are damaged ({problem}): restore them from a copy, or start over.")
+    return load_file(folder / TENSORS)
+
+
+def _publish(target: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Json]) -> None:
+    """Writes a whole folder and gives it its name when it is on disk."""
+    work = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir()
+        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, work / TENSORS)
+        (work / STATE).write_text(json.dumps(state), encoding="utf-8")
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in work.iterdir()}
+        (work / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
+        for path in (*work.iterdir(), work):
+            _to_disk(path)
+        if target.exists():
+            _drop(target)
+        work.rename(target)
+        _to_disk(target.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The folders that look complete, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"[0-9]*-*/{MANIFEST}"))
+
+
+def _drop(path: Path) -> None:
+    """Removes a folder so that a kill half-way leaves nothing that looks complete."""
+    away = path.with_name(f".old-{path.name}")
+    path.rename(away)
+    shutil.rmtree(away)
+
+
+def _sweep(folder: Path) -> None:
+    """What a killed process left."""
+    for pattern in (".writing-*", ".old-*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+
+
+def _explain(what: str, folder: Path, error: Exception, safe: str) -> str:
+    free = f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB free" if folder.is_dir() else "no such folder"
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return (
+        f"{what} could not be written to {folder} ({reason}; {free}); {safe}. "
+        "Make room or permission there, and run the same command again."
+    )
 
 
 def _digest(path: Path) -> str:
@@ -172,8 +187,8 @@ def _problem(path: Path) -> str | None:
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is unreadable"
-    if STATE not in files:
-        return f"{STATE} is missing from {MANIFEST}"
+    if files.keys() != {STATE, TENSORS}:
+        return f"{MANIFEST} lists {sorted(files)}"
     for name, (size, digest) in files.items():
         file = path / name
         try:
@@ -237,12 +252,12 @@ def write_json(path: Path, value: Json | Mapping[str, Json]) -> None:
         ) from error
 
 
-def check_config(folder: Path, settings: Mapping[str, Json]) -> None:
+def check_fingerprint(folder: Path, settings: Mapping[str, Json]) -> None:
     """Binds a run folder to its settings: stores them in a new folder, compares them in an old one.
 
     `settings`: nested mapping of all that the result depends on. UserError that lists the differences.
     """
-    path = folder / "config.json"
+    path = folder / "fingerprint.json"
     if not path.is_file():
         write_json(path, dict(settings))
         return

@@ -10,23 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from omni_fast.checkpoint import Checkpoints
+from omni_fast.checkpoint import latest
 
 WRITER = """
 import sys, torch
 from pathlib import Path
-from omni_fast.checkpoint import Checkpoints, run_lock
+from omni_fast.checkpoint import latest, run_lock, save
 folder = Path(sys.argv[1])
 with run_lock(folder):
-    checkpoints = Checkpoints(folder / "checkpoints", keep_last=2)
-    found = checkpoints.latest()
-    step = found.step if found else 0
+    found = latest(folder / "checkpoints")
+    step = found.state["step"] if found else 0
     if found:
-        assert found.tensors("policy")["w"][0].item() == step == found.state["step"], (step, found.state)
+        assert found.tensors["w"][0].item() == step, (step, found.state)
     print("ready", flush=True)
     while True:
         step += 1
-        checkpoints.save(step, {"policy": {"w": torch.full((200_000,), float(step))}}, {"step": step})
+        tensors = {"w": torch.full((200_000,), float(step))}
+        save(folder / "checkpoints", "stage", tensors, {"step": step}, keep_last=2)
         print(step, flush=True)
 """
 
@@ -45,28 +45,28 @@ def test_kill_at_any_moment_loses_no_finished_checkpoint(tmp_path: Path) -> None
         output, _ = writer.communicate(timeout=60)
         promised = max([promised, *(int(line) for line in output.splitlines())])
         said: list[str] = []
-        found = Checkpoints(tmp_path / "checkpoints", keep_last=2).latest(said.append)
+        found = latest(tmp_path / "checkpoints", said.append)
         assert said == [], "a killed writer must not leave a damaged checkpoint under its final name"
-        step = found.step if found else 0
+        step = found.state["step"] if found else 0
         assert step >= promised
         if found:
-            assert found.tensors("policy")["w"][-1].item() == step
+            assert found.tensors["w"][-1].item() == step
     assert promised > 3
 
 
 FILLER = """
 import sys, torch
 from pathlib import Path
-from omni_fast.checkpoint import Checkpoints
+from omni_fast.checkpoint import latest, save
 from omni_fast.errors import RunError
-checkpoints = Checkpoints(Path(sys.argv[1]), keep_last=5)
+folder = Path(sys.argv[1])
 for step in range(1, 6):
     try:
-        checkpoints.save(step, {"policy": {"w": torch.full((200_000,), float(step))}}, {"step": step})
+        save(folder, f"step-{step}", {"w": torch.full((200_000,), float(step))}, {"step": step}, keep_last=5)
     except RunError as error:
         print(error)
-        found = checkpoints.latest()
-        print(found.step, found.tensors("policy")["w"][0].item())
+        found = latest(folder)
+        print(found.state["step"], found.tensors["w"][0].item())
         break
 """
 
@@ -82,5 +82,7 @@ def test_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip(f"no mount namespace here: {done.stderr.strip()[:80]}")
     message, state = done.stdout.splitlines()
-    assert "step 3 could not be written" in message and "No space left" in message and "step 2 is intact" in message
+    assert (
+        "step-3 could not be written" in message and "No space left" in message and "000002-step-2 is intact" in message
+    )
     assert state == "2 2.0"
