@@ -1,0 +1,20 @@
+#include <cstring>
+
+#include "rows.h"
+
+namespace omni {
+
+const RowKernels* select_kernels(const char* name) {
+  const bool any = std::strcmp(name, "auto") == 0;
+#if defined(OMNI_X86)
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx512 && (any || std::strcmp(name, kAvx512.name) == 0)) return &kAvx512;
+  if (avx2 && (any || std::strcmp(name, kAvx2.name) == 0)) return &kAvx2;
+#endif
+  return any || std::strcmp(name, kPortable.name) == 0 ? &kPortable : nullptr;
+}
+
+}  // namespace omni

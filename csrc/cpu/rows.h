@@ -1,0 +1,59 @@
+// The row kernels' contract, shared by every instruction set and by the bindings.
+//
+// A row is one token: V logits u_j, a target y, an inverse temperature inv_T and, if asked, a softcap:
+//     z_j  = inv_T * u_j                              (softcap c: inv_T * c * tanh(u_j / c))
+//     lse  = log sum_j exp z_j,  p_j = exp(z_j - lse),  logp = z_y - lse,  H = lse - sum_j p_j z_j
+//     g_j  = a (1[j=y] - p_j) - b p_j (log p_j + H) + 2 z lse p_j      a = dL/dlogp, b = dL/dH, z: weight of lse^2
+//     du_j = g_j inv_T                                (softcap: times 1 - tanh^2(u_j / c))
+// A row whose target is kIgnore gives logp = H = lse = 0 and du = 0, and its logits are never read; neither are those of
+// a row with a = b = z = 0. Nothing is allocated here except one scratch row a thread, kept from call to call.
+#pragma once
+#include <cstdint>
+
+namespace omni {
+
+constexpr std::int64_t kIgnore = -100;
+constexpr std::int64_t kBlock = 1024;  // columns folded between two looks at the running maximum: 4 KiB, L1-resident
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
+
+struct Program;
+
+struct Rows {
+  void* logits;  // [rows, vocab], row_stride elements from row to row; overwritten by backward and fused
+  DType dtype;
+  std::int64_t rows, vocab, row_stride;
+  const std::int64_t* targets;   // [rows]: 0 <= y < vocab, or kIgnore
+  float inv_t;                   // used where inv_t_rows is null
+  const float* inv_t_rows;       // [rows] or null
+  float softcap;                 // 0: none
+  bool want_entropy;
+  float* logp;                   // [rows] out (forward, fused)
+  float* entropy;                // [rows] out (forward, fused, where wanted), in (backward, where b is given)
+  float* lse;                    // [rows] out (forward, fused), in (backward)
+  const float* a;                // [rows] (backward)
+  const float* b;                // [rows] or null (backward)
+  float z_loss;                  // used where z_loss_rows is null
+  const float* z_loss_rows;      // [rows] or null
+  const Program* program;        // (fused) gives a, b, z of a row
+};
+
+// Each function handles rows [begin, end); `scratch` holds vocab + 64 floats (fused only).
+struct RowKernels {
+  const char* name;
+  void (*forward)(const Rows&, std::int64_t begin, std::int64_t end);
+  void (*backward)(const Rows&, std::int64_t begin, std::int64_t end);
+  void (*fused)(const Rows&, std::int64_t begin, std::int64_t end, float* scratch);
+  void (*exp)(const float* x, float* y, std::int64_t n);  // the kernels' own exp, to be tested for its ulps
+};
+
+extern const RowKernels kPortable;
+#if defined(OMNI_X86)
+extern const RowKernels kAvx2;
+extern const RowKernels kAvx512;
+#endif
+
+// The best set this processor runs, or the named one; null when the name is unknown or the processor cannot run it.
+const RowKernels* select_kernels(const char* name);
+
+}  // namespace omni

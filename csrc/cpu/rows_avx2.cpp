@@ -1,0 +1,6 @@
+#include "vec_avx2.h"
+#include "rows_kernel.h"
+
+namespace omni {
+const RowKernels kAvx2 = {"avx2", &forward, &backward, &fused, &exp_array};
+}

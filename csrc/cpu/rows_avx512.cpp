@@ -1,0 +1,6 @@
+#include "vec_avx512.h"
+#include "rows_kernel.h"
+
+namespace omni {
+const RowKernels kAvx512 = {"avx512", &forward, &backward, &fused, &exp_array};
+}

@@ -1,0 +1,6 @@
+#include "vec_portable.h"
+#include "rows_kernel.h"
+
+namespace omni {
+const RowKernels kPortable = {"portable", &forward, &backward, &fused, &exp_array};
+}

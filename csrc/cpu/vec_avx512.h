@@ -1,0 +1,73 @@
+// 16 floats in an AVX-512 register (F, BW, DQ, VL).
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+struct V {
+  using F = __m512;
+  static constexpr int width = 16;
+  static F set(float x) { return _mm512_set1_ps(x); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F load(const std::uint16_t* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static F load_part(const float* p, int n, float fill) { return _mm512_mask_loadu_ps(set(fill), mask(n), p); }
+  static F load_part(const std::uint16_t* p, int n, float fill) {
+    return _mm512_mask_blend_ps(mask(n), set(fill), widen(_mm256_maskz_loadu_epi16(mask(n), p)));
+  }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static void store_part(float* p, int n, F x) { _mm512_mask_storeu_ps(p, mask(n), x); }
+  static void store_part(std::uint16_t* p, int n, F x) {
+    _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(x), 16)));
+  }
+  static void store2(float* p, F x, F y) { store(p, x), store(p + width, y); }
+  static void store2(std::uint16_t* p, F x, F y) {
+    // The high halves of x, then those of y, in order.
+    const __m512i order = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23,
+                                           21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(rounded(x), order, rounded(y)));
+  }
+  static void prefetch(const void* p, std::int64_t bytes) {
+    _mm_prefetch(static_cast<const char*>(p) + bytes, _MM_HINT_T1);
+  }
+  static F add(F x, F y) { return _mm512_add_ps(x, y); }
+  static F sub(F x, F y) { return _mm512_sub_ps(x, y); }
+  static F mul(F x, F y) { return _mm512_mul_ps(x, y); }
+  static F div(F x, F y) { return _mm512_div_ps(x, y); }
+  static F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
+  static F fmsub(F x, F y, F z) { return _mm512_fmsub_ps(x, y, z); }
+  static F fnma(F x, F y, F z) { return _mm512_fnmadd_ps(x, y, z); }
+  static F max(F x, F y) { return _mm512_max_ps(x, y); }
+  static F min(F x, F y) { return _mm512_min_ps(x, y); }
+  static F abs(F x) { return _mm512_abs_ps(x); }
+  static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F scale(F p, F n) { return _mm512_scalef_ps(p, n); }
+  static F copysign(F x, F sign) {
+    return _mm512_or_ps(_mm512_and_ps(sign, set(-0.0f)), _mm512_andnot_ps(set(-0.0f), x));
+  }
+  static F pick_less(F x, F y, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), no, yes); }
+  static float largest(F x) { return _mm512_reduce_max_ps(x); }
+  static double sum(F x) { return _mm512_reduce_add_ps(x); }
+
+  // Tiny probabilities become 0 instead of denormals, which cost some processors 100 cycles each.
+  struct FlushDenormals {
+    unsigned saved = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(saved | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(saved); }
+    FlushDenormals(const FlushDenormals&) = delete;
+    FlushDenormals& operator=(const FlushDenormals&) = delete;
+  };
+
+ private:
+  static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  static F widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+  // Round to nearest even at bit 16. Arithmetic NaNs have a clear low half, so they stay NaN.
+  static __m512i rounded(F x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  }
+};
+
+}  // namespace
