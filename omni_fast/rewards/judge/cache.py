@@ -1,0 +1,101 @@
+"""Verdicts on disk, so that a resumed run, a second process or a second epoch never pays for the same comparison twice.
+
+SQLite in WAL mode: several processes may read and write at once. Only verdicts that were really given are kept.
+A cache is a convenience: a damaged file is set aside and begun anew, a full disk stops the caching and not the run.
+Limits: not for network file systems, where WAL does not work.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from omni_fast.rewards.judge.pairwise import VERDICTS, Verdict
+
+
+class VerdictCache:
+    """key (see `Question.key`) -> verdict. Safe for several threads and processes. say: gets one line when it gives
+    up."""
+
+    def __init__(self, path: Path, say: Callable[[str], None] = lambda line: None) -> None:
+        self.path, self.say = path, say
+        self._lock = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = self._open()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                self._give_up(error)
+            else:
+                self._set_aside(error)
+        except OSError as error:
+            self._give_up(error)
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=30.0, check_same_thread=False, isolation_level=None)
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            connection.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT NOT NULL)")
+            connection.execute("SELECT count(*) FROM verdicts").fetchone()
+        except sqlite3.Error:
+            connection.close()
+            raise
+        return connection
+
+    def _set_aside(self, error: Exception) -> None:
+        aside = self.path.with_name(self.path.name + ".damaged")
+        try:
+            self.path.replace(aside)
+            for suffix in ("-wal", "-shm"):
+                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+            self._connection = self._open()
+        except (OSError, sqlite3.Error) as second:
+            self._give_up(second)
+            return
+        self.say(f"the verdict cache {self.path} was damaged ({error}); it is kept as {aside.name} and begun anew")
+
+    def _give_up(self, error: Exception) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+        self.say(f"the verdict cache {self.path} cannot be used ({error}); verdicts are asked for again each time")
+
+    def get(self, keys: Iterable[str]) -> dict[str, Verdict]:
+        """The known verdicts among the keys."""
+        wanted = list(dict.fromkeys(keys))
+        found: dict[str, Verdict] = {}
+        by_text: dict[str, Verdict] = {verdict: verdict for verdict in VERDICTS}
+        with self._lock:
+            try:
+                for start in range(0, len(wanted), 500):
+                    if self._connection is None:
+                        break
+                    part = wanted[start : start + 500]
+                    marks = ",".join("?" * len(part))
+                    rows = self._connection.execute(f"SELECT key, verdict FROM verdicts WHERE key IN ({marks})", part)
+                    found.update({key: by_text[text] for key, text in rows if text in by_text})
+            except sqlite3.Error as error:
+                self._give_up(error)
+        return found
+
+    def put(self, verdicts: Mapping[str, Verdict]) -> None:
+        """Keep verdicts; one that is known already stays as it was, so every process agrees on the first."""
+        with self._lock:
+            if self._connection is None or not verdicts:
+                return
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                self._connection.executemany("INSERT OR IGNORE INTO verdicts VALUES (?, ?)", list(verdicts.items()))
+                self._connection.execute("COMMIT")
+            except sqlite3.Error as error:
+                self._give_up(error)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None

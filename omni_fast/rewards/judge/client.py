@@ -1,0 +1,236 @@
+"""Many JSON requests to one HTTP server that may be slow, down, or lying, without losing one of them.
+
+Each request has a time limit over everything, some attempts with growing, jittered pauses, and honours Retry-After.
+After `breaker_failures` failures in a row the circuit opens: everything waits, single probes go out, a line says so,
+and work goes on where it was when the server is back. After `pause_s` without an answer the rest fails with a reason;
+the next call tries again. No failure is ever a verdict, and nothing here raises for what a server does.
+Limits: one call at a time per client (the training thread's); a body beyond `max_body` bytes is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Generic, TypeVar
+
+import httpx
+
+from omni_fast.errors import UserError
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLimits:
+    """Times in seconds. timeout_s: of one attempt, all in. pause_s: how long a call waits for a server that is down."""
+
+    concurrency: int = 16
+    timeout_s: float = 60.0
+    attempts: int = 4
+    backoff_s: float = 0.5
+    backoff_max_s: float = 20.0
+    breaker_failures: int = 4
+    pause_s: float = 600.0
+    max_body: int = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Request(Generic[Value]):
+    """payload goes to `path`; `read` turns the answered JSON into a value, or raises ValueError when it is not one.
+
+    An answer that is well-formed but no verdict is `Unclear`: it is asked again, and does not count as a down server.
+    """
+
+    path: str
+    payload: Json
+    read: Callable[[Json], Value]
+
+
+class Unclear(ValueError):
+    """The server answered as it should, the model did not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a request has no value: timeout, unreachable, http_503, bad_json, wrong_schema, unclear, down, ..."""
+
+    reason: str
+    retry: bool = True
+    outage: bool = True
+    retry_after_s: float = 0.0
+
+
+class _Failed(Exception):
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
+
+
+class JsonClient(Generic[Value]):
+    """say: gets one line when the server goes down, comes back, or is given up."""
+
+    def __init__(
+        self,
+        url: str,
+        headers: dict[str, str] | None = None,
+        limits: ClientLimits | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise UserError(
+                f"judge url {url!r} is not a URL ({error}); give something like http://host:port/v1"
+            ) from error
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise UserError(f"judge url {url!r} is not an http(s) URL; give something like http://host:port/v1")
+        self.url = url.rstrip("/")
+        self.limits = limits or ClientLimits()
+        self.say = say
+        self._headers = headers or {}
+        self._failures = 0  # in a row
+        self._down_since: float | None = None
+        self._hold_until = 0.0
+        self._next_probe = 0.0
+        self._probe_gap = self.limits.backoff_s
+        self._jitter = random.Random(0)
+
+    def ask(
+        self, requests: Sequence[Request[Value]], done: Callable[[int, Value], None] = lambda index, value: None
+    ) -> list[Value | Failure]:
+        """A value or a failure for every request, in order. done: called as soon as a value is there."""
+        return asyncio.run(self._ask(requests, done)) if requests else []
+
+    async def _ask(
+        self, requests: Sequence[Request[Value]], done: Callable[[int, Value], None]
+    ) -> list[Value | Failure]:
+        self._down_since = time.monotonic() if self._failures else None
+        self._next_probe, self._probe_gap = 0.0, self.limits.backoff_s
+        slots = asyncio.Semaphore(self.limits.concurrency)
+        async with httpx.AsyncClient(headers=self._headers, timeout=None) as http:
+
+            async def one(index: int, request: Request[Value]) -> Value | Failure:
+                async with slots:
+                    answer = await self._with_retries(http, request)
+                if not isinstance(answer, Failure):
+                    done(index, answer)
+                return answer
+
+            answers = await asyncio.gather(*(one(index, request) for index, request in enumerate(requests)))
+        lost = sum(isinstance(answer, Failure) and answer.reason == "down" for answer in answers)
+        if lost:
+            self.say(
+                f"the judge at {self.url} stayed down for {self.limits.pause_s:.0f} s: {lost} verdicts are invalid"
+            )
+        return answers
+
+    async def _with_retries(self, http: httpx.AsyncClient, request: Request[Value]) -> Value | Failure:
+        limits, attempt = self.limits, 0
+        while True:
+            if not await self._admitted():
+                return Failure("down", retry=False)
+            try:
+                value = await self._send(http, request)
+            except _Failed as failed:
+                failure = failed.failure
+            else:
+                self._succeeded()
+                return value
+            self._failed(failure)
+            if self._failures < limits.breaker_failures:  # an attempt against a server that is down is none of its own
+                attempt += 1
+            if not failure.retry or attempt >= limits.attempts:
+                return failure
+            pause = min(limits.backoff_max_s, limits.backoff_s * 2 ** max(0, attempt - 1))
+            await asyncio.sleep(pause * self._jitter.uniform(0.5, 1.0))
+
+    async def _admitted(self) -> bool:
+        """Wait until a request may go out: at once, after a Retry-After, or as the probe of an open circuit."""
+        while True:
+            now = time.monotonic()
+            broken = self._failures >= self.limits.breaker_failures
+            if self._down_since is not None and broken and now - self._down_since > self.limits.pause_s:
+                return False
+            if now >= self._hold_until:
+                if not broken:
+                    return True
+                if now >= self._next_probe:
+                    self._next_probe = now + self._probe_gap
+                    self._probe_gap = min(2 * self._probe_gap, self.limits.backoff_max_s)
+                    return True
+            await asyncio.sleep(min(0.1, self.limits.backoff_s))
+
+    def _succeeded(self) -> None:
+        if self._failures >= self.limits.breaker_failures and self._down_since is not None:
+            self.say(f"the judge at {self.url} answers again after {time.monotonic() - self._down_since:.0f} s")
+        self._failures, self._down_since, self._probe_gap = 0, None, self.limits.backoff_s
+
+    def _failed(self, failure: Failure) -> None:
+        now = time.monotonic()
+        if failure.retry_after_s:
+            self._hold_until = max(self._hold_until, now + min(failure.retry_after_s, self.limits.pause_s))
+        if not failure.outage:
+            return
+        self._failures += 1
+        self._down_since = self._down_since or now
+        if self._failures == self.limits.breaker_failures:
+            self._next_probe = now + self._probe_gap
+            self.say(
+                f"the judge at {self.url} fails ({failure.reason}); waiting for it, up to {self.limits.pause_s:.0f} s. "
+                "Nothing is scored 0 for it"
+            )
+
+    async def _send(self, http: httpx.AsyncClient, request: Request[Value]) -> Value:
+        try:
+            async with asyncio.timeout(self.limits.timeout_s):
+                async with http.stream("POST", self.url + request.path, json=request.payload) as response:
+                    if response.status_code != 200:
+                        raise _Failed(_refusal(response))
+                    body = bytearray()
+                    async for chunk in response.aiter_bytes():
+                        body += chunk
+                        if len(body) > self.limits.max_body:
+                            raise _Failed(Failure("too_large"))
+        except TimeoutError as error:
+            raise _Failed(Failure("timeout")) from error
+        except httpx.HTTPError as error:
+            raise _Failed(Failure("unreachable" if isinstance(error, httpx.ConnectError) else "cut_off")) from error
+        try:
+            data: Json = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise _Failed(Failure("bad_json")) from error
+        try:
+            return request.read(data)
+        except Unclear as error:
+            raise _Failed(Failure("unclear", outage=False)) from error
+        except ValueError as error:
+            raise _Failed(Failure("wrong_schema")) from error
+
+
+def _refusal(response: httpx.Response) -> Failure:
+    """429 and 5xx pass; any other status will be the same next time. 400-like ones may be one request's own fault."""
+    status = response.status_code
+    again = status in (408, 409, 425, 429) or status >= 500
+    outage = again or status in (401, 403, 404)
+    return Failure(f"http_{status}", retry=again, outage=outage, retry_after_s=_retry_after(response) if again else 0.0)
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds from a Retry-After header, given as a number or a date; 0 without one or with nonsense."""
+    text = response.headers.get("retry-after", "").strip()
+    if not text:
+        return 0.0
+    if text.isdecimal() and len(text) < 8:
+        return float(text)
+    try:
+        when = parsedate_to_datetime(text)
+    except (ValueError, TypeError):
+        return 0.0
+    return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
