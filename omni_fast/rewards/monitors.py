@@ -1,0 +1,126 @@
+"""Signs that a policy learns the reward's weakness instead of the task.
+
+None of them proves a hack and none changes a reward: they are shown in the progress and the report, and a warning
+says what was seen and where to look. Signals per task and step: drift of the length, repeated text, identical
+completions within a group, the gold string stuffed into a completion, and judge against cheap checks.
+Limits: words separated by spaces; drift is measured from the first `BASELINE` steps that a task has in this run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from omni_fast.rewards.qa import normalise
+from omni_fast.rewards.text_checks import repeated_ngram_share, words
+
+BASELINE = 3  # steps
+MAX_DRIFT = math.log(2.0)  # warn when the mean length has doubled or halved
+MAX_REPEATED = 0.2
+MAX_IDENTICAL_OPEN, MAX_IDENTICAL = 0.5, 0.9
+MAX_STUFFED = 0.05
+MAX_DISAGREEMENT = 0.3
+STUFFED = 3  # mentions of the gold answer in one completion
+
+
+@dataclass(frozen=True, slots=True)
+class WatchedGroup:
+    """One group as the monitors see it.
+
+    rewards: totals, None for invalid samples. gold: the accepted answers as text, empty where there is none.
+    checks: value 0..1 of the cheap checks for a judged task, else None.
+    """
+
+    completions: Sequence[str]
+    rewards: Sequence[float | None]
+    gold: Sequence[str] = ()
+    checks: Sequence[float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """One step of one task; shares are of samples, 0..1. disagreement is None for a task that is not judged.
+
+    words: mean words per completion. drift: log of `words` over its baseline, 0 during the baseline.
+    """
+
+    words: float
+    drift: float
+    repeated: float
+    identical: float
+    stuffed: float
+    disagreement: float | None
+
+    def record(self) -> dict[str, float | None]:
+        """For metrics.jsonl."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass
+class Monitor:
+    """Follows every task over the steps. `baselines` is all its state, for a resume."""
+
+    baselines: dict[str, list[float]] = field(default_factory=dict)
+
+    def update(self, task: str, groups: Sequence[WatchedGroup]) -> tuple[Signals, list[str]]:
+        """The signals of a step and a warning for each that is out of bounds. Never raises for any text."""
+        tokens = [words(text) for group in groups for text in group.completions]
+        count = max(1, len(tokens))
+        length = sum(map(len, tokens)) / count
+        baseline = self.baselines.setdefault(task, [])
+        if len(baseline) < BASELINE:
+            baseline.append(length)
+        judged = [pair for group in groups for pair in _judged(group)]
+        signals = Signals(
+            words=length,
+            drift=math.log((length + 1.0) / (sum(baseline) / len(baseline) + 1.0))
+            if len(baseline) == BASELINE
+            else 0.0,
+            repeated=sum(repeated_ngram_share(row, 3) > 0.2 for row in tokens) / count,
+            identical=sum(_identical(group.completions) for group in groups) / count,
+            stuffed=sum(_stuffed(text, group.gold) for group in groups for text in group.completions) / count,
+            disagreement=sum(map(_contradicts, judged)) / len(judged) if judged else None,
+        )
+        rewards = [value for group in groups for value in group.rewards if value is not None]
+        return signals, _warnings(task, signals, sum(rewards) / len(rewards) if rewards else None)
+
+
+def _judged(group: WatchedGroup) -> list[tuple[float, float]]:
+    if group.checks is None:
+        return []
+    return [(r, c) for r, c in zip(group.rewards, group.checks, strict=True) if r is not None]
+
+
+def _contradicts(pair: tuple[float, float]) -> bool:
+    """The judge pays what the checks refuse, or refuses what passes every check."""
+    reward, check = pair
+    return (reward >= 0.75 and check < 0.5) or (reward <= 0.25 and check > 0.95)
+
+
+def _identical(completions: Sequence[str]) -> int:
+    """Completions that occur more than once."""
+    return sum(n for n in Counter(text.strip() for text in completions).values() if n > 1)
+
+
+def _stuffed(text: str, gold: Sequence[str]) -> bool:
+    haystack, *needles = (f" {normalise(one).replace(' ', '  ')} " for one in (text[:2000], *gold))
+    return any(needle.strip() and haystack.count(needle) >= STUFFED for needle in needles)
+
+
+def _warnings(task: str, signals: Signals, reward: float | None) -> list[str]:
+    found: Mapping[str, bool] = {
+        f"completions have {'grown' if signals.drift > 0 else 'shrunk'} to {signals.words:.0f} words; "
+        "compare samples early and late, and look whether the reward pays length": abs(signals.drift) > MAX_DRIFT,
+        f"{signals.repeated:.0%} of the completions repeat themselves; "
+        "lower the learning rate or add a check on repetition": signals.repeated > MAX_REPEATED,
+        f"{signals.identical:.0%} of the completions in a group are the same; "
+        "raise the temperature or the entropy bonus": signals.identical > MAX_IDENTICAL_OPEN
+        and (signals.disagreement is not None or (signals.identical > MAX_IDENTICAL and (reward or 0.0) < 0.2)),
+        f"{signals.stuffed:.0%} of the completions name the gold answer {STUFFED} times or more; "
+        "check that the verifier grades one extracted answer": signals.stuffed > MAX_STUFFED,
+        f"judge and cheap checks contradict each other on {signals.disagreement or 0.0:.0%} of the completions; "
+        "read some of them before trusting the reward": (signals.disagreement or 0.0) > MAX_DISAGREEMENT,
+    }
+    return [f"{task}: {text}" for text, warn in found.items() if warn]
