@@ -1,7 +1,7 @@
 """The verifier of math tasks: one final answer, compared in stages from cheap to dear.
 
-1. Extract one answer: the last of \\boxed{}, `####` or <answer></answer>; in lenient mode else the last number in the
-   text.
+1. Extract one answer: the last of \\boxed{}, `####` or <answer></answer>; in lenient mode else the formula after
+   "answer is", else the last number in the text.
 2. Equal as normalised strings, or as exact numbers (integers, decimals, fractions): microseconds, and enough for
    GSM8K-like data.
 3. Else math-verify, in worker processes with a memory limit and a kill from outside (`math_pool`), for what is short
@@ -25,7 +25,7 @@ from omni_fast.rewards.math_pool import MathPool
 from omni_fast.rewards.score import Part
 
 MAX_CHARS = 200  # an honest final answer is shorter
-MAX_DEPTH = 20  # brackets within brackets
+MAX_DEPTH = 12  # brackets within brackets; the grammar's time grows exponentially with empty ones
 DECIMALS = 6  # how many decimals count when one side is a decimal number; what math-verify does by default
 TAIL_CHARS = 1000  # where the lenient mode looks for a last number
 
@@ -35,10 +35,15 @@ _LAST = re.compile(
     rf"(?:(?<![0-9A-Za-z_.)\]}}])[-+])?(?:\\[dt]?frac\{{-?(?:{_NUMBER})\}}\{{(?:{_NUMBER})\}}"
     rf"|(?<![0-9.])(?:{_NUMBER})(?:/(?:{_NUMBER}))?(?:\s*\\?%)?)"
 )
+_FORMULA = re.compile(r"(?i:answer)(?:\s+is)?\s*:?\s*(?:\$|\\\()([^$\n]{1,200}?)(?:\$|\\\))")  # "the answer is $x+1$"
 _DROP = re.compile(r"\\[!,;: ]|\\left|\\right|\s+|\\displaystyle")
 _POWER = r"\s*(?:\^|\*\*)[\s{(+-]*"
-# factorials; numbers to a power to a power; three exponents inside each other; exponents of five digits
-_COSTLY = re.compile(rf"!|[0-9][)}}]*{_POWER}[0-9]+{_POWER}|(?:\^\s*\{{[^{{}}^]{{0,20}}){{2}}\^|{_POWER}[0-9]{{5,}}")
+# factorials; numbers to a power to a power; three exponents inside each other; exponents of five digits, or three on a
+# bracket
+_COSTLY = re.compile(
+    rf"!|[0-9][)}}]*{_POWER}[0-9]+\}}?{_POWER}|(?:\^\s*\{{[^{{}}^]{{0,20}}){{2}}\^|{_POWER}[0-9]{{5,}}|\){_POWER}[0-9]{{3,}}"
+)
+_UNFINISHED = re.compile(r"\\(?:i?int|oint|sum|prod|lim|[dt]?binom)(?![a-z])")
 
 
 def extract_answer(text: str, lenient: bool = True) -> str | None:
@@ -57,8 +62,10 @@ def extract_answer(text: str, lenient: bool = True) -> str | None:
         return answer.strip() or None if answer is not None else None
     if not lenient:
         return None
-    numbers = _LAST.findall(text[-TAIL_CHARS:].replace("\u2212", "-"))
-    return numbers[-1] if numbers else None
+    tail = text[-TAIL_CHARS:].replace("\u2212", "-")
+    formulas = _FORMULA.findall(tail) if "$" in tail or "\\(" in tail else ()
+    numbers = formulas or _LAST.findall(tail)
+    return numbers[-1].strip() if numbers else None
 
 
 def _braced(text: str, start: int) -> str | None:
@@ -113,8 +120,13 @@ def compare_fast(gold: str, answer: str) -> bool | None:
     return left[0] == right[0]
 
 
-def too_complex(answer: str) -> bool:
-    """Whether an answer is refused unread: deep nesting, factorials, towers of exponents, huge exponents."""
+def too_complex(answer: str, gold: str = "") -> bool:
+    """Whether an answer is refused unread: deep nesting, factorials, towers of exponents, huge exponents.
+
+    So is an integral, sum, product, limit or binomial that the answer leaves to be worked out and the gold does not.
+    """
+    if _UNFINISHED.search(answer) and not _UNFINISHED.search(gold):
+        return True
     depth = 0
     for character in answer:
         if character in "([{":
@@ -163,7 +175,7 @@ class MathVerifier:
             return (_VERDICTS["ok"] if verdict else _VERDICTS["wrong"]), None
         if len(answer) > MAX_CHARS or len(gold) > MAX_CHARS:
             return _WRONG["too_long"], None
-        if too_complex(answer) or too_complex(gold):
+        if too_complex(answer, gold) or too_complex(gold, gold):
             return _WRONG["too_complex"], None
         return None, (gold, answer)
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from omni_fast.errors import UserError
 from omni_fast.rewards.code import Asserts, Case, CodeVerifier, Tests
 from omni_fast.rewards.sandbox import OUTCOMES, Job, Limits, Sandbox
-from omni_fast.rewards.sandbox.attacks import FAST, NORMAL, self_test
+from omni_fast.rewards.sandbox.attacks import FAST, NORMAL, as_text, self_test
 from omni_fast.rewards.sandbox.process import Jail
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,8 @@ def test_every_attack_is_stopped(any_sandbox):
     report = self_test(any_sandbox, jobs=20)
     assert [row["name"] for row in report["attacks"] if not row["stopped"]] == []
     assert report["passed"] and report["stopped"] == report["total"] >= 50
-    json.dumps(report)  # what the command line prints
+    json.dumps(report)  # what the command line prints, here and in the next line
+    assert as_text(report).count("\nstopped") == report["total"]
 
 
 def test_attacks_are_stopped_for_an_ordinary_user():

@@ -412,11 +412,16 @@ def stopped(attack: Attack, calls: Sequence[Call]) -> bool:
     return True  # it came back, and in time: the caller looks at the clock
 
 
-def self_test(sandbox: Sandbox, jobs: int = 200) -> dict[str, object]:
-    """Run every attack on a started sandbox and measure its speed; the report is plain data for `--json`.
+def self_test(sandbox: Sandbox | None = None, jobs: int = 200) -> dict[str, object]:
+    """Run every attack on a sandbox (a started one, or one of its own) and measure its speed.
 
-    Takes about 20 s. `passed` is true when every attack was stopped and every normal job in between succeeded.
+    The report is plain data, for `--json`; `as_text` makes a table of it. `passed` is true when the backend isolates,
+    every attack was stopped and every normal job in between succeeded. Takes about 20 s. Raises UserError where no
+    backend works.
     """
+    if sandbox is None:
+        with Sandbox(limits=FAST) as own:
+            return self_test(own, jobs)
     normal = NORMAL if sandbox.backend == "bwrap" else NORMAL_MONTY
     rows: list[dict[str, object]] = []
     limit_s = sandbox.limits.wall_s + 2.0
@@ -445,6 +450,23 @@ def self_test(sandbox: Sandbox, jobs: int = 200) -> dict[str, object]:
         "speed": speed(sandbox, jobs),
         "attacks": rows,
     }
+
+
+def as_text(report: dict[str, object]) -> str:
+    """The report of `self_test` for people."""
+    about, speeds, rows = report["sandbox"], report["speed"], report["attacks"]
+    assert isinstance(about, dict) and isinstance(speeds, dict) and isinstance(rows, list)
+    lines = [f"backend: {about['backend']}", *(f"  layer: {layer}" for layer in about["layers"])]
+    lines += [f"  refused: {name}: {reason}" for name, reason in about["refused"].items()]
+    for row in rows:
+        detail = str(row["detail"]).encode("ascii", "backslashreplace").decode()[:60]
+        mark = "stopped" if row["stopped"] else "NOT STOPPED"
+        lines.append(f"{mark:<12}{row['name']:<52}{row['outcome']:<10}{row['seconds']:>7.3f} s  {detail}")
+    lines.append(f"{report['stopped']} of {report['total']} attacks stopped")
+    lines.append(
+        "{jobs_per_s} jobs/s, median {median_ms} ms, 95 % within {p95_ms} ms (10 inputs a job)".format(**speeds)
+    )
+    return "\n".join(lines)
 
 
 def speed(sandbox: Sandbox, jobs: int) -> dict[str, float]:

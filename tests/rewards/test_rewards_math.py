@@ -1,0 +1,198 @@
+"""The maths verifier: extraction, exact comparison, and math-verify behind a process that can be killed."""
+
+import os
+import signal
+from fractions import Fraction
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from omni_fast.rewards.math import (
+    MathVerifier,
+    compare_fast,
+    extract_answer,
+    normalise,
+    number,
+    too_complex,
+)
+from omni_fast.rewards.math_pool import MathPool
+from omni_fast.rewards.score import Part
+
+ANY_TEXT = st.text(st.characters(exclude_categories=()))
+MATHS = st.text(alphabet="0123456789.,/-+^!{}()[]\\$%= \nboxedfracanswer#<>−", max_size=120)
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    with MathVerifier(workers=1) as verifier:
+        yield verifier
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (r"so \boxed{42}", "42"),
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed {7}", "7"),
+        (r"\fbox{7}", "7"),
+        (r"\boxed{unclosed", None),
+        (r"\boxed{}", None),
+        ("work 1 + 2\n#### 1,234\n", "1,234"),
+        ("#### 3 ####", None),
+        ("<answer> 5 </answer>", "5"),
+        (r"<answer>\boxed{6}</answer>", "6"),
+        (r"\boxed{6} no: #### 7", "7"),
+        ("the answer is 18.", "18"),
+        ("the answer is $x+1$.", "x+1"),
+        (r"The final answer is: \(2\pi\)", r"2\pi"),
+        ("3 - 4", "4"),
+        ("it is -4", "-4"),
+        ("it is \u22124", "-4"),
+        ("it costs $-3.50", "-3.50"),
+        ("about 50%", "50%"),
+        ("x1", "1"),
+        ("1/2 of it", "1/2"),
+        (r"gives -\frac{3}{4}", r"-\frac{3}{4}"),
+        ("between 5 and 1,000,000 people", "1,000,000"),
+        ("nothing here", None),
+        ("", None),
+        ("٣", None),  # digits of other scripts are not read
+    ],
+)
+def test_extraction(text, answer):
+    assert extract_answer(text) == answer
+
+
+def test_strict_extraction_needs_a_mark():
+    assert extract_answer("the answer is 18", lenient=False) is None
+    assert extract_answer("#### 18", lenient=False) == "18"
+
+
+@pytest.mark.parametrize(
+    "gold, completion, expected",
+    [
+        ("18", "#### 18", Part(1.0)),
+        ("18", "#### 18.0", Part(1.0)),
+        ("18", "#### 18.", Part(1.0)),
+        ("18", "#### $18", Part(1.0)),
+        ("18", "#### 19", Part(0.0, "wrong")),
+        ("18", "nothing", Part(0.0, "no_answer")),
+        ("1234", r"\boxed{1,234}", Part(1.0)),
+        ("1234", r"\boxed{1{,}234}", Part(1.0)),
+        ("0.5", r"\boxed{\frac{1}{2}}", Part(1.0)),
+        ("0.5", r"\boxed{\dfrac12}", Part(1.0)),
+        ("1/3", r"\boxed{0.333333}", Part(1.0)),
+        ("1/3", r"\boxed{0.33}", Part(0.0, "wrong")),
+        ("72", "She sold 48 + 24 = 72 clips.", Part(1.0)),
+        ("... so 48 + 24 = 72\n#### 72", "The answer is 72", Part(1.0)),  # a whole solution as gold
+        ("x^2+2x+1", r"\boxed{(x+1)^2}", Part(1.0)),
+        ("5", r"\boxed{x=5}", Part(1.0)),
+        (r"\{1,2\}", r"\boxed{\{2,1\}}", Part(1.0)),
+        ("41", r"\boxed{42}", Part(0.0, "wrong")),
+        ("3628800", r"\boxed{10!}", Part(0.0, "too_complex")),
+        ("1", r"\boxed{\int_0^1 x^{99} \sin(x) dx}", Part(0.0, "too_complex")),  # left to be worked out
+        (r"\binom{5}{2}", r"\boxed{\binom{5}{3}}", Part(1.0)),  # the gold leaves it so too
+        ("10!", r"\boxed{10!}", Part(1.0)),  # equal as text: nothing to compute
+        ("3", r"\boxed{9^{9^{9}}}", Part(0.0, "too_complex")),
+        ("3", r"\boxed{" + "(" * 30 + "3" + ")" * 30 + "}", Part(0.0, "too_complex")),
+        ("3", r"\boxed{" + "1+" * 150 + "1}", Part(0.0, "too_long")),
+        ("3", "9" * 200_000, Part(0.0, "too_long")),
+        ("3", r"\boxed{" * 50_000, Part(0.0, "no_answer")),
+    ],
+)
+def test_verdicts(verifier, gold, completion, expected):
+    assert verifier.score([completion], [gold]) == [expected]
+
+
+def test_a_batch_keeps_its_order(verifier):
+    completions = [r"\boxed{x+x}", "#### 4", "", r"\boxed{y}", "#### 5", r"\boxed{2x}"]
+    golds = ["2x", "4", "1", "2x", "4", "2x"]
+    assert [part.value for part in verifier.score(completions, golds)] == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+
+
+def test_a_slow_comparison_is_killed_and_scores_0():
+    with MathVerifier(workers=1, timeout_s=0.3) as verifier:
+        slow = r"\boxed{(x+y+z+t)^{90}}"
+        assert verifier.score([slow, r"\boxed{x+x}"], ["1", "2x"]) == [Part(0.0, "timeout"), Part(1.0)]
+
+
+def test_a_lost_worker_is_replaced():
+    pool = MathPool(workers=1)
+    assert pool.check([("x+x", "2x")]) == ["ok"]
+    worker = pool._free.get()
+    os.kill(worker._inner, signal.SIGKILL)
+    pool._free.put(worker)
+    assert pool.check([("x+x+x", "3x")]) == ["ok"]
+    worker = pool._free.get()
+    os.killpg(worker._process.pid, signal.SIGKILL)
+    pool._free.put(worker)
+    assert pool.check([("y+y", "2y"), ("y", "2y")]) == ["ok", "wrong"]
+    pool.close()
+    pool.close()
+
+
+def test_a_worker_that_cannot_start_makes_scores_invalid(monkeypatch):
+    monkeypatch.setattr("omni_fast.rewards.math_pool.sys.executable", "/nonexistent/python")
+    with MathVerifier(workers=1) as verifier:
+        assert verifier.score([r"\boxed{x}"], ["y"]) == [Part(None, "worker_lost")]
+
+
+def test_a_request_that_kills_its_worker_twice_scores_0(monkeypatch, tmp_path):
+    """Stand-in for a crash inside sympy: a worker whose inner process ends at any request."""
+    script = tmp_path / "math_worker.py"
+    script.write_text("import os\nwhile True:\n    print('ready', os.getpid(), flush=True)\n    input()\n")
+    monkeypatch.setattr("omni_fast.rewards.math_pool.__file__", str(tmp_path / "math_pool.py"))
+    with MathVerifier(workers=1) as verifier:
+        assert verifier.score([r"\boxed{x}"], ["y"]) == [Part(0.0, "crash")]
+
+
+@settings(deadline=None, max_examples=400)
+@given(ANY_TEXT | MATHS)
+@example("\ud800 7")
+@example("\\boxed{" + "{" * 300)
+@example("7" + "\u0301" * 500)
+def test_extraction_never_raises_and_is_short(text):
+    for lenient in (True, False):
+        answer = extract_answer(text, lenient)
+        assert answer is None or (answer and len(answer) <= 1000)
+
+
+@settings(deadline=None, max_examples=400)
+@given(ANY_TEXT | MATHS, ANY_TEXT | MATHS)
+def test_the_exact_stage_never_raises(gold, answer):
+    assert compare_fast(normalise(gold), normalise(answer)) in (True, False, None)
+    assert too_complex(answer) in (True, False)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.fractions(), st.integers(0, 12))
+def test_numbers_are_read_exactly(value, places):
+    sign = "-" if value < 0 else ""
+    top, bottom = abs(value.numerator), value.denominator
+    for text in (f"{sign}{top}/{bottom}", f"{sign}\\frac{{{top}}}{{{bottom}}}", f"{sign}{top:,}/{bottom}"):
+        if len(text) <= 200:
+            assert number(normalise(text)) == (value, False)
+    decimal = f"{sign}{top}.{'0' * (places + 1)}"
+    assert number(decimal) == (Fraction(sign + str(top)), True)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9))
+def test_two_integers_are_equal_only_to_themselves(left, right):
+    assert compare_fast(str(left), normalise(f"{right:,}")) is (left == right)
+
+
+@pytest.mark.parametrize(
+    "text", ["1e400", "1" * 300, "0/0", "1/0", "\\frac{1}{0}", "--1", "1,23", "1.2.3", "", "-", "٣"]
+)
+def test_what_is_not_a_plain_number(text):
+    assert number(normalise(text)) is None
+
+
+@settings(deadline=None, max_examples=60)
+@given(ANY_TEXT | MATHS, ANY_TEXT | MATHS)
+def test_no_text_raises(verifier, completion, gold):
+    (part,) = verifier.score([completion], [gold])
+    assert part.value in (0.0, 1.0)
