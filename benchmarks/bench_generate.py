@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from omni_fast.rollout.engine import Prompt, Sampling
 from omni_fast.rollout.local import LocalEngine
@@ -54,7 +54,7 @@ CASES = (
 )
 
 
-def load(folder: str | None, dtype: torch.dtype) -> PreTrainedModel:
+def load(folder: str | None, dtype: torch.dtype) -> LlamaForCausalLM:
     if folder is not None:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     torch.manual_seed(0)
@@ -82,23 +82,23 @@ def make_prompts(case: Case, vocabulary: int) -> list[list[int]]:
     return [common + torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in own]
 
 
-def run_peer(model: PreTrainedModel, case: Case, prompts: list[list[int]]) -> None:
+def run_peer(model: LlamaForCausalLM, case: Case, prompts: list[list[int]]) -> None:
     width = max(map(len, prompts))
     rows = [prompt for prompt in prompts for _ in range(case.samples)]
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if case.temperature else {}
-    assert isinstance(model, GenerationMixin)
+    settings = GenerationConfig(
+        max_new_tokens=case.new,
+        min_new_tokens=case.new,
+        pad_token_id=0,
+        do_sample=case.temperature > 0,
+        temperature=case.temperature or None,
+        top_k=0 if case.temperature else None,
+    )
     with torch.inference_mode():
-        output = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=case.new,
-            min_new_tokens=case.new,
-            pad_token_id=0,
-            **(sampling or {"do_sample": False}),
-        )
-    assert output.shape == (len(rows), width + case.new)
+        # transformers types `self` of generate as a protocol that its own models do not meet
+        output = model.generate(ids, attention_mask=mask, generation_config=settings)  # type: ignore[misc]
+    assert isinstance(output, torch.Tensor) and output.shape == (len(rows), width + case.new)
 
 
 def run_engine(engine: LocalEngine, case: Case, prompts: list[list[int]]) -> None:
@@ -131,7 +131,7 @@ def machine_limits(dtype: torch.dtype) -> tuple[float, float]:
     return rate, 2 * source.nbytes / median_seconds(lambda: target.copy_(source), 9)
 
 
-def limit_seconds(model: PreTrainedModel, case: Case, prompts: list[list[int]], limits: tuple[float, float]) -> float:
+def limit_seconds(model: LlamaForCausalLM, case: Case, prompts: list[list[int]], limits: tuple[float, float]) -> float:
     rate, bandwidth = limits
     head = model.config.vocab_size * model.config.hidden_size
     tables = 1 if model.config.tie_word_embeddings else 2
@@ -145,7 +145,7 @@ def limit_seconds(model: PreTrainedModel, case: Case, prompts: list[list[int]], 
 
 
 def measure(
-    model: PreTrainedModel, engine: LocalEngine, case: Case, limits: tuple[float, float], repeats: int, skip_peer: bool
+    model: LlamaForCausalLM, engine: LocalEngine, case: Case, limits: tuple[float, float], repeats: int, skip_peer: bool
 ) -> list[dict[str, object]]:
     """The rows of one case; contenders take turns, after one round that warms up."""
     prompts = make_prompts(case, model.config.vocab_size)

@@ -3,7 +3,7 @@
 A wave starts with its prompts, each computed once and flat (no padded token enters a GEMM), and goes on with one token
 a row. All rows write the same column of the cache: prompts end at one column, and the columns before a shorter prompt are
 masked. Memory is allocated once. Batched GEMMs want dense operands, so the columns in use are laid out densely and the
-layout is widened every few steps, one layer at a time through one spare buffer; columns not yet filled are masked.
+layout is widened now and then, one layer at a time through one spare buffer; columns not yet filled are masked.
 
 The function is registered with transformers as an attention implementation and receives the wave as a keyword
 argument of the model's forward. Limits: full attention (no sliding window), head size of keys = that of values.
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PretrainedConfig
 
 ATTENTION = "omni_wave"
-WIDEN = 16  # columns: more means fewer copies of the cache, and more masked columns in each product
+WIDEN = 32  # columns: a softmax over bf16 rows of another multiple is three times as slow with AVX-512
 
 
 class Wave:
@@ -47,17 +47,18 @@ class Wave:
         self.lengths = torch.tensor(lengths, device=device)
         self.prompt_of_row = torch.tensor([g for g, count in enumerate(samples) for _ in range(count)], device=device)
         self.rows = sum(samples)
-        self.column = self.width = max(lengths)
-        self.end = self.column + new
-        numbers = self.rows * config.num_key_value_heads * self.end * size
+        self.column = max(lengths)
+        self.width = _round_up(self.column + 1)
+        capacity = _round_up(self.column + new)
+        numbers = self.rows * config.num_key_value_heads * capacity * size
         # Two buffers a layer and one spare, which the buffers take turns in being.
         self.buffers = [
             torch.empty(numbers, dtype=dtype, device=device) for _ in range(2 * config.num_hidden_layers + 1)
         ]
         self._lay_out_prompts(prompts)
-        columns = torch.arange(self.end, device=device)
+        columns = torch.arange(capacity, device=device)
         before = columns < (self.column - self.lengths)[self.prompt_of_row, None]
-        self.padding = torch.zeros((self.rows, self.end), dtype=dtype, device=device)
+        self.padding = torch.zeros((self.rows, capacity), dtype=dtype, device=device)
         self.padding.masked_fill_(before | (columns >= self.column), float("-inf"))
         self.prefilling = True
         self.bias = self.padding  # of this step's scores: set by `advance`
@@ -115,13 +116,13 @@ class Wave:
         return self.buffers[number][: self.rows * heads * width * size].view(self.rows, heads, width, size)
 
     def _widen(self) -> None:
-        width = min(self.width + max(WIDEN, self.width // 8), self.end)
+        width = self.width + WIDEN
         for number in range(len(self.buffers) - 1):
             old = self._view(number, self.width)
             self.buffers[number], self.buffers[-1] = self.buffers[-1], self.buffers[number]
             wide = self._view(number, width)
             wide[:, :, : self.width] = old
-            wide[:, :, self.width :] = 0  # masked, but memory as found could hold a NaN
+            wide[:, :, self.width :] = 0
         self.width = width
 
     def prefill(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -132,7 +133,9 @@ class Wave:
         prompts, common = len(self.lengths), self.common
         for number, states in ((2 * layer, key), (2 * layer + 1, value)):
             store = self._view(number, self.width).transpose(1, 2)
-            store.copy_(states[0].transpose(0, 1).index_select(0, self.right_of_row).view(store.shape))
+            filled = store[:, : self.column]
+            filled.copy_(states[0].transpose(0, 1).index_select(0, self.right_of_row).view(filled.shape))
+            store[:, self.column :] = 0  # masked, but memory as found could hold a NaN
 
         def tails(states: Tensor) -> Tensor:
             flat = states[0].transpose(0, 1)
@@ -185,6 +188,10 @@ class Wave:
         )
         output = torch.bmm(torch.softmax(scores, dim=-1), values.flatten(0, 1))
         return output.view(self.rows, 1, heads * self.group, size)
+
+
+def _round_up(columns: int) -> int:
+    return -(-columns // WIDEN) * WIDEN
 
 
 def common_length(prompts: Sequence[Sequence[int]]) -> int:
