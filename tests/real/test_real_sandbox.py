@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from omni_fast.errors import UserError
 from omni_fast.rewards.code import Asserts, Case, CodeVerifier, Tests
 from omni_fast.rewards.sandbox import OUTCOMES, Job, Limits, Sandbox
-from omni_fast.rewards.sandbox.attacks import FAST, NORMAL, as_text, self_test
 from omni_fast.rewards.sandbox.process import Jail
+from omni_fast.rewards.sandbox.self_test import FAST, NORMAL, self_test
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,8 +68,7 @@ def test_every_attack_is_stopped(any_sandbox):
     report = self_test(any_sandbox, jobs=20)
     assert [row["name"] for row in report["attacks"] if not row["stopped"]] == []
     assert report["passed"] and report["stopped"] == report["total"] >= 50
-    json.dumps(report)  # what the command line prints, here and in the next line
-    assert as_text(report).count("\nstopped") == report["total"]
+    json.dumps(report)  # what the command line prints
 
 
 def test_attacks_are_stopped_for_an_ordinary_user():
@@ -80,7 +79,7 @@ def test_attacks_are_stopped_for_an_ordinary_user():
         pytest.skip("the system's Python is too old for the host's side")
     program = (
         "import json\nfrom omni_fast.rewards.sandbox import Sandbox\n"
-        "from omni_fast.rewards.sandbox.attacks import FAST, self_test\n"
+        "from omni_fast.rewards.sandbox.self_test import FAST, self_test\n"
         "with Sandbox(workers=2, limits=FAST, backends=('bwrap',)) as box:\n    print(json.dumps(self_test(box, jobs=20)))\n"
     )
     with tempfile.TemporaryDirectory() as folder:  # a copy that the other user may read

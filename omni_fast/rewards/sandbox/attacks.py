@@ -1,4 +1,4 @@
-"""The attacks a sandbox has to stop, as programs, and the report of running them all.
+"""The attacks a sandbox has to stop, as programs, and how to tell whether one was.
 
 Each program defines `attack(x)`. A `goal` says what would be a success for it:
   score   to be graded as right: the hidden answer of the one test is 42, and nothing in the jail knows it;
@@ -12,16 +12,13 @@ the usual ways out of a process.
 from __future__ import annotations
 
 import platform
-import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from omni_fast.rewards.sandbox import Call, Job, Limits, Sandbox
+from omni_fast.rewards.sandbox.job import Call
 
 SECRET = 42  # the expected value; the arguments do not tell it
-FAST = Limits(cpu_s=1, wall_s=2.0)  # so that the attacks on time take a second each
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,13 +391,6 @@ ATTACKS: tuple[Attack, ...] = (
     *(_system_call(name, *call) for name, call in SYSTEM_CALLS.items() if platform.machine() == "x86_64"),
 )
 
-NORMAL = Job(
-    "import os\ndef normal(x):\n    left = [] if not hasattr(os, 'listdir') else os.listdir('/tmp')\n    return [x * 2, left]\n",
-    "normal",
-    [(21,)],
-)
-NORMAL_MONTY = Job("def normal(x):\n    return [x * 2, []]\n", "normal", [(21,)])
-
 
 def stopped(attack: Attack, calls: Sequence[Call]) -> bool:
     """Whether the attack failed, judged by what came out."""
@@ -410,81 +400,3 @@ def stopped(attack: Attack, calls: Sequence[Call]) -> bool:
     if attack.goal == "reach":
         return call.outcome != "ok" or call.value == "denied"
     return True  # it came back, and in time: the caller looks at the clock
-
-
-def self_test(sandbox: Sandbox | None = None, jobs: int = 200) -> dict[str, object]:
-    """Run every attack on a sandbox (a started one, or one of its own) and measure its speed.
-
-    The report is plain data, for `--json`; `as_text` makes a table of it. `passed` is true when the backend isolates,
-    every attack was stopped and every normal job in between succeeded. Takes about 20 s. Raises UserError where no
-    backend works.
-    """
-    if sandbox is None:
-        with Sandbox(limits=FAST) as own:
-            return self_test(own, jobs)
-    normal = NORMAL if sandbox.backend == "bwrap" else NORMAL_MONTY
-    rows: list[dict[str, object]] = []
-    limit_s = sandbox.limits.wall_s + 2.0
-    for attack in ATTACKS:
-        started = time.monotonic()
-        calls = sandbox.run([Job(attack.source, "attack", [(7,)])])[0]
-        seconds = time.monotonic() - started
-        after = sandbox.run([normal] * sandbox.workers)
-        healthy = all(reply[0].value == [42, []] for reply in after)
-        rows.append(
-            {
-                "name": attack.name,
-                "goal": attack.goal,
-                "stopped": stopped(attack, calls) and healthy and seconds < limit_s,
-                "outcome": calls[0].outcome,
-                "detail": (calls[0].detail or str(calls[0].value))[:100],
-                "seconds": round(seconds, 3),
-                "jails_healthy": healthy,
-            }
-        )
-    return {
-        "passed": all(bool(row["stopped"]) for row in rows) and sandbox.backend != "unsafe",
-        "stopped": sum(bool(row["stopped"]) for row in rows),
-        "total": len(rows),
-        "sandbox": sandbox.describe(),
-        "speed": speed(sandbox, jobs),
-        "attacks": rows,
-    }
-
-
-def as_text(report: dict[str, object]) -> str:
-    """The report of `self_test` for people."""
-    about, speeds, rows = report["sandbox"], report["speed"], report["attacks"]
-    assert isinstance(about, dict) and isinstance(speeds, dict) and isinstance(rows, list)
-    lines = [f"backend: {about['backend']}", *(f"  layer: {layer}" for layer in about["layers"])]
-    lines += [f"  refused: {name}: {reason}" for name, reason in about["refused"].items()]
-    for row in rows:
-        detail = str(row["detail"]).encode("ascii", "backslashreplace").decode()[:60]
-        mark = "stopped" if row["stopped"] else "NOT STOPPED"
-        lines.append(f"{mark:<12}{row['name']:<52}{row['outcome']:<10}{row['seconds']:>7.3f} s  {detail}")
-    lines.append(f"{report['stopped']} of {report['total']} attacks stopped")
-    lines.append(
-        "{jobs_per_s} jobs/s, median {median_ms} ms, 95 % within {p95_ms} ms (10 inputs a job)".format(**speeds)
-    )
-    return "\n".join(lines)
-
-
-def speed(sandbox: Sandbox, jobs: int) -> dict[str, float]:
-    """Jobs per second over all jails, and the median and 95th percentile in ms of one job at a time; 10 inputs a job."""
-    source = "def total(n):\n    result = 0\n    for i in range(n):\n        result += i\n    return result\n"
-    job = Job(source, "total", [(n,) for n in range(10)])
-    sandbox.run([job] * 10)
-    started = time.perf_counter()
-    sandbox.run([job] * jobs)
-    together = time.perf_counter() - started
-    alone = []
-    for _ in range(jobs):
-        started = time.perf_counter()
-        sandbox.run([job])
-        alone.append(time.perf_counter() - started)
-    alone.sort()
-    return {
-        "jobs_per_s": round(jobs / together, 1),
-        "median_ms": round(statistics.median(alone) * 1e3, 2),
-        "p95_ms": round(alone[int(len(alone) * 0.95)] * 1e3, 2),
-    }

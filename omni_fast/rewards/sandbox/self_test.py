@@ -1,0 +1,85 @@
+"""Attack a sandbox and report: every attack, stopped or not, the layers that are active, jobs per second.
+
+`omni-fast sandbox self-test [--json]` prints it. A normal job must succeed in every jail after each attack.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+from omni_fast.rewards.sandbox import Job, Limits, Sandbox
+from omni_fast.rewards.sandbox.attacks import ATTACKS, stopped
+
+FAST = Limits(cpu_s=1, wall_s=2.0)  # so that the attacks on time take a second or two each
+NORMAL = Job(
+    "import os\ndef normal(x):\n    left = [] if not hasattr(os, 'listdir') else os.listdir('/tmp')\n    return [x * 2, left]\n",
+    "normal",
+    [(21,)],
+)
+NORMAL_MONTY = Job("def normal(x):\n    return [x * 2, []]\n", "normal", [(21,)])
+
+
+def self_test(sandbox: Sandbox | None = None, jobs: int = 200) -> dict[str, object]:
+    """Run every attack on a sandbox (a started one, or one of its own) and measure its speed; plain data for JSON.
+
+    Keys: passed, stopped, total, jobs_per_s, median_ms, p95_ms, attacks [{name, goal, stopped, outcome, detail, seconds,
+    healthy}], and those of `Sandbox.describe`. `passed` is true when the backend isolates, every attack was stopped and
+    every normal job in between succeeded. Takes about 20 s. Raises UserError where no backend works.
+    """
+    if sandbox is None:
+        with Sandbox(limits=FAST) as own:
+            return self_test(own, jobs)
+    normal = NORMAL if sandbox.backend == "bwrap" else NORMAL_MONTY
+    limit_s = sandbox.limits.wall_s + 2.0
+    rows: list[dict[str, object]] = []
+    for attack in ATTACKS:
+        started = time.monotonic()
+        calls = sandbox.run([Job(attack.source, "attack", [(7,)])])[0]
+        seconds = time.monotonic() - started
+        after = sandbox.run([normal] * sandbox.workers)
+        healthy = all(reply[0].value == [42, []] for reply in after)
+        rows.append(
+            {
+                "name": attack.name,
+                "goal": attack.goal,
+                "stopped": stopped(attack, calls) and healthy and seconds < limit_s,
+                "outcome": calls[0].outcome,
+                "detail": ascii(calls[0].detail or str(calls[0].value))[1:-1][
+                    :100
+                ],  # hostile text, shown on a terminal
+                "seconds": round(seconds, 3),
+                "healthy": healthy,
+            }
+        )
+    count = sum(bool(row["stopped"]) for row in rows)
+    about = sandbox.describe()
+    return {
+        "passed": count == len(rows) and about["isolated"],
+        "stopped": count,
+        "total": len(rows),
+        **about,
+        **speed(sandbox, jobs),
+        "attacks": rows,
+    }
+
+
+def speed(sandbox: Sandbox, jobs: int) -> dict[str, float]:
+    """Jobs per second over all jails, and the median and 95th percentile in ms of one job at a time; 10 inputs a job."""
+    source = "def total(n):\n    result = 0\n    for i in range(n):\n        result += i\n    return result\n"
+    job = Job(source, "total", [(n,) for n in range(10)])
+    sandbox.run([job] * 10)
+    started = time.perf_counter()
+    sandbox.run([job] * jobs)
+    together = time.perf_counter() - started
+    alone = []
+    for _ in range(jobs):
+        started = time.perf_counter()
+        sandbox.run([job])
+        alone.append(time.perf_counter() - started)
+    alone.sort()
+    return {
+        "jobs_per_s": round(jobs / together, 1),
+        "median_ms": round(statistics.median(alone) * 1e3, 2),
+        "p95_ms": round(alone[int(len(alone) * 0.95)] * 1e3, 2),
+    }
