@@ -49,6 +49,21 @@ class Head:
         """(logp, entropy, lse) [C] of logits [C, V]."""
         return self.rows.rows_forward(logits, targets, self.inv_temperature, self.softcap, want_entropy)
 
+    def policy_loss_(
+        self, logits: Tensor, targets: Tensor, batch: Prepared, spec: LossSpec, want_entropy: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor] | None:
+        """(logp, entropy, lse) [C], and logits [C, V] overwritten with the gradient of the loss, in one sweep over them.
+
+        None, and nothing done, where the backend has no such sweep, or none for this loss.
+        """
+        sweep = getattr(self.rows, "rows_policy_loss_", None)
+        if sweep is None:
+            return None
+        try:
+            return sweep(logits, targets, batch, spec, self.inv_temperature, self.softcap, want_entropy)
+        except NotImplementedError:
+            return None
+
     def backward_(self, logits: Tensor, targets: Tensor, stats: Stats, gradient: Gradient) -> None:
         """Overwrites logits [C, V] with their gradient.
 
@@ -203,16 +218,17 @@ def policy_head(
         batch = batch if rows is None else batch.rows(rows)
         metrics = torch.zeros(len(METRICS), dtype=torch.float64, device=hidden.device)
         for chunk in chunks:
-            logits = _forward(m, head, targets, stats, chunk)
-            known = _coefficients(stats[chunk], batch.rows(chunk), spec)
+            part = batch.rows(chunk)
+            logits, ready = _forward(m, head, targets, stats, chunk, (part, spec) if m.wanted else None)
+            known = _coefficients(stats[chunk], part, spec)
             metrics += known.metrics
             if m.wanted:
-                _backward(m, head, logits, targets, stats, Gradient(known.a, known.b, known.z), chunk)
+                _backward(m, head, logits, targets, stats, Gradient(known.a, known.b, known.z), chunk, ready)
             del logits
     else:
         logits = None
         for chunk in chunks:
-            logits = _forward(m, head, targets, stats, chunk)
+            logits, _ = _forward(m, head, targets, stats, chunk)
         stash = logits if len(chunks) == 1 else None
         del logits
         full = _scattered(stats, rows, n)
@@ -250,7 +266,7 @@ def logprob_forward(
     stats = _empty_stats(len(hidden), _wide(hidden.dtype), hidden.device, want_entropy)
     parts = []
     for chunk in _chunks(hidden, weight, head, True):
-        logits = _forward(m, head, targets, stats, chunk)
+        logits, _ = _forward(m, head, targets, stats, chunk)
         if top_k is not None:
             parts.append(extras(logits, targets[chunk], stats.lse[chunk], head.at(chunk), top_k))
     extra = None
@@ -297,20 +313,33 @@ def extras(logits: Tensor, targets: Tensor, lse: Tensor, head: Head, top_k: int)
     return Extras(top_logp, top_tokens, squares)
 
 
-def _forward(m: Matrices, head: Head, targets: Tensor, stats: Stats, chunk: slice) -> Tensor:
-    """Fills in the statistics of a chunk and returns its logits."""
-    logits = m.logits(chunk)
-    logp, entropy, lse = head.at(chunk).forward(logits, targets[chunk], stats.entropy is not None)
+def _forward(
+    m: Matrices, head: Head, targets: Tensor, stats: Stats, chunk: slice, loss: tuple[Prepared, LossSpec] | None = None
+) -> tuple[Tensor, bool]:
+    """Fills in the statistics of a chunk; returns its logits [C, V] and whether they are their gradient already.
+
+    loss: the row-wise loss to make the gradient of, where the backend does both in one sweep over a row.
+    """
+    logits, want_entropy = m.logits(chunk), stats.entropy is not None
+    found = None if loss is None else head.at(chunk).policy_loss_(logits, targets[chunk], *loss, want_entropy)
+    ready = found is not None
+    if found is None:
+        found = head.at(chunk).forward(logits, targets[chunk], want_entropy)
+    logp, entropy, lse = found
     stats.logp[chunk], stats.lse[chunk] = logp, lse
     if stats.entropy is not None and entropy is not None:
         stats.entropy[chunk] = entropy
-    return logits
+    return logits, ready
 
 
 def _backward(
-    m: Matrices, head: Head, logits: Tensor | None, targets: Tensor, stats: Stats, gradient: Gradient, chunk: slice
-) -> None:
-    """Takes a chunk into the gradients. Its logits are consumed, or computed again where they are None."""
+    m: Matrices, head: Head, logits: Tensor | None, targets: Tensor, stats: Stats, gradient: Gradient, chunk: slice,
+    ready: bool = False,
+) -> None:  # fmt: skip
+    """Takes a chunk into the gradients. Its logits are consumed, or computed again where they are None.
+
+    ready: they hold their gradient already.
+    """
     rows: Tensor | slice = chunk
     head, targets, stats = head.at(chunk), targets[chunk], stats[chunk]
     if not targets.is_cuda:
@@ -325,7 +354,8 @@ def _backward(
             logits = None if logits is None else logits[index]
     if logits is None:
         logits = m.logits(rows)
-    head.backward_(logits, targets, stats, gradient)
+    if not ready:
+        head.backward_(logits, targets, stats, gradient)
     m.add(logits, rows)
 
 

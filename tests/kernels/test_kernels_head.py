@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from omni_kernels import (
     IGNORE,
     LossSpec,
@@ -21,7 +23,6 @@ from omni_kernels import (
     policy_loss,
     reference,
 )
-from torch import Tensor
 
 BACKENDS = [name for name in ("torch", "cpu") if backends.reason_unavailable(name) is None]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
+
 from omni_kernels import (
     IGNORE,
     LossSpec,
@@ -21,7 +23,6 @@ from omni_kernels import (
     policy_loss,
     reference,
 )
-from torch import Tensor
 
 BACKENDS = [name for name in ("torch", "cpu") if backends.reason_unavailable(name) is None]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

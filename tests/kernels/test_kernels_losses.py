@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from omni_kernels import IGNORE, PRESETS, LossSpec, Tokens, finalise, normaliser_count, policy_loss, reference
 from omni_kernels.losses import head_rows
-from torch import Tensor
 
 
 def ragged(seed: int, n: int = 41, on_policy: bool = False, spread: float = 0.4) -> tuple[Tensor, Tensor, Tensor, Tokens]:
