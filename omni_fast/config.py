@@ -72,6 +72,11 @@ class CurriculumConfig(Section):
     refresh_steps: NonNegative = 0  # a last short stage on the task with the largest realised drop
     reset_optimizer: bool = True  # at a stage's start
 
+    @property
+    def measures_transfer(self) -> bool:
+        """Whether the order comes from measured transfer, so that single-task runs are needed."""
+        return self.mode in ("curriculum", "reversed")
+
 
 class EvaluationConfig(Section):
     select_items: Positive = 48  # per task; decides: transfer, order
@@ -120,7 +125,7 @@ class JudgeConfig(Section):
 class SandboxConfig(Section):
     workers: NonNegative = 0  # 0: one per core
     memory_mb: Positive = 512
-    cpu_s: Annotated[float, Field(gt=0.0)] = 2.0
+    cpu_s: Positive = 2
     wall_s: Annotated[float, Field(gt=0.0)] = 4.0
     unsafe: bool = False  # run model-written code without isolation; logged and in the report
 

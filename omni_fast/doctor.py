@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
 from omni_kernels import backends
 
 MEMORY_GB = 8  # peak of the quickstart
@@ -44,7 +45,9 @@ def _native() -> Finding:
 def _bf16() -> Finding:
     flags = cpu_flags()
     units = [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
-    return Finding("bf16 units", bool(units), ", ".join(units) or "none: the working copy stays fp32 and a step takes longer")
+    return Finding(
+        "bf16 units", bool(units), ", ".join(units) or "none: the working copy stays fp32 and a step takes longer"
+    )
 
 
 def _cores() -> Finding:

@@ -40,7 +40,9 @@ def describe(config: Config, folder: Path) -> str:
         lines.append(f"memory           depends on {config.model.path}, which is not loaded here")
     else:
         per_weight = BYTES_PER_WEIGHT["lora" if config.model.lora_rank else "train"] + ENGINE_BYTES_PER_WEIGHT
-        lines.append(f"memory           {parameters * per_weight / 2**30:.1f} GiB for weights, gradients, optimiser and engine")
+        lines.append(
+            f"memory           {parameters * per_weight / 2**30:.1f} GiB for weights, gradients, optimiser and engine"
+        )
     return "\n".join(lines)
 
 

@@ -1,0 +1,188 @@
+"""Everything a run needs, made from its config: model, policy, engine, sandbox, judge, tasks.
+
+The only place that knows them all; each of them takes plain arguments and can be used without this file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from omni_fast.config import Config
+from omni_fast.curriculum.stages import Draw
+from omni_fast.evaluate import tokenise
+from omni_fast.groups import Group
+from omni_fast.policy.model import load, stop_tokens
+from omni_fast.policy.tiny import tiny_model
+from omni_fast.policy.update import Policy
+from omni_fast.progress import Progress
+from omni_fast.rewards.code import CodeVerifier
+from omni_fast.rewards.judge.base import Judge
+from omni_fast.rewards.judge.embedded import EmbeddedJudge
+from omni_fast.rewards.judge.encode import pooled_encoder
+from omni_fast.rewards.judge.rubric import RubricJudge
+from omni_fast.rewards.math import MathVerifier
+from omni_fast.rewards.sandbox import Limits, Sandbox
+from omni_fast.rollout.local import LocalEngine
+from omni_fast.run import BASE, Run
+from omni_fast.tasks import Resources, build_tasks
+from omni_fast.tasks.base import SPLITS, Item, Json, Split, Task
+from omni_fast.tasks.tiny import tiny_corpus
+from omni_kernels import LossSpec
+
+
+@dataclass
+class Parts:
+    """What the driver works with. holds: the name of the weights that the policy has now."""
+
+    config: Config
+    run: Run
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    tasks: dict[str, Task]
+    policy: Policy
+    engine: LocalEngine
+    holds: str = BASE
+    _prompts: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+
+    @cached_property
+    def items(self) -> dict[str, dict[Split, Sequence[Item]]]:
+        """Task -> split -> items, the held-out splits cut to the sizes of the config."""
+        limits = {
+            "train": None,
+            "select": self.config.evaluation.select_items,
+            "test": self.config.evaluation.test_items,
+        }
+        return {
+            name: {split: task.items(split)[: limits[split]] for split in SPLITS} for name, task in self.tasks.items()
+        }
+
+    @cached_property
+    def train_sizes(self) -> dict[str, int]:
+        return {task: len(splits["train"]) for task, splits in self.items.items()}
+
+    @cached_property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        return stop_tokens(self.model, self.tokenizer)
+
+    def group(self, draw: Draw) -> Group:
+        """An empty group for a drawn prompt."""
+        item = self.items[draw.task]["train"][draw.item]
+        return Group(draw, item, self.prompt(draw.task, item))
+
+    def prompt(self, task: str, item: Item) -> list[int]:
+        """The item's chat-templated tokens."""
+        key = (task, item.id)
+        if key not in self._prompts:
+            limit = self.config.rollout.max_prompt_tokens
+            self._prompts[key] = tokenise(self.tokenizer, self.tasks[task], [item], limit)[0]
+        return self._prompts[key]
+
+    def load_weights(self, name: str, *, reset_optimizer: bool = True) -> None:
+        """Put the weights `name` into the policy."""
+        if self.holds != name:
+            self.policy.load_weights(self.run.weights(name))
+            self.holds = name
+        if reset_optimizer:
+            self.policy.reset_optimizer()
+
+    def keep_weights(self, name: str) -> None:
+        self.run.keep_weights(name, self.policy.weights())
+        self.holds = name
+
+
+@contextmanager
+def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
+    """Set up everything; what has to be stopped is stopped on the way out."""
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    with ExitStack() as stack:
+        with run.timed("setup"):
+            progress.wait(f"the model {config.model.path}")
+            model, tokenizer = load_model(config)
+            progress.wait("the tasks, their verifiers and the judge")
+            resources = Grading(config, model, tokenizer, stack)
+            tasks = build_tasks(config.tasks, seed=config.seed, resources=resources.lazy())
+            progress.wait("the policy's optimiser and the engine")
+            policy = make_policy(config, model)
+            engine = LocalEngine(model, max_rows=config.rollout.max_rows)
+            stack.callback(engine.close)
+            parts = Parts(config, run, model, tokenizer, tasks, policy, engine)
+            if not run.has_weights(BASE):
+                parts.keep_weights(BASE)
+        run.state["facts"] |= resources.facts()
+        yield parts
+
+
+def load_model(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The named model in fp32 (the policy makes its working copy), or the from-scratch one after its warm-up."""
+    device = config.model.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.model.path == "tiny":
+        return tiny_model(tiny_corpus(config.tasks, config.seed), seed=config.seed)
+    return load(config.model.path, dtype=torch.float32, device=device)
+
+
+def make_policy(config: Config, model: PreTrainedModel) -> Policy:
+    loss, optimizer = config.loss, config.optimizer
+    spec = LossSpec.preset(loss.policy, beta=loss.beta, entropy_coef=loss.entropy_bonus)
+    return Policy(
+        model,
+        loss=replace(spec, eps_low=loss.eps_low, eps_high=loss.eps_high),
+        learning_rate=optimizer.learning_rate,
+        temperature=config.rollout.temperature,
+        betas=(optimizer.beta1, optimizer.beta2),
+        weight_decay=optimizer.weight_decay,
+        warmup_steps=optimizer.warmup_steps,
+        max_grad_norm=optimizer.max_grad_norm,
+        tokens_per_microbatch=optimizer.tokens_per_microbatch,
+        dtype=None if config.model.dtype == "auto" else getattr(torch, config.model.dtype),
+        lora_rank=config.model.lora_rank,
+        lora_alpha=config.model.lora_alpha,
+    )
+
+
+class Grading:
+    """What tasks grade with, made when the first task asks for it and stopped with the run."""
+
+    def __init__(
+        self, config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stack: ExitStack
+    ) -> None:
+        self.config, self.model, self.tokenizer, self.stack = config, model, tokenizer, stack
+        self.sandbox: Sandbox | None = None
+        self.judge: Judge | None = None
+
+    def lazy(self) -> Resources:
+        return Resources(cache(self._math), cache(self._code), cache(self._reward_judge), cache(RubricJudge))
+
+    def facts(self) -> dict[str, Json]:
+        """For result.json."""
+        sandbox = self.sandbox.describe() if self.sandbox else {"backend": "none: no task runs code"}
+        judge = self.judge.name if self.judge else "none: no task is judged"
+        return {
+            "sandbox": sandbox["backend"],
+            "sandbox_detail": sandbox,
+            "judge": judge,
+            "judge_metric": RubricJudge().name,
+        }
+
+    def _math(self) -> MathVerifier:
+        return self.stack.enter_context(MathVerifier())
+
+    def _code(self) -> CodeVerifier:
+        wanted = self.config.sandbox
+        limits = Limits(memory_bytes=wanted.memory_mb << 20, cpu_s=wanted.cpu_s, wall_s=wanted.wall_s)
+        self.sandbox = self.stack.enter_context(Sandbox(wanted.workers or None, limits, wanted.unsafe))
+        return CodeVerifier(self.sandbox)
+
+    def _reward_judge(self) -> Judge:
+        self.judge = RubricJudge()
+        if self.config.judge.backend == "embedded":
+            self.judge = EmbeddedJudge(pooled_encoder(self.model, self.tokenizer), seed=self.config.seed)
+        return self.judge

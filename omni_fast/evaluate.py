@@ -1,0 +1,79 @@
+"""Score the current policy on held-out items: greedy, with twice the new tokens that training allows.
+
+Twice the tokens, for the first and the last policy alike, so that a gain is never a truncation effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from omni_fast.errors import UserError
+from omni_fast.policy.model import chat_tokens
+from omni_fast.rollout.engine import Engine, Progress, Prompt, Sample, Sampling
+from omni_fast.tasks.base import Item, Task
+
+EVAL_TOKENS_FACTOR = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Item-level result of one task on one split.
+
+    values: float64 [n_items], the task's metric in 0..1 in the order of the items; NaN where the infrastructure failed.
+    completions: what the policy wrote, prefix included.
+    truncated: share of completions that met the token limit.
+    """
+
+    items: Sequence[Item]
+    values: np.ndarray
+    completions: list[str]
+    truncated: float
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, task: Task, items: Sequence[Item], max_tokens: int) -> list[list[int]]:
+    """Chat-templated prompts; raises UserError naming the item that is longer than `max_tokens`."""
+    rows = [chat_tokens(tokenizer, task.system, item.prompt, item.prefix) for item in items]
+    for item, row in zip(items, rows, strict=True):
+        if len(row) > max_tokens:
+            raise UserError(
+                f"task '{task.name}': the prompt of item {item.id!r} has {len(row)} tokens, the limit is {max_tokens}; "
+                "raise rollout.max_prompt_tokens or shorten the prompt"
+            )
+    return rows
+
+
+def evaluate(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    items: Sequence[Item],
+    *,
+    max_prompt_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """One completion per item, scored by the task's metric."""
+    prompts = tokenise(tokenizer, task, items, max_prompt_tokens)
+    sampling = Sampling(
+        max_new_tokens=EVAL_TOKENS_FACTOR * task.max_new_tokens,
+        temperature=temperature,
+        stop_token_ids=(tokenizer.eos_token_id,),
+        seed=seed,
+    )
+    keyed = [Prompt(tokens, key) for key, tokens in enumerate(prompts)]
+    samples = [group[0] for group in engine.generate(keyed, 1, sampling, progress)]
+    texts = decode(tokenizer, items, samples)
+    values = [np.nan if value is None else value for value in task.metric(items, texts)]
+    truncated = float(np.mean([sample.finish_reason == "length" for sample in samples]))
+    return Evaluation(items, np.asarray(values, dtype=np.float64), texts, truncated)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], samples: Sequence[Sample]) -> list[str]:
+    """Answers as the verifiers see them: the item's prefix, then what the policy wrote."""
+    texts = tokenizer.batch_decode([sample.tokens for sample in samples], skip_special_tokens=True)
+    return [item.prefix + text for item, text in zip(items, texts, strict=True)]

@@ -1,0 +1,143 @@
+"""What a person sees while a run goes on: a live panel on a terminal, plain lines anywhere else.
+
+It always tells the stage, the step, reward and entropy per task, tokens/s, what is being waited for, and the time left.
+A wait longer than `STALL_S` without news prints a line of its own, so a silent run never looks like a hung one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from omni_fast.tasks.base import Json
+
+STALL_S = 20.0  # a wait longer than this is reported
+STEP_S_GUESS, ITEM_S_GUESS = 4.0, 0.1  # for the time left, until the first ones are measured
+
+
+class Progress:
+    """Context manager; all methods may be called from the training thread only."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self._rows: dict[str, dict[str, str]] = {}
+        self._stage, self._step, self._waiting = "", "", "starting"
+        self._since = self._started = time.monotonic()
+        self._reported = False
+        self._left = {"step": 0, "item": 0}
+        self._spent = {"step": (0.0, 0), "item": (0.0, 0)}
+        self._live = Live(get_renderable=self._panel, console=self.console, refresh_per_second=4, transient=True)
+        self._stop = threading.Event()
+        self._watch = threading.Thread(target=self._report_stalls, name="progress", daemon=True)
+
+    def __enter__(self) -> Progress:
+        if self.console.is_terminal:
+            self._live.start()
+        self._watch.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._watch.join()
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def plan(self, *, steps: int, items: int) -> None:
+        """The work that is left: optimiser steps and evaluation items."""
+        self._left = {"step": steps, "item": items}
+
+    def skip(self, *, steps: int = 0, items: int = 0) -> None:
+        """Work that turned out to be done already."""
+        self._left["step"] -= steps
+        self._left["item"] -= items
+
+    def stage(self, name: str) -> None:
+        self._stage, self._step = name, ""
+        self.say(f"[bold]{name}[/bold]")
+
+    def wait(self, what: str) -> None:
+        """Name what the run is waiting for from now on."""
+        self._waiting, self._since, self._reported = what, time.monotonic(), False
+
+    def generating(self, tokens: int, running: int) -> None:
+        """`rollout.engine.Progress` callback."""
+        self.wait(f"generate: {tokens} tokens, {running} samples running")
+
+    def step(self, row: Mapping[str, Json], steps: int) -> None:
+        """A finished step: a row of metrics.jsonl with per-task columns under `tasks`."""
+        seconds = float(row["seconds"]["total"])
+        self._done("step", seconds, 1)
+        self._step = f"step {row['step']}/{steps}"
+        cells = []
+        for name, values in row["tasks"].items():
+            entropy = values["entropy"]
+            shown = {
+                "reward": f"{values['reward']:.3f}",
+                "entropy": "–" if entropy is None else f"{entropy:.2f}",
+                "mixed": f"{values['mixed_groups']:.0%}",
+            }
+            self._rows.setdefault(name, {}).update(shown)
+            cells.append(f"{name}: " + " ".join(f"{key} {value}" for key, value in shown.items()))
+        if not self.console.is_terminal:
+            self.say(
+                f"  {self._step}  {'; '.join(cells)}  {row['tokens_per_s']:.0f} tokens/s  "
+                f"{seconds:.1f} s ({row['waited_for']})  left {self.time_left()}"
+            )
+
+    def evaluated(self, row: Mapping[str, Json]) -> None:
+        """A finished evaluation: a row of metrics.jsonl."""
+        found = {task: score["value"] for task, score in row["scores"].items()}
+        shown = {task: "–" if value is None else f"{value:.3f}" for task, value in found.items()}
+        for task, value in shown.items():
+            self._rows.setdefault(task, {})[row["split"]] = value
+        self._done("item", row["seconds"], sum(score["n"] for score in row["scores"].values()))
+        values = "  ".join(f"{task} {value}" for task, value in shown.items())
+        self.say(f"  {row['split']} after {row['stage']}:  {values}  ({row['seconds']:.1f} s, left {self.time_left()})")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"[yellow]warning:[/yellow] {text}", soft_wrap=True)
+
+    def time_left(self) -> str:
+        seconds = 0.0
+        for kind, guess in (("step", STEP_S_GUESS), ("item", ITEM_S_GUESS)):
+            spent, count = self._spent[kind]
+            seconds += max(self._left[kind], 0) * (spent / count if count else guess)
+        return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+    def _done(self, kind: str, seconds: float, count: int) -> None:
+        spent, total = self._spent[kind]
+        self._spent[kind] = (spent + seconds, total + count)
+        self._left[kind] -= count
+
+    def _panel(self) -> Group:
+        table = Table(box=None, padding=(0, 2))
+        table.add_column("task")
+        for column in ("reward", "entropy", "mixed", "select", "test"):
+            table.add_column(column, justify="right")
+        for name, row in self._rows.items():
+            table.add_row(name, *(row.get(column, "") for column in ("reward", "entropy", "mixed", "select", "test")))
+        now = time.monotonic()
+        line = Text(
+            f"{self._stage}  {self._step}  elapsed {(now - self._started) / 60:.1f} min  left {self.time_left()}  "
+            f"waiting for {self._waiting} ({now - self._since:.0f} s)"
+        )
+        return Group(line, table)
+
+    def _report_stalls(self) -> None:
+        while not self._stop.wait(1.0):
+            waited = time.monotonic() - self._since
+            if waited > STALL_S and not self._reported and not self.console.is_terminal:
+                self._reported = True
+                self.say(f"  still waiting for {self._waiting} ({waited:.0f} s)")

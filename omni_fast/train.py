@@ -1,0 +1,141 @@
+"""The driver. Read `train` for the method and `Trainer.step` for GRPO; everything else is in the module its name says.
+
+score the initial policy -> one short run per task -> transfer -> order -> stages, each handing its weights to the next
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from omni_fast import outcome, probe
+from omni_fast.build import Parts, build
+from omni_fast.config import Config
+from omni_fast.curriculum.stages import Draw, PromptStream, Stage, single_stages
+from omni_fast.evaluate import Evaluation, evaluate
+from omni_fast.groups import Group, by_task, score_groups, task_metrics, trajectories
+from omni_fast.progress import Progress
+from omni_fast.rollout.engine import Prompt, Sampling
+from omni_fast.run import BASE, Run
+from omni_fast.tasks.base import Item, Split
+
+
+def train(config: Config, folder: Path, progress: Progress) -> Path:
+    """The whole method in a run folder; the same call on the same folder resumes. Returns the report's path."""
+    with Run.open(folder, config) as run, build(config, run, progress) as parts:
+        trainer = Trainer(config, run, parts, progress)
+        trainer.measure()
+        plan = outcome.solve(config, run)
+        progress.say(plan.statement)
+        start = BASE
+        for stage in plan.stages:
+            trainer.train_stage(stage, start)
+            trainer.evaluate(stage.name, "test")
+            start = stage.name
+        return outcome.finish(config, run)
+
+
+class Trainer:
+    """The policy under training with its engine and tasks; each method is a phase that a resume skips or continues."""
+
+    def __init__(self, config: Config, run: Run, parts: Parts, progress: Progress) -> None:
+        self.config, self.run, self.parts, self.progress = config, run, parts, progress
+        self.policy, self.engine, self.tasks, self.tokenizer = parts.policy, parts.engine, parts.tasks, parts.tokenizer
+
+    def measure(self) -> None:
+        """Score the initial policy; where the order is to be solved, one short run per task, each scored on all tasks."""
+        self.evaluate(BASE, "select", "test")
+        if self.config.curriculum.measures_transfer:
+            for single in single_stages(list(self.tasks), outcome.stage_steps(self.config)):
+                self.train_stage(single, start=BASE)
+                self.evaluate(single.name, "select", "test")
+
+    def train_stage(self, stage: Stage, start: str) -> None:
+        """All steps of a stage from the weights `start`; a finished stage that is the same one lends its weights."""
+        if self.run.finished(f"train {stage.name}") or outcome.reuse(self.run, stage, start):
+            return self.progress.skip(steps=stage.steps)
+        self.progress.stage(stage.name)
+        stream = PromptStream(self.parts.train_sizes, stage.tasks, stage.weights, self.config.seed)
+        saved, done = self.run.load_checkpoint(stage.name, self.progress.warn), 0
+        if saved is None:
+            self.parts.load_weights(start, reset_optimizer=self.config.curriculum.reset_optimizer)
+        else:
+            done = saved.state["step"]
+            self.policy.load_state_dict(saved.tensors, saved.state["policy"])
+            stream.load_state_dict(saved.state["stream"])
+            self.progress.skip(steps=done)
+        self.parts.holds = f"{stage.name}, under way"
+        self.engine.sync(self.engine.version + 1)
+        for step in range(done + 1, stage.steps + 1):
+            self.step(stage, stream, step)
+            if self.run.checkpoint_due(step, stage.steps):
+                tensors, numbers = self.policy.state_dict()
+                self.run.save_checkpoint(stage.name, step, tensors, {"policy": numbers, "stream": stream.state_dict()})
+            self.run.raise_if_stopping()
+        self.parts.keep_weights(stage.name)
+        self.run.finish(f"train {stage.name}", {"task": "+".join(stage.own), "steps": stage.steps, "same_as": ""})
+
+    def step(self, stage: Stage, stream: PromptStream, step: int) -> None:
+        """One GRPO step: sample groups, score them, update the policy, sync the engine, write the row."""
+        clock = [time.perf_counter()]
+        groups = self.rollout(stream.draw(self.config.rollout.prompts_per_step), f"{stage.own}:{step}")
+        clock.append(time.perf_counter())
+        self.progress.wait(f"the rewards of {sum(len(group.samples) for group in groups)} samples")
+        score_groups(groups, self.tasks, self.config.loss.advantage_scale)
+        clock.append(time.perf_counter())
+        self.progress.wait("the policy update")
+        metrics = self.policy.update(trajectories(groups))
+        clock.append(time.perf_counter())
+        self.engine.sync(self.engine.version + 1)
+        clock.append(time.perf_counter())
+        row = outcome.step_row(stage, step, clock, groups, task_metrics(groups, self.tasks), metrics)
+        outcome.record_step(self.run, row)
+        self.progress.step(row, stage.steps)
+
+    def rollout(self, draws: list[Draw], name: str) -> list[Group]:
+        """`samples_per_prompt` completions for each drawn prompt; tasks with a length of their own generate in turn."""
+        seed = zlib.crc32(f"{self.config.seed}:{name}".encode())
+        groups = [self.parts.group(draw) for draw in draws]
+        for task, members in by_task(groups).items():
+            sampling = Sampling(
+                max_new_tokens=self.tasks[task].max_new_tokens,
+                temperature=self.config.rollout.temperature,
+                stop_token_ids=self.parts.stop_token_ids,
+                seed=seed,
+            )
+            prompts = [Prompt(group.prompt, group.draw.position) for group in members]
+            samples = self.engine.generate(
+                prompts, self.config.rollout.samples_per_prompt, sampling, self.progress.generating
+            )
+            for group, drawn in zip(members, samples, strict=True):
+                group.answer(drawn, self.tokenizer)
+        return groups
+
+    def evaluate(self, name: str, *splits: Split) -> None:
+        """Score every task with the weights `name`: a row of the accuracy matrix, kept item by item."""
+        items = {split: {task: self.parts.items[task][split] for task in self.tasks} for split in splits}
+        if self.run.finished(f"evaluate {name}") or outcome.reuse_scores(self.run, name):
+            return self.progress.skip(items=sum(len(some) for tasks in items.values() for some in tasks.values()))
+        if self.parts.holds != name:
+            self.parts.load_weights(name)
+            self.engine.sync(self.engine.version + 1)
+        results: dict[str, dict[str, Evaluation]] = {}
+        for split, members in items.items():
+            start = time.perf_counter()
+            results[split] = {task: self.evaluate_task(task, some) for task, some in members.items()}
+            row = outcome.evaluation_row(name, split, results[split], time.perf_counter() - start)
+            self.run.record(row)
+            self.progress.evaluated(row)
+        self.run.finish(f"evaluate {name}", outcome.evaluation_record(results, probe.entropies(self.run, self.parts)))
+
+    def evaluate_task(self, task: str, items: Sequence[Item]) -> Evaluation:
+        def interruptible(tokens: int, running: int) -> None:
+            self.run.raise_if_stopping()
+            self.progress.wait(f"{task}: {running} of {len(items)} test completions")
+
+        limit = self.config.rollout.max_prompt_tokens
+        return evaluate(
+            self.engine, self.tokenizer, self.tasks[task], items, max_prompt_tokens=limit, progress=interruptible
+        )
