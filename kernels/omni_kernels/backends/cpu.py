@@ -19,7 +19,7 @@ from omni_kernels.losses import Prepared
 from omni_kernels.spec import LossSpec
 
 try:
-    from omni_kernels import _native_cpu as native
+    import omni_kernels._native_cpu as native
 except ImportError as error:
     native = None  # type: ignore[assignment]
     _reason = f"omni_kernels._native_cpu is not importable ({error}); reinstall with a C++17 compiler"
@@ -122,7 +122,7 @@ def rows_policy_loss_(
 @lru_cache(maxsize=64)
 def _compiled(recorded: Recorded) -> native.CoefficientProgram:
     codes = {name: code for code, name in enumerate(native.OPS)}
-    code = [(codes[op], *rest) for op, *rest in recorded.code]
+    code = [(codes[op], dst, x, y, z, value) for op, dst, x, y, z, value in recorded.code]
     return native.CoefficientProgram(code, len(recorded.columns), recorded.results)
 
 

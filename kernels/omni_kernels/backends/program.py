@@ -66,7 +66,7 @@ def _record(given: tuple[str, ...], spec: LossSpec) -> Recorded:
     inputs |= {name: torch.zeros(_ROWS, dtype=dtypes[name]) for name in columns}
     values: dict[str, Tensor | None] = {f.name: inputs.get(f.name) for f in fields(Prepared)}
     with torch.no_grad(), _Recorder() as recorder:
-        batch = Prepared(**values)
+        batch = Prepared(**values)  # type: ignore[arg-type]
         known = coefficients(inputs["logp"], inputs["entropy"], inputs["lse"], batch, spec)
     return _lower(recorder.steps, list(inputs.values()), [getattr(known, name) for name in _OUTPUTS], columns)
 
@@ -87,7 +87,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.steps: list[_Step] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             self.steps.append(_Step(func._opname, args, kwargs or {}, func._schema.is_mutable, out))
