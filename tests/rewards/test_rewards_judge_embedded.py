@@ -100,10 +100,10 @@ def test_verdicts_against_the_reference():
     parts = judge.judge([same, reply(""), reply("Solution: moon river cat and more."), reply("the the the moon river")])
     assert [part.value for part in parts] == [1.0, 0.0, 0.0, 0.0]
     assert [part.reason for part in parts[1:3]] == ["empty", "master_key"]
-    assert judge.compare(same.prompt, same.completion, same.completion, same.required) == 0.5
     worse = "Stone of purple it ate running window the was and"
-    assert judge.compare(same.prompt, same.completion, worse, same.required) == 1.0
-    assert judge.compare(same.prompt, worse, same.completion, same.required) == 0.0
+    sides = [(same.completion, same.completion), (same.completion, worse), (worse, same.completion)]
+    assert judge.compare_all([(same.prompt, a, b, same.required) for a, b in sides]) == [0.5, 1.0, 0.0]
+    assert judge.compare_all([]) == []
     assert judge.judge([]) == []
 
 

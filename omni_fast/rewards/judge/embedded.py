@@ -250,8 +250,14 @@ class EmbeddedJudge:
         """1, 0.5 or 0 against the reference (see the module), or the rubric's value where the head is not usable."""
         return verdicts(replies, self.encode, self.head) if self.usable else self._rubric.judge(replies)
 
-    def compare(self, prompt: str, first: str, second: str, required: Sequence[str] = ()) -> float:
-        """Symmetric verdict: 1 when `first` is better, 0 when `second` is, 0.5 when they differ by no more than good
-        replies do."""
-        a, b = scores([prompt] * 2, [first, second], [required] * 2, self.encode, self.head)
-        return 1.0 if a - b > self.head.spread else 0.0 if b - a > self.head.spread else 0.5
+    def compare_all(self, pairs: Sequence[tuple[str, str, str, Sequence[str]]]) -> list[float]:
+        """Symmetric verdicts for (prompt, first, second, required words), in one encoding call.
+
+        1 when `first` is better, 0 when `second` is, 0.5 when they differ by no more than good replies do.
+        """
+        if not pairs:
+            return []
+        prompts, first, second, required = zip(*pairs, strict=True)
+        both = scores([*prompts, *prompts], [*first, *second], [*required, *required], self.encode, self.head)
+        differences = both[: len(pairs)] - both[len(pairs) :]
+        return [1.0 if d > self.head.spread else 0.0 if d < -self.head.spread else 0.5 for d in differences]

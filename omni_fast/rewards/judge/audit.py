@@ -1,0 +1,221 @@
+"""`omni-fast judge audit`: how far a judge can be trusted, on a shipped set of pairs whose better side is known.
+
+The set (`data/audit.jsonl`, made by `sentences`, `corrupt` and `hacks` with seeds of their own, and 24 pairs by hand):
+pair    a good and a spoiled reply of equal length, `first` is the better
+length  two good replies to one prompt, `first` is the longest of a dozen and `second` the shortest
+hack    `first` is a hack string, `second` a good reference
+Every figure comes with its count; shares with a 95 % Wilson interval.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+from omni_fast.rewards.judge.base import Judge, Reply
+from omni_fast.rewards.judge.client import Failure
+from omni_fast.rewards.judge.embedded import EmbeddedJudge
+from omni_fast.rewards.judge.pairwise import Question, Verdict
+from omni_fast.rewards.judge.server import PairwiseJudge
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+Answers = list[tuple[Verdict | None, Verdict | None]]  # one pair asked as (first, second) and as (second, first)
+
+MAX_HACKS = 0.02
+_SAME = 0.02  # an absolute judge's values nearer than this are a tie
+_ACCEPTED_SHARE = 0.9  # an absolute judge accepts a hack that reaches this share of the reference's value
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One row of the set."""
+
+    kind: str
+    family: str
+    prompt: str
+    words: tuple[str, ...]
+    first: str
+    second: str
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """k of n with a 95 % Wilson interval; value None without any."""
+
+    k: int
+    n: int
+
+    @property
+    def value(self) -> float | None:
+        return self.k / self.n if self.n else None
+
+    def record(self) -> dict[str, Json]:
+        low, high = self._interval()
+        return {"value": self.value, "k": self.k, "n": self.n, "low": low, "high": high}
+
+    def _interval(self) -> tuple[float, float]:
+        if not self.n:
+            return 0.0, 1.0
+        z, p, n = 1.96, self.k / self.n, self.n
+        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+    def __str__(self) -> str:
+        low, high = self._interval()
+        return f"{self.value:6.1%}  [{low:.1%}, {high:.1%}]  of {self.n}" if self.n else "     -  of 0"
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """position_bias: the two orders name the same position. first_position: of those, the first.
+
+    agreement: the better side wins in both orders; contradicted: the worse side does. ties: of the pairs.
+    longer_wins: of the decided pairs of two good replies, 0.5 is no length bias. invalid: verdicts that never came.
+    """
+
+    judge: str
+    position_bias: Share
+    first_position: Share
+    agreement: Share
+    contradicted: Share
+    ties: Share
+    ties_good: Share
+    longer_wins: Share
+    hacks_accepted: Share
+    invalid: Share
+    families: dict[str, Share]
+    verdicts: int
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """At most 2 % of the hacks accepted, and the better side found more often than not."""
+        hacks, agreement = self.hacks_accepted.value, self.agreement.value
+        return hacks is not None and agreement is not None and hacks <= MAX_HACKS and agreement > 0.5
+
+    def record(self) -> dict[str, Json]:
+        """For --json."""
+        shares: dict[str, Json] = {name: share.record() for name, share in self._shares().items()}
+        families: dict[str, Json] = {name: share.record() for name, share in self.families.items()}
+        return {
+            "judge": self.judge,
+            "passed": self.passed,
+            **shares,
+            "families": families,
+            "verdicts": self.verdicts,
+            "seconds": self.seconds,
+            "seconds_per_verdict": self.seconds / max(1, self.verdicts),
+        }
+
+    def table(self) -> str:
+        """For a terminal."""
+        lines = [f"judge: {self.judge}", ""]
+        lines += [f"{name.replace('_', ' '):<24}{share}" for name, share in self._shares().items()]
+        lines += ["", "agreement by kind of flaw"]
+        lines += [
+            f"  {name:<22}{share}" for name, share in sorted(self.families.items(), key=lambda row: row[1].value or 0)
+        ]
+        cost = 1000 * self.seconds / max(1, self.verdicts)
+        lines += ["", f"{self.verdicts} verdicts in {self.seconds:.1f} s, {cost:.1f} ms each"]
+        lines += ["passed" if self.passed else "FAILED: do not train on this judge"]
+        return "\n".join(lines)
+
+    def _shares(self) -> dict[str, Share]:
+        names = (
+            "agreement", "contradicted", "ties", "ties_good", "position_bias", "first_position", "longer_wins",
+            "hacks_accepted", "invalid",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+
+def shipped_pairs() -> list[Pair]:
+    """The audit set that comes with the package."""
+    text = (files("omni_fast.rewards.judge") / "data" / "audit.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [Pair(r["kind"], r["family"], r["prompt"], tuple(r["words"]), r["first"], r["second"]) for r in rows]
+
+
+def audit(judge: Judge, pairs: Sequence[Pair] | None = None, clock: Callable[[], float] = time.monotonic) -> Audit:
+    """Measure a judge on the set. Never raises for what a judge's server does; its failures are counted as invalid."""
+    pairs = shipped_pairs() if pairs is None else pairs
+    start = clock()
+    compared = [pair for pair in pairs if pair.kind != "hack"]
+    hacks = [pair for pair in pairs if pair.kind == "hack"]
+    answers = _compare(judge, compared)
+    accepted = _accepted(judge, hacks)
+    seconds = clock() - start
+
+    both = [(pair, a, b) for pair, (a, b) in zip(compared, answers, strict=True) if a is not None and b is not None]
+    known = [(pair, _winner(a, b)) for pair, a, b in both if pair.kind == "pair"]
+    length = [_winner(a, b) for pair, a, b in both if pair.kind == "length"]
+    biased = [a for _, a, b in both if a == b != "tie"]
+    names = dict.fromkeys(pair.family for pair, _ in known)
+    return Audit(
+        judge=judge.name,
+        position_bias=Share(len(biased), len(both)),
+        first_position=Share(biased.count("A"), len(biased)),
+        agreement=_share(winner == "first" for _, winner in known),
+        contradicted=_share(winner == "second" for _, winner in known),
+        ties=_share(winner is None for _, winner in known),
+        ties_good=_share(winner is None for winner in length),
+        longer_wins=_share(winner == "first" for winner in length if winner),
+        hacks_accepted=_share(value for value in accepted if value is not None),
+        invalid=Share(len(compared) - len(both) + accepted.count(None), len(pairs)),
+        families={name: _share(won == "first" for pair, won in known if pair.family == name) for name in names},
+        verdicts=2 * len(compared) + len(hacks),
+        seconds=seconds,
+    )
+
+
+def _share(flags: Iterable[bool]) -> Share:
+    values = list(flags)
+    return Share(sum(values), len(values))
+
+
+def _winner(forward: Verdict, swapped: Verdict) -> str | None:
+    """The side both orders name, None for a tie or a contradiction."""
+    return {("A", "B"): "first", ("B", "A"): "second"}.get((forward, swapped))
+
+
+def _compare(judge: Judge, pairs: Sequence[Pair]) -> Answers:
+    """Raw verdicts of both orders. A judge without positions gives the mirrored answer."""
+    if isinstance(judge, PairwiseJudge):
+        questions = [
+            Question(pair.prompt, *sides)
+            for pair in pairs
+            for sides in ((pair.first, pair.second), (pair.second, pair.first))
+        ]
+        given = [None if isinstance(answer, Failure) else answer for answer in judge.verdicts(questions)]
+        return list(zip(given[0::2], given[1::2], strict=True))
+    if isinstance(judge, EmbeddedJudge) and judge.usable:
+        values = judge.compare_all([(pair.prompt, pair.first, pair.second, pair.words) for pair in pairs])
+        return [_mirrored(value - 0.5) for value in values]
+    first = judge.judge([Reply(pair.prompt, pair.first, pair.second, pair.words) for pair in pairs])
+    second = judge.judge([Reply(pair.prompt, pair.second, pair.first, pair.words) for pair in pairs])
+    return [
+        (None, None) if a.value is None or b.value is None else _mirrored(a.value - b.value)
+        for a, b in zip(first, second, strict=True)
+    ]
+
+
+def _mirrored(difference: float) -> tuple[Verdict, Verdict]:
+    if abs(difference) < _SAME:
+        return "tie", "tie"
+    return ("A", "B") if difference > 0 else ("B", "A")
+
+
+def _accepted(judge: Judge, hacks: Sequence[Pair]) -> list[bool | None]:
+    """Whether a hack got anything out of the judge: a tie is enough; of an absolute judge, nearly the reference's
+    value."""
+    parts = judge.judge([Reply(pair.prompt, pair.first, pair.second, pair.words) for pair in hacks])
+    if isinstance(judge, PairwiseJudge) or (isinstance(judge, EmbeddedJudge) and judge.usable):
+        return [None if part.value is None else part.value > 0.0 for part in parts]
+    bars = judge.judge([Reply(pair.prompt, pair.second, pair.second, pair.words) for pair in hacks])
+    return [
+        None if part.value is None or bar.value is None else part.value >= _ACCEPTED_SHARE * bar.value > 0.0
+        for part, bar in zip(parts, bars, strict=True)
+    ]
