@@ -11,6 +11,7 @@ GEMM may depend on the number of rows, so that a draw on the edge of two tokens 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -132,16 +133,9 @@ class LocalEngine:
         """Generate one wave into `results`; yields (tokens added, samples finished) after each step."""
         device = fast.device
         decoder, head = fast.get_decoder(), fast.get_output_embeddings()
-        indices = list(dict.fromkeys(index for index, _ in members))
-        counts = [sum(index == member for member, _ in members) for index in indices]
-        wave = Wave(
-            self.config,
-            [prompts[index].tokens for index in indices],
-            counts,
-            sampling.max_new_tokens,
-            fast.dtype,
-            device,
-        )
+        samples = Counter(index for index, _ in members)
+        texts = [prompts[index].tokens for index in samples]
+        wave = Wave(self.config, texts, list(samples.values()), sampling.max_new_tokens, fast.dtype, device)
         streams = [
             uniforms(sampling.seed, prompts[index].key, number, sampling.max_new_tokens) for index, number in members
         ]
