@@ -24,7 +24,7 @@ from torch import Tensor
 
 from omni_kernels.losses import Coefficients, Prepared, coefficients, prepare, row_wise
 from omni_kernels.metrics import METRICS
-from omni_kernels.plan import plan
+from omni_kernels.plan import Plan, plan
 from omni_kernels.spec import IGNORE, LossSpec, Tokens
 
 _COMPACT_BELOW = 0.9  # share of rows with a gradient below which gathering them pays
@@ -44,6 +44,15 @@ class Head:
         """The head of some of the rows."""
         t = self.inv_temperature
         return replace(self, inv_temperature=t[index]) if isinstance(t, Tensor) and t.ndim else self
+
+    def plan(self, rows: int, hidden: Tensor, weight: Tensor, row_wise: bool) -> Plan:
+        """How many rows of logits to hold at a time."""
+        size = (rows, hidden.shape[1], len(weight), hidden.element_size())
+        return plan(*size, self.workspace_bytes, row_wise, hidden.device.type)
+
+    def check_targets(self, targets: Tensor, weight: Tensor) -> None:
+        """Raises ValueError for tokens outside the vocabulary (on the CPU: looking would cost a GPU a host sync)."""
+        check_range(targets, len(weight))
 
     def forward(self, logits: Tensor, targets: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """(logp, entropy, lse) [C] of logits [C, V]."""
@@ -205,7 +214,7 @@ def policy_head(
     rows = _subset(trained) if tokens.rows is None and not trained.is_cuda else tokens.rows
     targets = torch.where(trained, tokens.targets, IGNORE)
     targets = targets if rows is None else targets[rows]
-    _check_range(targets, len(weight))
+    head.check_targets(targets, weight)
     if rows is not None:
         hidden, head = hidden[rows], head.at(rows)
     m = Matrices(hidden, weight, bias, needs, head.tile_rows, into, scale)
@@ -258,7 +267,7 @@ def logprob_forward(
 ) -> tuple[Stats, Extras | None]:  # fmt: skip
     """Statistics of every row; top_k: also the extras."""
     n = len(hidden)
-    _check_range(targets, len(weight))
+    head.check_targets(targets, weight)
     rows = None if targets.is_cuda else _subset(targets != IGNORE)
     if rows is not None:
         hidden, targets, head = hidden[rows], targets[rows], head.at(rows)
@@ -406,15 +415,16 @@ def _scattered(stats: Stats, rows: Tensor | None, n: int) -> Stats:
 
 def _chunks(hidden: Tensor, weight: Tensor, head: Head, by_row: bool) -> Iterator[slice]:
     """Slices of the rows whose logits fit the workspace; at least one, so that 0 rows have a loss too."""
-    (n, h), v = hidden.shape, len(weight)
-    size = plan(n, h, v, hidden.element_size(), head.workspace_bytes, by_row, hidden.device.type).chunk_rows
+    n = len(hidden)
+    size = head.plan(n, hidden, weight, by_row).chunk_rows
     if head.tile_rows:
         size = max(head.tile_rows, size // head.tile_rows * head.tile_rows)
     for start in range(0, max(n, 1), size):
         yield slice(start, min(n, start + size))
 
 
-def _check_range(targets: Tensor, vocab: int) -> None:
+def check_range(targets: Tensor, vocab: int) -> None:
+    """Raises ValueError for a target outside [0, vocab) other than IGNORE; on the CPU only."""
     if targets.is_cuda or targets.numel() == 0:
         return  # looking would cost a host sync
     low, high = (int(v) for v in targets.aminmax())

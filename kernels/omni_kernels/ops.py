@@ -401,7 +401,7 @@ def _logits_op(
     logits: Tensor, targets: Tensor, row_scale: Tensor | None, scale: float, softcap: float, want_entropy: bool,
     in_place: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    linear._check_range(targets, logits.shape[1])
+    linear.check_range(targets, logits.shape[1])
     head = _head(logits, row_scale, scale, softcap, 0, 0, backend)
     logp, entropy, lse = head.forward(logits, targets, want_entropy)
     return logp, _present(entropy, logits), lse
@@ -493,6 +493,11 @@ def _wide(rows: Tensor) -> torch.dtype:
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None) -> None:
+    if hasattr(weight, "placements"):
+        raise ValueError(
+            "weight is a DTensor; use omni_kernels.parallel: vocab_parallel_policy_loss(*vocab_shard(weight)) for a "
+            "vocabulary shard, PolicyHead under fully_shard for FSDP2"
+        )
     for name, value in (("hidden", hidden), ("weight", weight)):
         if value.ndim != 2 or not value.is_floating_point():
             raise ValueError(f"{name} is {value.dtype} {list(value.shape)}; give a float matrix")
