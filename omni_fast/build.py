@@ -6,10 +6,12 @@ The only place that knows them all; each of them takes plain arguments and can b
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,22 +19,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from omni_fast.config import Config
 from omni_fast.curriculum.stages import Draw
 from omni_fast.evaluate import tokenise
+from omni_fast.grading import Grading
 from omni_fast.groups import Group
 from omni_fast.policy.model import load, stop_tokens
 from omni_fast.policy.tiny import tiny_model
 from omni_fast.policy.update import Policy
 from omni_fast.progress import Progress
-from omni_fast.rewards.code import CodeVerifier
-from omni_fast.rewards.judge.base import Judge
-from omni_fast.rewards.judge.embedded import EmbeddedJudge
-from omni_fast.rewards.judge.encode import pooled_encoder
-from omni_fast.rewards.judge.rubric import RubricJudge
-from omni_fast.rewards.math import MathVerifier
-from omni_fast.rewards.sandbox import Limits, Sandbox
 from omni_fast.rollout.local import LocalEngine
 from omni_fast.run import BASE, Run
-from omni_fast.tasks import Resources, build_tasks
-from omni_fast.tasks.base import SPLITS, Item, Json, Split, Task
+from omni_fast.tasks import build_tasks
+from omni_fast.tasks.base import SPLITS, Item, Split, Task
 from omni_fast.tasks.tiny import tiny_corpus
 from omni_kernels import LossSpec
 
@@ -96,6 +92,15 @@ class Parts:
         self.run.keep_weights(name, self.policy.weights())
         self.holds = name
 
+    def export(self, folder: Path) -> None:
+        """The policy as transformers and SGLang load it (under LoRA the adapter), published by one rename."""
+        work = folder.with_name(f".writing-{folder.name}")
+        shutil.rmtree(work, ignore_errors=True)
+        self.model.save_pretrained(work)
+        self.tokenizer.save_pretrained(work)
+        shutil.rmtree(folder, ignore_errors=True)
+        work.rename(folder)
+
 
 @contextmanager
 def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
@@ -106,16 +111,14 @@ def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
             progress.wait(f"the model {config.model.path}")
             model, tokenizer = load_model(config)
             progress.wait("the tasks, their verifiers and the judge")
-            resources = Grading(config, model, tokenizer, stack)
-            tasks = build_tasks(config.tasks, seed=config.seed, resources=resources.lazy())
+            grading = Grading(config, stack, run.folder, model, tokenizer)
+            tasks = build_tasks(config.tasks, seed=config.seed, resources=grading.resources())
             progress.wait("the policy's optimiser and the engine")
             policy = make_policy(config, model)
             engine = LocalEngine(model, max_rows=config.rollout.max_rows)
             stack.callback(engine.close)
             parts = Parts(config, run, model, tokenizer, tasks, policy, engine)
-            if not run.has_weights(BASE):
-                parts.keep_weights(BASE)
-        run.state["facts"] |= resources.facts()
+        run.state["facts"] |= grading.facts()
         yield parts
 
 
@@ -146,43 +149,3 @@ def make_policy(config: Config, model: PreTrainedModel) -> Policy:
         lora_rank=config.model.lora_rank,
         lora_alpha=config.model.lora_alpha,
     )
-
-
-class Grading:
-    """What tasks grade with, made when the first task asks for it and stopped with the run."""
-
-    def __init__(
-        self, config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stack: ExitStack
-    ) -> None:
-        self.config, self.model, self.tokenizer, self.stack = config, model, tokenizer, stack
-        self.sandbox: Sandbox | None = None
-        self.judge: Judge | None = None
-
-    def lazy(self) -> Resources:
-        return Resources(cache(self._math), cache(self._code), cache(self._reward_judge), cache(RubricJudge))
-
-    def facts(self) -> dict[str, Json]:
-        """For result.json."""
-        sandbox = self.sandbox.describe() if self.sandbox else {"backend": "none: no task runs code"}
-        judge = self.judge.name if self.judge else "none: no task is judged"
-        return {
-            "sandbox": sandbox["backend"],
-            "sandbox_detail": sandbox,
-            "judge": judge,
-            "judge_metric": RubricJudge().name,
-        }
-
-    def _math(self) -> MathVerifier:
-        return self.stack.enter_context(MathVerifier())
-
-    def _code(self) -> CodeVerifier:
-        wanted = self.config.sandbox
-        limits = Limits(memory_bytes=wanted.memory_mb << 20, cpu_s=wanted.cpu_s, wall_s=wanted.wall_s)
-        self.sandbox = self.stack.enter_context(Sandbox(wanted.workers or None, limits, wanted.unsafe))
-        return CodeVerifier(self.sandbox)
-
-    def _reward_judge(self) -> Judge:
-        self.judge = RubricJudge()
-        if self.config.judge.backend == "embedded":
-            self.judge = EmbeddedJudge(pooled_encoder(self.model, self.tokenizer), seed=self.config.seed)
-        return self.judge

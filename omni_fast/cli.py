@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 from rich.console import Console
 
@@ -98,13 +100,16 @@ def plan(
     Example: `omni-fast plan runs/quickstart`
     """
     from omni_fast import outcome
+    from omni_fast.plan import solve
     from omni_fast.report.tables import plan_table
     from omni_fast.run import Run
 
     finished = Run.read(run)
-    solved = outcome.solve(finished.config, finished)
+    solved = solve(finished)
     if as_json:
-        print(json.dumps(outcome.plan_record(solved)))
+        record = outcome.result(finished)
+        keys = ("order", "order_method", "order_probability", "statement", "transfer", "forecast")
+        print(json.dumps({key: record[key] for key in keys}))
         return
     console.print(plan_table(solved))
     console.print(solved.statement)
@@ -123,13 +128,21 @@ def evaluate(
     Example: `omni-fast eval quickstart --model runs/quickstart/final`
     """
     from omni_fast import train as driver
+    from omni_fast.curriculum.scores import score
     from omni_fast.progress import Progress
 
     extra = (*(overrides or ()), *((f"model.path={json.dumps(model)}",) if model else ()))
-    with Progress(console) as progress:
-        scores = driver.score_model(configs.load(config, extra), temperature, progress)
+    resolved = configs.load(config, extra)
+    with tempfile.TemporaryDirectory() as folder, Progress(console) as progress:
+        found = driver.score(resolved, Path(folder), progress, temperature)
+    scores = {task: score(result.values).as_dict() for task, result in found.items()}
     if as_json:
-        print(json.dumps({task: score.as_dict() for task, score in scores.items()}))
+        print(json.dumps(scores))
+        return
+    for task, estimate in scores.items():
+        console.print(
+            f"{task:<12} {estimate['value']:.3f}  [{estimate['low']:.3f}, {estimate['high']:.3f}]  n={estimate['n']}"
+        )
 
 
 @app.command()
@@ -139,8 +152,9 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or n
     Example: `omni-fast report runs/quickstart`
     """
     from omni_fast import outcome
+    from omni_fast.run import Run
 
-    console.print(f"report: {outcome.rewrite_report(run)}")
+    console.print(f"report: {outcome.finish(Run.read(run))}")
 
 
 @app.command()
@@ -162,17 +176,18 @@ def doctor(as_json: AsJson = False) -> None:
 
 @data_app.command("check")
 def data_check(
-    config: Annotated[str, typer.Argument(help="TOML file with the task blocks of your data.")],
+    source: Annotated[str, typer.Argument(help="A JSON lines or parquet file, or a TOML config with jsonl tasks.")],
     overrides: Overrides = None,
 ) -> None:
     """Run every gold answer through its own verifier and report what would be dropped, before any training.
 
-    Example: `omni-fast data check my.toml`
+    Examples: `omni-fast data check questions.jsonl`, `omni-fast data check my.toml`
     """
-    from omni_fast.build import check_data
+    from omni_fast.grading import check_data
 
-    for line in check_data(configs.load(config, tuple(overrides or ()))):
-        console.print(line)
+    with tempfile.TemporaryDirectory() as folder:
+        for line in check_data(source, tuple(overrides or ()), Path(folder)):
+            console.print(line, markup=False)
 
 
 @sandbox_app.command("self-test")
@@ -181,20 +196,31 @@ def sandbox_self_test(as_json: AsJson = False) -> None:
 
     Example: `omni-fast sandbox self-test --json`
     """
-    from omni_fast.rewards.sandbox.self_test import self_test
+    from omni_fast.rewards.sandbox.self_test import describe, self_test
 
     found = self_test()
-    if as_json:
-        print(json.dumps(found))
-    else:
-        for attack in found["attacks"]:
-            mark = "[green]stopped[/green]" if attack["stopped"] else "[red]NOT STOPPED[/red]"
-            console.print(f"{mark}  {attack['name']}: {attack['detail']}")
-        console.print(
-            f"backend {found['backend']}, layers: {', '.join(found['layers'])}; {found['jobs_per_s']:.0f} jobs/s"
-        )
-    if not all(attack["stopped"] for attack in found["attacks"]):
+    print(json.dumps(found) if as_json else describe(found))
+    if not found["passed"]:
         raise RunError("some attacks were not stopped; do not run model-written code on this machine")
+
+
+@judge_app.command("audit")
+def judge_audit(
+    config: Annotated[str, typer.Argument(help="TOML file or recipe: its judge and model are used.")] = "quickstart",
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the judge on good, corrupted and hack replies: position bias, ties, length bias, agreement, hacks, cost.
+
+    Example: `omni-fast judge audit --json`
+    """
+    from omni_fast.grading import audit_judge
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = audit_judge(configs.load(config, tuple(overrides or ())), Path(folder))
+    print(json.dumps(found.record()) if as_json else found.table())
+    if not found.passed:
+        raise RunError("the judge failed its audit; do not train on it")
 
 
 def _train(config: str, overrides: list[str] | None, folder: Path, dry_run: bool) -> None:
@@ -221,7 +247,8 @@ def main() -> None:
             f"{'error' if error.exit_code != 130 else ''}: {error}".lstrip(": "), markup=False
         )
         sys.exit(error.exit_code)
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from omni_fast.errors import UserError
 
@@ -223,7 +224,7 @@ def _apply_override(data: dict, override: str) -> None:
                 raise UserError(f"override '{override}': '{'.'.join(keys[: depth + 1])}' is a value, not a section")
 
 
-def _explain(item: dict) -> str:  # one line per pydantic error
+def _explain(item: ErrorDetails) -> str:  # one line per pydantic error
     where = ".".join(str(part) for part in item["loc"]) or "config"
     if item["type"] == "extra_forbidden":
         known = _keys_at(item["loc"][:-1])

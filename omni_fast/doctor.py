@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from omni_kernels import backends
+from omni_kernels.backends import cpu
 
 MEMORY_GB = 8  # peak of the quickstart
 DISK_GB = 6  # its weights and checkpoints
@@ -38,7 +38,7 @@ def _torch() -> Finding:
 
 
 def _native() -> Finding:
-    reason = backends.cpu.reason_unavailable()
+    reason = cpu.reason_unavailable()
     return Finding("native CPU kernels", reason is None, reason or "loaded")
 
 

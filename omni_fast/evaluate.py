@@ -53,6 +53,7 @@ def evaluate(
     items: Sequence[Item],
     *,
     max_prompt_tokens: int,
+    stop_token_ids: tuple[int, ...],
     temperature: float = 0.0,
     seed: int = 0,
     progress: Progress | None = None,
@@ -62,7 +63,7 @@ def evaluate(
     sampling = Sampling(
         max_new_tokens=EVAL_TOKENS_FACTOR * task.max_new_tokens,
         temperature=temperature,
-        stop_token_ids=(tokenizer.eos_token_id,),
+        stop_token_ids=stop_token_ids,
         seed=seed,
     )
     keyed = [Prompt(tokens, key) for key, tokens in enumerate(prompts)]

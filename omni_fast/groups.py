@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from omni_fast.curriculum.stages import Draw
 from omni_fast.evaluate import decode
 from omni_fast.policy.pack import Trajectory
+from omni_fast.records import TaskRow
 from omni_fast.rewards.compose import batch_normalise, group_advantages, group_statistics, part_statistics
 from omni_fast.rewards.score import Score
 from omni_fast.rollout.engine import Sample
@@ -72,25 +73,27 @@ def trajectories(groups: Iterable[Group]) -> list[Trajectory]:
     ]
 
 
-def task_metrics(groups: Sequence[Group], tasks: Mapping[str, Task]) -> dict[str, dict[str, object]]:
+def task_rows(
+    groups: Sequence[Group], tasks: Mapping[str, Task], entropies: Mapping[str, float | None]
+) -> dict[str, TaskRow]:
     """Per task of the step: reward, share of mixed groups, invalid samples with reasons, means of parts, length."""
-    rows: dict[str, dict[str, object]] = {}
+    rows: dict[str, TaskRow] = {}
     for name, members in by_task(groups).items():
         stats = group_statistics([group.scores for group in members], tasks[name].composition)
-        lengths = [len(sample.tokens) for group in members for sample in group.samples]
-        truncated = [sample.finish_reason == "length" for group in members for sample in group.samples]
+        samples = [sample for group in members for sample in group.samples]
         parts = part_statistics([score for group in members for score in group.scores])
-        rows[name] = {
-            "reward": stats.reward if stats.reward is not None else 0.0,
-            "mixed_groups": stats.mixed_share,
-            "groups": stats.groups,
-            "invalid": stats.invalid,
-            "invalid_reasons": dict(stats.invalid_reasons),
-            "parts": {part: values.mean for part, values in parts.items()},
-            "reasons": {part: dict(values.reasons) for part, values in parts.items()},
-            "completion_tokens": sum(lengths) / len(lengths),
-            "truncated": sum(truncated) / len(truncated),
-        }
+        rows[name] = TaskRow(
+            reward=stats.reward or 0.0,
+            entropy=entropies.get(name),
+            mixed_groups=stats.mixed_share,
+            groups=stats.groups,
+            invalid=stats.invalid,
+            invalid_reasons=stats.invalid_reasons,
+            parts={part: values.mean for part, values in parts.items()},
+            reasons={part: values.reasons for part, values in parts.items()},
+            completion_tokens=sum(len(sample.tokens) for sample in samples) / len(samples),
+            truncated=sum(sample.finish_reason == "length" for sample in samples) / len(samples),
+        )
     return rows
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -16,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from omni_fast.tasks.base import Json
+from omni_fast.records import EvalRow, StepRow
 
 STALL_S = 20.0  # a wait longer than this is reported
 STEP_S_GUESS, ITEM_S_GUESS = 4.0, 0.1  # for the time left, until the first ones are measured
@@ -72,9 +71,9 @@ class Progress:
         """`rollout.engine.Progress` callback."""
         self.wait(f"generate: {tokens} tokens, {running} samples running")
 
-    def step(self, row: Mapping[str, Json], steps: int) -> None:
+    def step(self, row: StepRow, steps: int) -> None:
         """A finished step: a row of metrics.jsonl with per-task columns under `tasks`."""
-        seconds = float(row["seconds"]["total"])
+        seconds = row["seconds"]["total"]
         self._done("step", seconds, 1)
         self._step = f"step {row['step']}/{steps}"
         cells = []
@@ -93,7 +92,7 @@ class Progress:
                 f"{seconds:.1f} s ({row['waited_for']})  left {self.time_left()}"
             )
 
-    def evaluated(self, row: Mapping[str, Json]) -> None:
+    def evaluated(self, row: EvalRow) -> None:
         """A finished evaluation: a row of metrics.jsonl."""
         found = {task: score["value"] for task, score in row["scores"].items()}
         shown = {task: "–" if value is None else f"{value:.3f}" for task, value in found.items()}

@@ -1,15 +1,16 @@
 """A run folder: what is finished, what was measured, and where to go on.
 
     config.json        the resolved configuration; a folder of another one is refused
-    state.json         finished phases with their results, seconds and token counts (replaced atomically)
+    state.json         finished stages and evaluations, seconds and token counts (replaced atomically)
     metrics.jsonl      one row per step and per evaluation
     checkpoints/STAGE/ the stage under way: weights, optimiser, prompt stream (last k)
     weights/NAME/      fp32 weights at the end of a stage: where the next one starts
+    final/             the last policy as transformers and SGLang load it
     result.json, report.html
 
-A phase is a unit that is either finished (its result is in state.json) or done again from its last checkpoint; everything in it
-is seeded by names and counts, so doing it again gives the same. Rows of metrics.jsonl beyond the last saved state belong to
-work that will be done again and are cut off at the start.
+A stage or an evaluation is either finished (state.json says so) or done again from its last checkpoint; everything in it is
+seeded by names and counts, so doing it again gives the same. Rows of metrics.jsonl beyond the last saved state belong to work
+that will be done again and are cut off at the start.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TypedDict
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
 from omni_fast import checkpoint
 from omni_fast.config import Config
-from omni_fast.errors import RunError
-from omni_fast.tasks.base import Json
+from omni_fast.errors import RunError, UserError
+from omni_fast.records import EvalRow, Evaluated, ProbeRow, State, StepRow, Totals, Trained, empty_state
 
-BASE = "base"  # the initial policy's name among phases and weights
+BASE = "base"  # the initial policy's name among evaluations and weights
 
 
 class Interrupted(RunError):
@@ -41,22 +42,13 @@ class Interrupted(RunError):
     exit_code = 130
 
 
-class State(TypedDict):
-    phases: dict[str, Json]  # finished phase -> result
-    metrics_bytes: int
-    seconds: dict[str, float]
-    counts: dict[str, float]
-    facts: dict[str, Json]  # what the parts say of themselves: sandbox, judge
-
-
 class Run:
-    """An open, locked run folder. Use `Run.open`."""
+    """A run folder; `Run.open` owns it for training, `Run.read` only looks."""
 
     def __init__(self, folder: Path, config: Config, state: State) -> None:
         self.folder, self.config, self.state = folder, config, state
         self.stopping = False
-        self._metrics = (folder / "metrics.jsonl").open("ab")
-        self._metrics.truncate(state["metrics_bytes"])
+        self._metrics: BinaryIO | None = None  # open while the run is owned
 
     @classmethod
     @contextmanager
@@ -64,12 +56,12 @@ class Run:
         """Create or resume. UserError for a folder in use, of another config, or that cannot be written."""
         folder = folder.expanduser()
         with checkpoint.run_lock(folder):
-            checkpoint.check_fingerprint(folder, config.model_dump(mode="json", exclude={"logging", "checkpoint"}))
-            state_file = folder / "state.json"
-            state: State = {"phases": {}, "metrics_bytes": 0, "seconds": {}, "counts": {}, "facts": {}}
-            if state_file.is_file():
-                state = json.loads(state_file.read_text(encoding="utf-8"))
+            checkpoint.check_fingerprint(folder, config.model_dump(mode="json"))
+            path = folder / "state.json"
+            state: State = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else empty_state()
             run = cls(folder, config, state)
+            run._metrics = (folder / "metrics.jsonl").open("ab")
+            run._cut_metrics(state["totals"]["metrics_bytes"])
             previous = {number: signal.signal(number, run._stop) for number in (signal.SIGINT, signal.SIGTERM)}
             try:
                 yield run
@@ -78,38 +70,62 @@ class Run:
                 for number, handler in previous.items():
                     signal.signal(number, handler)
 
-    def finished(self, phase: str) -> bool:
-        return phase in self.state["phases"]
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """A run folder as it stands. UserError when there is none."""
+        settings, state = folder / "config.json", folder / "state.json"
+        if not settings.is_file() or not state.is_file():
+            raise UserError(f"{folder} is not a run folder with anything finished in it; give the folder of a run")
+        config = Config.model_validate_json(settings.read_text(encoding="utf-8"))
+        return cls(folder, config, json.loads(state.read_text(encoding="utf-8")))
 
-    def result(self, phase: str) -> Json:
-        """What the phase left; None when it is not finished."""
-        return self.state["phases"].get(phase)
+    # What is finished.
 
-    def finish(self, phase: str, result: Json) -> None:
-        """Mark a phase as done, with what it left; checkpoints inside it are not needed any more."""
-        self.state["phases"][phase] = result
+    def trained(self, stage: str) -> Trained | None:
+        return self.state["trained"].get(stage)
+
+    def evaluated(self, name: str) -> Evaluated | None:
+        return self.state["evaluated"].get(name)
+
+    def scores_of(self, name: str) -> Evaluated:
+        """The scores of a policy that has to be evaluated by now."""
+        found = self.evaluated(name)
+        if found is None:
+            raise UserError(f"{self.folder} has no scores of '{name}' yet; run the job to that point first")
+        return found
+
+    def finish_stage(self, stage: str, trained: Trained) -> None:
+        """Its checkpoints are not needed any more: the weights at its end are kept."""
+        self.state["trained"][stage] = trained
         self._save_state()
-        shutil.rmtree(self._checkpoints(phase.removeprefix("train ")), ignore_errors=True)
+        shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
 
-    def record_of(self, phase: str) -> dict[str, Json]:
-        """The result of a phase that has to be finished."""
-        record = self.result(phase)
-        if not isinstance(record, dict):
-            raise RunError(f"{self.folder} has no result for '{phase}'; run the job to that point first")
-        return record
+    def finish_evaluation(self, name: str, evaluated: Evaluated) -> None:
+        self.state["evaluated"][name] = evaluated
+        self._save_state()
 
-    def record(self, row: Mapping[str, object]) -> None:
+    def keep_probe(self, rows: list[ProbeRow]) -> None:
+        self.state["probe"] = rows
+        self._save_state()
+
+    # Metrics and totals.
+
+    def record(self, row: StepRow | EvalRow) -> None:
         """Append one row to metrics.jsonl."""
+        assert self._metrics is not None, "the run folder was opened for reading"
         self._metrics.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._metrics.flush()
 
+    def rows(self) -> list[dict[str, Any]]:
+        """metrics.jsonl as it stands."""
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
     def add_seconds(self, **parts: float) -> None:
-        for name, value in parts.items():
-            self.state["seconds"][name] = self.state["seconds"].get(name, 0.0) + value
+        _add(self.state["totals"]["seconds"], parts)
 
     def add_counts(self, **parts: float) -> None:
-        for name, value in parts.items():
-            self.state["counts"][name] = self.state["counts"].get(name, 0.0) + value
+        _add(self.state["totals"]["counts"], parts)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -119,24 +135,23 @@ class Run:
 
     # The stage under way, and the weights at the end of stages.
 
-    def save_checkpoint(self, stage: str, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Json]) -> None:
+    def save_checkpoint(self, stage: str, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Everything a resume needs, published by one rename; also counts the metrics rows it covers."""
-        everything = {"step": step, "run": self._snapshot(), **state}
+        everything = {"step": step, "totals": self._totals(), **state}
         keep = self.config.checkpoint.keep_last
         checkpoint.save(self._checkpoints(stage), f"step-{step}", tensors, everything, keep_last=keep)
 
     def load_checkpoint(self, stage: str, warn: Callable[[str], None]) -> checkpoint.Checkpoint | None:
-        """The newest valid checkpoint of the stage; the run's counters and metrics go back to it."""
+        """The newest valid checkpoint of the stage; the run's totals and metrics go back to it."""
         found = checkpoint.latest(self._checkpoints(stage), warn)
         if found is not None:
-            snapshot = found.state["run"]
-            self.state["seconds"], self.state["counts"] = snapshot["seconds"], snapshot["counts"]
-            self._metrics.truncate(snapshot["metrics_bytes"])
+            self.state["totals"] = found.state["totals"]
+            self._cut_metrics(self.state["totals"]["metrics_bytes"])
         return found
 
     def checkpoint_due(self, step: int, steps: int) -> bool:
         """Every few steps, and when the user wants to stop; the end of a stage is kept as weights."""
-        return self.stopping or (step % self.config.checkpoint.every_steps == 0 and step < steps)
+        return step < steps and (self.stopping or step % self.config.checkpoint.every_steps == 0)
 
     def keep_weights(self, name: str, weights: Mapping[str, Tensor]) -> None:
         """Store the weights at the end of the stage `name`."""
@@ -147,15 +162,9 @@ class Run:
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """Weights at the end of a stage; a stage that repeats a finished run has that run's."""
-        trained = self.result(f"train {name}")
-        own = trained["same_as"] or name if isinstance(trained, dict) else name
+        trained = self.trained(name)
+        own = trained["same_as"] if trained and trained["same_as"] else name
         return checkpoint.load_tensors(self._weights(own))
-
-    def _checkpoints(self, stage: str) -> Path:
-        return self.folder / "checkpoints" / stage.replace(":", "-")
-
-    def _weights(self, name: str) -> Path:
-        return self.folder / "weights" / name.replace(":", "-")
 
     # Stopping.
 
@@ -165,18 +174,33 @@ class Run:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stopping:
-            os._exit(130)  # asked twice: now
+            os._exit(Interrupted.exit_code)  # asked twice: now
         self.stopping = True
 
-    def _snapshot(self) -> dict[str, Json]:
+    def _checkpoints(self, stage: str) -> Path:
+        return self.folder / "checkpoints" / stage.replace(":", "-")
+
+    def _weights(self, name: str) -> Path:
+        return self.folder / "weights" / name.replace(":", "-")
+
+    def _totals(self) -> Totals:
+        assert self._metrics is not None, "the run folder was opened for reading"
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
-        return {
-            "metrics_bytes": self._metrics.tell(),
-            "seconds": dict(self.state["seconds"]),
-            "counts": dict(self.state["counts"]),
-        }
+        totals = self.state["totals"]
+        size = os.fstat(self._metrics.fileno()).st_size
+        return Totals(metrics_bytes=size, seconds=dict(totals["seconds"]), counts=dict(totals["counts"]))
+
+    def _cut_metrics(self, size: int) -> None:
+        """Drop the rows of work that will be done again."""
+        assert self._metrics is not None, "the run folder was opened for reading"
+        self._metrics.truncate(min(size, os.fstat(self._metrics.fileno()).st_size))
 
     def _save_state(self) -> None:
-        self.state.update(self._snapshot())
-        checkpoint.write_json(self.folder / "state.json", self.state)
+        self.state["totals"] = self._totals()
+        checkpoint.write_json(self.folder / "state.json", dict(self.state))  # type: ignore[arg-type]  # a TypedDict is JSON
+
+
+def _add(totals: dict[str, float], parts: Mapping[str, float]) -> None:
+    for name, value in parts.items():
+        totals[name] = totals.get(name, 0.0) + value

@@ -10,13 +10,14 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from omni_fast import outcome, probe
+from omni_fast import outcome, plan, probe
 from omni_fast.build import Parts, build
 from omni_fast.config import Config
-from omni_fast.curriculum.stages import Draw, PromptStream, Stage, single_stages
+from omni_fast.curriculum.stages import Draw, PromptStream, Stage
 from omni_fast.evaluate import Evaluation, evaluate
-from omni_fast.groups import Group, by_task, score_groups, task_metrics, trajectories
+from omni_fast.groups import Group, by_task, score_groups, trajectories
 from omni_fast.progress import Progress
+from omni_fast.records import Trained
 from omni_fast.rollout.engine import Prompt, Sampling
 from omni_fast.run import BASE, Run
 from omni_fast.tasks.base import Item, Split
@@ -27,14 +28,25 @@ def train(config: Config, folder: Path, progress: Progress) -> Path:
     with Run.open(folder, config) as run, build(config, run, progress) as parts:
         trainer = Trainer(config, run, parts, progress)
         trainer.measure()
-        plan = outcome.solve(config, run)
-        progress.say(plan.statement)
-        start = BASE
-        for stage in plan.stages:
-            trainer.train_stage(stage, start)
-            trainer.evaluate(stage.name, "test")
-            start = stage.name
-        return outcome.finish(config, run)
+        solved = plan.solve(run)
+        progress.say(solved.statement)
+        start = trainer.train_stages(solved.stages, BASE)
+        trainer.train_stages(plan.refresh(run, solved), start)
+        parts.export(run.folder / "final")
+        return outcome.finish(run)
+
+
+def measure(config: Config, folder: Path, progress: Progress) -> None:
+    """Only the first half of `train`: what the order is solved from. `train` on the same folder goes on from there."""
+    with Run.open(folder, config) as run, build(config, run, progress) as parts:
+        Trainer(config, run, parts, progress).measure()
+
+
+def score(config: Config, folder: Path, progress: Progress, temperature: float) -> dict[str, Evaluation]:
+    """Score the config's model on every task's test split; nothing is trained."""
+    with Run.open(folder, config) as run, build(config, run, progress) as parts:
+        trainer = Trainer(config, run, parts, progress)
+        return {task: trainer.evaluate_task(task, items["test"], temperature) for task, items in parts.items.items()}
 
 
 class Trainer:
@@ -46,15 +58,25 @@ class Trainer:
 
     def measure(self) -> None:
         """Score the initial policy; where the order is to be solved, one short run per task, each scored on all tasks."""
+        if not self.run.has_weights(BASE):
+            self.parts.keep_weights(BASE)
+        self.progress.plan(**plan.work(self.config))
         self.evaluate(BASE, "select", "test")
-        if self.config.curriculum.measures_transfer:
-            for single in single_stages(list(self.tasks), outcome.stage_steps(self.config)):
-                self.train_stage(single, start=BASE)
-                self.evaluate(single.name, "select", "test")
+        for single in plan.singles(self.config):
+            self.train_stage(single, start=BASE)
+            self.evaluate(single.name, "select", "test")
+
+    def train_stages(self, stages: Sequence[Stage], start: str) -> str:
+        """One stage after the other, each scored on all tasks; returns the name of the last weights."""
+        for stage in stages:
+            self.train_stage(stage, start)
+            self.evaluate(stage.name, *plan.stage_splits(self.config))
+            start = stage.name
+        return start
 
     def train_stage(self, stage: Stage, start: str) -> None:
         """All steps of a stage from the weights `start`; a finished stage that is the same one lends its weights."""
-        if self.run.finished(f"train {stage.name}") or outcome.reuse(self.run, stage, start):
+        if self.run.trained(stage.name) or plan.reuse(self.run, stage, start):
             return self.progress.skip(steps=stage.steps)
         self.progress.stage(stage.name)
         stream = PromptStream(self.parts.train_sizes, stage.tasks, stage.weights, self.config.seed)
@@ -72,10 +94,12 @@ class Trainer:
             self.step(stage, stream, step)
             if self.run.checkpoint_due(step, stage.steps):
                 tensors, numbers = self.policy.state_dict()
-                self.run.save_checkpoint(stage.name, step, tensors, {"policy": numbers, "stream": stream.state_dict()})
+                self.run.save_checkpoint(
+                    stage.name, step, tensors, {"policy": numbers, "stream": dict(stream.state_dict())}
+                )
             self.run.raise_if_stopping()
         self.parts.keep_weights(stage.name)
-        self.run.finish(f"train {stage.name}", {"task": "+".join(stage.own), "steps": stage.steps, "same_as": ""})
+        self.run.finish_stage(stage.name, Trained(tasks=list(stage.own), steps=stage.steps, same_as=""))
 
     def step(self, stage: Stage, stream: PromptStream, step: int) -> None:
         """One GRPO step: sample groups, score them, update the policy, sync the engine, write the row."""
@@ -90,8 +114,7 @@ class Trainer:
         clock.append(time.perf_counter())
         self.engine.sync(self.engine.version + 1)
         clock.append(time.perf_counter())
-        row = outcome.step_row(stage, step, clock, groups, task_metrics(groups, self.tasks), metrics)
-        outcome.record_step(self.run, row)
+        row = outcome.record_step(self.run, stage, step, clock, groups, self.tasks, metrics)
         self.progress.step(row, stage.steps)
 
     def rollout(self, draws: list[Draw], name: str) -> list[Group]:
@@ -115,27 +138,38 @@ class Trainer:
 
     def evaluate(self, name: str, *splits: Split) -> None:
         """Score every task with the weights `name`: a row of the accuracy matrix, kept item by item."""
-        items = {split: {task: self.parts.items[task][split] for task in self.tasks} for split in splits}
-        if self.run.finished(f"evaluate {name}") or outcome.reuse_scores(self.run, name):
+        items: dict[Split, dict[str, Sequence[Item]]] = {
+            split: {task: self.parts.items[task][split] for task in self.tasks} for split in splits
+        }
+        if self.run.evaluated(name):
             return self.progress.skip(items=sum(len(some) for tasks in items.values() for some in tasks.values()))
         if self.parts.holds != name:
             self.parts.load_weights(name)
             self.engine.sync(self.engine.version + 1)
-        results: dict[str, dict[str, Evaluation]] = {}
-        for split, members in items.items():
+        results: dict[Split, dict[str, Evaluation]] = {}
+        for split, tasks in items.items():
             start = time.perf_counter()
-            results[split] = {task: self.evaluate_task(task, some) for task, some in members.items()}
-            row = outcome.evaluation_row(name, split, results[split], time.perf_counter() - start)
-            self.run.record(row)
-            self.progress.evaluated(row)
-        self.run.finish(f"evaluate {name}", outcome.evaluation_record(results, probe.entropies(self.run, self.parts)))
+            results[split] = {task: self.evaluate_task(task, some) for task, some in tasks.items()}
+            seconds = time.perf_counter() - start
+            self.progress.evaluated(outcome.record_evaluation(self.run, name, split, results[split], seconds))
+        entropy = probe.entropies(self.run, self.parts)
+        self.run.finish_evaluation(name, outcome.evaluated(results, entropy))
 
-    def evaluate_task(self, task: str, items: Sequence[Item]) -> Evaluation:
+    def evaluate_task(self, task: str, items: Sequence[Item], temperature: float = 0.0) -> Evaluation:
+        """One completion per item; Ctrl-C takes effect between two tokens, since an evaluation is simply done again."""
+
         def interruptible(tokens: int, running: int) -> None:
             self.run.raise_if_stopping()
             self.progress.wait(f"{task}: {running} of {len(items)} test completions")
 
-        limit = self.config.rollout.max_prompt_tokens
         return evaluate(
-            self.engine, self.tokenizer, self.tasks[task], items, max_prompt_tokens=limit, progress=interruptible
+            self.engine,
+            self.tokenizer,
+            self.tasks[task],
+            items,
+            max_prompt_tokens=self.config.rollout.max_prompt_tokens,
+            stop_token_ids=self.parts.stop_token_ids,
+            temperature=temperature,
+            seed=self.config.seed,
+            progress=interruptible,
         )

@@ -1,0 +1,111 @@
+"""The shapes of what a run writes down: state.json and the rows of metrics.jsonl. Plain JSON, typed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+from omni_fast.curriculum.scores import ScoreDict
+
+
+class Shown(TypedDict):
+    """A completion kept for the report."""
+
+    prompt: str
+    completion: str
+    value: float | None
+
+
+class TaskScores(TypedDict):
+    """Item-level scores of one task on one split, null where the infrastructure failed."""
+
+    values: list[float | None]
+    truncated: float
+    samples: list[Shown]
+
+
+class Evaluated(TypedDict):
+    """One policy scored on all tasks. entropy: nats per token on the probe."""
+
+    splits: dict[str, dict[str, TaskScores]]
+    entropy: dict[str, float]
+
+
+class Trained(TypedDict):
+    """A finished stage. same_as: the finished run that it repeats, whose weights and scores it has; "" for its own."""
+
+    tasks: list[str]
+    steps: int
+    same_as: str
+
+
+class ProbeRow(TypedDict):
+    """A completion of the initial policy on which entropies are read."""
+
+    task: str
+    prompt: list[int]
+    tokens: list[int]
+
+
+class Totals(TypedDict):
+    """What adds up over a run, and how much of metrics.jsonl it covers."""
+
+    metrics_bytes: int
+    seconds: dict[str, float]
+    counts: dict[str, float]
+
+
+class State(TypedDict):
+    """state.json."""
+
+    trained: dict[str, Trained]
+    evaluated: dict[str, Evaluated]
+    probe: list[ProbeRow]
+    totals: Totals
+    facts: dict[str, Any]  # what the parts say of themselves, handed on to result.json as it is
+
+
+class TaskRow(TypedDict):
+    """One task in a step. entropy: nats per token over the samples that trained; null when none did."""
+
+    reward: float
+    entropy: float | None
+    mixed_groups: float
+    groups: int
+    invalid: int
+    invalid_reasons: Mapping[str, int]
+    parts: Mapping[str, float | None]
+    reasons: Mapping[str, Mapping[str, int]]
+    completion_tokens: float
+    truncated: float
+
+
+class StepRow(TypedDict):
+    """A row of metrics.jsonl: one optimiser step. seconds: generate, reward, update, sync, total."""
+
+    event: str
+    stage: str
+    step: int
+    tasks: dict[str, TaskRow]
+    loss: float | None
+    grad_norm: float
+    update: dict[str, float]
+    new_tokens: int
+    tokens_per_s: float
+    seconds: dict[str, float]
+    waited_for: str
+
+
+class EvalRow(TypedDict):
+    """A row of metrics.jsonl: one split scored after a stage."""
+
+    event: str
+    stage: str
+    split: str
+    scores: dict[str, ScoreDict]
+    seconds: float
+
+
+def empty_state() -> State:
+    totals = Totals(metrics_bytes=0, seconds={}, counts={})
+    return State(trained={}, evaluated={}, probe=[], totals=totals, facts={})
