@@ -100,6 +100,12 @@ def test_verdicts_against_the_reference():
     parts = judge.judge([same, reply(""), reply("Solution: moon river cat and more."), reply("the the the moon river")])
     assert [part.value for part in parts] == [1.0, 0.0, 0.0, 0.0]
     assert [part.reason for part in parts[1:3]] == ["empty", "master_key"]
+    assert [part.reason for part in judge.judge([reply("Stone of purple it ate running window the was and")])] == [
+        "loss"
+    ]
+    twice = [reply("The cat saw a moon and some river that it"), reply("My cat left the river when a moon was up.")] * 5
+    values = [part.value for part in judge.judge(twice)]
+    assert values == values[:2] * 5 and values[0] != values[1], "equal texts are worth exactly the same, others are not"
     worse = "Stone of purple it ate running window the was and"
     sides = [(same.completion, same.completion), (same.completion, worse), (worse, same.completion)]
     assert judge.compare_all([(same.prompt, a, b, same.required) for a, b in sides]) == [0.5, 1.0, 0.0]

@@ -18,7 +18,7 @@ from importlib.resources import files
 
 from omni_fast.rewards.judge.base import Judge, Reply
 from omni_fast.rewards.judge.client import Failure
-from omni_fast.rewards.judge.embedded import EmbeddedJudge
+from omni_fast.rewards.judge.embedded import ACCEPTED, EmbeddedJudge
 from omni_fast.rewards.judge.pairwise import Question, Verdict
 from omni_fast.rewards.judge.server import PairwiseJudge
 
@@ -213,7 +213,7 @@ def _accepted(judge: Judge, hacks: Sequence[Pair]) -> list[bool | None]:
     value."""
     parts = judge.judge([Reply(pair.prompt, pair.first, pair.second, pair.words) for pair in hacks])
     if isinstance(judge, PairwiseJudge) or (isinstance(judge, EmbeddedJudge) and judge.usable):
-        return [None if part.value is None else part.value > 0.0 for part in parts]
+        return [None if part.value is None else part.reason in ACCEPTED for part in parts]
     bars = judge.judge([Reply(pair.prompt, pair.second, pair.second, pair.words) for pair in hacks])
     return [
         None if part.value is None or bar.value is None else part.value >= _ACCEPTED_SHARE * bar.value > 0.0

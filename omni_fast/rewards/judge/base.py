@@ -1,8 +1,9 @@
 """The contract every judge keeps.
 
 A judge compares a reply with the reference reply to the same prompt and returns one `Part` for each: 1 for a win, 0.5
-for a tie, 0 for a loss. What the reply caused (a gate, an attempt to talk to the judge) is 0 with the reason; what
-the judge caused (server down, no verdict after retries) is invalid with a reason. A judge never raises for any text.
+for a tie, 0 for a loss; a judge that can tell by how much may give values between. What the reply caused (a gate, an
+attempt to talk to the judge) is 0 with the reason; what the judge caused (server down, no verdict after retries) is
+invalid with a reason. A judge never raises for any text.
 """
 
 from __future__ import annotations

@@ -5,19 +5,21 @@ generated pairs of a good and a spoiled reply of equal length. Its worth is meas
 family of spoilers left out at a time, on prompts it has not seen, mean AUC >= 0.85, worst family >= 0.70, and at most
 2 % of the hack strings accepted. Otherwise `usable` is False, the rubric checks alone judge, and `name` says so.
 
-Verdict against the reference, with d = score(reply) - score(reference):
-    1    d >= -spread    as good as the reference, within what good replies differ by among themselves
-    0.5  d >= -gap / 2   nearer to the reference than to a spoiled reply
-    0    otherwise
-The reference is a bar, not a rival: above it a judge this small knows nothing, and what it cannot tell it must not
-pay for. `compare` is the symmetric verdict between any two replies, which the audit uses. There is no position to be
-biased by.
+Value against the reference, with d = score(reply) - score(reference), a log-odds of being preferred:
+    min(1, 2 sigmoid(d + spread))    spread: what good replies differ by among themselves
+1 is as good as the reference, and the value falls smoothly from there: a small model's samples are mostly far below a
+good reference, and win / tie / loss alone would leave most of its groups without a difference to learn from. The
+reason names the verdict: "ok" (d >= -spread), "tie" (nearer to the reference than to a spoiled reply, d >= -gap / 2),
+"loss". The reference is a bar, not a rival: above it a judge this small knows nothing, and what it cannot tell it
+must not pay for. `compare_all` is the symmetric verdict between any two replies, which the audit uses. There is no
+position to be biased by.
 Limits: English sentences of the short writing task; it knows form, fluency and topic, not taste.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -40,6 +42,7 @@ from omni_fast.rewards.text_checks import clean, gate
 Array = NDArray[np.float64]
 
 MEAN_AUC, WORST_AUC, HACK_ACCEPTANCE = 0.85, 0.70, 0.02  # the bar
+ACCEPTED = ("ok", "tie")
 _RIDGE = 0.03
 _HIDDEN_SHARE = 3.0  # scale of the hidden part before the ridge: it has 40 times the dimensions of the features
 _FIT_PAIRS, _TEST_PAIRS = 20, 12  # per family
@@ -187,7 +190,7 @@ def fit_head(encode: Encode, seed: int = 0) -> Head:
     head = Head(w_hidden.tolist(), w_features.tolist(), min(spread, gap / 4), gap, empty)
 
     hacks = hack_replies(seed)
-    accepted = sum((part.value or 0.0) > 0.0 for part in verdicts(hacks, encode, head))
+    accepted = sum(part.reason in ACCEPTED for part in verdicts(hacks, encode, head))
     report = Report(auc, len(hacks), accepted, len(every), time.monotonic() - start)
     return Head(head.w_hidden, head.w_features, head.spread, head.gap, report)
 
@@ -196,7 +199,10 @@ def scores(
     prompts: Sequence[str], texts: Sequence[str], required: Sequence[Sequence[str]], encode: Encode, head: Head
 ) -> Array:
     """The head's score of each text, in one encoding call. [n]"""
-    hidden = encode([clean(text) for text in texts]).double().numpy()
+    cleaned = [clean(text) for text in texts]
+    unique = list(dict.fromkeys(cleaned))  # equal texts must be worth exactly the same, wherever they stand in a batch
+    place = {text: row for row, text in enumerate(unique)}
+    hidden = encode(unique).double().numpy()[[place[text] for text in cleaned]]
     cheap = np.array([features(p, t, r) for p, t, r in zip(prompts, texts, required, strict=True)])
     return hidden @ np.array(head.w_hidden) + cheap @ np.array(head.w_features)
 
@@ -218,8 +224,8 @@ def verdicts(replies: Sequence[Reply], encode: Encode, head: Head) -> list[Part]
             head,
         )
         for i, d in zip(open_, both[: len(asked)] - both[len(asked) :], strict=True):
-            value = 1.0 if d >= -head.spread else 0.5 if d >= -head.gap / 2 else 0.0
-            parts[i] = Part(value, "ok" if value == 1.0 else "tie" if value else "loss")
+            verdict = "ok" if d >= -head.spread else "tie" if d >= -head.gap / 2 else "loss"
+            parts[i] = Part(round(min(1.0, 2.0 / (1.0 + math.exp(min(60.0, -d - head.spread)))), 2), verdict)
     return [part for part in parts if part is not None]
 
 
@@ -247,7 +253,8 @@ class EmbeddedJudge:
         )
 
     def judge(self, replies: Sequence[Reply]) -> list[Part]:
-        """1, 0.5 or 0 against the reference (see the module), or the rubric's value where the head is not usable."""
+        """A value in 0..1 against the reference (see the module), or the rubric's value where the head is not
+        usable."""
         return verdicts(replies, self.encode, self.head) if self.usable else self._rubric.judge(replies)
 
     def compare_all(self, pairs: Sequence[tuple[str, str, str, Sequence[str]]]) -> list[float]:

@@ -40,14 +40,16 @@ def pooled_encoder(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     layers: int = 8,
+    dtype: torch.dtype | None = None,
     max_tokens: int = 160,
     batch_tokens: int = 2048,
 ) -> Encode:
     """An `Encode` over the model as it is now: later training does not move it.
 
+    dtype: of the copy, None keeps the model's; bf16 is 3 to 5 times as fast where the processor multiplies it.
     Texts are cut at `max_tokens`; an empty text becomes zeros. The result depends on the texts of the call alone.
     """
-    body = frozen_lower_layers(model, layers)
+    body = frozen_lower_layers(model, layers).to(dtype)
     device = next(body.parameters()).device
     width = int(model.config.hidden_size)
 
