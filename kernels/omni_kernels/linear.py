@@ -61,7 +61,7 @@ class Head:
     def policy_loss_(
         self, logits: Tensor, targets: Tensor, batch: Prepared, spec: LossSpec, want_entropy: bool
     ) -> tuple[Tensor, Tensor | None, Tensor] | None:
-        """(logp, entropy, lse) [C], and logits [C, V] overwritten with the gradient of the loss, in one sweep over them.
+        """(logp, entropy, lse) [C], and logits [C, V] overwritten with the gradient of the loss, in one sweep.
 
         None, and nothing done, where the backend has no such sweep, or none for this loss.
         """
@@ -76,8 +76,8 @@ class Head:
     def backward_(self, logits: Tensor, targets: Tensor, stats: Stats, gradient: Gradient) -> None:
         """Overwrites logits [C, V] with their gradient.
 
-        A backend knows the target's log-prob as z - lse, to the last bit of lse. That is too coarse for 1 - p of a sure
-        target, so its entry is written again from the log-prob of the forward pass, which was formed from shifted logits.
+        A backend knows the target's log-prob as z - lse, to the last bit of lse. That is too coarse for 1 - p of a
+        sure target, so its entry is written again from the forward log-prob, which was formed from shifted logits.
         """
         a, b, z = gradient.a, gradient.b, gradient.z
         column = torch.where(targets == IGNORE, 0, targets)[:, None]

@@ -68,9 +68,9 @@ class Coefficients:
 def policy_loss(
     logp: Tensor, entropy: Tensor | None, tokens: Tokens, spec: LossSpec, lse: Tensor | None = None
 ) -> LossOutput:
-    """The loss of log-probs [N] and, where the spec or a metric wants them, entropies [N] (nats), differentiable in both.
+    """The loss of log-probs [N] and, where the spec or a metric wants them, entropies [N], in nats.
 
-    lse: logsumexp [N] of the logits, needed only for `spec.z_loss`; differentiable too. Any device.
+    lse: logsumexp [N] of the logits, needed only for `spec.z_loss`. Differentiable in all three. Any device.
     """
     if spec.needs_entropy and entropy is None:
         raise ValueError("policy_loss: entropy is None but the spec uses it; pass the entropy [N]")

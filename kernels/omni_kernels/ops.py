@@ -88,8 +88,8 @@ def linear_policy_loss(
     else:
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
-                "linear_policy_loss with grad_scale ran inside a backward pass (recomputation), which would add dW twice; "
-                "call it outside the activation checkpoint"
+                "linear_policy_loss with grad_scale ran inside a backward pass (recomputation), which would add dW "
+                "twice; call it outside the activation checkpoint"
             )
         with torch.no_grad():
             loss, metrics, logp, entropy, dx, db = _policy_into_op(
@@ -119,7 +119,7 @@ def linear_logprob(
 
     Arguments as in `linear_policy_loss`; targets int64 [N], rows of IGNORE (-100) cost nothing and give 0.
     Differentiable in hidden, weight and bias under any upstream gradients: the backward pass computes the logits again
-    (4 GEMMs), leaving out rows whose upstream gradient is 0. main_grad: dW is added to it there; weight.grad stays None.
+    (4 GEMMs), on the CPU without the rows whose upstream gradient is 0. main_grad: dW is added to it there.
     """
     logp, entropy, *_ = _linear_logprob(
         hidden, weight, targets, bias, inv_temperature, softcap, want_entropy, main_grad, batch_invariant,

@@ -1,15 +1,16 @@
 """Heads whose weight is spread over processes: split by vocabulary (tensor parallel), or by FSDP2.
 
-Vocabulary-parallel: each rank of a group holds rows [start, start + V_k) of the weight, of any size, and all ranks hold the
-same hidden states and tokens. Per chunk of rows each rank forms its own logits and statistics; one all-gather of three
-numbers a token (logsumexp, entropy, the target's log-prob) makes them global, merged in rank order on every rank alike, so
-all ranks see the same log-probs bit by bit. The logits are never gathered.
+Vocabulary-parallel: each rank of a group holds rows [start, start + V_k) of the weight, of any size, and all ranks hold
+the same hidden states and tokens. Per chunk of rows each rank forms its own logits and statistics; one all-gather of
+three numbers a token (logsumexp, entropy, the target's log-prob) makes them global, merged in rank order on every rank
+alike, so all ranks see the same log-probs bit by bit. The logits are never gathered.
 
-Who reduces what: dW and dbias are the shard's own, complete. dX of a rank is only its shard's share; with `reduce_dx` (the
-default) it is summed over the group here, in fp32; without, the caller must (say, by a reduce-scatter over the sequence).
+Who reduces what: dW and dbias are the shard's own, complete. dX of a rank is only its shard's share; with `reduce_dx`
+(the default) it is summed over the group here, in fp32; without, the caller must (say, by a reduce-scatter over the
+sequence).
 
-FSDP2: wrap the weight in `PolicyHead` and call that module, so that FSDP's hooks gather the weight. Handing an FSDP shard to
-the functions of this package is an error, not a gather behind your back.
+FSDP2: wrap the weight in `PolicyHead` and call that module, so that FSDP's hooks gather the weight. Handing an FSDP shard
+to the functions of this package is an error, not a gather behind your back.
 
 Limits: not traceable by torch.compile; needs torch.distributed.
 """
@@ -86,8 +87,7 @@ class PolicyHead(nn.Module):
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
-        self.weight = weight
-        self.register_parameter("bias", bias)
+        self.weight, self.bias = weight, bias
 
     def forward(self, hidden: Tensor, tokens: Tokens, spec: LossSpec, **options: Any) -> LossOutput:
         """Options are those of `linear_policy_loss`."""
@@ -134,7 +134,7 @@ class _ShardedHead(Head):
         return logp, entropy, torch.where(used, total, 0).to(lse.dtype)
 
     def backward_(self, logits: Tensor, targets: Tensor, stats: Stats, gradient: Gradient) -> None:
-        """As for a whole head. Where the target is another rank's, the row kernel took column 0 for it: it is rewritten."""
+        """As for a whole head. Where the target is another rank's, column 0 stood in for it and is rewritten."""
         local, owned = self._localised(logits, targets)
         u = logits[:, 0].to(stats.lse.dtype)
         bent = None if self.softcap is None else torch.tanh(u / self.softcap)
@@ -209,7 +209,7 @@ def _head(
 ) -> _ShardedHead:  # fmt: skip
     if shard.start < 0 or shard.start + len(weight) > shard.vocab or len(weight) == 0:
         rows = f"[{shard.start}, {shard.start + len(weight)})"
-        raise ValueError(f"the shard holds rows {rows} of a vocabulary of {shard.vocab}; give each rank some rows of it")
+        raise ValueError(f"the shard holds rows {rows} of a vocabulary of {shard.vocab}; give each rank rows of it")
     if isinstance(inv_temperature, Tensor):
         inv_temperature = inv_temperature.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
     module = backends.select(hidden.device, hidden.dtype, backend)

@@ -17,7 +17,7 @@ class Plan:
 
     chunk_rows: rows of logits that exist at a time; workspace_bytes: what they take.
     gemms: matrix products of rows x hidden x vocab; 3, or 4 where logits are computed again for the gradient.
-    flops, traffic_bytes: of the GEMMs / of the logits and the accumulated weight gradient, beyond what the GEMMs stream.
+    flops, traffic_bytes: of the GEMMs / of the logits and the accumulated weight gradient.
     """
 
     rows: int

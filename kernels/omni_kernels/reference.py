@@ -25,9 +25,10 @@ def logprob(
     z = z * (inv_temperature.double()[used, None] if isinstance(inv_temperature, Tensor) else inv_temperature)
     log_p = torch.log_softmax(z, dim=-1)
     picked = log_p.gather(-1, targets[used, None])[:, 0]
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    outputs = (picked, entropy, torch.logsumexp(z, dim=-1))
-    return tuple(torch.zeros(len(targets), dtype=torch.float64).masked_scatter(used, v) for v in outputs)  # type: ignore[return-value]
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
+    nothing = torch.zeros(len(targets), dtype=torch.float64, device=logits.device)
+    logp, h, lse = (nothing.masked_scatter(used, v) for v in (picked, entropy, torch.logsumexp(z, dim=-1)))
+    return logp, h, lse
 
 
 def head(
@@ -45,7 +46,8 @@ def policy_loss(
     """The loss, scalar; its gradient in logp, entropy and lse is autograd's."""
     old = logp.detach() if tokens.old is None else tokens.old
     members = _sequences(tokens)
-    kept, weight = _corrections(logp.detach(), None if entropy is None else entropy.detach(), old, members, tokens, spec)
+    seen = None if entropy is None else entropy.detach()
+    kept, weight = _corrections(logp.detach(), seen, old, members, tokens, spec)
     total = logp.new_zeros(())
     counted_tokens = counted_sequences = 0
     for index in members:

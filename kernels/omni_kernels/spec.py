@@ -102,7 +102,8 @@ class LossSpec:
     def decode(encoded: str) -> LossSpec:
         """The spec of `LossSpec.encoded`: how a spec passes through a torch operator, which takes no objects."""
         values: dict[str, Any] = json.loads(encoded)
-        return LossSpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        values |= {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
+        return LossSpec(**values)
 
     @classmethod
     def preset(cls, name: str, **changes: object) -> LossSpec:

@@ -11,6 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
 from omni_kernels import IGNORE, LossSpec, Tokens, linear_logprob, linear_policy_loss
 from omni_kernels.parallel import (
     PolicyHead,
@@ -19,10 +24,6 @@ from omni_kernels.parallel import (
     vocab_parallel_policy_loss,
     vocab_shard,
 )
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 N, H, V = 40, 12, 101
 BOUNDS = {2: (0, 77, 101), 3: (0, 1, 60, 101)}  # uneven, one of them a single row
