@@ -1,8 +1,9 @@
 """A pool of killable processes around math-verify, so that no string can stall or exhaust the trainer.
 
-Each worker is driven by one thread; a request that takes longer than `timeout_s` ends with SIGKILL from outside, which
-works inside a single long C call too. A worker that dies under a request gets it once more; dying twice is the
-request's doing.
+Each worker is driven by one thread. A request may use `timeout_s` of processor time, after which the kernel ends the
+worker; a request that gets no answer for several times as long on the clock, because the machine is too busy or
+something is stuck, is killed from here and invalid. A worker that dies under a request gets it once more; dying twice
+is the request's doing.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from queue import SimpleQueue
 from typing import Literal, cast
 
 Verdict = Literal["ok", "wrong", "memory", "timeout", "crash", "worker_lost"]
-START_S = 60.0  # importing sympy on a busy machine
+PATIENCE = 30  # the clock's limit in units of the limit on processor time
+START_S = 120.0  # importing sympy on a busy machine
 _CACHE_SIZE = 65536
 
 
 class _Lost(Exception):
-    """The worker cannot be started: nobody's doing but the machine's."""
+    """The worker cannot be started or gets no processor: nobody's doing but the machine's."""
 
 
 class _Died(Exception):
@@ -38,32 +40,34 @@ class _Died(Exception):
 class _Worker:
     """One outer process and the inner one that answers. For one thread at a time."""
 
-    def __init__(self, memory_bytes: int) -> None:
+    def __init__(self, memory_bytes: int, timeout_s: float) -> None:
         self._memory_bytes = memory_bytes
+        self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
-        self._inner = 0
+        self.inner = 0
         self._buffer = b""
 
-    def check(self, gold: str, answer: str, timeout_s: float) -> Verdict:
+    def check(self, gold: str, answer: str) -> Verdict:
         """Raises _Lost or _Died; the next call starts a new worker."""
         process = self._running()
         assert process.stdin is not None
         try:
             process.stdin.write(json.dumps([gold, answer]).encode("ascii") + b"\n")
             process.stdin.flush()
-            line = self._line(timeout_s)
+            line = self._line(self._timeout_s * PATIENCE)
         except OSError:
             self.stop()
             raise _Died from None
         if line is None:
-            # SIGKILL works where math-verify's own alarm cannot: inside one long C call.
-            os.kill(self._inner, signal.SIGKILL)
+            self.stop()
+            raise _Lost("no answer within the time on the clock")
+        if line == "timeout":
             self._await_ready()
             return "timeout"
         if line in ("ok", "wrong", "memory"):
             return cast(Verdict, line)
         if line.startswith("ready "):  # the inner process died of the request and the next one reports
-            self._inner = int(line[6:])
+            self.inner = int(line[6:])
         raise _Died
 
     def stop(self) -> None:
@@ -84,7 +88,13 @@ class _Worker:
         self._buffer = b""
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py")), str(self._memory_bytes)],
+                [
+                    sys.executable,
+                    "-P",
+                    str(Path(__file__).with_name("math_worker.py")),
+                    str(self._memory_bytes),
+                    str(self._timeout_s),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -104,7 +114,7 @@ class _Worker:
         if line is None or not line.startswith("ready "):
             self.stop()
             raise _Lost("the worker did not start")
-        self._inner = int(line[6:])
+        self.inner = int(line[6:])
 
     def _line(self, timeout_s: float) -> str | None:
         """The next line, or None after the time limit. Raises OSError at the end of the output."""
@@ -136,13 +146,13 @@ class MathPool:
         self._known: dict[tuple[str, str], Verdict] = {}
 
     def check(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """One verdict per (gold, answer), in order. Takes at most about `timeout_s` per pair and worker."""
+        """One verdict per (gold, answer), in order. Takes about `timeout_s` per pair and worker at most."""
         with self._lock:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="math")
                 self._free = SimpleQueue()
                 for _ in range(self.workers):
-                    self._free.put(_Worker(self._memory_bytes))
+                    self._free.put(_Worker(self._memory_bytes, self.timeout_s))
             threads = self._threads
         wanted = [pair for pair in dict.fromkeys(pairs) if pair not in self._known]
         found = dict(zip(wanted, threads.map(self._check_one, wanted), strict=True))
@@ -156,7 +166,7 @@ class MathPool:
         try:
             for _ in range(2):
                 with contextlib.suppress(_Died):
-                    return worker.check(*pair, timeout_s=self.timeout_s)
+                    return worker.check(*pair)
             return "crash"
         except _Lost:
             return "worker_lost"

@@ -2,12 +2,16 @@
 
 import os
 import signal
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from omni_fast.rewards import math_pool
 from omni_fast.rewards.math import (
     MathVerifier,
     compare_fast,
@@ -106,6 +110,24 @@ def test_verdicts(verifier, gold, completion, expected):
     assert verifier.score([completion], [gold]) == [expected]
 
 
+def test_the_quick_grammar_reads_what_the_full_one_reads():
+    """Fast prediction alone stops half-way in most of these."""
+    texts = ["3x^2-2x", "x^2+2x+1", r"\int_0^1 x dx", "a_1 + a_2", "f(x)=x^2", "(1,7)", r"\frac{d}{dx} x^2", "x=5", "("]
+    program = (
+        "import sys, importlib.util as u; import math_verify.parser as p\n"
+        "spec = u.spec_from_file_location('worker', sys.argv[1]); worker = u.module_from_spec(spec)\n"
+        "spec.loader.exec_module(worker)\n"
+        "def read(text):\n"
+        "    p.parse_latex_cached.cache_clear(); p.extract_latex.cache_clear()\n"
+        "    return repr(p.parse(f'${text}$', parsing_timeout=None))\n"
+        "plain = [read(text) for text in sys.argv[2:]]\n"
+        "worker.quicken()\n"
+        "assert [read(text) for text in sys.argv[2:]] == plain\n"
+    )
+    worker = Path(math_pool.__file__).with_name("math_worker.py")
+    subprocess.run([sys.executable, "-P", "-c", program, str(worker), *texts], check=True, capture_output=True)
+
+
 def test_a_batch_keeps_its_order(verifier):
     completions = [r"\boxed{x+x}", "#### 4", "", r"\boxed{y}", "#### 5", r"\boxed{2x}"]
     golds = ["2x", "4", "1", "2x", "4", "2x"]
@@ -122,7 +144,7 @@ def test_a_lost_worker_is_replaced():
     pool = MathPool(workers=1)
     assert pool.check([("x+x", "2x")]) == ["ok"]
     worker = pool._free.get()
-    os.kill(worker._inner, signal.SIGKILL)
+    os.kill(worker.inner, signal.SIGKILL)
     pool._free.put(worker)
     assert pool.check([("x+x+x", "3x")]) == ["ok"]
     worker = pool._free.get()
