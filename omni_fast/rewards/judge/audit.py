@@ -114,10 +114,10 @@ class Audit:
     def table(self) -> str:
         """For a terminal."""
         lines = [f"judge: {self.judge}", ""]
-        lines += [f"{name.replace('_', ' '):<24}{share}" for name, share in self._shares().items()]
+        lines += [f"{name.replace('_', ' '):<26}{share}" for name, share in self._shares().items()]
         lines += ["", "agreement by kind of flaw"]
         lines += [
-            f"  {name:<22}{share}" for name, share in sorted(self.families.items(), key=lambda row: row[1].value or 0)
+            f"  {name:<24}{share}" for name, share in sorted(self.families.items(), key=lambda row: row[1].value or 0)
         ]
         cost = 1000 * self.seconds / max(1, self.verdicts)
         lines += ["", f"{self.verdicts} verdicts in {self.seconds:.1f} s, {cost:.1f} ms each"]
