@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from omni_fast.errors import UserError
 from omni_fast.policy import tree_attention
 from omni_fast.policy.pack import Share, Trajectory, pack, partition
-from omni_kernels import LossSpec, Tokens, linear_policy_loss, policy_loss
+from omni_kernels import LossSpec, Tokens, policy_loss
 
 Models = Callable[..., LlamaForCausalLM]
 
@@ -63,10 +63,15 @@ def test_each_token_once_within_the_budget(
             assert len(paths) == len(inner)
 
 
-@given(raw=groups, block=st.sampled_from([1, 3, 64]), share=st.sampled_from(["tree", "prompt", "none"]))
-@settings(deadline=None, max_examples=25)
+@given(
+    raw=groups,
+    block=st.sampled_from([1, 3, 64]),
+    keep=st.sampled_from([0, 1024]),
+    share=st.sampled_from(["tree", "prompt", "none"]),
+)
+@settings(deadline=None, max_examples=30)
 def test_gradients_equal_plain_forward_per_sample(
-    build_model: Models, raw: list[tuple[list[int], list[list[int]]]], block: int, share: Share
+    build_model: Models, raw: list[tuple[list[int], list[list[int]]]], block: int, keep: int, share: Share
 ) -> None:
     model = build_model().double()
     trajectories = build(raw)
@@ -86,22 +91,22 @@ def test_gradients_equal_plain_forward_per_sample(
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
 
-    original = tree_attention.BLOCK_ROWS
-    tree_attention.BLOCK_ROWS = block
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree_attention, "BLOCK_ROWS", block)
+        patch.setattr(tree_attention, "KEEP_COLUMNS", keep)
         batches = pack(trajectories, tokens_per_microbatch=40, share=share)
-    finally:
-        tree_attention.BLOCK_ROWS = original
-    model.config._attn_implementation = tree_attention.NAME
-    packed_loss = 0.0
-    for batch in batches:
-        hidden = model.model(
-            input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False, tree=batch.layout
-        ).last_hidden_state[0]
-        flat = Tokens(batch.targets, batch.advantages.double(), sequences=batch.sequences, denominator=total)
-        out = linear_policy_loss(hidden[batch.predicts], model.lm_head.weight, flat, spec, backend="torch")
-        out.loss.backward()
-        packed_loss += out.loss.item()
+        model.config._attn_implementation = tree_attention.NAME
+        packed_loss = 0.0
+        for batch in batches:
+            hidden = model.model(
+                input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False, tree=batch.layout
+            ).last_hidden_state[0]
+            flat = Tokens(batch.targets, batch.advantages.double(), sequences=batch.sequences, denominator=total)
+            logp = model.lm_head(hidden[batch.predicts]).log_softmax(-1)
+            entropy = -(logp.exp() * logp).sum(-1)
+            out = policy_loss(logp.gather(1, batch.targets[:, None])[:, 0], entropy, flat, spec)
+            out.loss.backward()
+            packed_loss += out.loss.item()
     assert packed_loss == pytest.approx(plain_loss, abs=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-6, msg=name)
@@ -162,3 +167,18 @@ def test_unsupported_attention_is_refused() -> None:
     layout = pack([Trajectory([1, 2], [1, 2], [0.0] * 2, 1.0, 0)], tokens_per_microbatch=10)[0].layout
     with pytest.raises(ValueError, match="window"):
         tree_attention.tree_attention(torch.nn.Identity(), x, x, x, None, tree=layout, sliding_window=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_and_direct_attention_agree(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    trajectories = [Trajectory(range(1, 90), [n, 1, 2, n, 3], [0.0] * 5, 1.0, 0) for n in range(7)]
+    layout = pack(trajectories, tokens_per_microbatch=500)[0].layout
+    states = [torch.randn(len(layout.place), heads, 8, dtype=dtype, requires_grad=True) for heads in (6, 2, 2)]
+    results = []
+    for attend in (tree_attention._fused, tree_attention._Direct.apply):
+        out = attend(*states, layout, 0.3)
+        results.append((out, *torch.autograd.grad(out, states, torch.ones_like(out) / 10)))
+    for fused, direct in zip(*results, strict=True):
+        tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(direct, fused, rtol=tolerance, atol=tolerance)
