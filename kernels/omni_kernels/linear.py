@@ -15,7 +15,6 @@ picks its kernels by shape; `tile_rows` fixes the shape of what it sees, and wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -27,6 +26,7 @@ from omni_kernels.metrics import METRICS
 from omni_kernels.plan import Plan, plan
 from omni_kernels.spec import IGNORE, LossSpec, Tokens
 
+_PANEL_BYTES = 4 << 20  # of fp32 dW
 _COMPACT_BELOW = 0.9  # share of rows with a gradient below which gathering them pays
 
 
@@ -131,18 +131,21 @@ class Gradient:
 class Matrices:
     """The operands of the GEMMs, and the gradients as they grow chunk by chunk.
 
-    into: an fp32 [V, H] tensor that dW * scale is added to instead of a fresh one.
+    chunk_rows: most rows at a time; a fresh large tensor costs a CPU as much in page faults as the GEMM that fills it, so
+    all chunks share one buffer of logits: those of the last call are gone.
+    once: all rows come in one chunk, so dW is a plain product.  into: an fp32 [V, H] tensor that dW * scale is added to.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-        needs: tuple[bool, bool, bool] = (False, False, False), tile_rows: int = 0, into: Tensor | None = None,
-        scale: float = 1.0,
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int,
+        needs: tuple[bool, bool, bool] = (False, False, False), tile_rows: int = 0, once: bool = False,
+        into: Tensor | None = None, scale: float = 1.0,
     ) -> None:  # fmt: skip
-        self.hidden, self.tile_rows, self.scale = hidden, tile_rows, scale
+        self.hidden, self.tile_rows, self.once, self.scale = hidden, tile_rows, once, scale
         self.weight = weight.to(hidden.dtype)
         self.bias = None if bias is None else bias.to(hidden.dtype)
         self.need_dx, self.need_dw, self.need_db = needs
+        self.buffer = hidden.new_empty(chunk_rows, len(weight))
         self.dx = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if self.need_dx else None
         self.dw: Tensor | None = into
         self.db: Tensor | None = None
@@ -152,37 +155,53 @@ class Matrices:
         return self.need_dx or self.need_dw or self.need_db
 
     def logits(self, rows: Tensor | slice) -> Tensor:
-        """[C, V] of some rows."""
-        logits = self._product(self.hidden[rows], self.weight.t())
+        """[C, V] of some rows, in the shared buffer."""
+        x = self.hidden[rows]
+        logits = self._product(x, self.weight.t(), self.buffer[: len(x)])
         return logits if self.bias is None else logits.add_(self.bias)
 
     def add(self, dlogits: Tensor, rows: Tensor | slice) -> None:
         """Takes dlogits [C, V] of some rows into dX, dW and the bias gradient."""
+        x = self.hidden[rows]
         if self.dx is not None:
-            self.dx[rows] = self._product(dlogits, self.weight)
-        if self.need_dw:
-            part = self._weight_part(dlogits, self.hidden[rows])
-            if self.dw is None:
-                self.dw = part
+            if isinstance(rows, slice):
+                self._product(dlogits, self.weight, self.dx[rows])
             else:
-                if self.dw.dtype not in (torch.float32, torch.float64):
-                    self.dw = self.dw.float()
-                self.dw.add_(part, alpha=self.scale)
+                self.dx[rows] = self._product(dlogits, self.weight, torch.empty_like(x))
+        if self.need_dw:
+            self._add_dw(dlogits, x)
         if self.need_db:
-            total = dlogits.sum(0, dtype=torch.float64 if dlogits.dtype == torch.float64 else torch.float32)
+            total = dlogits.sum(0, dtype=_wide(dlogits.dtype))
             self.db = total if self.db is None else self.db.add_(total)
 
-    @staticmethod
-    def _weight_part(dlogits: Tensor, x: Tensor) -> Tensor:
-        if dlogits.is_cuda and dlogits.dtype in (torch.bfloat16, torch.float16):
-            return torch.mm(dlogits.t(), x, out_dtype=torch.float32)
-        return torch.mm(dlogits.t(), x)  # on a CPU each chunk's part is rounded to the dtype of hidden, the sum is not
+    def _add_dw(self, dlogits: Tensor, x: Tensor) -> None:
+        wide = _wide(x.dtype)
+        if self.dw is None and (self.once or x.dtype == wide):
+            self.dw = torch.mm(dlogits.t(), x)
+            return
+        if self.dw is None:
+            self.dw = torch.zeros(dlogits.shape[1], x.shape[1], dtype=wide, device=x.device)
+        if x.dtype == self.dw.dtype:
+            self.dw.addmm_(dlogits.t(), x, alpha=self.scale)
+        elif x.is_cuda:
+            self.dw.add_(torch.mm(dlogits.t(), x, out_dtype=wide), alpha=self.scale)
+        else:
+            self._add_dw_by_panels(self.dw, dlogits, x)
 
-    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+    def _add_dw_by_panels(self, dw: Tensor, dlogits: Tensor, x: Tensor) -> None:
+        """A CPU GEMM rounds its result to bf16; the sum over chunks stays fp32. Panels of it stay in cache on the way."""
+        height = min(len(dw), max(1, _PANEL_BYTES // (4 * x.shape[1])))
+        part, wide = x.new_empty(height, x.shape[1]), dw.new_empty(height, x.shape[1])
+        for start in range(0, len(dw), height):
+            rows = slice(start, min(len(dw), start + height))
+            count = rows.stop - rows.start
+            torch.mm(dlogits[:, rows].t(), x, out=part[:count])
+            dw[rows].add_(wide[:count].copy_(part[:count]), alpha=self.scale)  # add_ of bf16 to fp32 is not vectorised
+
+    def _product(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
         tile = self.tile_rows
         if tile == 0:
-            return torch.mm(left, right)
-        out = left.new_empty(len(left), right.shape[1])
+            return torch.mm(left, right, out=out)
         for start in range(0, len(left), tile):
             part = left[start : start + tile]
             count = len(part)
@@ -217,10 +236,12 @@ def policy_head(
     head.check_targets(targets, weight)
     if rows is not None:
         hidden, head = hidden[rows], head.at(rows)
-    m = Matrices(hidden, weight, bias, needs, head.tile_rows, into, scale)
-    stats = _empty_stats(len(hidden), dtype, hidden.device, want_entropy)
     by_row = row_wise(tokens, spec)
-    chunks = list(_chunks(hidden, weight, head, by_row))
+    chunks = _chunks(hidden, weight, head, by_row)
+    m = Matrices(
+        hidden, weight, bias, _most(chunks), needs, head.tile_rows, len(chunks) == 1 and into is None, into, scale
+    )
+    stats = _empty_stats(len(hidden), dtype, hidden.device, want_entropy)
 
     if by_row:
         batch = prepare(tokens, spec, dtype)
@@ -271,10 +292,11 @@ def logprob_forward(
     rows = None if targets.is_cuda else _subset(targets != IGNORE)
     if rows is not None:
         hidden, targets, head = hidden[rows], targets[rows], head.at(rows)
-    m = Matrices(hidden, weight, bias, tile_rows=head.tile_rows)
+    chunks = _chunks(hidden, weight, head, True)
+    m = Matrices(hidden, weight, bias, _most(chunks), tile_rows=head.tile_rows)
     stats = _empty_stats(len(hidden), _wide(hidden.dtype), hidden.device, want_entropy)
     parts = []
-    for chunk in _chunks(hidden, weight, head, True):
+    for chunk in chunks:
         logits, _ = _forward(m, head, targets, stats, chunk)
         if top_k is not None:
             parts.append(extras(logits, targets[chunk], stats.lse[chunk], head.at(chunk), top_k))
@@ -287,15 +309,16 @@ def logprob_forward(
 
 def logprob_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, stats: Stats, gradient: Gradient, head: Head,
-    needs: tuple[bool, bool, bool], into: Tensor | None = None,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dX, dW, dbias), the wanted ones, of any upstream gradient; the logits are computed again."""
     n = len(hidden)
     rows = None if targets.is_cuda else _subset((targets != IGNORE) & gradient.live())
     if rows is not None:
         hidden, targets, stats, gradient, head = hidden[rows], targets[rows], stats[rows], gradient[rows], head.at(rows)
-    m = Matrices(hidden, weight, bias, needs, head.tile_rows, into)
-    for chunk in _chunks(hidden, weight, head, True):
+    chunks = _chunks(hidden, weight, head, True)
+    m = Matrices(hidden, weight, bias, _most(chunks), needs, head.tile_rows, len(chunks) == 1)
+    for chunk in chunks:
         _backward(m, head, None, targets, stats, gradient[chunk], chunk)
     return _gradients(m, weight, bias, rows, n)
 
@@ -413,14 +436,17 @@ def _scattered(stats: Stats, rows: Tensor | None, n: int) -> Stats:
     return Stats(_scatter(stats.logp, rows, n), entropy, _scatter(stats.lse, rows, n))
 
 
-def _chunks(hidden: Tensor, weight: Tensor, head: Head, by_row: bool) -> Iterator[slice]:
+def _chunks(hidden: Tensor, weight: Tensor, head: Head, by_row: bool) -> list[slice]:
     """Slices of the rows whose logits fit the workspace; at least one, so that 0 rows have a loss too."""
     n = len(hidden)
     size = head.plan(n, hidden, weight, by_row).chunk_rows
     if head.tile_rows:
         size = max(head.tile_rows, size // head.tile_rows * head.tile_rows)
-    for start in range(0, max(n, 1), size):
-        yield slice(start, min(n, start + size))
+    return [slice(start, min(n, start + size)) for start in range(0, max(n, 1), size)]
+
+
+def _most(chunks: list[slice]) -> int:
+    return max(c.stop - c.start for c in chunks)
 
 
 def check_range(targets: Tensor, vocab: int) -> None:
