@@ -1,6 +1,6 @@
 """A run folder: what is finished, what was measured, and where to go on.
 
-    config.json        the resolved configuration; a folder of another one is refused
+    fingerprint.json   the resolved configuration; a folder of another one is refused
     state.json         finished stages and evaluations, seconds and token counts (replaced atomically)
     metrics.jsonl      one row per step and per evaluation
     checkpoints/STAGE/ the stage under way: weights, optimiser, prompt stream (last k)
@@ -73,7 +73,7 @@ class Run:
     @classmethod
     def read(cls, folder: Path) -> Run:
         """A run folder as it stands. UserError when there is none."""
-        settings, state = folder / "config.json", folder / "state.json"
+        settings, state = folder / "fingerprint.json", folder / "state.json"
         if not settings.is_file() or not state.is_file():
             raise UserError(f"{folder} is not a run folder with anything finished in it; give the folder of a run")
         config = Config.model_validate_json(settings.read_text(encoding="utf-8"))

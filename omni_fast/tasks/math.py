@@ -22,7 +22,13 @@ from omni_fast.tasks.splits import Sizes, partition, take
 
 LEVELS = ("default", "tiny", "gym")
 GYM = ("chain_sum", "basic_arithmetic", "gcd", "leg_counting")  # of reasoning-gym; integers, an answer in a few tokens
-_TINY_SIZES = Sizes(train=90, select=12, test=24)
+_SIZES = Sizes(train=216, select=56, test=128)
+_WORDINGS = tuple(
+    f"{ask} Answer with just the number." for ask in ("What is {a} {op} {b}?", "How much is {a} {op} {b}?", "Work out {a} {op} {b}.")
+)
+_TINY_WORDINGS = ("{a}{op}{b}=",)
+_SIZES = Sizes(train=400, select=48, test=120)
+_TINY_SIZES = Sizes(train=60, select=20, test=50)
 
 
 class MathTask:
@@ -49,7 +55,8 @@ class MathTask:
         self.verifier = verifier
         rng = random.Random(f"math:{level}:{seed}")
         pools = _gym(seed, sizes or Sizes()) if level == "gym" else _arithmetic(level, rng)
-        self._items = take(name, pools, sizes or (_TINY_SIZES if level == "tiny" else Sizes()))
+        own = {"default": _SIZES, "tiny": _TINY_SIZES, "gym": Sizes()}[level]
+        self._items = take(name, pools, sizes or own)
 
     def items(self, split: Split) -> Sequence[Item]:
         return self._items[split]
@@ -63,29 +70,34 @@ class MathTask:
 
 
 def _arithmetic(level: str, rng: random.Random) -> dict[Split, list[Item]]:
-    """All problems over the level's operands, cut by pair of operands."""
-    if level == "tiny":
-        pairs = list(combinations_with_replacement(range(10), 2))
-        template = "{a}{op}{b}="
-    else:
-        pairs = list(combinations_with_replacement(range(1, 23), 2))
-        template = "What is {a} {op} {b}? Answer with just the number."
-    shares: dict[Split, float] = {"train": 0.64, "select": 0.12, "test": 0.24}
+    """All problems over the level's operands, cut by pair of operands.
+
+    Training meets every problem in all wordings; a held-out problem has one, so that its items are independent.
+    """
+    tiny = level == "tiny"
+    wordings = _TINY_WORDINGS if tiny else _WORDINGS
+    shares: dict[Split, float] = {"train": 0.43, "select": 0.17, "test": 0.4}
     pools: dict[Split, list[Item]] = {}
+    pairs = list(combinations_with_replacement(range(10 if tiny else 13), 2))
     for split, own in partition(pairs, shares, rng).items():
-        problems = [problem for pair in own for problem in _problems(*pair, tiny=level == "tiny")]
-        rng.shuffle(problems)
+        asked = [
+            (problem, wording)
+            for pair in own
+            for problem in _problems(*pair, tiny=tiny)
+            for wording in (wordings if split == "train" else (rng.choice(wordings),))
+        ]
+        rng.shuffle(asked)
         pools[split] = [
-            Item(f"{a}{op}{b}", template.format(a=a, op=op, b=b), {"gold": str(result)})
-            for a, op, b, result in problems
+            Item(f"{a}{op}{b}/{wordings.index(wording)}", wording.format(a=a, op=op, b=b), {"gold": str(result)})
+            for (a, op, b, result), wording in asked
         ]
     return pools
 
 
 def _problems(low: int, high: int, tiny: bool) -> list[tuple[int, str, int, int]]:
-    """Every problem with these two operands, low <= high; products only where both are in 2..9."""
+    """Every problem with these two operands, low <= high; products only where both are in 2..10."""
     found = {(low, "+", high, low + high), (high, "+", low, low + high), (high, "-", low, high - low)}
-    if not tiny and low >= 2 and high <= 9:
+    if not tiny and low >= 2 and high <= 10:
         found |= {(low, "*", high, low * high), (high, "*", low, low * high)}
     return sorted(found)
 
