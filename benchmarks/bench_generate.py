@@ -210,9 +210,9 @@ def main() -> None:
                     f"x{row['ratio_to_best_peer']} of the peer  {row['ratio_to_limit']} of the limit",
                     flush=True,
                 )
+            if arguments.output is not None:  # after each case: a run cut short keeps what it has
+                arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
         engine.close()
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def machine_name() -> str:
