@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
-.PHONY: quickstart setup test test-real lint bench gpu clean
+.PHONY: quickstart setup test test-real lint bench clean
 .DEFAULT_GOAL := quickstart
 
 setup: $(STAMP)
@@ -29,10 +29,7 @@ test-real: setup
 	$(BIN)/python -m pytest --override-ini addopts="-q --strict-markers --import-mode=importlib" tests/real
 
 bench: setup
-	$(BIN)/python -m benchmarks.run
-
-gpu:
-	@bash benchmarks/gpu.sh
+	@for question in benchmarks/bench_*.py; do echo "== $$question"; $(BIN)/python $$question || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist

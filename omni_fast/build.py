@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,13 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from omni_fast.config import Config
 from omni_fast.curriculum.stages import Draw
-from omni_fast.evaluate import tokenise
+from omni_fast.evaluate import EVAL_TOKENS_FACTOR, Evaluation, evaluate, tokenise
 from omni_fast.grading import Grading
-from omni_fast.groups import Group
+from omni_fast.groups import Group, by_task
 from omni_fast.policy.model import load, stop_tokens
 from omni_fast.policy.tiny import tiny_model
 from omni_fast.policy.update import Policy
 from omni_fast.progress import Progress
+from omni_fast.rollout.engine import Prompt, Sampling
 from omni_fast.rollout.local import LocalEngine
 from omni_fast.run import BASE, Run
 from omni_fast.tasks import build_tasks
@@ -39,6 +41,7 @@ class Parts:
 
     config: Config
     run: Run
+    progress: Progress
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     tasks: dict[str, Task]
@@ -80,13 +83,38 @@ class Parts:
             self._prompts[key] = tokenise(self.tokenizer, self.tasks[task], [item], limit)[0]
         return self._prompts[key]
 
-    def load_weights(self, name: str, *, reset_optimizer: bool = True) -> None:
+    def sample(self, groups: Sequence[Group], name: str) -> None:
+        """Fill the groups with completions; tasks with a length of their own generate in turn. `name` seeds the draws."""
+        seed = zlib.crc32(f"{self.config.seed}:{name}".encode())
+        for task, members in by_task(groups).items():
+            sampling = Sampling(
+                self.tasks[task].max_new_tokens, self.config.rollout.temperature, self.stop_token_ids, seed
+            )
+            prompts = [Prompt(group.prompt, group.draw.position) for group in members]
+            samples = self.engine.generate(
+                prompts, self.config.rollout.samples_per_prompt, sampling, self.progress.generating
+            )
+            for group, drawn in zip(members, samples, strict=True):
+                group.answer(drawn, self.tokenizer)
+
+    def evaluate(self, task: str, items: Sequence[Item], temperature: float = 0.0) -> Evaluation:
+        """One completion per item; Ctrl-C takes effect between two tokens, since an evaluation is simply done again."""
+
+        def interruptible(tokens: int, running: int) -> None:
+            self.run.raise_if_stopping()
+            self.progress.wait(f"{task}: {running} of {len(items)} completions")
+
+        limit = self.config.rollout.max_prompt_tokens
+        sampling = Sampling(
+            EVAL_TOKENS_FACTOR * self.tasks[task].max_new_tokens, temperature, self.stop_token_ids, self.config.seed
+        )
+        return evaluate(self.engine, self.tokenizer, self.tasks[task], items, sampling, limit, interruptible)
+
+    def load_weights(self, name: str) -> None:
         """Put the weights `name` into the policy."""
         if self.holds != name:
             self.policy.load_weights(self.run.weights(name))
             self.holds = name
-        if reset_optimizer:
-            self.policy.reset_optimizer()
 
     def keep_weights(self, name: str) -> None:
         self.run.keep_weights(name, self.policy.weights())
@@ -117,7 +145,7 @@ def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
             policy = make_policy(config, model)
             engine = LocalEngine(model, max_rows=config.rollout.max_rows)
             stack.callback(engine.close)
-            parts = Parts(config, run, model, tokenizer, tasks, policy, engine)
+            parts = Parts(config, run, progress, model, tokenizer, tasks, policy, engine)
         run.state["facts"] |= grading.facts()
         yield parts
 

@@ -127,14 +127,20 @@ def evaluate(
 
     Example: `omni-fast eval quickstart --model runs/quickstart/final`
     """
-    from omni_fast import train as driver
+    from omni_fast.build import build
     from omni_fast.curriculum.scores import score
     from omni_fast.progress import Progress
+    from omni_fast.run import Run
 
     extra = (*(overrides or ()), *((f"model.path={json.dumps(model)}",) if model else ()))
     resolved = configs.load(config, extra)
-    with tempfile.TemporaryDirectory() as folder, Progress(console) as progress:
-        found = driver.score(resolved, Path(folder), progress, temperature)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Progress(console) as progress,
+        Run.open(Path(folder), resolved) as empty,
+        build(resolved, empty, progress) as parts,
+    ):
+        found = {task: parts.evaluate(task, items["test"], temperature) for task, items in parts.items.items()}
     scores = {task: score(result.values).as_dict() for task, result in found.items()}
     if as_json:
         print(json.dumps(scores))

@@ -71,7 +71,6 @@ class CurriculumConfig(Section):
     steps_per_stage: Positive = 12
     replay_fraction: Fraction = 0.0  # share of a stage's prompts drawn from tasks of earlier stages
     refresh_steps: NonNegative = 0  # a last short stage on the task with the largest realised drop
-    reset_optimizer: bool = True  # at a stage's start
 
     @property
     def measures_transfer(self) -> bool:

@@ -51,21 +51,12 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     items: Sequence[Item],
-    *,
+    sampling: Sampling,
     max_prompt_tokens: int,
-    stop_token_ids: tuple[int, ...],
-    temperature: float = 0.0,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
     """One completion per item, scored by the task's metric."""
     prompts = tokenise(tokenizer, task, items, max_prompt_tokens)
-    sampling = Sampling(
-        max_new_tokens=EVAL_TOKENS_FACTOR * task.max_new_tokens,
-        temperature=temperature,
-        stop_token_ids=stop_token_ids,
-        seed=seed,
-    )
     keyed = [Prompt(tokens, key) for key, tokens in enumerate(prompts)]
     samples = [group[0] for group in engine.generate(keyed, 1, sampling, progress)]
     texts = decode(tokenizer, items, samples)

@@ -6,19 +6,17 @@ score the initial policy -> one short run per task -> transfer -> order -> stage
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from omni_fast import outcome, plan, probe
 from omni_fast.build import Parts, build
 from omni_fast.config import Config
-from omni_fast.curriculum.stages import Draw, PromptStream, Stage
-from omni_fast.evaluate import Evaluation, evaluate
-from omni_fast.groups import Group, by_task, score_groups, trajectories
+from omni_fast.curriculum.stages import PromptStream, Stage
+from omni_fast.evaluate import Evaluation
+from omni_fast.groups import score_groups, trajectories
 from omni_fast.progress import Progress
 from omni_fast.records import Trained
-from omni_fast.rollout.engine import Prompt, Sampling
 from omni_fast.run import BASE, Run
 from omni_fast.tasks.base import Item, Split
 
@@ -42,19 +40,12 @@ def measure(config: Config, folder: Path, progress: Progress) -> None:
         Trainer(config, run, parts, progress).measure()
 
 
-def score(config: Config, folder: Path, progress: Progress, temperature: float) -> dict[str, Evaluation]:
-    """Score the config's model on every task's test split; nothing is trained."""
-    with Run.open(folder, config) as run, build(config, run, progress) as parts:
-        trainer = Trainer(config, run, parts, progress)
-        return {task: trainer.evaluate_task(task, items["test"], temperature) for task, items in parts.items.items()}
-
-
 class Trainer:
     """The policy under training with its engine and tasks; each method is a phase that a resume skips or continues."""
 
     def __init__(self, config: Config, run: Run, parts: Parts, progress: Progress) -> None:
         self.config, self.run, self.parts, self.progress = config, run, parts, progress
-        self.policy, self.engine, self.tasks, self.tokenizer = parts.policy, parts.engine, parts.tasks, parts.tokenizer
+        self.policy, self.engine, self.tasks = parts.policy, parts.engine, parts.tasks
 
     def measure(self) -> None:
         """Score the initial policy; where the order is to be solved, one short run per task, each scored on all tasks."""
@@ -82,7 +73,8 @@ class Trainer:
         stream = PromptStream(self.parts.train_sizes, stage.tasks, stage.weights, self.config.seed)
         saved, done = self.run.load_checkpoint(stage.name, self.progress.warn), 0
         if saved is None:
-            self.parts.load_weights(start, reset_optimizer=self.config.curriculum.reset_optimizer)
+            self.parts.load_weights(start)
+            self.policy.reset_optimizer()
         else:
             done = saved.state["step"]
             self.policy.load_state_dict(saved.tensors, saved.state["policy"])
@@ -92,19 +84,21 @@ class Trainer:
         self.engine.sync(self.engine.version + 1)
         for step in range(done + 1, stage.steps + 1):
             self.step(stage, stream, step)
-            if self.run.checkpoint_due(step, stage.steps):
+            stopping = self.run.stopping and step < stage.steps
+            if stopping or self.run.checkpoint_due(step, stage.steps):
                 tensors, numbers = self.policy.state_dict()
-                self.run.save_checkpoint(
-                    stage.name, step, tensors, {"policy": numbers, "stream": dict(stream.state_dict())}
-                )
-            self.run.raise_if_stopping()
+                rest = {"policy": numbers, "stream": dict(stream.state_dict())}
+                self.run.save_checkpoint(stage.name, step, tensors, rest)
+            if stopping:
+                self.run.raise_if_stopping()
         self.parts.keep_weights(stage.name)
         self.run.finish_stage(stage.name, Trained(tasks=list(stage.own), steps=stage.steps, same_as=""))
 
     def step(self, stage: Stage, stream: PromptStream, step: int) -> None:
         """One GRPO step: sample groups, score them, update the policy, sync the engine, write the row."""
         clock = [time.perf_counter()]
-        groups = self.rollout(stream.draw(self.config.rollout.prompts_per_step), f"{stage.own}:{step}")
+        groups = [self.parts.group(draw) for draw in stream.draw(self.config.rollout.prompts_per_step)]
+        self.parts.sample(groups, f"{'+'.join(stage.own)}:{step}")
         clock.append(time.perf_counter())
         self.progress.wait(f"the rewards of {sum(len(group.samples) for group in groups)} samples")
         score_groups(groups, self.tasks, self.config.loss.advantage_scale)
@@ -116,25 +110,6 @@ class Trainer:
         clock.append(time.perf_counter())
         row = outcome.record_step(self.run, stage, step, clock, groups, self.tasks, metrics)
         self.progress.step(row, stage.steps)
-
-    def rollout(self, draws: list[Draw], name: str) -> list[Group]:
-        """`samples_per_prompt` completions for each drawn prompt; tasks with a length of their own generate in turn."""
-        seed = zlib.crc32(f"{self.config.seed}:{name}".encode())
-        groups = [self.parts.group(draw) for draw in draws]
-        for task, members in by_task(groups).items():
-            sampling = Sampling(
-                max_new_tokens=self.tasks[task].max_new_tokens,
-                temperature=self.config.rollout.temperature,
-                stop_token_ids=self.parts.stop_token_ids,
-                seed=seed,
-            )
-            prompts = [Prompt(group.prompt, group.draw.position) for group in members]
-            samples = self.engine.generate(
-                prompts, self.config.rollout.samples_per_prompt, sampling, self.progress.generating
-            )
-            for group, drawn in zip(members, samples, strict=True):
-                group.answer(drawn, self.tokenizer)
-        return groups
 
     def evaluate(self, name: str, *splits: Split) -> None:
         """Score every task with the weights `name`: a row of the accuracy matrix, kept item by item."""
@@ -149,27 +124,8 @@ class Trainer:
         results: dict[Split, dict[str, Evaluation]] = {}
         for split, tasks in items.items():
             start = time.perf_counter()
-            results[split] = {task: self.evaluate_task(task, some) for task, some in tasks.items()}
+            results[split] = {task: self.parts.evaluate(task, some) for task, some in tasks.items()}
             seconds = time.perf_counter() - start
             self.progress.evaluated(outcome.record_evaluation(self.run, name, split, results[split], seconds))
         entropy = probe.entropies(self.run, self.parts)
         self.run.finish_evaluation(name, outcome.evaluated(results, entropy))
-
-    def evaluate_task(self, task: str, items: Sequence[Item], temperature: float = 0.0) -> Evaluation:
-        """One completion per item; Ctrl-C takes effect between two tokens, since an evaluation is simply done again."""
-
-        def interruptible(tokens: int, running: int) -> None:
-            self.run.raise_if_stopping()
-            self.progress.wait(f"{task}: {running} of {len(items)} test completions")
-
-        return evaluate(
-            self.engine,
-            self.tokenizer,
-            self.tasks[task],
-            items,
-            max_prompt_tokens=self.config.rollout.max_prompt_tokens,
-            stop_token_ids=self.parts.stop_token_ids,
-            temperature=temperature,
-            seed=self.config.seed,
-            progress=interruptible,
-        )
