@@ -131,9 +131,9 @@ class Gradient:
 class Matrices:
     """The operands of the GEMMs, and the gradients as they grow chunk by chunk.
 
-    chunk_rows: most rows at a time; a fresh large tensor costs a CPU as much in page faults as the GEMM that fills it, so
-    all chunks share one buffer of logits: those of the last call are gone.
-    once: all rows come in one chunk, so dW is a plain product.  into: an fp32 [V, H] tensor that dW * scale is added to.
+    chunk_rows: most rows at a time. A fresh large tensor costs a CPU as much in page faults as the GEMM that fills it,
+    so all chunks share one buffer of logits: those of the last call are gone.
+    once: all rows come in one chunk, so dW is a plain product.  into: an fp32 [V, H] tensor to add dW * scale to.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class Matrices:
             self._add_dw_by_panels(self.dw, dlogits, x)
 
     def _add_dw_by_panels(self, dw: Tensor, dlogits: Tensor, x: Tensor) -> None:
-        """A CPU GEMM rounds its result to bf16; the sum over chunks stays fp32. Panels of it stay in cache on the way."""
+        """A CPU GEMM rounds its result to bf16; the sum over chunks is fp32. Panels of it stay in cache on the way."""
         height = min(len(dw), max(1, _PANEL_BYTES // (4 * x.shape[1])))
         part, wide = x.new_empty(height, x.shape[1]), dw.new_empty(height, x.shape[1])
         for start in range(0, len(dw), height):

@@ -1,4 +1,4 @@
-"""What is measured on the way: a float64 vector of sums that add up over micro-batches and ranks, and its final form."""
+"""What is measured on the way: float64 sums that add up over micro-batches and ranks, and their final form."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The public operators: torch custom ops with fakes and autograd, and the functions that call them.
 
 A custom op is opaque to torch.compile, so chunk loops, native kernels and row compaction stay out of the graph.
-Forward ops are functional; only backward ops write in place, and the one whose name says so. `LossSpec` passes through
+Forward ops are functional; only backward ops write in place. `LossSpec` passes through
 as a string, as ops take no objects, and an absent output is an empty tensor, as ops return no None.
 
 Gradients are first order: a backward pass with create_graph=True raises RuntimeError.
@@ -9,7 +9,6 @@ Gradients are first order: a backward pass with create_graph=True raises Runtime
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,23 +81,24 @@ def linear_policy_loss(
         softcap or 0.0, spec.encoded, want_entropy, *needs, _tile(hidden, batch_invariant), workspace_bytes or 0,
         backend or "",
     )  # fmt: skip
-    if grad_scale is None or main_grad is None or not needs[1]:
+    if grad_scale is None or not needs[1]:
         target = main_grad if needs[1] else None
         loss, metrics, logp, entropy, *_ = _policy_op(hidden, weight, bias, target, *vectors, *how)
-    else:
-        if torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                "linear_policy_loss with grad_scale ran inside a backward pass (recomputation), which would add dW "
-                "twice; call it outside the activation checkpoint"
-            )
-        with torch.no_grad():
-            loss, metrics, logp, entropy, dx, db = _policy_into_op(
-                hidden, weight, bias, main_grad, grad_scale, *vectors, *how
-            )
-        loss = _Attach.apply(loss, hidden, dx if needs[0] else None, bias, db if needs[2] else None)
-    if not return_tokens:
-        return LossOutput(loss, metrics.detach())
-    return LossOutput(loss, metrics.detach(), logp.detach(), entropy.detach() if want_entropy else None)
+        tokenwise = (logp.detach(), entropy.detach() if want_entropy else None)
+        return LossOutput(loss, metrics.detach(), *(tokenwise if return_tokens else ()))
+
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "linear_policy_loss with grad_scale ran inside a backward pass (recomputation), which would add dW twice; "
+            "call it outside the activation checkpoint"
+        )
+    head = _head(hidden, vectors[-1], how[1], how[2], *how[-3:])
+    with torch.no_grad():
+        made = linear.policy_head(
+            hidden, weight, bias, tokens, spec, head, want_entropy, needs, into=main_grad, scale=grad_scale
+        )
+    loss = _Attach.apply(made.loss, hidden, made.dx, bias, made.db)
+    return LossOutput(loss, made.metrics, *((made.stats.logp, made.stats.entropy) if return_tokens else ()))
 
 
 def linear_logprob(
@@ -183,21 +183,6 @@ def logits_logprob(
 # --- policy loss ------------------------------------------------------------------------------------------------------
 
 
-def _policy_result(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, into: Tensor | None, grad_scale: float, targets: Tensor,
-    advantages: Tensor, mask: Tensor | None, sequences: Tensor | None, old: Tensor | None, reference: Tensor | None,
-    rollout: Tensor | None, rows: Tensor | None, denominator: Tensor | None, row_scale: Tensor | None, n: float,
-    scale: float, softcap: float, spec: str, want_entropy: bool, need_dx: bool, need_dw: bool, need_db: bool,
-    tile_rows: int, workspace_bytes: int, backend: str,
-) -> linear.PolicyResult:  # fmt: skip
-    tokens = Tokens(targets, advantages, mask, sequences, old, reference, rollout, _or_none(denominator, n), rows)
-    head = _head(hidden, row_scale, scale, softcap, tile_rows, workspace_bytes, backend)
-    needs = (need_dx, need_dw, need_db)
-    return linear.policy_head(
-        hidden, weight, bias, tokens, LossSpec.decode(spec), head, want_entropy, needs, into, grad_scale
-    )
-
-
 @torch.library.custom_op("omni_kernels::linear_policy_loss", mutates_args=())
 def _policy_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, targets: Tensor, advantages: Tensor,
@@ -206,11 +191,10 @@ def _policy_op(
     spec: str, want_entropy: bool, need_dx: bool, need_dw: bool, need_db: bool, tile_rows: int, workspace_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    result = _policy_result(
-        hidden, weight, bias, None, 1.0, targets, advantages, mask, sequences, old, reference, rollout, rows,
-        denominator, row_scale, n, scale, softcap, spec, want_entropy, need_dx, need_dw, need_db, tile_rows,
-        workspace_bytes, backend,
-    )  # fmt: skip
+    tokens = Tokens(targets, advantages, mask, sequences, old, reference, rollout, _or_none(denominator, n), rows)
+    head = _head(hidden, row_scale, scale, softcap, tile_rows, workspace_bytes, backend)
+    needs = (need_dx, need_dw, need_db)
+    result = linear.policy_head(hidden, weight, bias, tokens, LossSpec.decode(spec), head, want_entropy, needs)
     stats = result.stats
     entropy, dx, dw, db = (_present(v, hidden) for v in (stats.entropy, result.dx, result.dw, result.db))
     return result.loss, result.metrics, stats.logp, entropy, dx, dw, db
@@ -258,37 +242,6 @@ _policy_op.register_autograd(_policy_backward, setup_context=_policy_setup)
 @torch.library.custom_op("omni_kernels::accumulate_", mutates_args=("main_grad",))
 def _accumulate_op(main_grad: Tensor, part: Tensor, upstream: Tensor) -> None:
     main_grad.addcmul_(part.to(main_grad.dtype), upstream.to(main_grad.dtype))
-
-
-@torch.library.custom_op("omni_kernels::linear_policy_loss_into_", mutates_args=("main_grad",))
-def _policy_into_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor, grad_scale: float, targets: Tensor,
-    advantages: Tensor, mask: Tensor | None, sequences: Tensor | None, old: Tensor | None, reference: Tensor | None,
-    rollout: Tensor | None, rows: Tensor | None, denominator: Tensor | None, row_scale: Tensor | None, n: float,
-    scale: float, softcap: float, spec: str, want_entropy: bool, need_dx: bool, need_dw: bool, need_db: bool,
-    tile_rows: int, workspace_bytes: int, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    result = _policy_result(
-        hidden, weight, bias, main_grad, grad_scale, targets, advantages, mask, sequences, old, reference, rollout,
-        rows, denominator, row_scale, n, scale, softcap, spec, want_entropy, need_dx, need_dw, need_db, tile_rows,
-        workspace_bytes, backend,
-    )  # fmt: skip
-    entropy, dx, db = (_present(v, hidden) for v in (result.stats.entropy, result.dx, result.db))
-    return result.loss, result.metrics, result.stats.logp, entropy, dx, db
-
-
-@_policy_into_op.register_fake
-def _(hidden, weight, bias, main_grad, grad_scale, targets, *rest):
-    *_, want_entropy, need_dx, _need_dw, need_db, _tile_rows, _workspace_bytes, _backend = rest
-    rows = hidden.new_empty(len(hidden), dtype=_wide(hidden))
-    return (
-        hidden.new_empty((), dtype=_wide(hidden)),
-        hidden.new_empty(len(METRICS), dtype=torch.float64),
-        rows,
-        torch.empty_like(rows) if want_entropy else hidden.new_empty(0),
-        hidden.new_empty(hidden.shape) if need_dx else hidden.new_empty(0),
-        bias.new_empty(bias.shape) if need_db else hidden.new_empty(0),
-    )
 
 
 # --- log-probs from hidden states -------------------------------------------------------------------------------------
@@ -483,9 +436,9 @@ def _tile(hidden: Tensor, batch_invariant: bool) -> int:
     return _TILE_ROWS.get(hidden.device.type, 256) if batch_invariant else 0
 
 
-def _needs(*inputs: Tensor | None) -> Sequence[bool]:
-    enabled = torch.is_grad_enabled()
-    return [enabled and v is not None and v.requires_grad for v in inputs]
+def _needs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
+    on = torch.is_grad_enabled()
+    return on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad
 
 
 def _wide(rows: Tensor) -> torch.dtype:

@@ -9,8 +9,8 @@ Who reduces what: dW and dbias are the shard's own, complete. dX of a rank is on
 (the default) it is summed over the group here, in fp32; without, the caller must (say, by a reduce-scatter over the
 sequence).
 
-FSDP2: wrap the weight in `PolicyHead` and call that module, so that FSDP's hooks gather the weight. Handing an FSDP shard
-to the functions of this package is an error, not a gather behind your back.
+FSDP2: wrap the weight in `PolicyHead` and call that module, so that FSDP's hooks gather the weight. Handing an FSDP
+shard to the functions of this package is an error, not a gather behind your back.
 
 Limits: not traceable by torch.compile; needs torch.distributed.
 """

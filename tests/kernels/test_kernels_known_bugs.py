@@ -208,7 +208,10 @@ def test_deferred_normaliser() -> None:
 
 
 def test_plan_is_the_dial() -> None:
-    small, large = plan(4096, 576, 49152, 2, 16 << 20, row_wise=False), plan(4096, 576, 49152, 2, 1 << 30, row_wise=False)
+    small, large = (
+        plan(4096, 576, 49152, 2, 16 << 20, row_wise=False),
+        plan(4096, 576, 49152, 2, 1 << 30, row_wise=False),
+    )
     assert (small.gemms, large.gemms) == (4, 3) and plan(4096, 576, 49152, 2, 16 << 20).gemms == 3
     assert small.workspace_bytes <= 16 << 20 and large.chunk_rows == 4096
     assert small.seconds(1e12, 1e11) > large.seconds(1e12, 1e11)

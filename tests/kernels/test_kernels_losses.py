@@ -15,7 +15,9 @@ from omni_kernels import IGNORE, PRESETS, LossSpec, Tokens, finalise, normaliser
 from omni_kernels.losses import head_rows
 
 
-def ragged(seed: int, n: int = 41, on_policy: bool = False, spread: float = 0.4) -> tuple[Tensor, Tensor, Tensor, Tokens]:
+def ragged(
+    seed: int, n: int = 41, on_policy: bool = False, spread: float = 0.4
+) -> tuple[Tensor, Tensor, Tensor, Tokens]:
     """(logp, entropy, lse, tokens): interleaved sequences of unequal length, a third masked, one sequence wholly."""
     g = torch.Generator().manual_seed(seed)
     normal = lambda: torch.randn(n, generator=g, dtype=torch.float64)  # noqa: E731
@@ -29,7 +31,13 @@ def ragged(seed: int, n: int = 41, on_policy: bool = False, spread: float = 0.4)
     garbage = torch.where(mask, 0.0, torch.nan)
     far[5:7] = -torch.inf
     tokens = Tokens(
-        targets, normal() + garbage, mask, sequences, None if on_policy else old + garbage, near + garbage, far + garbage
+        targets,
+        normal() + garbage,
+        mask,
+        sequences,
+        None if on_policy else old + garbage,
+        near + garbage,
+        far + garbage,
     )
     return logp.requires_grad_(), normal().abs().requires_grad_(), normal().requires_grad_(), tokens
 
@@ -65,7 +73,9 @@ CORRECTIONS = [
 ]  # fmt: skip
 SHAPES = [
     {"level": level, "aggregation": aggregation, "denominator": denominator}
-    for level, aggregation, denominator in itertools.product(("token", "sequence"), ("token", "sequence"), ("kept", "all"))
+    for level, aggregation, denominator in itertools.product(
+        ("token", "sequence"), ("token", "sequence"), ("kept", "all")
+    )
 ]
 
 
@@ -112,7 +122,16 @@ def test_any_spec_on_any_batch_equals_autograd(data: st.DataObject) -> None:
 def test_splitting_into_micro_batches_changes_nothing(
     policy: dict[str, object], shape: dict[str, str], normaliser: str
 ) -> None:
-    spec = LossSpec(**policy, **shape, normaliser=normaliser, beta=0.2, entropy_coef=0.1, rollout="mask", rollout_min=0.7, rollout_max=1.4)
+    spec = LossSpec(
+        **policy,
+        **shape,
+        normaliser=normaliser,
+        beta=0.2,
+        entropy_coef=0.1,
+        rollout="mask",
+        rollout_min=0.7,
+        rollout_max=1.4,
+    )
     logp, entropy, _, tokens = ragged(3)
     tokens = replace(tokens, denominator=normaliser_count(tokens, spec))
     whole = policy_loss(logp, entropy, tokens, spec)
@@ -162,7 +181,9 @@ def test_metrics_by_hand() -> None:
     got = finalise(out.metrics)
     assert got["tokens"] == 4 and got["kept"] == 0.75 and got["entropy"] == 2.0 and got["logp"] == pytest.approx(-1)
     assert got["clip_high"] == 0.25 and got["clip_low"] == 0.25 and got["clip_dual"] == 0.25
-    assert got["active"] == 0.25  # row 1; row 0 is clipped high, row 2 beyond the dual bound, row 3 dropped (and clipped)
+    assert (
+        got["active"] == 0.25
+    )  # row 1; row 0 is clipped high, row 2 beyond the dual bound, row 3 dropped (and clipped)
     up, down = torch.exp(torch.tensor([0.5, -0.5])).tolist()
     assert got["ratio"] == pytest.approx((up + down) / 2)
     assert got["ratio_ess"] == pytest.approx((2 * up + 2 * down) ** 2 / (4 * (2 * up**2 + 2 * down**2)))

@@ -61,7 +61,10 @@ def vocab_parallel(rank: int, world: int) -> None:
         (mine * tokens.advantages + 0.3 * mine_entropy).sum().backward()
         close(mine, logp), close(mine_entropy, entropy), close(x1.grad, x.grad)
         close(w1.grad, w.grad[low:high]), close(b1.grad, b.grad[low:high])
-        for spec in (LossSpec(beta=0.1, entropy_coef=0.1, z_loss=1e-3), LossSpec.preset("gspo", beta=0.1, eps_high=0.3)):
+        for spec in (
+            LossSpec(beta=0.1, entropy_coef=0.1, z_loss=1e-3),
+            LossSpec.preset("gspo", beta=0.1, eps_high=0.3),
+        ):
             x, w, b = leaves(hidden, weight, bias)
             whole = linear_policy_loss(x, w, tokens, spec, bias=b, **options)
             whole.loss.backward()
