@@ -62,7 +62,7 @@ class OptimizerConfig(Section):
     beta2: Fraction = 0.95
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
-    tokens_per_microbatch: Positive = 4096  # memory only: never changes the result
+    tokens_per_microbatch: Positive = 2048  # memory only: never changes the result
 
 
 class CurriculumConfig(Section):

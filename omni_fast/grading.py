@@ -82,7 +82,8 @@ class Grading:
 
     def _embedded(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> EmbeddedJudge:
         """Fitted once a run folder, so that a resume is judged by the same head."""
-        encode, path = pooled_encoder(model, tokenizer), self.folder / "judge_head.json"
+        encode = pooled_encoder(model, tokenizer, dtype=working_dtype(model.device))
+        path = self.folder / "judge_head.json"
         if not path.is_file():
             fit_head(encode, self.config.seed).save(path)
         return EmbeddedJudge(encode, Head.load(path))

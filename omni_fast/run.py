@@ -49,6 +49,7 @@ class Run:
         self.folder, self.config, self.state = folder, config, state
         self.stopping = False
         self._metrics: BinaryIO | None = None  # open while the run is owned
+        self._since = time.perf_counter()  # what is spent since then is not in the totals yet
 
     @classmethod
     @contextmanager
@@ -187,6 +188,9 @@ class Run:
         assert self._metrics is not None, "the run folder was opened for reading"
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
+        now = time.perf_counter()
+        self.add_seconds(total=now - self._since)
+        self._since = now
         totals = self.state["totals"]
         size = os.fstat(self._metrics.fileno()).st_size
         return Totals(metrics_bytes=size, seconds=dict(totals["seconds"]), counts=dict(totals["counts"]))
