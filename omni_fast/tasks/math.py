@@ -23,11 +23,10 @@ from omni_fast.tasks.splits import Sizes, partition, take
 LEVELS = ("default", "tiny", "gym")
 GYM = ("chain_sum", "basic_arithmetic", "gcd", "leg_counting")  # of reasoning-gym; integers, an answer in a few tokens
 _SIZES = Sizes(train=216, select=56, test=128)
-_WORDINGS = tuple(
-    f"{ask} Answer with just the number." for ask in ("What is {a} {op} {b}?", "How much is {a} {op} {b}?", "Work out {a} {op} {b}.")
-)
+_ASKED = ("What is {a} {op} {b}?", "How much is {a} {op} {b}?", "Work out {a} {op} {b}.", "Compute {a} {op} {b}.")
+_WORDINGS = tuple(f"{asked} Answer with just the number." for asked in _ASKED)
 _TINY_WORDINGS = ("{a}{op}{b}=",)
-_SIZES = Sizes(train=400, select=48, test=120)
+_SIZES = Sizes(train=448, select=48, test=120)
 _TINY_SIZES = Sizes(train=60, select=20, test=50)
 
 
@@ -54,7 +53,7 @@ class MathTask:
         self.composition = Composition("additive", {"correct": 1.0})
         self.verifier = verifier
         rng = random.Random(f"math:{level}:{seed}")
-        pools = _gym(seed, sizes or Sizes()) if level == "gym" else _arithmetic(level, rng)
+        pools = _gym(seed, sizes or _SIZES) if level == "gym" else _arithmetic(level, rng)
         own = {"default": _SIZES, "tiny": _TINY_SIZES, "gym": Sizes()}[level]
         self._items = take(name, pools, sizes or own)
 
@@ -76,9 +75,9 @@ def _arithmetic(level: str, rng: random.Random) -> dict[Split, list[Item]]:
     """
     tiny = level == "tiny"
     wordings = _TINY_WORDINGS if tiny else _WORDINGS
-    shares: dict[Split, float] = {"train": 0.43, "select": 0.17, "test": 0.4}
+    shares: dict[Split, float] = {"train": 0.42, "select": 0.18, "test": 0.4}
     pools: dict[Split, list[Item]] = {}
-    pairs = list(combinations_with_replacement(range(10 if tiny else 13), 2))
+    pairs = list(combinations_with_replacement(range(10) if tiny else range(1, 14), 2))
     for split, own in partition(pairs, shares, rng).items():
         asked = [
             (problem, wording)
@@ -95,11 +94,16 @@ def _arithmetic(level: str, rng: random.Random) -> dict[Split, list[Item]]:
 
 
 def _problems(low: int, high: int, tiny: bool) -> list[tuple[int, str, int, int]]:
-    """Every problem with these two operands, low <= high; products only where both are in 2..10."""
+    """Every problem with these two operands, low <= high; products only where both are in 2..10.
+
+    Without those whose result is the second operand, outside of "tiny": there an echo of the prompt would be right.
+    """
     found = {(low, "+", high, low + high), (high, "+", low, low + high), (high, "-", low, high - low)}
-    if not tiny and low >= 2 and high <= 10:
+    if tiny:
+        return sorted(found)
+    if low >= 2 and high <= 10:
         found |= {(low, "*", high, low * high), (high, "*", low, low * high)}
-    return sorted(found)
+    return sorted(problem for problem in found if problem[3] != problem[2])
 
 
 def _gym(seed: int, sizes: Sizes) -> dict[Split, list[Item]]:

@@ -2,6 +2,8 @@
 
 Reward: a judge's preference over the reference (`rewards.judge`), behind its gates. Metric: another judge, so that what
 is reported is not what was optimised.
+A length is asked for and checked before any judge is: without it training ends at the shortest sentence that mentions
+everything ("A lake uses fire and a train.").
 Splits share neither a topic nor a pair of words.
 Limits: concrete nouns and one-sentence replies, which is what small models can do and small judges can tell.
 """
@@ -16,11 +18,14 @@ from omni_fast.errors import UserError
 from omni_fast.rewards.compose import Composition
 from omni_fast.rewards.judge.base import Judge, Reply
 from omni_fast.rewards.judge.sentences import ANIMATE, EVENTS, OBJECTS, PLACES, prompt_text, reference_sentence
-from omni_fast.rewards.score import Score
+from omni_fast.rewards.score import Part, Score
+from omni_fast.rewards.text_checks import words
 from omni_fast.tasks.base import Item, Json, Split
 from omni_fast.tasks.splits import Sizes, partition, take
 
 LEVELS = ("default", "tiny")
+MIN_WORDS = 10
+_LENGTH = f"Use at least {MIN_WORDS} words in all."
 _TINY_SIZES = Sizes(train=64, select=16, test=32)
 _TINY_OBJECTS = ("moon", "river", "bread", "boat", "stone", "bell", "key", "song", "lamp", "coat", "apple", "bridge")
 
@@ -49,6 +54,7 @@ class WritingTask:
         self.composition = Composition("additive", {"preference": 1.0})
         self.reward_judge = reward_judge
         self.metric_judge = metric_judge
+        self.min_words = 0 if level == "tiny" else MIN_WORDS
         sizes = sizes or (_TINY_SIZES if level == "tiny" else Sizes())
         pools = _tiny_pools(seed) if level == "tiny" else _pools(seed, sizes)
         self._items = take(name, pools, sizes)
@@ -57,21 +63,27 @@ class WritingTask:
         return self._items[split]
 
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
-        parts = self.reward_judge.judge(_replies(items, completions))
-        return [Score({"preference": part}) for part in parts]
+        return [Score({"preference": part}) for part in self._judge(self.reward_judge, items, completions)]
 
     def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
-        return [part.value for part in self.metric_judge.judge(_replies(items, completions))]
+        return [part.value for part in self._judge(self.metric_judge, items, completions)]
+
+    def _judge(self, judge: Judge, items: Sequence[Item], completions: Sequence[str]) -> list[Part]:
+        """A reply that is too short is lost; the judge sees the others."""
+        long = [len(words(completion)) >= self.min_words for completion in completions]
+        asked = [reply for reply, enough in zip(_replies(items, completions), long, strict=True) if enough]
+        verdicts = iter(judge.judge(asked))
+        return [next(verdicts) if enough else Part(0.0, "too_short") for enough in long]
 
 
 def _replies(items: Sequence[Item], completions: Sequence[str]) -> list[Reply]:
+    """What a judge is asked: the prompt without the demand for a length, which is checked already."""
     replies = []
     for item, completion in zip(items, completions, strict=True):
         required = item.answer["words"]
         assert isinstance(required, list)
-        replies.append(
-            Reply(item.prompt, completion, str(item.answer["reference"]), tuple(str(word) for word in required))
-        )
+        prompt = item.prompt.removesuffix(_LENGTH).rstrip()
+        replies.append(Reply(prompt, completion, str(item.answer["reference"]), tuple(str(word) for word in required)))
     return replies
 
 
@@ -89,10 +101,17 @@ def _pools(seed: int, sizes: Sizes) -> dict[Split, list[Item]]:
             if topic in pair or len(pools[split]) == wanted[split]:
                 continue
             texts = rng.sample(pair, 2)
-            words: list[Json] = list(texts)
-            answer: dict[str, Json] = {"words": words, "reference": reference_sentence(topic, texts, rng)}
-            pools[split].append(Item("/".join((topic, *texts)), prompt_text(topic, texts), answer))
+            required: list[Json] = list(texts)
+            answer: dict[str, Json] = {"words": required, "reference": _reference(topic, texts, rng)}
+            pools[split].append(Item("/".join((topic, *texts)), f"{prompt_text(topic, texts)} {_LENGTH}", answer))
     return pools
+
+
+def _reference(topic: str, texts: Sequence[str], rng: random.Random) -> str:
+    """A reference that is long enough itself."""
+    while len(words(sentence := reference_sentence(topic, texts, rng))) < MIN_WORDS:
+        pass
+    return sentence
 
 
 def _tiny_pools(seed: int) -> dict[Split, list[Item]]:
@@ -103,8 +122,8 @@ def _tiny_pools(seed: int) -> dict[Split, list[Item]]:
     for split, pairs in partition(list(combinations(_TINY_OBJECTS, 2)), shares, rng).items():
         pools[split] = []
         for pair in [order for low, high in pairs for order in ((low, high), (high, low))]:
-            words: list[Json] = list(pair)
-            answer: dict[str, Json] = {"words": words, "reference": _tiny_sentence(pair, rng)}
+            required: list[Json] = list(pair)
+            answer: dict[str, Json] = {"words": required, "reference": _tiny_sentence(pair, rng)}
             pools[split].append(Item("/".join(pair), f"use {pair[0]} and {pair[1]}", answer))
         rng.shuffle(pools[split])
     return pools
@@ -118,8 +137,8 @@ _TINY_SENTENCES = (
 )
 
 
-def _tiny_sentence(words: Sequence[str], rng: random.Random) -> str:
-    return rng.choice(_TINY_SENTENCES).format(*words)
+def _tiny_sentence(pair: Sequence[str], rng: random.Random) -> str:
+    return rng.choice(_TINY_SENTENCES).format(*pair)
 
 
 def tiny_corpus(seed: int) -> list[tuple[str, str, str]]:
@@ -130,7 +149,6 @@ def tiny_corpus(seed: int) -> list[tuple[str, str, str]]:
     rng = random.Random(f"writing:tiny:corpus:{seed}")
     rows = []
     for item in _tiny_pools(seed)["train"]:
-        words = item.answer["words"]
-        others = rng.sample([word for word in _TINY_OBJECTS if words is None or word not in item.prompt.split()], 2)
+        others = rng.sample([word for word in _TINY_OBJECTS if word not in item.prompt.split()], 2)
         rows.append((item.prompt, str(item.answer["reference"]), _tiny_sentence(others, rng)))
     return rows

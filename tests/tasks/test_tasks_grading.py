@@ -55,7 +55,7 @@ def test_math_pays_for_the_last_number_alone() -> None:
 def test_every_math_gold_is_right() -> None:
     task = MathTask(MathVerifier())
     for item in task.items("train"):
-        assert int(str(item.answer["gold"])) == eval(item.id)  # noqa: S307
+        assert int(str(item.answer["gold"])) == eval(item.id.split("/")[0])  # noqa: S307
 
 
 def test_qa_wants_one_candidate_as_the_answer() -> None:
@@ -86,9 +86,11 @@ def test_writing_trains_on_one_judge_and_reports_the_other() -> None:
     reward, metric = Fixed(1.0), Fixed(None)
     task = WritingTask(reward, metric)
     items = task.items("test")[:2]
-    assert [score.parts["preference"].value for score in task.score(items, ["a", "b"])] == [1.0, 1.0]
-    assert task.metric(items, ["a", "b"]) == [None, None]
-    assert [reply.completion for reply in reward.seen] == ["a", "b"] == [reply.completion for reply in metric.seen]
+    good, short = "one two three four five six seven eight nine ten", "A lake uses fire and a train."
+    assert [score.parts["preference"].value for score in task.score(items, [good, short])] == [1.0, 0.0]
+    assert task.metric(items, [short, good]) == [0.0, None]
+    assert [reply.completion for reply in reward.seen + metric.seen] == [good, good]
+    assert reward.seen[0].prompt.endswith(" and ".join(map(str, items[0].answer["words"])) + ".")  # type: ignore[arg-type]
     assert reward.seen[0].required == tuple(str(items[0].answer["words"])[2:-2].split("', '"))
 
 

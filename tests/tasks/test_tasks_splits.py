@@ -70,7 +70,7 @@ def test_prompts_and_ids_are_distinct_over_all_splits(seed: int, level: str) -> 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_default_sizes_allow_the_evaluations_that_the_project_promises(seed: int) -> None:
     for task in tasks(seed):
-        assert len(task.items("train")) >= 400 and len(task.items("select")) >= 48 and len(task.items("test")) >= 100
+        assert len(task.items("train")) >= 400 and len(task.items("select")) >= 48 and len(task.items("test")) >= 120
 
 
 @given(seed=st.integers(0, 10_000))
@@ -88,12 +88,12 @@ def test_same_seed_same_items_and_another_seed_others() -> None:
             assert one.items(split) != other.items(split), one.name
 
 
-def test_held_out_gold_is_not_in_the_prompt_of_an_open_task() -> None:
-    """A prompt that ends in its own answer would make the last-number rule pay for an echo."""
+def test_an_echo_of_the_prompt_is_never_right() -> None:
+    """The last-number rule would pay for it."""
     task = MathTask(VERIFIER)
-    items = task.items("test")
-    echoed = [value for value in task.metric(items, [item.prompt for item in items]) if value]
-    assert len(echoed) <= 2  # "10 - 5" and its like
+    for split in SPLITS:
+        items = task.items(split)
+        assert not any(task.metric(items, [item.prompt for item in items]))
 
 
 def test_prompts_are_short_enough_for_the_quickstart() -> None:
@@ -157,7 +157,7 @@ def test_tiny_corpus_demonstrates_train_items_alone(module: object) -> None:
 
 
 def test_tiny_corpus_of_blocks_joins_the_domains() -> None:
-    blocks = [TaskConfig(name=kind, kind=kind, level="tiny") for kind in ("math", "qa")]  # type: ignore[arg-type]
+    blocks = [TaskConfig(name=kind, kind=kind, level="tiny") for kind in ("math", "qa")]
     assert tiny_corpus(blocks, 3) == math.tiny_corpus(3) + qa.tiny_corpus(3)
     with pytest.raises(UserError, match="task 'big' cannot be learned"):
         tiny_corpus([TaskConfig(name="big", kind="math")], 3)
