@@ -202,10 +202,20 @@ def sandbox_self_test(as_json: AsJson = False) -> None:
 
     Example: `omni-fast sandbox self-test --json`
     """
-    from omni_fast.rewards.sandbox.self_test import describe, self_test
+    from omni_fast.rewards.sandbox.self_test import self_test
 
-    found = self_test()
-    print(json.dumps(found) if as_json else describe(found))
+    found = json.loads(json.dumps(self_test()))
+    if as_json:
+        print(json.dumps(found))
+    else:
+        for attack in found["attacks"]:
+            mark = "[green]stopped[/green]    " if attack["stopped"] else "[red]NOT STOPPED[/red]"
+            console.print(f"{mark} {attack['name']}: {attack['goal']} ({attack['outcome']})")
+        console.print(f"backend {found['backend']}, layers: {', '.join(found['layers'])}")
+        console.print(
+            f"{found['stopped']} of {found['total']} attacks stopped; {found['jobs_per_s']:.0f} jobs/s,"
+            f" {found['median_ms']:.1f} ms median"
+        )
     if not found["passed"]:
         raise RunError("some attacks were not stopped; do not run model-written code on this machine")
 
