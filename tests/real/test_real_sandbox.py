@@ -4,10 +4,12 @@ Slow or dangerous if the jail leaks, hence not among the fast tests. Each test s
 has no bubblewrap or forbids user namespaces.
 """
 
+import contextlib
 import gzip
 import importlib.util
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -125,6 +127,43 @@ def test_bug_3_no_file_survives_a_job(jail):
     assert left == []
 
 
+SCAN = """
+import ctypes, os
+def scan(mark):
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.sbrk.restype = ctypes.c_void_p
+    libc.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    top = libc.sbrk(0)
+    starts = {top - (48 << 20)} | {(id(thing) & ~0xFFFFF) - (8 << 20) for thing in (object(), [], {}, "x" * 600, scan, os, bytes(70000))}
+    pages = sorted({page for start in starts for page in range(start & ~4095, start + (48 << 20), 4096)})
+    fd = os.open("/tmp/page", os.O_RDWR | os.O_CREAT)
+    wanted, hits, seen = bytes(mark), 0, 0
+    for page in pages:
+        os.lseek(fd, 0, 0)
+        if libc.write(fd, page, 4096) != 4096:
+            continue
+        seen += 1
+        os.lseek(fd, 0, 0)
+        data = os.read(fd, 4096)
+        hits += wanted in data
+    return [hits, seen]
+"""
+
+
+def test_no_job_can_read_in_memory_what_another_left(jail):
+    """The fork-server passes sources and answers on; its next child is a copy of it."""
+    jail.limits = Limits(cpu_s=2, wall_s=20.0)
+    jail.stop()
+    jail.start()
+    mark = "".join(chr(97 + byte % 26) for byte in random.Random(5).randbytes(24))
+    unseen = mark[::-1]
+    for _ in range(5):
+        assert ask(jail, f"answer = '{mark}'\nreturn answer * 3")[0].value == mark * 3
+    left, control = (jail.run(Job(SCAN, "scan", [(list(word.encode()),)]))[0].value for word in (mark, unseen))
+    assert control[1] > 1000  # pages were read
+    assert left[0] == control[0]  # the scanning job's own copy of the word it looks for, and no other
+
+
 def test_bug_4_memory_cannot_be_multiplied_by_processes(jail):
     for way in ("os.fork()", "os.posix_spawn('/usr/bin/env', ['env'], {})", "__import__('multiprocessing').Process(target=print).start()"):  # fmt: skip
         (call,) = ask(jail, f"{way}\nreturn 'made'")
@@ -235,18 +274,25 @@ def problems():
     return [json.loads(line) for line in gzip.open(path)]
 
 
-def test_humaneval_references_pass_and_stubs_do_not(any_sandbox):
+@pytest.mark.parametrize("backend", ["bwrap", "monty"])
+def test_humaneval_references_pass_and_stubs_do_not(backend):
     rows = problems()
-    verifier = CodeVerifier(any_sandbox)
     tests = [Asserts(row["entry_point"], row["test"], row["prompt"]) for row in rows]
-    parts = verifier.score_asserts([row["prompt"] + row["canonical_solution"] for row in rows], tests)
-    assert [(row["task_id"], part) for row, part in zip(rows, parts, strict=True) if part.value != 1.0] == []
-    assert len(parts) == 164
-    for body in ("return None", "return 0", "return True", "return []", "return ''"):
-        parts = verifier.score_asserts([row["prompt"] + "    " + body for row in rows], tests)
-        assert sum(part.value for part in parts) == 0, body
-    echo = [f"def {row['entry_point']}(*args):\n    return args[0] if args else None" for row in rows]
-    assert sum(part.value for part in verifier.score_asserts(echo, tests)) == 0
+    bodies = ("return None", "return 0", "return True", "return []", "return ''")
+    try:
+        box = Sandbox(workers=1, limits=Limits(cpu_s=4, wall_s=60.0), backends=(backend,)).start()
+    except UserError as error:
+        pytest.skip(str(error))
+    with contextlib.closing(box):
+        verifier = CodeVerifier(box)
+        parts = verifier.score_asserts([row["prompt"] + row["canonical_solution"] for row in rows], tests)
+        assert [(row["task_id"], part) for row, part in zip(rows, parts, strict=True) if part.value != 1.0] == []
+        assert len(parts) == 164
+        for body in bodies:
+            parts = verifier.score_asserts([row["prompt"] + "    " + body for row in rows], tests)
+            assert sum(part.value for part in parts) == 0, body
+        echo = [f"def {row['entry_point']}(*args):\n    return args[0] if args else None" for row in rows]
+        assert sum(part.value for part in verifier.score_asserts(echo, tests)) == 0
 
 
 @settings(deadline=None, max_examples=2000)

@@ -17,6 +17,7 @@ import ctypes
 import fcntl
 import gc
 import json
+import mmap
 import os
 import random
 import resource
@@ -209,28 +210,55 @@ class Child:
         return status, usage
 
 
-def read_frame(sock: socket.socket) -> tuple:
-    header = sock.recv(5, socket.MSG_WAITALL)
-    if len(header) < 5:
-        sys.exit(0)  # the host is gone
-    size, kind = struct.unpack("<Ic", header)
-    payload = sock.recv(size, socket.MSG_WAITALL) if size else b""
-    return kind, payload
+class Memory:
+    """Bytes on their way through this process, in pages that no child inherits.
+
+    In ordinary memory a job's source and answers would lie about after it, and the next child, a copy of this process,
+    could read another sample's solution.
+    """
+
+    def __init__(self, size: int) -> None:
+        pages = mmap.mmap(-1, size)
+        pages.madvise(mmap.MADV_DONTFORK)
+        self.view = memoryview(pages)
+        self.start = self.stop = 0  # what is in it and not yet passed on
+
+    def read_frame(self, sock: socket.socket) -> bytes:
+        """Add the payload of one frame; its kind. Ends the process when the host is gone or sends too much."""
+        header = sock.recv(5, socket.MSG_WAITALL)
+        if len(header) < 5:
+            sys.exit(0)
+        size, kind = struct.unpack("<Ic", header)
+        if size > len(self.view) - self.stop:
+            sys.exit(1)
+        if size:
+            self.stop += sock.recv_into(self.view[self.stop : self.stop + size], size, socket.MSG_WAITALL)
+        return kind
+
+    def write_some(self, fd: int) -> None:
+        """Pass on what `fd` takes; all is dropped when its reader is gone."""
+        try:
+            self.start += os.write(fd, self.view[self.start : self.stop])
+        except OSError:
+            self.start = self.stop
+        if self.start == self.stop:
+            self.start = self.stop = 0
 
 
-def write_frame(sock: socket.socket, kind: bytes, payload: bytes) -> None:
-    sock.sendall(struct.pack("<Ic", len(payload), kind) + payload)
+def write_frame(sock: socket.socket, kind: bytes, payload) -> None:  # noqa: ANN001 -- bytes or memoryview
+    sock.sendall(struct.pack("<Ic", len(payload), kind))
+    sock.sendall(payload)
 
 
-def relay(sock: socket.socket, child: Child, kind: bytes, payload: bytes, settings: dict) -> None:
+def relay(sock: socket.socket, child: Child, kind: bytes, inbox: Memory, outbox: Memory, settings: dict) -> None:
     """Carry bytes between host and child until the child ends, the wall clock runs out or the output cap is reached."""
     deadline = time.monotonic() + settings["wall_s"]
-    pending, closing = payload, kind == b"J"
+    closing = kind == b"J"
     budget, cut = settings["output_bytes"], ""
     while True:
         poller = select.poll()
         poller.register(child.result_fd, select.POLLIN)
-        if pending:
+        if inbox.stop:
             poller.register(child.job_fd, select.POLLOUT)
         elif closing and child.job_fd >= 0:
             os.close(child.job_fd)
@@ -243,22 +271,18 @@ def relay(sock: socket.socket, child: Child, kind: bytes, payload: bytes, settin
             cut = "wall"
             break
         if child.job_fd in events:  # never blocks: a child that stops reading must not stop the server
-            try:
-                pending = pending[os.write(child.job_fd, pending) :]
-            except OSError:
-                pending = b""
+            inbox.write_some(child.job_fd)
         if child.result_fd in events:
-            chunk = os.read(child.result_fd, 65536)
-            if not chunk:
+            size = os.readv(child.result_fd, [outbox.view])
+            budget -= size
+            if size == 0:
                 break
-            budget -= len(chunk)
             if budget < 0:
                 cut = "output"
                 break
-            write_frame(sock, b"O", chunk)
+            write_frame(sock, b"O", outbox.view[:size])
         if sock.fileno() in events:
-            kind, more = read_frame(sock)
-            pending, closing = pending + more, kind == b"E"
+            closing = inbox.read_frame(sock) == b"E"
     status, usage = child.end()
     report = {
         "exit": os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1,
@@ -268,8 +292,9 @@ def relay(sock: socket.socket, child: Child, kind: bytes, payload: bytes, settin
     }
     write_frame(sock, b"X", json.dumps(report).encode())
     while not closing:  # an interactive job that ended early: what the host still sends for it is void
-        kind, _ = read_frame(sock)
-        closing = kind == b"E"
+        inbox.start = inbox.stop = 0
+        closing = inbox.read_frame(sock) == b"E"
+    inbox.start = inbox.stop = 0
 
 
 def rehearse() -> None:
@@ -291,14 +316,15 @@ def main() -> None:
     program = bytes.fromhex(settings["seccomp"])
     buffer = ctypes.create_string_buffer(program, len(program))  # lives as long as this process
     settings["filter"] = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))  # struct sock_fprog
+    inbox, outbox = Memory(wire.MAX_FRAME_BYTES), Memory(1 << 16)
     rehearse()
     gc.collect()
     gc.freeze()  # children then share these pages instead of copying them at the first collection
     child = Child(settings)
     write_frame(sock, b"X", b"{}")  # ready
     while True:
-        kind, payload = read_frame(sock)
-        relay(sock, child, kind, payload, settings)
+        kind = inbox.read_frame(sock)
+        relay(sock, child, kind, inbox, outbox, settings)
         child = Child(settings)
 
 

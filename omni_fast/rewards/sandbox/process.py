@@ -150,9 +150,10 @@ class Jail:
         """All calls of one job, whatever the sample does. Raises JailError when the jail itself failed."""
         try:
             lines = [_first_line(job.source, job.entry, self.limits), *(wire.dumps(tuple(call)) for call in job.calls)]
+            message = _bounded(b"\n".join(lines) + b"\n")
         except wire.WireError as error:
             return [Call("error", detail=str(error))] * len(job.calls)
-        self._write_frame(b"J", b"\n".join(lines) + b"\n")
+        self._write_frame(b"J", message)
         deadline = time.monotonic() + self.limits.wall_s + GRACE_S
         replies = Replies(len(job.calls))
         while (end := self._advance(replies, deadline)) is None:
@@ -179,7 +180,7 @@ class Jail:
         def call(args: tuple[Data, ...]) -> Call:
             nonlocal end
             number = len(replies.calls)
-            line = wire.dumps(args) + b"\n"
+            line = _bounded(wire.dumps(args) + b"\n")
             if end is None and replies.failure is None:
                 self._write_frame(b"C", line)
             while len(replies.calls) == number and replies.failure is None and end is None:
@@ -279,6 +280,12 @@ def _as_fd(path: Path, fds: contextlib.ExitStack) -> int:
     os.write(fd, path.read_bytes())
     os.lseek(fd, 0, os.SEEK_SET)
     return fd
+
+
+def _bounded(message: bytes) -> bytes:
+    if len(message) > wire.MAX_FRAME_BYTES:
+        raise wire.WireError("the inputs are too large")
+    return message
 
 
 def _first_line(source: str, entry: str, limits: Limits) -> bytes:

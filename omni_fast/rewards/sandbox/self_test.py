@@ -11,7 +11,7 @@ import time
 from omni_fast.rewards.sandbox import Job, Limits, Sandbox
 from omni_fast.rewards.sandbox.attacks import ATTACKS, stopped
 
-FAST = Limits(cpu_s=1, wall_s=2.0)  # so that the attacks on time take a second or two each
+FAST = Limits(cpu_s=1, wall_s=3.0)  # so that the attacks on time take a second or two each
 NORMAL = Job(
     "import os\ndef normal(x):\n    left = [] if not hasattr(os, 'listdir') else os.listdir('/tmp')\n    return [x * 2, left]\n",
     "normal",
@@ -31,7 +31,7 @@ def self_test(sandbox: Sandbox | None = None, jobs: int = 200) -> dict[str, obje
         with Sandbox(limits=FAST) as own:
             return self_test(own, jobs)
     normal = NORMAL if sandbox.backend == "bwrap" else NORMAL_MONTY
-    limit_s = sandbox.limits.wall_s + 2.0
+    limit_s = sandbox.limits.wall_s + 10.0  # on a busy machine; what stalls, stalls for ever
     rows: list[dict[str, object]] = []
     for attack in ATTACKS:
         started = time.monotonic()

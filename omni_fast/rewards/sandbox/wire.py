@@ -35,6 +35,7 @@ Json = Union[None, bool, int, float, str, "list[Json]", "dict[str, Json]"]  # no
 
 MAX_DEPTH = 100
 MAX_MEMBERS = 2000  # of a set, or of a dictionary with other than text keys: chosen hashes make building them quadratic
+MAX_FRAME_BYTES = 4 << 20  # of one message from the host to the fork-server
 PLAIN_INT_BITS = 63  # longer integers travel as hexadecimal: decimal conversion is quadratic and limited to 4300 digits
 
 
