@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from omni_fast.errors import RunError, UserError
 from omni_fast.policy import tree_attention
 from omni_fast.policy.adapter import add_adapter, without_adapter
+from omni_fast.policy.norm import slim_norms
 from omni_fast.policy.pack import MicroBatch, Share, Trajectory, pack
 from omni_kernels import METRICS, LossSpec, Tokens, finalise, linear_logprob, linear_policy_loss, normaliser_count
 
@@ -107,6 +108,7 @@ class Policy:
                 "Masks by quantile (top_entropy, drop_covariance) depend on the micro-batch split: turn them off."
             )
         _check_model(model)
+        slim_norms(model)
         self.model = model
         self.loss = loss
         self.learning_rate = learning_rate
