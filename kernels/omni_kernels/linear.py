@@ -94,7 +94,10 @@ class Head:
         if z is not None:
             hit = hit + 2 * z * stats.lse * stats.logp.exp()
         hit = torch.where(gradient.live() & (targets != IGNORE), hit * scale, 0)
-        logits.scatter_(1, column, hit[:, None].to(logits.dtype))
+        rows = torch.arange(len(logits), device=logits.device)
+        logits[rows, column[:, 0]] = hit.to(
+            logits.dtype
+        )  # on a CPU, scatter_ would take as long as a pass over all logits
 
 
 @dataclass(frozen=True)
@@ -175,20 +178,22 @@ class Matrices:
             self.db = total if self.db is None else self.db.add_(total)
 
     def _add_dw(self, dlogits: Tensor, x: Tensor) -> None:
-        wide = _wide(x.dtype)
-        if self.dw is None and (self.once or x.dtype == wide):
+        wide, first = _wide(x.dtype), self.dw is None
+        if first and (self.once or x.dtype == wide):
             self.dw = torch.mm(dlogits.t(), x)
             return
+        if x.is_cuda and x.dtype != wide:
+            part = torch.mm(dlogits.t(), x, out_dtype=wide)
+            self.dw = part if self.dw is None else self.dw.add_(part, alpha=self.scale)
+            return
         if self.dw is None:
-            self.dw = torch.zeros(dlogits.shape[1], x.shape[1], dtype=wide, device=x.device)
+            self.dw = torch.empty(dlogits.shape[1], x.shape[1], dtype=wide, device=x.device)
         if x.dtype == self.dw.dtype:
             self.dw.addmm_(dlogits.t(), x, alpha=self.scale)
-        elif x.is_cuda:
-            self.dw.add_(torch.mm(dlogits.t(), x, out_dtype=wide), alpha=self.scale)
         else:
-            self._add_dw_by_panels(self.dw, dlogits, x)
+            self._add_dw_by_panels(self.dw, dlogits, x, first)
 
-    def _add_dw_by_panels(self, dw: Tensor, dlogits: Tensor, x: Tensor) -> None:
+    def _add_dw_by_panels(self, dw: Tensor, dlogits: Tensor, x: Tensor, first: bool) -> None:
         """A CPU GEMM rounds its result to bf16; the sum over chunks is fp32. Panels of it stay in cache on the way."""
         height = min(len(dw), max(1, _PANEL_BYTES // (4 * x.shape[1])))
         part, wide = x.new_empty(height, x.shape[1]), dw.new_empty(height, x.shape[1])
@@ -196,7 +201,10 @@ class Matrices:
             rows = slice(start, min(len(dw), start + height))
             count = rows.stop - rows.start
             torch.mm(dlogits[:, rows].t(), x, out=part[:count])
-            dw[rows].add_(wide[:count].copy_(part[:count]), alpha=self.scale)  # add_ of bf16 to fp32 is not vectorised
+            if first:
+                dw[rows] = part[:count]
+            else:  # add_ of bf16 to fp32 is not vectorised, copy_ is
+                dw[rows].add_(wide[:count].copy_(part[:count]), alpha=self.scale)
 
     def _product(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
         tile = self.tile_rows
