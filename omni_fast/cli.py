@@ -10,9 +10,8 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
-import click
 import typer
 from rich.console import Console
 
@@ -136,7 +135,7 @@ def evaluate(
     resolved = configs.load(config, extra)
     with (
         tempfile.TemporaryDirectory() as folder,
-        Progress(console) as progress,
+        Progress(Console(stderr=True, highlight=False)) as progress,  # the scores alone go to stdout
         Run.open(Path(folder), resolved) as empty,
         build(resolved, empty, progress) as parts,
     ):
@@ -244,7 +243,7 @@ def _train(config: str, overrides: list[str] | None, folder: Path, dry_run: bool
     if dry_run:
         from omni_fast.dry_run import describe
 
-        console.print(describe(resolved, folder), markup=False)
+        console.print(describe(resolved, folder), markup=False, soft_wrap=True)
         return
     from omni_fast import train as driver
     from omni_fast.progress import Progress
@@ -257,14 +256,14 @@ def _train(config: str, overrides: list[str] | None, folder: Path, dry_run: bool
 def main() -> None:
     """Entry point: one message and an exit code for what is not a bug."""
     try:
-        app(standalone_mode=False)
+        app()
     except (UserError, RunError) as error:
-        Console(stderr=True, highlight=False).print(
-            f"{'error' if error.exit_code != 130 else ''}: {error}".lstrip(": "), markup=False
-        )
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        _fail(f"{'error: ' if error.exit_code != 130 else ''}{error}", error.exit_code)
+    except OSError as error:  # what no caller could say more about: a full or broken disk
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"error: {error.strerror or error}{where}; nothing saved is lost, the same command resumes", 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    Console(stderr=True, highlight=False).print(message, markup=False, soft_wrap=True)
+    sys.exit(code)
