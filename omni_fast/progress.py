@@ -15,9 +15,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from omni_fast.records import EvalRow, StepRow
+from omni_fast.records import EvalRow, StepRow, TaskRow
 
 STALL_S = 20.0  # a wait longer than this is reported
+FEW_MIXED = 0.2  # share of mixed groups in a stage's first step under which there is hardly anything to learn from
 STEP_S_GUESS, ITEM_S_GUESS = 4.0, 0.1  # for the time left, until the first ones are measured
 
 
@@ -78,6 +79,8 @@ class Progress:
         self._step = f"step {row['step']}/{steps}"
         cells = []
         for name, values in row["tasks"].items():
+            if row["step"] == 1 and values["mixed_groups"] < FEW_MIXED:
+                self.warn(_few_mixed(name, values))
             entropy = values["entropy"]
             shown = {
                 "reward": f"{values['reward']:.3f}",
@@ -140,3 +143,18 @@ class Progress:
             if waited > STALL_S and not self._reported and not self.console.is_terminal:
                 self._reported = True
                 self.say(f"  still waiting for {self._waiting} ({waited:.0f} s)")
+
+
+def _few_mixed(task: str, row: TaskRow) -> str:
+    """What to change where nearly all groups have equal rewards: such a group has no advantage and trains nothing."""
+    if row["invalid"]:
+        remedy = f"{row['invalid']} samples could not be scored ({', '.join(row['invalid_reasons'])}): look there first"
+    elif row["truncated"] > 0.5:
+        remedy = f"{row['truncated']:.0%} of the samples met the token limit: raise tasks.{task}.max_new_tokens"
+    else:
+        how = "too easy" if row["reward"] > 0.5 else "too hard"
+        remedy = (
+            f"the prompts may be {how} for this model (mean reward {row['reward']:.2f}): give others, or raise "
+            "rollout.samples_per_prompt or rollout.temperature"
+        )
+    return f"{task}: only {row['mixed_groups']:.0%} of its groups have unequal rewards to learn from; {remedy}"
