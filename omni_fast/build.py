@@ -83,6 +83,13 @@ class Parts:
             self._prompts[key] = tokenise(self.tokenizer, self.tasks[task], [item], limit)[0]
         return self._prompts[key]
 
+    def check_prompts(self) -> None:
+        """Tokenise everything that the run may ask, so that a prompt above the limit is told before any training."""
+        for task, splits in self.items.items():
+            for items in splits.values():
+                for item in items:
+                    self.prompt(task, item)
+
     def sample(self, groups: Sequence[Group], name: str) -> None:
         """Fill the groups with completions; tasks with a length of their own generate in turn. `name` seeds the draws."""
         seed = zlib.crc32(f"{self.config.seed}:{name}".encode())
@@ -120,8 +127,9 @@ class Parts:
         self.run.keep_weights(name, self.policy.weights())
         self.holds = name
 
-    def export(self, folder: Path) -> None:
-        """The policy as transformers and SGLang load it (under LoRA the adapter), published by one rename."""
+    def export(self, folder: Path, name: str) -> None:
+        """The weights `name` as transformers and SGLang load them (under LoRA the adapter), published by one rename."""
+        self.load_weights(name)
         work = folder.with_name(f".writing-{folder.name}")
         shutil.rmtree(work, ignore_errors=True)
         self.model.save_pretrained(work)
@@ -146,6 +154,8 @@ def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
             engine = LocalEngine(model, max_rows=config.rollout.max_rows)
             stack.callback(engine.close)
             parts = Parts(config, run, progress, model, tokenizer, tasks, policy, engine)
+            progress.wait("the prompts' tokens")
+            parts.check_prompts()
         run.state["facts"] |= grading.facts()
         yield parts
 

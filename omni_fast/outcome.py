@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import resource
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from itertools import pairwise
@@ -117,7 +116,6 @@ def result(run: Run) -> Json:
         "truncated": {n: {t: row["truncated"] for t, row in f["splits"]["test"].items()} for n, f in kept.items()},
         "seconds": dict(totals["seconds"]),
         "throughput": _throughput(totals["counts"], totals["seconds"]),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
         "machine": {"system": platform.platform(), "cores": len(os.sched_getaffinity(0))},
         "config": config.model_dump(mode="json"),

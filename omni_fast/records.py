@@ -62,6 +62,7 @@ class State(TypedDict):
     evaluated: dict[str, Evaluated]
     probe: list[ProbeRow]
     totals: Totals
+    finished: bool
     facts: dict[str, Any]  # what the parts say of themselves, handed on to result.json as it is
 
 
@@ -108,4 +109,4 @@ class EvalRow(TypedDict):
 
 def empty_state() -> State:
     totals = Totals(metrics_bytes=0, seconds={}, counts={})
-    return State(trained={}, evaluated={}, probe=[], totals=totals, facts={})
+    return State(trained={}, evaluated={}, probe=[], totals=totals, finished=False, facts={})

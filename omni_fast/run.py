@@ -9,23 +9,26 @@
     result.json, report.html
 
 A stage or an evaluation is either finished (state.json says so) or done again from its last checkpoint; everything in it is
-seeded by names and counts, so doing it again gives the same. Rows of metrics.jsonl beyond the last saved state belong to work
-that will be done again and are cut off at the start.
+seeded by names and counts, so doing it again gives the same. Rows of metrics.jsonl beyond the last saved state or checkpoint
+belong to work that is done again; they are cut off before the first new row.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from omni_fast import checkpoint
@@ -34,6 +37,7 @@ from omni_fast.errors import RunError, UserError
 from omni_fast.records import EvalRow, Evaluated, ProbeRow, State, StepRow, Totals, Trained, empty_state
 
 BASE = "base"  # the initial policy's name among evaluations and weights
+AGAIN = "make room or permission there, and run the same command again"
 
 
 class Interrupted(RunError):
@@ -48,7 +52,8 @@ class Run:
     def __init__(self, folder: Path, config: Config, state: State) -> None:
         self.folder, self.config, self.state = folder, config, state
         self.stopping = False
-        self._metrics: BinaryIO | None = None  # open while the run is owned
+        self._metrics: FileIO | None = None  # open while the run is owned
+        self._cut = False  # whether rows of work that is done again are dropped from it
         self._since = time.perf_counter()  # what is spent since then is not in the totals yet
 
     @classmethod
@@ -59,10 +64,9 @@ class Run:
         with checkpoint.run_lock(folder):
             checkpoint.check_fingerprint(folder, config.model_dump(mode="json"))
             path = folder / "state.json"
-            state: State = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else empty_state()
+            state: State = _read_json(path) if path.is_file() else empty_state()
             run = cls(folder, config, state)
-            run._metrics = (folder / "metrics.jsonl").open("ab")
-            run._cut_metrics(state["totals"]["metrics_bytes"])
+            run._metrics = (folder / "metrics.jsonl").open("ab", buffering=0)
             previous = {number: signal.signal(number, run._stop) for number in (signal.SIGINT, signal.SIGTERM)}
             try:
                 yield run
@@ -77,8 +81,11 @@ class Run:
         settings, state = folder / "fingerprint.json", folder / "state.json"
         if not settings.is_file() or not state.is_file():
             raise UserError(f"{folder} is not a run folder with anything finished in it; give the folder of a run")
-        config = Config.model_validate_json(settings.read_text(encoding="utf-8"))
-        return cls(folder, config, json.loads(state.read_text(encoding="utf-8")))
+        try:
+            config = Config.model_validate(_read_json(settings))
+        except ValidationError as error:
+            raise UserError(f"{settings} is of another version of omni-fast; use the one that made the run") from error
+        return cls(folder, config, _read_json(state))
 
     # What is finished.
 
@@ -105,17 +112,31 @@ class Run:
         self.state["evaluated"][name] = evaluated
         self._save_state()
 
-    def keep_probe(self, rows: list[ProbeRow]) -> None:
-        self.state["probe"] = rows
+    def finish(self) -> None:
+        """All of it is done: the same command finds nothing to do."""
+        self.state["finished"] = True
         self._save_state()
+
+    def keep_probe(self, rows: list[ProbeRow]) -> None:
+        """Kept with the evaluation that is under way: saved alone, it would count rows that are written again."""
+        self.state["probe"] = rows
 
     # Metrics and totals.
 
     def record(self, row: StepRow | EvalRow) -> None:
-        """Append one row to metrics.jsonl."""
+        """Append one row to metrics.jsonl, behind the rows that the state or the loaded checkpoint counts."""
         assert self._metrics is not None, "the run folder was opened for reading"
-        self._metrics.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._metrics.flush()
+        if not self._cut:
+            size = os.fstat(self._metrics.fileno()).st_size
+            self._metrics.truncate(min(size, self.state["totals"]["metrics_bytes"]))
+            self._cut = True
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        try:
+            written = self._metrics.write(line)
+        except OSError as error:
+            raise RunError(f"{self._metrics.name} could not be written ({error.strerror}); {AGAIN}") from error
+        if written < len(line):
+            raise RunError(f"{self._metrics.name} could not be written (the disk is full); {AGAIN}")
 
     def rows(self) -> list[dict[str, Any]]:
         """metrics.jsonl as it stands."""
@@ -143,11 +164,10 @@ class Run:
         checkpoint.save(self._checkpoints(stage), f"step-{step}", tensors, everything, keep_last=keep)
 
     def load_checkpoint(self, stage: str, warn: Callable[[str], None]) -> checkpoint.Checkpoint | None:
-        """The newest valid checkpoint of the stage; the run's totals and metrics go back to it."""
+        """The newest valid checkpoint of the stage; the run's totals go on from it."""
         found = checkpoint.latest(self._checkpoints(stage), warn)
         if found is not None:
             self.state["totals"] = found.state["totals"]
-            self._cut_metrics(self.state["totals"]["metrics_bytes"])
         return found
 
     def checkpoint_due(self, step: int, steps: int) -> bool:
@@ -186,23 +206,28 @@ class Run:
 
     def _totals(self) -> Totals:
         assert self._metrics is not None, "the run folder was opened for reading"
-        self._metrics.flush()
         os.fsync(self._metrics.fileno())
         now = time.perf_counter()
         self.add_seconds(total=now - self._since)
         self._since = now
         totals = self.state["totals"]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.state["facts"]["peak_bytes"] = max(peak, self.state["facts"].get("peak_bytes", 0))
         size = os.fstat(self._metrics.fileno()).st_size
         return Totals(metrics_bytes=size, seconds=dict(totals["seconds"]), counts=dict(totals["counts"]))
-
-    def _cut_metrics(self, size: int) -> None:
-        """Drop the rows of work that will be done again."""
-        assert self._metrics is not None, "the run folder was opened for reading"
-        self._metrics.truncate(min(size, os.fstat(self._metrics.fileno()).st_size))
 
     def _save_state(self) -> None:
         self.state["totals"] = self._totals()
         checkpoint.write_json(self.folder / "state.json", dict(self.state))  # type: ignore[arg-type]  # a TypedDict is JSON
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): restore it from a copy, or give another run folder to start over"
+        ) from error
 
 
 def _add(totals: dict[str, float], parts: Mapping[str, float]) -> None:

@@ -23,14 +23,19 @@ from omni_fast.tasks.base import Item, Split
 
 def train(config: Config, folder: Path, progress: Progress) -> Path:
     """The whole method in a run folder; the same call on the same folder resumes. Returns the report's path."""
-    with Run.open(folder, config) as run, build(config, run, progress) as parts:
-        trainer = Trainer(config, run, parts, progress)
-        trainer.measure()
-        solved = plan.solve(run)
-        progress.say(solved.statement)
-        start = trainer.train_stages(solved.stages, BASE)
-        trainer.train_stages(plan.refresh(run, solved), start)
-        parts.export(run.folder / "final")
+    with Run.open(folder, config) as run:
+        if run.state["finished"]:
+            progress.say("this run is finished already")
+            return outcome.finish(run)
+        with build(config, run, progress) as parts:
+            trainer = Trainer(config, run, parts, progress)
+            trainer.measure()
+            solved = plan.solve(run)
+            progress.say(solved.statement)
+            last = trainer.train_stages(solved.stages, BASE)
+            last = trainer.train_stages(plan.refresh(run, solved), last)
+            parts.export(run.folder / "final", last)
+        run.finish()
         return outcome.finish(run)
 
 
@@ -80,6 +85,7 @@ class Trainer:
             self.policy.load_state_dict(saved.tensors, saved.state["policy"])
             stream.load_state_dict(saved.state["stream"])
             self.progress.skip(steps=done)
+            self.progress.say(f"  resumed after step {done}")
         self.parts.holds = f"{stage.name}, under way"
         self.engine.sync(self.engine.version + 1)
         for step in range(done + 1, stage.steps + 1):
