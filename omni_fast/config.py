@@ -174,7 +174,7 @@ def load(source: str, overrides: tuple[str, ...] = ()) -> Config:
     """
     path = Path(source)
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        text = _read(path)
     elif source in recipes():
         text = resources.files("omni_fast.recipes").joinpath(f"{source}.toml").read_text(encoding="utf-8")
     else:
@@ -189,6 +189,15 @@ def load(source: str, overrides: tuple[str, ...] = ()) -> Config:
         return Config.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason}); a config is a TOML file") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
 
 
 def recipes() -> list[str]:
