@@ -58,7 +58,9 @@ class CodeTask:
             raise UserError(f"code has no level {level!r}; use one of {', '.join(LEVELS)}")
         self.name = name
         self.max_new_tokens = max_new_tokens
-        self.system = ("" if level == "tiny" else "You write Python.") if system is None else system
+        self.system = (
+            ("" if level == "tiny" else "You write Python. Reply with code only.") if system is None else system
+        )
         self.composition = Composition("additive", {"tests": 1.0})
         self.verifier = verifier
         self.seed = seed
@@ -81,12 +83,20 @@ class CodeTask:
         tests = [
             hidden_tests(item.answer, f"{self.seed}:{item.id}:{draw}") for item, draw in zip(items, draws, strict=True)
         ]
-        return self.verifier.score([program(text) for text in completions], tests)
+        programs = [program(completion) for completion in completions]
+        alone = [place for place, source in enumerate(programs) if source is not None]
+        verdicts = self.verifier.score([programs[place] or "" for place in alone], [tests[place] for place in alone])
+        graded = dict(zip(alone, verdicts, strict=True))
+        return [graded.get(place, Part(0.0, "more_than_code")) for place in range(len(items))]
 
 
-def program(completion: str) -> str:
-    """The source in a reply that opens with our fence: up to the closing fence, or all of it when there is none."""
-    return completion.removeprefix("```python\n").split("```", 1)[0]
+def program(completion: str) -> str | None:
+    """The source in a reply that is code alone, its fence opened by our prefix; None when anything follows the fence.
+
+    The system message asks for code only, so a talkative reply is wrong, however right its code.
+    """
+    source, _, rest = completion.removeprefix("```python\n").partition("```")
+    return None if rest.strip() else source
 
 
 def hidden_tests(answer: Mapping[str, Json], key: str) -> Tests:

@@ -17,7 +17,7 @@ from itertools import combinations
 from omni_fast.errors import UserError
 from omni_fast.rewards.compose import Composition
 from omni_fast.rewards.judge.base import Judge, Reply
-from omni_fast.rewards.judge.sentences import ANIMATE, EVENTS, OBJECTS, PLACES, prompt_text, reference_sentence
+from omni_fast.rewards.judge.sentences import ANIMATE, EVENTS, OBJECTS, PLACES, article, prompt_text, reference_sentence
 from omni_fast.rewards.score import Part, Score
 from omni_fast.rewards.text_checks import words
 from omni_fast.tasks.base import Item, Json, Split
@@ -25,7 +25,7 @@ from omni_fast.tasks.splits import Sizes, partition, take
 
 LEVELS = ("default", "tiny")
 MIN_WORDS = 10
-_LENGTH = f"Use at least {MIN_WORDS} words in all."
+_PROMPT = "Write one sentence of at least {n} words about {topic} with the words {first} and {second}."
 _TINY_SIZES = Sizes(train=64, select=16, test=32)
 _TINY_OBJECTS = ("moon", "river", "bread", "boat", "stone", "bell", "key", "song", "lamp", "coat", "apple", "bridge")
 
@@ -77,13 +77,13 @@ class WritingTask:
 
 
 def _replies(items: Sequence[Item], completions: Sequence[str]) -> list[Reply]:
-    """What a judge is asked: the prompt without the demand for a length, which is checked already."""
+    """What a judge is asked: the prompt in the words it was fitted on, without the length that is checked already."""
     replies = []
     for item, completion in zip(items, completions, strict=True):
         required = item.answer["words"]
         assert isinstance(required, list)
-        prompt = item.prompt.removesuffix(_LENGTH).rstrip()
-        replies.append(Reply(prompt, completion, str(item.answer["reference"]), tuple(str(word) for word in required)))
+        asked = str(item.answer.get("asked", item.prompt))
+        replies.append(Reply(asked, completion, str(item.answer["reference"]), tuple(str(word) for word in required)))
     return replies
 
 
@@ -102,8 +102,13 @@ def _pools(seed: int, sizes: Sizes) -> dict[Split, list[Item]]:
                 continue
             texts = rng.sample(pair, 2)
             required: list[Json] = list(texts)
-            answer: dict[str, Json] = {"words": required, "reference": _reference(topic, texts, rng)}
-            pools[split].append(Item("/".join((topic, *texts)), f"{prompt_text(topic, texts)} {_LENGTH}", answer))
+            answer: dict[str, Json] = {
+                "words": required,
+                "reference": _reference(topic, texts, rng),
+                "asked": prompt_text(topic, texts),
+            }
+            prompt = _PROMPT.format(n=MIN_WORDS, topic=article(topic), first=texts[0], second=texts[1])
+            pools[split].append(Item("/".join((topic, *texts)), prompt, answer))
     return pools
 
 

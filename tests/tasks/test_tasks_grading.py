@@ -140,6 +140,8 @@ def test_every_reference_passes_and_no_stub_does(code: CodeTask) -> None:
     assert {score.parts["tests"].reason for score in code.score(EVERY, golds)} == {"ok"}
     plain = EVERY[::2]
     first = [str(item.answer["parameters"]).split(", ")[0] for item in plain]
+    talkative = code.score(plain, [f"{gold} That is all." for gold in golds[::2]])
+    assert {score.parts["tests"].reason for score in talkative} == {"more_than_code"}
     for stubs in (["None"] * len(plain), ["True"] * len(plain), first):
         replies = [f"{item.prefix} {stub}\n```" for item, stub in zip(plain, stubs, strict=True)]
         assert code.metric(plain, replies) == [0.0] * len(plain)
@@ -172,9 +174,9 @@ def test_an_invalid_score_stays_invalid() -> None:
     assert task.metric([item], ["x"]) == [None]
 
 
-@pytest.mark.parametrize(
-    "reply",
-    ["```python\ndef f(n):\n    return n\n```\nmore ```", "```python\ndef f(n):\n    return n\n", "def f(n): return n"],
-)
-def test_program_ends_at_the_closing_fence(reply: str) -> None:
-    assert program(reply).split() == ["def", "f(n):", "return", "n"]
+def test_a_program_is_code_alone() -> None:
+    code = "def f(n):\n    return n\n"
+    for reply in (f"```python\n{code}```", f"```python\n{code}```\n\n", f"```python\n{code}", code):
+        assert program(reply) == code
+    for rest in ("\nThis returns n.", " ```python\ndef f(n): return 1\n```"):
+        assert program(f"```python\n{code}```{rest}") is None
