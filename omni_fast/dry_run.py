@@ -1,10 +1,12 @@
 """`--dry-run`: the resolved config and what it would do, without loading anything.
 
-Time is a roofline guess from the parameter count and this machine's nominal speed; memory is counted.
+Memory is counted; time is scaled by parameters and cores from what the quickstart took on two cores with AVX-512, which other
+lengths, batch sizes and processors can miss by half.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from omni_fast.config import Config
@@ -12,6 +14,9 @@ from omni_fast.config import Config
 PARAMETERS = {"smollm2-135m-instruct": 134_515_008, "tiny": 700_000}
 BYTES_PER_WEIGHT = {"train": 4 + 8 + 4 + 2, "lora": 2}  # fp32 master, two AdamW moments, fp32 gradient, bf16 copy
 ENGINE_BYTES_PER_WEIGHT = 2
+# Of the quickstart on two cores: tokens per second, every sample counted at its longest; what any model pays besides.
+TRAIN_TOKENS_PER_S, EVAL_TOKENS_PER_S, MEASURED_PARAMETERS, MEASURED_CORES = 370.0, 900.0, 134_515_008, 2
+SETUP_S, STEP_S, EVALUATION_S = 15.0, 0.3, 0.5
 
 
 def describe(config: Config, folder: Path) -> str:
@@ -22,14 +27,15 @@ def describe(config: Config, folder: Path) -> str:
     steps = stage * (singles + tasks - reused)
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     new_tokens = sum(task.max_new_tokens for task in config.tasks) / tasks
-    rows = {"select": 1 + singles, "test": 1 + singles + tasks - reused}
+    stages = 1 if config.curriculum.mode == "joint" else tasks
+    rows = {"select": 1 + singles, "test": 1 + singles + stages - reused}
     items = tasks * (rows["select"] * config.evaluation.select_items + rows["test"] * config.evaluation.test_items)
     lines = [
         *(_section(name, value) for name, value in config.model_dump(mode="json").items()),
         "",
         f"run folder       {folder}",
         f"tasks            {', '.join(task.name for task in config.tasks)}",
-        f"stages           {singles} single-task runs + {tasks} of the curriculum"
+        f"stages           {singles} single-task runs + {stages} of mode {config.curriculum.mode}"
         + (", the first of which is one of them" if reused else ""),
         f"steps            {steps} x {samples} samples x up to {new_tokens:.0f} new tokens"
         f" = {steps * samples * new_tokens:,.0f} new tokens at most",
@@ -37,12 +43,16 @@ def describe(config: Config, folder: Path) -> str:
     ]
     parameters = PARAMETERS.get(config.model.path)
     if parameters is None:
-        lines.append(f"memory           depends on {config.model.path}, which is not loaded here")
+        lines.append(f"memory, time     depend on {config.model.path}, which is not loaded here")
     else:
         per_weight = BYTES_PER_WEIGHT["lora" if config.model.lora_rank else "train"] + ENGINE_BYTES_PER_WEIGHT
         lines.append(
             f"memory           {parameters * per_weight / 2**30:.1f} GiB for weights, gradients, optimiser and engine"
         )
+        size = parameters / MEASURED_PARAMETERS * MEASURED_CORES / (config.threads or len(os.sched_getaffinity(0)))
+        work = steps * samples * new_tokens / TRAIN_TOKENS_PER_S + items * 2 * new_tokens / EVAL_TOKENS_PER_S
+        seconds = SETUP_S + steps * STEP_S + sum(rows.values()) * tasks * EVALUATION_S + size * work
+        lines.append(f"time             about {max(1, round(seconds / 60))} min, the first download not counted")
     return "\n".join(lines)
 
 
