@@ -431,4 +431,4 @@ def test_any_shape(n: int, h: int, v: int, rows: int, seed: int, backend: str, d
     assert out.loss.isfinite() and hidden.grad is not None and weight.grad is not None
     assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
     if v == 1:
-        assert (logp == 0).all() and (hidden.grad == 0).all()
+        assert (logp.abs() < 1e-7).all() and (hidden.grad.abs() < 1e-6).all()

@@ -34,7 +34,7 @@ _UNARY = {
 _BINARY = {
     "add": "add", "sub": "sub", "mul": "mul", "div": "div", "minimum": "min", "maximum": "max", "clamp_min": "max",
     "clamp_max": "min", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge", "eq": "eq", "ne": "ne", "logical_and": "and",
-    "logical_or": "or", "bitwise_and": "and", "bitwise_or": "or",
+    "logical_or": "or", "bitwise_and": "and", "bitwise_or": "or", "__and__": "and", "__or__": "or",
 }  # fmt: skip
 _SAME = ("detach", "alias", "clone", "expand", "lift_fresh_copy", "view")
 _FILL = {"ones_like": 1.0, "zeros_like": 0.0}
