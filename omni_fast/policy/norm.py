@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, eps):
         wide = _wide(x)
         inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
         ctx.save_for_backward(x, weight, inverse)
@@ -25,7 +25,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         x, weight, inverse = ctx.saved_tensors
         normal = _wide(x) * inverse
         dw = None

@@ -139,8 +139,9 @@ class _Direct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q_THD, k_TKD, v_TKD, tree, scale):  # type: ignore[no-untyped-def]
-        outputs, kept = [], []
+    def forward(ctx, q_THD, k_TKD, v_TKD, tree, scale):
+        outputs: list[Tensor] = []
+        kept: list[Tensor] = []
         for bucket in tree.buckets:
             parts = _attend(q_THD, k_TKD, v_TKD, bucket, scale)
             outputs.append(_to_rows(torch.bmm(parts[3], parts[2]), bucket, k_TKD.shape[1]))
@@ -152,7 +153,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_THD):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_THD):
         q_THD, k_TKD, v_TKD, *kept = ctx.saved_tensors
         wide = torch.float32 if k_TKD.dtype in (torch.bfloat16, torch.float16) else k_TKD.dtype
         kv_heads = k_TKD.shape[1]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -429,7 +429,7 @@ def _body(model: PreTrainedModel, inputs: Tensor, micro: MicroBatch) -> Tensor:
     return output.last_hidden_state[0]
 
 
-def _drain(slot: _Slot):  # type: ignore[no-untyped-def]
+def _drain(slot: _Slot) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
         slot.add(parameter.grad)

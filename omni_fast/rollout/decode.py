@@ -215,7 +215,9 @@ def wave_attention(
 ) -> tuple[Tensor, None]:
     """The attention implementation that transformers calls: reads and writes the cache of `wave`."""
     step = wave.prefill if wave.prefilling else wave.decode
-    return step(module.layer_idx, query, key, value, scaling), None
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    return step(layer, query, key, value, scaling), None
 
 
 AttentionInterface.register(ATTENTION, wave_attention)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,10 +54,11 @@ def _weight(module: nn.Module) -> Tensor:
     """What the layer multiplies by: with an active adapter, its product is added in float32 and rounded once."""
     if isinstance(module, nn.Linear):
         return module.weight.detach()
-    base = module.base_layer.weight.detach()
-    if module.disable_adapters or module.merged:
+    adapted: Any = module  # peft's layer, which is not imported for a model without one
+    base = adapted.base_layer.weight.detach()
+    if adapted.disable_adapters or adapted.merged:
         return base
-    deltas = [module.get_delta_weight(name).detach().float() for name in module.active_adapters]
+    deltas = [adapted.get_delta_weight(name).detach().float() for name in adapted.active_adapters]
     return torch.stack([base.float(), *deltas]).sum(0).to(base.dtype)
 
 
