@@ -7,8 +7,6 @@
 
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <mutex>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -100,7 +98,7 @@ void rows_forward(std::uintptr_t logits, int dtype, std::int64_t rows, std::int6
   r.lse = at<float>(lse, "lse", rows > 0);
   r.want_entropy = r.entropy != nullptr;
   parallel_for(rows, grain_of(rows, threads), threads,
-               [&](std::int64_t begin, std::int64_t end, int) { kernels.forward(r, begin, end); });
+               [&](std::int64_t begin, std::int64_t end) { kernels.forward(r, begin, end); });
 }
 
 void rows_backward(std::uintptr_t logits, int dtype, std::int64_t rows, std::int64_t vocab, std::int64_t row_stride,
@@ -118,7 +116,7 @@ void rows_backward(std::uintptr_t logits, int dtype, std::int64_t rows, std::int
   r.z_loss = z_loss;
   r.z_loss_rows = at<float>(z_loss_rows, "z_loss", false);
   parallel_for(rows, grain_of(rows, threads), threads,
-               [&](std::int64_t begin, std::int64_t end, int) { kernels.backward(r, begin, end); });
+               [&](std::int64_t begin, std::int64_t end) { kernels.backward(r, begin, end); });
 }
 
 // A checked program that owns its code; columns are bound at the call.
@@ -151,27 +149,6 @@ class CoefficientProgram {
   std::int32_t columns_, a_, b_, z_;
 };
 
-// One scratch row a worker, kept between calls: fresh pages cost more than the arithmetic. Calls take turns.
-class Scratch {
- public:
-  std::unique_lock<std::mutex> lock() { return std::unique_lock<std::mutex>(mutex_); }
-  void reserve(int workers, std::size_t floats) {
-    if (static_cast<int>(rows_.size()) < workers) rows_.resize(static_cast<std::size_t>(workers));
-    for (auto& row : rows_)
-      if (row.size() < floats) row.resize(floats);
-  }
-  float* row(int worker) { return rows_[static_cast<std::size_t>(worker)].data(); }
-
- private:
-  std::mutex mutex_;
-  std::vector<std::vector<float>> rows_;
-};
-
-Scratch& scratch() {
-  static Scratch* const instance = new Scratch;  // never destroyed: threads may outlive static destructors
-  return *instance;
-}
-
 void rows_fused(std::uintptr_t logits, int dtype, std::int64_t rows, std::int64_t vocab, std::int64_t row_stride,
                 std::uintptr_t targets, float inv_t, std::uintptr_t inv_t_rows, float softcap, std::uintptr_t logp,
                 std::uintptr_t entropy, std::uintptr_t lse, const CoefficientProgram& program,
@@ -190,21 +167,18 @@ void rows_fused(std::uintptr_t logits, int dtype, std::int64_t rows, std::int64_
   r.entropy = at<float>(entropy, "entropy", rows > 0 && program.has_entropy_gradient());
   r.lse = at<float>(lse, "lse", rows > 0);
   r.want_entropy = r.entropy != nullptr;
-  const auto turn = scratch().lock();
-  scratch().reserve(threads, static_cast<std::size_t>(vocab + vocab / kBlock + 128));
-  parallel_for(rows, grain_of(rows, threads), threads, [&](std::int64_t begin, std::int64_t end, int worker) {
-    kernels.fused(r, begin, end, scratch().row(worker));
-  });
+  parallel_for(rows, grain_of(rows, threads), threads,
+               [&](std::int64_t begin, std::int64_t end) { kernels.fused(r, begin, end); });
 }
 
-void vector_exp(std::uintptr_t x, std::uintptr_t y, std::int64_t n, const std::string& isa) {
+void vector_exp2(std::uintptr_t x, std::uintptr_t y, std::int64_t n, const std::string& isa) {
   if (n < 0) fail("n = " + std::to_string(n) + " must not be negative");
-  kernels_named(isa).exp(at<float>(x, "x", n > 0), at<float>(y, "y", n > 0), n);
+  kernels_named(isa).exp2(at<float>(x, "x", n > 0), at<float>(y, "y", n > 0), n);
 }
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const char* name : {"avx512", "avx2", "portable"})
+  for (const char* name : {"avx512_bf16", "avx512", "avx2", "portable"})
     if (select_kernels(name)) names.emplace_back(name);
   return names;
 }
@@ -233,5 +207,5 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("rows_fused", &rows_fused, py::arg("logits"), py::arg("dtype"), py::arg("rows"), py::arg("vocab"), py::arg("row_stride"),
         py::arg("targets"), py::arg("inv_t"), py::arg("inv_t_rows"), py::arg("softcap"), py::arg("logp"), py::arg("entropy"),
         py::arg("lse"), py::arg("program"), py::arg("columns"), py::arg("num_threads"), py::arg("isa") = "auto");
-  m.def("vector_exp", &vector_exp, py::arg("x"), py::arg("y"), py::arg("n"), py::arg("isa") = "auto");
+  m.def("vector_exp2", &vector_exp2, py::arg("x"), py::arg("y"), py::arg("n"), py::arg("isa") = "auto");
 }

@@ -11,6 +11,8 @@ const RowKernels* select_kernels(const char* name) {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16 && (any || std::strcmp(name, kAvx512Bf16.name) == 0)) return &kAvx512Bf16;
   if (avx512 && (any || std::strcmp(name, kAvx512.name) == 0)) return &kAvx512;
   if (avx2 && (any || std::strcmp(name, kAvx2.name) == 0)) return &kAvx2;
 #endif

@@ -42,18 +42,16 @@ GompParallel gomp_parallel() {
 
 struct Loop {
   std::int64_t count, grain;
-  const std::function<void(std::int64_t, std::int64_t, int)>* body;
+  const std::function<void(std::int64_t, std::int64_t)>* body;
   std::atomic<std::int64_t> next{0};
-  std::atomic<int> workers{0};
 };
 
 void work(void* data) {
   Loop& loop = *static_cast<Loop*>(data);
-  const int worker = loop.workers.fetch_add(1);
   for (;;) {
     const std::int64_t begin = loop.next.fetch_add(loop.grain);
     if (begin >= loop.count) return;
-    (*loop.body)(begin, begin + loop.grain < loop.count ? begin + loop.grain : loop.count, worker);
+    (*loop.body)(begin, begin + loop.grain < loop.count ? begin + loop.grain : loop.count);
   }
 }
 
@@ -62,7 +60,7 @@ void work(void* data) {
 const char* thread_runtime() { return gomp_parallel() ? "openmp" : "std::thread"; }
 
 void parallel_for(std::int64_t count, std::int64_t grain, int threads,
-                  const std::function<void(std::int64_t, std::int64_t, int)>& body) {
+                  const std::function<void(std::int64_t, std::int64_t)>& body) {
   Loop loop;
   loop.count = count;
   loop.grain = grain;

@@ -6,7 +6,7 @@
 //     g_j  = a (1[j=y] - p_j) - b p_j (log p_j + H) + 2 z lse p_j      a = dL/dlogp, b = dL/dH, z: weight of lse^2
 //     du_j = g_j inv_T                                (softcap: times 1 - tanh^2(u_j / c))
 // A row whose target is kIgnore gives logp = H = lse = 0 and du = 0, and its logits are never read; neither are those of
-// a row with a = b = z = 0. Nothing is allocated here except one scratch row a thread, kept from call to call.
+// a row with a = b = z = 0. Nothing is allocated.
 #pragma once
 #include <cstdint>
 
@@ -38,19 +38,20 @@ struct Rows {
   const Program* program;        // (fused) gives a, b, z of a row
 };
 
-// Each function handles rows [begin, end); `scratch` holds vocab + 64 floats (fused only).
+// Each function handles rows [begin, end).
 struct RowKernels {
   const char* name;
   void (*forward)(const Rows&, std::int64_t begin, std::int64_t end);
   void (*backward)(const Rows&, std::int64_t begin, std::int64_t end);
-  void (*fused)(const Rows&, std::int64_t begin, std::int64_t end, float* scratch);
-  void (*exp)(const float* x, float* y, std::int64_t n);  // the kernels' own exp, to be tested for its ulps
+  void (*fused)(const Rows&, std::int64_t begin, std::int64_t end);
+  void (*exp2)(const float* x, float* y, std::int64_t n);  // the kernels' own 2^x, to be tested for its ulps
 };
 
 extern const RowKernels kPortable;
 #if defined(OMNI_X86)
 extern const RowKernels kAvx2;
 extern const RowKernels kAvx512;
+extern const RowKernels kAvx512Bf16;  // rounds to bf16 in one instruction
 #endif
 
 // The best set this processor runs, or the named one; null when the name is unknown or the processor cannot run it.

@@ -2,5 +2,5 @@
 #include "rows_kernel.h"
 
 namespace omni {
-const RowKernels kAvx2 = {"avx2", &forward, &backward, &fused, &exp_array};
+const RowKernels kAvx2 = {"avx2", &forward, &backward, &fused, &exp2_array};
 }

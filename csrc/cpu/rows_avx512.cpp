@@ -2,5 +2,5 @@
 #include "rows_kernel.h"
 
 namespace omni {
-const RowKernels kAvx512 = {"avx512", &forward, &backward, &fused, &exp_array};
+const RowKernels kAvx512 = {"avx512", &forward, &backward, &fused, &exp2_array};
 }

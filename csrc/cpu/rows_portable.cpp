@@ -2,5 +2,5 @@
 #include "rows_kernel.h"
 
 namespace omni {
-const RowKernels kPortable = {"portable", &forward, &backward, &fused, &exp_array};
+const RowKernels kPortable = {"portable", &forward, &backward, &fused, &exp2_array};
 }

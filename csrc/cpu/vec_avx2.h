@@ -41,13 +41,17 @@ struct V {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(part), narrow(x));
     std::memcpy(p, part, static_cast<std::size_t>(n) * 2);
   }
+  // Two vectors at once. Those of bf16 hold the even and the odd elements: a shift and a mask widen them.
+  static void load2(const float* p, F& x, F& y) { x = load(p), y = load(p + width); }
+  static void load2(const std::uint16_t* p, F& x, F& y) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    x = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    y = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
   static void store2(float* p, F x, F y) { store(p, x), store(p + width, y); }
   static void store2(std::uint16_t* p, F x, F y) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(x));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + width), narrow(y));
-  }
-  static void prefetch(const void* p, std::int64_t bytes) {
-    _mm_prefetch(static_cast<const char*>(p) + bytes, _MM_HINT_T1);
+    const __m256i odd = _mm256_and_si256(rounded(y), _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(_mm256_srli_epi32(rounded(x), 16), odd));
   }
   static F add(F x, F y) { return _mm256_add_ps(x, y); }
   static F sub(F x, F y) { return _mm256_sub_ps(x, y); }
@@ -90,12 +94,14 @@ struct V {
 
  private:
   // Round to nearest even at bit 16. Arithmetic NaNs have a clear low half, so they stay NaN.
-  static __m128i narrow(F x) {
+  static __m256i rounded(F x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i up = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(up, up), 0xD8);
-    return _mm256_castsi256_si128(packed);
+    return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  }
+  static __m128i narrow(F x) {
+    const __m256i up = _mm256_srli_epi32(rounded(x), 16);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(up, up), 0xD8));
   }
 };
 

@@ -21,15 +21,23 @@ struct V {
   static void store_part(std::uint16_t* p, int n, F x) {
     _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(x), 16)));
   }
+  // Two vectors at once. Those of bf16 hold the even and the odd elements: a shift and a mask widen them.
+  static void load2(const float* p, F& x, F& y) { x = load(p), y = load(p + width); }
+  static void load2(const std::uint16_t* p, F& x, F& y) {
+    const __m512i both = _mm512_loadu_si512(p);
+    x = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    y = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
   static void store2(float* p, F x, F y) { store(p, x), store(p + width, y); }
   static void store2(std::uint16_t* p, F x, F y) {
-    // The high halves of x, then those of y, in order.
-    const __m512i order = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23,
-                                           21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(rounded(x), order, rounded(y)));
-  }
-  static void prefetch(const void* p, std::int64_t bytes) {
-    _mm_prefetch(static_cast<const char*>(p) + bytes, _MM_HINT_T1);
+#if defined(__AVX512BF16__)
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
+                                           4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x))));
+#else
+    const __m512i odd = _mm512_and_si512(rounded(y), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+    _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(rounded(x), 16), odd));
+#endif
   }
   static F add(F x, F y) { return _mm512_add_ps(x, y); }
   static F sub(F x, F y) { return _mm512_sub_ps(x, y); }

@@ -28,11 +28,14 @@ struct V {
     for (int k = 0; k < n; ++k) p[k] = narrow(x.v[k]);
   }
   template <class T>
+  static void load2(const T* p, F& x, F& y) {
+    x = load(p), y = load(p + width);
+  }
+  template <class T>
   static void store2(T* p, F x, F y) {
     store_part(p, width, x);
     store_part(p + width, width, y);
   }
-  static void prefetch(const void*, std::int64_t) {}
   static F add(F x, F y) { return each([&](int k) { return x.v[k] + y.v[k]; }); }
   static F sub(F x, F y) { return each([&](int k) { return x.v[k] - y.v[k]; }); }
   static F mul(F x, F y) { return each([&](int k) { return x.v[k] * y.v[k]; }); }

@@ -1,0 +1,6 @@
+#include "vec_avx512.h"
+#include "rows_kernel.h"
+
+namespace omni {
+const RowKernels kAvx512Bf16 = {"avx512_bf16", &forward, &backward, &fused, &exp2_array};
+}
