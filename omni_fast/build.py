@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from omni_fast.config import Config
 from omni_fast.curriculum.stages import Draw
@@ -156,6 +157,7 @@ def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
             parts = Parts(config, run, progress, model, tokenizer, tasks, policy, engine)
             progress.wait("the prompts' tokens")
             parts.check_prompts()
+        run.bind()
         run.state["facts"] |= grading.facts()
         yield parts
 
@@ -165,6 +167,7 @@ def load_model(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     device = config.model.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    disable_progress_bar()  # transformers' own bars
     if config.model.path == "tiny":
         return tiny_model(tiny_corpus(config.tasks, config.seed), seed=config.seed)
     return load(config.model.path, dtype=torch.float32, device=device)

@@ -37,6 +37,7 @@ from omni_fast.errors import RunError, UserError
 from omni_fast.records import EvalRow, Evaluated, ProbeRow, State, StepRow, Totals, Trained, empty_state
 
 BASE = "base"  # the initial policy's name among evaluations and weights
+FINGERPRINT = "fingerprint.json"
 AGAIN = "make room or permission there, and run the same command again"
 
 
@@ -62,7 +63,10 @@ class Run:
         """Create or resume. UserError for a folder in use, of another config, or that cannot be written."""
         folder = folder.expanduser()
         with checkpoint.run_lock(folder):
-            checkpoint.check_fingerprint(folder, config.model_dump(mode="json"))
+            if (folder / FINGERPRINT).is_file():
+                checkpoint.check_fingerprint(folder, config.model_dump(mode="json"))
+            else:
+                (folder / "judge_head.json").unlink(missing_ok=True)  # of a set-up that failed, perhaps of another model
             path = folder / "state.json"
             state: State = _read_json(path) if path.is_file() else empty_state()
             run = cls(folder, config, state)
@@ -78,7 +82,7 @@ class Run:
     @classmethod
     def read(cls, folder: Path) -> Run:
         """A run folder as it stands. UserError when there is none."""
-        settings, state = folder / "fingerprint.json", folder / "state.json"
+        settings, state = folder / FINGERPRINT, folder / "state.json"
         if not settings.is_file() or not state.is_file():
             raise UserError(f"{folder} is not a run folder with anything finished in it; give the folder of a run")
         try:
@@ -86,6 +90,10 @@ class Run:
         except ValidationError as error:
             raise UserError(f"{settings} is of another version of omni-fast; use the one that made the run") from error
         return cls(folder, config, _read_json(state))
+
+    def bind(self) -> None:
+        """From here on the folder belongs to this configuration; a mistake found while setting up leaves it free."""
+        checkpoint.check_fingerprint(self.folder, self.config.model_dump(mode="json"))
 
     # What is finished.
 
