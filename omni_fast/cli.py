@@ -111,7 +111,7 @@ def plan(
         print(json.dumps({key: record[key] for key in keys}))
         return
     console.print(plan_table(solved))
-    console.print(solved.statement)
+    console.print(solved.statement, soft_wrap=True)
 
 
 @app.command("eval")
@@ -159,7 +159,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or n
     from omni_fast import outcome
     from omni_fast.run import Run
 
-    console.print(f"report: {outcome.finish(Run.read(run))}")
+    console.print(f"report: {outcome.finish(Run.read(run))}", soft_wrap=True)
 
 
 @app.command()
@@ -192,7 +192,7 @@ def data_check(
 
     with tempfile.TemporaryDirectory() as folder:
         for line in check_data(source, tuple(overrides or ()), Path(folder)):
-            console.print(line, markup=False)
+            console.print(line, markup=False, soft_wrap=True)
 
 
 @sandbox_app.command("self-test")
@@ -250,7 +250,7 @@ def _train(config: str, overrides: list[str] | None, folder: Path, dry_run: bool
 
     with Progress(console) as progress:
         report_path = driver.train(resolved, folder, progress)
-    console.print(f"result: {folder / 'result.json'}\nreport: {report_path}")
+    console.print(f"result: {folder / 'result.json'}\nreport: {report_path}", soft_wrap=True)
 
 
 def main() -> None:

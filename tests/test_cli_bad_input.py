@@ -1,0 +1,242 @@
+"""What a user can get wrong: one clear message on stderr, exit code 2 (a mistake) or 1 (a failure), no traceback.
+
+The command line runs inside the test process: an exception that is not turned into a message fails the test by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from transformers import AutoTokenizer
+
+from omni_fast.checkpoint import run_lock
+from omni_fast.cli import main
+from omni_fast.policy.tiny import tiny_model
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    error: str
+
+
+Omni = Callable[..., Done]
+
+SUMS = [{"question": f"{a}+{b}=?", "answer": str(a + b)} for a in range(1, 5) for b in range(1, 6)]
+
+
+@pytest.fixture
+def omni(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Omni:
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["omni-fast", *(str(argument) for argument in arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, error = capsys.readouterr()
+        assert "Traceback" not in out + error
+        return Done(int(stop.value.code or 0), out, error)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat model that has learned nothing."""
+    folder = tmp_path_factory.mktemp("model")
+    rows = [(row["question"], row["answer"], "0") for row in SUMS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMNI_FAST_HOME", str(tmp_path_factory.mktemp("home")))
+        made, tokenizer = tiny_model(rows, seed=0, steps=1)
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Job:
+    """A config on disk with one task of the user's own; its data are what a test writes."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.run, self.data, self.config = folder / "run", folder / "sums.jsonl", folder / "job.toml"
+        self.config.write_text(
+            f'model = {{ path = "{model}", dtype = "float32" }}\nthreads = 1\n'
+            "rollout = { prompts_per_step = 2, samples_per_prompt = 2 }\n"
+            'curriculum = { mode = "order", order = ["sums"], steps_per_stage = 1 }\n'
+            "evaluation = { select_items = 2, test_items = 2, probe_items = 1, bootstrap_draws = 50 }\n"
+            f'[[tasks]]\nname = "sums"\nkind = "jsonl"\nfile = "{self.data}"\nprompt = "{{question}}"\n'
+            'answer = "answer"\nverifier = "qa"\nmax_new_tokens = 2\n'
+        )
+        self.write(*(json.dumps(row) for row in SUMS))
+
+    def write(self, *lines: str) -> None:
+        self.data.write_text("".join(line + "\n" for line in lines))
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return ("train", str(self.config), "--run", str(self.run))
+
+
+@pytest.fixture
+def job(tmp_path: Path, model: Path) -> Job:
+    return Job(tmp_path, model)
+
+
+def refused(done: Done, *words: str, code: int = 2) -> None:
+    assert done.code == code, done
+    assert done.error.startswith("error: "), done.error
+    for word in words:
+        assert word in done.error, done.error
+
+
+# What is told before anything is loaded.
+
+
+def test_an_unknown_command_and_an_unknown_option(omni: Omni) -> None:
+    for arguments in (("trian", "quickstart"), ("train", "quickstart", "--rnu", "x"), ("plan",)):
+        done = omni(*arguments)
+        assert done.code == 2 and "Usage" in done.error
+
+
+def test_an_unknown_config_key(omni: Omni) -> None:
+    done = omni("train", "quickstart-tiny", "rollout.prompt_per_step=4")
+    refused(done, "unknown key 'rollout.prompt_per_step'", "did you mean 'prompts_per_step'?")
+
+
+def test_a_wrong_type(omni: Omni) -> None:
+    refused(omni("quickstart", "--tiny", "seed=many"), "'seed'", "'many'")
+
+
+def test_no_config_file(omni: Omni, tmp_path: Path) -> None:
+    refused(omni("train", tmp_path / "no.toml"), "no.toml", "recipes: quickstart")
+
+
+@pytest.mark.parametrize("command", ["plan", "report"])
+def test_no_run_folder(omni: Omni, tmp_path: Path, command: str) -> None:
+    refused(omni(command, tmp_path / "none"), str(tmp_path / "none"), "not a run folder")
+
+
+# Data.
+
+
+def test_no_data_file(omni: Omni, job: Job) -> None:
+    job.data.unlink()
+    refused(omni(*job.command), str(job.data))
+    refused(omni("data", "check", job.data), str(job.data))
+
+
+def test_a_malformed_line_has_its_number(omni: Omni, job: Job) -> None:
+    job.write(*(json.dumps(row) for row in SUMS[:2]), '{"question": "1+1=?", "answer": ', json.dumps(SUMS[3]))
+    refused(omni(*job.command), str(job.data), "line 3")
+    refused(omni("data", "check", job.data), "line 3")
+
+
+@pytest.mark.parametrize("lines", [(), ("", "  ")])
+def test_an_empty_data_set(omni: Omni, job: Job, lines: tuple[str, ...]) -> None:
+    job.write(*lines)
+    refused(omni(*job.command), str(job.data), "no rows")
+
+
+def test_golds_that_fail_their_own_verifier_are_counted_and_shown(omni: Omni, job: Job) -> None:
+    bad = [{"question": f"How many items are in box {n}?", "answer": "quite a few"} for n in range(7)]
+    job.write(*(json.dumps(row) for row in [*SUMS[:4], *bad]))
+    done = omni("data", "check", job.config, "tasks.sums.verifier=math")
+    assert done.code == 0
+    assert "4 items pass" in done.out and "7 dropped" in done.out and "line 5" in done.out and "box 0" in done.out
+    refused(omni(*job.command, "tasks.sums.verifier=math"), "sums", "at least 10 usable items", "7 dropped", "line 5")
+
+
+def test_a_column_that_is_not_there(omni: Omni, job: Job) -> None:
+    refused(omni(*job.command, "tasks.sums.prompt={riddle}"), "no column riddle", "question")
+
+
+def test_a_prompt_above_the_limit_is_named_before_any_training(omni: Omni, job: Job) -> None:
+    long = {"id": "epic", "question": "1+1=? " * 200, "answer": "2"}
+    job.write(*(json.dumps(row) for row in [*SUMS, long]))
+    done = omni(*job.command)
+    refused(done, "'epic'", "the limit is 256", "rollout.max_prompt_tokens")
+    assert "step" not in done.out
+
+
+# The model.
+
+
+def test_a_model_without_chat_template(omni: Omni, job: Job, model: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in model.iterdir():
+        if file.name != "chat_template.jinja":
+            (bare / file.name).write_bytes(file.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(bare)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(bare)
+    refused(omni(*job.command, f"model.path={bare}"), "no chat template", "instruct")
+
+
+def test_no_such_model(omni: Omni, job: Job, tmp_path: Path) -> None:
+    refused(omni(*job.command, f"model.path={tmp_path / 'none'}"), "no model folder")
+    (tmp_path / "empty").mkdir()  # and the same run folder may be used with the mistake corrected
+    refused(omni(*job.command, f"model.path={tmp_path / 'empty'}"), "config.json")
+
+
+# The run folder.
+
+
+def test_a_run_folder_that_cannot_be_written(omni: Omni, job: Job, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    refused(omni("train", job.config, "--run", file / "run"), str(file / "run"), "cannot be written")
+    assert file.read_text() == "not a folder"
+
+
+def test_two_processes_on_one_run_folder(omni: Omni, job: Job) -> None:
+    with run_lock(job.run):
+        refused(omni(*job.command), str(job.run), "Another process (pid ")
+
+
+@contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """Writing beyond `size` fails, as on a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_then_another_config_then_the_same_command_again(omni: Omni, job: Job) -> None:
+    with small_files(200_000):
+        full = omni(*job.command)
+    refused(full, str(job.run), "could not be written", "run the same command again", code=1)
+    assert not [path for path in job.run.rglob(".writing*")], "half-written files are swept"
+
+    refused(
+        omni(*job.command, "optimizer.learning_rate=0.5"), "another configuration", "learning_rate was 2e-05 and is 0.5"
+    )
+
+    done = omni(*job.command)  # room again: it goes through; the model knows nothing, so no group is mixed
+    assert done.code == 0, done
+    assert "warning: sums: only 0% of its groups have unequal rewards" in done.out and "raise" in done.out
+    assert json.loads((job.run / "result.json").read_text())["status"] == "finished"
+
+    metrics = job.run / "metrics.jsonl"
+    with small_files(metrics.stat().st_size // 2):  # a finished run needs no room for metrics, but some for its report
+        refused(omni("report", job.run), "result.json", code=1)
+    assert json.loads((job.run / "result.json").read_text())["status"] == "finished"
+
+
+def test_damaged_files_of_a_run(omni: Omni, job: Job) -> None:
+    job.run.mkdir()
+    (job.run / "fingerprint.json").write_text("{")
+    refused(omni(*job.command), "fingerprint.json", "not valid JSON")
+    refused(omni("report", job.run), "not a run folder")
+    (job.run / "fingerprint.json").unlink()
+    (job.run / "state.json").write_text('{"trained": ')
+    refused(omni(*job.command), "state.json", "damaged")
