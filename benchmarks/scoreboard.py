@@ -1,0 +1,196 @@
+"""A scoreboard: contenders answer one question on one case, interleaved, and each gets a row of JSON.
+
+A peer is plugged in by a `Contender`: a name, a role and `build(case)`, which makes its inputs and returns a `Run`. Contenders
+take turns in every round, so a slow minute of the machine hits all of them alike; the row holds the median, the spread, the peak
+memory of one call, and two ratios of medians: to the best peer (how many times faster, > 1 is better) and to the limit (which
+share of the limit's speed, 1 is the limit). The limit is a contender too, measured in the same rounds.
+
+Results go to benchmarks/results/<machine>.json, one row for each (question, case, dtype, contender); a new run replaces its own
+rows and leaves the others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+CaseT = TypeVar("CaseT")
+
+
+class Unavailable(Exception):
+    """A contender that cannot run here: the message says why."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One contender on one case. `call` is timed; `reset` restores its inputs before each call and is not."""
+
+    call: Callable[[], object]
+    reset: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class Contender(Generic[CaseT]):
+    """name: of the row. role: "ours", "peer" (counts for ratio_to_best_peer), "context" (another task: listed, not compared) or
+    "limit". build: makes the inputs; raises Unavailable."""
+
+    name: str
+    role: Literal["ours", "peer", "context", "limit"]
+    build: Callable[[CaseT], Run]
+
+
+@dataclass(frozen=True)
+class Row:
+    question: str
+    case: str
+    dtype: str
+    contender: str
+    role: str
+    seconds: float  # median
+    seconds_low: float
+    seconds_high: float
+    rounds: int
+    peak_bytes: int | None  # above what was resident before the call; None where the system does not tell
+    ratio_to_best_peer: float | None
+    ratio_to_limit: float | None
+    versions: dict[str, str]
+
+
+def machine() -> str:
+    """A name for the results file: processor, cores it has here."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        model = found.group(1) if found else model
+    if torch.cuda.is_available():
+        return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", f"{model} {os.cpu_count()} cores".lower()).strip("-")
+
+
+def peak_bytes(run: Run) -> int | None:
+    """Resident memory that one call adds at its peak (Linux: the high-water mark, reset before)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run.call()
+        return torch.cuda.max_memory_allocated() - before
+    marks = Path("/proc/self/clear_refs")
+    if not marks.exists():
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed must not hide what this one takes
+    marks.write_text("5")
+    before = _status("VmRSS")
+    run.call()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found.group(1)) * 1024
+
+
+def compete(
+    question: str,
+    case: CaseT,
+    case_name: str,
+    dtype: str,
+    contenders: Sequence[Contender[CaseT]],
+    rounds: int,
+    versions: dict[str, str],
+) -> list[Row]:
+    """Runs every contender that can run, `rounds` times each in turn, after one warm-up that also measures memory."""
+    runs: dict[str, tuple[Contender[CaseT], Run]] = {}
+    peaks: dict[str, int | None] = {}
+    for contender in contenders:
+        try:
+            run = contender.build(case)
+            run.reset()
+            run.call()  # compiles what compiles
+            run.reset()
+            peaks[contender.name] = peak_bytes(run)
+            runs[contender.name] = (contender, run)
+        except Unavailable as reason:
+            print(f"  {contender.name}: not here ({reason})")
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, (_, run) in runs.items():
+            run.reset()
+            _synchronise()
+            started = time.perf_counter()
+            run.call()
+            _synchronise()
+            seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    of_role = {role: [medians[name] for name, (c, _) in runs.items() if c.role == role] for role in ("peer", "limit")}
+    best_peer, limit = (min(values, default=None) for values in of_role.values())
+    rows = []
+    for name, (contender, _) in runs.items():
+        values, median = seconds[name], medians[name]
+        rows.append(
+            Row(
+                question,
+                case_name,
+                dtype,
+                name,
+                contender.role,
+                median,
+                min(values),
+                max(values),
+                rounds,
+                peaks[name],
+                best_peer / median if best_peer else None,
+                limit / median if limit else None,
+                versions,
+            )  # fmt: skip
+        )
+    return rows
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def show(rows: Sequence[Row]) -> None:
+    if not rows:
+        return
+    print(f"{rows[0].question}  {rows[0].case}  {rows[0].dtype}")
+    for row in sorted(rows, key=lambda row: row.seconds):
+        peer = f"{row.ratio_to_best_peer:6.2f}x best peer" if row.ratio_to_best_peer else " " * 17
+        limit = f"{row.ratio_to_limit:6.2f} of the limit" if row.ratio_to_limit else ""
+        memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:8.0f} MiB"
+        spread = f"{row.seconds_low * 1e3:.1f}..{row.seconds_high * 1e3:.1f}"
+        print(f"  {row.contender:44} {row.seconds * 1e3:9.1f} ms  ({spread:>15}) {memory}  {peer}  {limit}")
+
+
+def save(rows: Sequence[Row], path: Path | None = None) -> Path:
+    """Merges rows into the machine's results file."""
+    path = path or RESULTS / f"{machine()}.json"
+    kept: dict[tuple[str, ...], dict[str, object]] = {}
+    if path.exists():
+        kept = {_key(row): row for row in json.loads(path.read_text())}
+    asked = {(row.question, row.case, row.dtype) for row in rows}
+    kept = {key: row for key, row in kept.items() if key[:3] not in asked}
+    kept |= {_key(row): row for row in map(asdict, rows)}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps([kept[key] for key in sorted(kept)], indent=1) + "\n")
+    return path
+
+
+def _key(row: dict[str, object]) -> tuple[str, ...]:
+    return tuple(str(row[field]) for field in ("question", "case", "dtype", "contender"))
