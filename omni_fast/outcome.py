@@ -15,7 +15,7 @@ from omni_fast.curriculum import scores
 from omni_fast.curriculum.stages import Stage
 from omni_fast.evaluate import Evaluation
 from omni_fast.groups import Group, task_rows
-from omni_fast.plan import item_scores, singles, solve, task_names
+from omni_fast.plan import item_scores, refresh, singles, solve, task_names
 from omni_fast.records import EvalRow, Evaluated, Shown, StepRow, TaskScores
 from omni_fast.report import write_report
 from omni_fast.report.result import Json, assemble
@@ -89,7 +89,10 @@ def result(run: Run) -> Json:
     measured = [name for name in names if run.evaluated(f"single:{name}")]
     started = run.evaluated(BASE) is not None
     plan = solve(run) if started and len(measured) >= len(singles(config)) else None
-    stages = plan.stages if plan else []
+    planned = plan.stages if plan else []
+    stages = list(planned)
+    if plan and all(run.evaluated(stage.name) for stage in planned):
+        stages += refresh(run, plan)
     done = [stage for stage in stages if run.evaluated(stage.name)]
     rows = [BASE, *(stage.name for stage in done)] if started else []
     out = assemble(
@@ -99,13 +102,13 @@ def result(run: Run) -> Json:
         single_test={name: item_scores(run, f"single:{name}", "test") for name in measured},
         rows_test=[item_scores(run, name, "test") for name in rows],
         trained=[("joint" if stage.joint else stage.own[0], stage.steps) for stage in stages],
-        order=[stage.own[0] for stage in stages] if plan and plan.decision else None,
+        order=[stage.own[0] for stage in planned] if plan and plan.decision else None,
         order_method=None if config.curriculum.mode == "curriculum" else config.curriculum.mode,
         draws=config.evaluation.bootstrap_draws,
         seed=config.seed,
     )
     if plan and not plan.decision:
-        out |= {"order": [task for stage in stages for task in stage.own], "order_method": config.curriculum.mode}
+        out |= {"order": [task for stage in planned for task in stage.own], "order_method": config.curriculum.mode}
         out |= {"single": {}, "transfer": {}, "order_probability": None, "forecast": {}, "statement": plan.statement}
     kept = {name: run.scores_of(name) for name in rows}
     totals = run.state["totals"]
