@@ -33,6 +33,7 @@ from omni_fast.run import BASE, Run
 from omni_fast.tasks import build_tasks
 from omni_fast.tasks.base import SPLITS, Item, Split, Task
 from omni_fast.tasks.tiny import tiny_corpus
+from omni_fast.trackers import Trackers
 from omni_kernels import LossSpec
 
 
@@ -48,6 +49,7 @@ class Parts:
     tasks: dict[str, Task]
     policy: Policy
     engine: LocalEngine
+    trackers: Trackers
     holds: str = BASE
     _prompts: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
@@ -154,7 +156,9 @@ def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
             policy = make_policy(config, model)
             engine = LocalEngine(model, max_rows=config.rollout.max_rows)
             stack.callback(engine.close)
-            parts = Parts(config, run, progress, model, tokenizer, tasks, policy, engine)
+            trackers = Trackers(config, run.folder, len(run.rows()))
+            stack.callback(trackers.close)
+            parts = Parts(config, run, progress, model, tokenizer, tasks, policy, engine, trackers)
             progress.wait("the prompts' tokens")
             parts.check_prompts()
         run.bind()

@@ -115,6 +115,7 @@ class Trainer:
         self.engine.sync(self.engine.version + 1)
         clock.append(time.perf_counter())
         row = outcome.record_step(self.run, stage, step, clock, groups, self.tasks, metrics)
+        self.parts.trackers.log(row)
         self.progress.step(row, stage.steps)
 
     def evaluate(self, name: str, *splits: Split) -> None:
@@ -132,6 +133,8 @@ class Trainer:
             start = time.perf_counter()
             results[split] = {task: self.parts.evaluate(task, some) for task, some in tasks.items()}
             seconds = time.perf_counter() - start
-            self.progress.evaluated(outcome.record_evaluation(self.run, name, split, results[split], seconds))
+            row = outcome.record_evaluation(self.run, name, split, results[split], seconds)
+            self.parts.trackers.log(row)
+            self.progress.evaluated(row)
         entropy = probe.entropies(self.run, self.parts)
         self.run.finish_evaluation(name, outcome.evaluated(results, entropy))
