@@ -8,12 +8,10 @@ This module imports neither torch nor transformers, so `--dry-run` and `--help` 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -43,7 +41,6 @@ class RolloutConfig(Section):
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     max_prompt_tokens: Positive = 256
     max_rows: Positive = 128  # samples decoded at the same time
-    refill: NonNegative = 0  # how often a step may redraw groups whose rewards are all equal
 
 
 class LossConfig(Section):
@@ -161,10 +158,9 @@ class Config(Section):
             raise ValueError(f"curriculum.order must name each task once: expected some order of {names}, got {order}")
         return self
 
-    def fingerprint(self) -> str:
-        """Hash of all that the result depends on (not of logging)."""
-        fields = self.model_dump(mode="json", exclude={"logging", "checkpoint"})
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+    def fingerprint(self) -> dict[str, Any]:
+        """All that the result depends on: neither logging nor how often a checkpoint is written."""
+        return self.model_dump(mode="json", exclude={"logging", "checkpoint"})
 
 
 def load(source: str, overrides: tuple[str, ...] = ()) -> Config:

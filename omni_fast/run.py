@@ -64,9 +64,10 @@ class Run:
         folder = folder.expanduser()
         with checkpoint.run_lock(folder):
             if (folder / FINGERPRINT).is_file():
-                checkpoint.check_fingerprint(folder, config.model_dump(mode="json"))
+                checkpoint.check_fingerprint(folder, config.fingerprint())
             else:
-                (folder / "judge_head.json").unlink(missing_ok=True)  # of a set-up that failed, perhaps of another model
+                # What is there is of a set-up that failed, perhaps of another model.
+                (folder / "judge_head.json").unlink(missing_ok=True)
             path = folder / "state.json"
             state: State = _read_json(path) if path.is_file() else empty_state()
             run = cls(folder, config, state)
@@ -93,7 +94,7 @@ class Run:
 
     def bind(self) -> None:
         """From here on the folder belongs to this configuration; a mistake found while setting up leaves it free."""
-        checkpoint.check_fingerprint(self.folder, self.config.model_dump(mode="json"))
+        checkpoint.check_fingerprint(self.folder, self.config.fingerprint())
 
     # What is finished.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -175,7 +176,7 @@ def test_an_override_that_leads_nowhere_is_refused(plain: str, override: str, sa
 
 def test_the_fingerprint_changes_with_the_result_and_only_with_it(plain: str) -> None:
     def of(*overrides: str) -> str:
-        return load(plain, overrides).fingerprint()
+        return json.dumps(load(plain, overrides).fingerprint())
 
     assert of() == of("seed=3") == of("logging.tensorboard=true") == of("checkpoint.every_steps=2")
     changed = {of("seed=4"), of("loss.policy=gspo"), of("tasks.sums.max_new_tokens=15"), of("model.path=tiny")}
