@@ -140,7 +140,7 @@ int main() {
   for (const char* name : {"portable", "avx2", "avx512", "avx512_bf16"}) {
     const RowKernels* kernels = select_kernels(name);
     if (!kernels) continue;
-    for (const std::int64_t vocab : {1, 2, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 1000, 1023, 1024, 1025, 2049, 5000})
+    for (const std::int64_t vocab : {1, 2, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 1000, 1023, 1024, 1025, 2047, 2048, 2049, 5000})
       for (const bool bf16 : {false, true})
         for (const bool entropy : {false, true})
           for (const float softcap : {0.0f, 5.0f})

@@ -59,7 +59,7 @@ def test_rows_against_the_oracle(isa: str, dtype: torch.dtype, data: st.DataObje
     """No worse than twice the error of torch in the same dtype (three times where the gradient is stored in bf16)."""
     n, v = (
         data.draw(st.integers(1, 5)),
-        data.draw(st.sampled_from([1, 2, 15, 16, 17, 63, 1000, 1024, 1025, 2100, 5003])),
+        data.draw(st.sampled_from([1, 2, 15, 16, 17, 63, 1000, 1024, 1025, 2048, 2049, 5003])),
     )
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
     spread, offset = data.draw(st.sampled_from([0.1, 3.0, 30.0])), data.draw(st.sampled_from([0.0, 300.0, -5000.0]))
