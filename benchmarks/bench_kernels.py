@@ -1,6 +1,6 @@
 """How close to the machine's limits, and how far from the peers, are the loss kernels?
 
-    python benchmarks/bench_kernels.py [--questions C1 C2] [--small] [--rounds 5] [--threads N] [--output results.json]
+    python benchmarks/bench_kernels.py [--questions C1 C2] [--cases 0 1] [--small] [--rounds 5] [--threads N] [--output results.json]
 
 C1: logits -> loss and dlogits, against a copy of the logits.  C2: hidden, head -> loss, dX, dW, against three GEMMs.
 Each contender is also run once for its gradient, which must agree with the float64 oracle before anything is timed.
@@ -14,6 +14,7 @@ import importlib.metadata
 import platform
 import sys
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -25,6 +26,7 @@ from benchmarks.kernels.linear_contenders import LinearCase  # noqa: E402
 from benchmarks.kernels.logits_contenders import LogitsCase  # noqa: E402
 from omni_kernels import backends, linear_policy_loss, reference  # noqa: E402
 
+CaseT = TypeVar("CaseT")
 F32, BF16 = torch.float32, torch.bfloat16
 C1 = [LogitsCase(1024, 49152, F32), LogitsCase(1024, 49152, BF16), LogitsCase(1024, 151936, BF16)]
 C2 = [LinearCase(2048, 576, 49152, BF16), LinearCase(1024, 576, 49152, F32), LinearCase(512, 1536, 151936, BF16)]
@@ -83,6 +85,7 @@ def check_linear(data: linear_contenders.LinearData) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", nargs="+", default=["C1", "C2"], choices=["C1", "C2"])
+    parser.add_argument("--cases", nargs="+", type=int, help="indices of the cases of each question; default: all")
     parser.add_argument("--small", action="store_true", help="cases of a second, to see that everything runs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -91,14 +94,19 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     known = versions()
     for question in arguments.questions:
-        for case in (SMALL_C1 if arguments.small else C1) if question == "C1" else []:
+        logits_cases, linear_cases = (SMALL_C1, SMALL_C2) if arguments.small else (C1, C2)
+        for case in _picked(logits_cases, arguments.cases) if question == "C1" else []:
             logits_data = logits_contenders.make(case)
             check_logits(logits_data)
             report(question, case, logits_data, logits_contenders.CONTENDERS, arguments, known)
-        for head_case in (SMALL_C2 if arguments.small else C2) if question == "C2" else []:
+        for head_case in _picked(linear_cases, arguments.cases) if question == "C2" else []:
             linear_data = linear_contenders.make(head_case)
             check_linear(linear_data)
             report(question, head_case, linear_data, linear_contenders.CONTENDERS, arguments, known)
+
+
+def _picked(cases: list[CaseT], indices: list[int] | None) -> list[CaseT]:
+    return cases if indices is None else [cases[i] for i in indices]
 
 
 def report(

@@ -1,7 +1,8 @@
 // The Python module omni_kernels._native_cpu: checks arguments, releases the GIL, runs the row kernels. No maths here.
 //
-// Tensors come as addresses with shapes; the caller (backends/cpu.py) owns them, has checked their devices and dtypes, and
-// keeps them alive. What can be checked without touching them is checked again here, so that a slip is a ValueError.
+// Tensors come as addresses with shapes; the caller (backends/cpu.py) owns them, has checked their devices and dtypes,
+// and keeps them alive. What can be checked without touching them is checked again here, so that a slip is a
+// ValueError.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -25,7 +26,8 @@ namespace {
 template <class T>
 T* at(std::uintptr_t address, const char* name, bool required) {
   if (required && address == 0) fail(std::string(name) + " is a null address; pass the data_ptr() of a tensor");
-  if (address % alignof(T)) fail(std::string(name) + " is not aligned to its elements; pass the data_ptr() of a tensor");
+  if (address % alignof(T))
+    fail(std::string(name) + " is not aligned to its elements; pass the data_ptr() of a tensor");
   return reinterpret_cast<T*>(address);
 }
 
@@ -128,7 +130,8 @@ class CoefficientProgram {
     if (columns < 0 || columns > kMaxRegisters - 3) fail("columns = " + std::to_string(columns) + " is out of range");
     const auto reg = [](int index, const char* name) {
       if (index < 0 || index >= kMaxRegisters)
-        fail(std::string(name) + " = " + std::to_string(index) + " is no register; a program has " + std::to_string(kMaxRegisters));
+        fail(std::string(name) + " = " + std::to_string(index) + " is no register; a program has " +
+             std::to_string(kMaxRegisters));
       return index;
     };
     for (const auto& [op, dst, x, y, z, value] : code) {
@@ -156,7 +159,8 @@ void rows_fused(std::uintptr_t logits, int dtype, std::int64_t rows, std::int64_
   const RowKernels& kernels = kernels_named(isa);
   const int threads = checked_threads(num_threads);
   if (static_cast<int>(columns.size()) != program.columns())
-    fail("columns has " + std::to_string(columns.size()) + " entries, the program reads " + std::to_string(program.columns()));
+    fail("columns has " + std::to_string(columns.size()) + " entries, the program reads " +
+         std::to_string(program.columns()));
   const py::gil_scoped_release release;
   Rows r = make_rows(logits, dtype, rows, vocab, row_stride, targets, inv_t, inv_t_rows, softcap);
   std::vector<const float*> column;
@@ -188,24 +192,27 @@ std::vector<std::string> instruction_sets() {
 PYBIND11_MODULE(_native_cpu, m) {
   m.doc() = "Row kernels for CPUs; omni_kernels.backends.cpu is the interface to use.";
   m.def("instruction_sets", &instruction_sets, "What this processor runs, best first.");
-  m.def("thread_runtime", [] { return std::string(thread_runtime()); }, "'openmp' (shared with torch) or 'std::thread'.");
+  m.def(
+      "thread_runtime", [] { return std::string(thread_runtime()); }, "'openmp' (shared with torch) or 'std::thread'.");
   m.attr("OPS") = std::vector<std::string>{
-      "const", "add", "sub", "mul", "div", "neg", "abs", "exp", "expm1", "log", "log1p", "sigmoid", "sqrt", "min", "max",
-      "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "where", "isfinite", "isnan"};
+      "const", "add", "sub", "mul", "div", "neg", "abs", "exp", "expm1", "log", "log1p", "sigmoid",  "sqrt", "min",
+      "max",   "lt",  "le",  "gt",  "ge",  "eq",  "ne",  "and", "or",    "not", "where", "isfinite", "isnan"};
   py::class_<CoefficientProgram>(m, "CoefficientProgram")
-      .def(py::init<const std::vector<std::tuple<int, int, int, int, int, float>>&, int, const std::tuple<int, int, int>&>(),
+      .def(py::init<const std::vector<std::tuple<int, int, int, int, int, float>>&, int,
+                    const std::tuple<int, int, int>&>(),
            py::arg("code"), py::arg("columns"), py::arg("results"))
       .def_property_readonly("columns", &CoefficientProgram::columns)
       .def_property_readonly("has_entropy_gradient", &CoefficientProgram::has_entropy_gradient);
   m.def("rows_forward", &rows_forward, py::arg("logits"), py::arg("dtype"), py::arg("rows"), py::arg("vocab"),
-        py::arg("row_stride"), py::arg("targets"), py::arg("inv_t"), py::arg("inv_t_rows"), py::arg("softcap"), py::arg("logp"),
-        py::arg("entropy"), py::arg("lse"), py::arg("num_threads"), py::arg("isa") = "auto");
+        py::arg("row_stride"), py::arg("targets"), py::arg("inv_t"), py::arg("inv_t_rows"), py::arg("softcap"),
+        py::arg("logp"), py::arg("entropy"), py::arg("lse"), py::arg("num_threads"), py::arg("isa") = "auto");
   m.def("rows_backward", &rows_backward, py::arg("logits"), py::arg("dtype"), py::arg("rows"), py::arg("vocab"),
-        py::arg("row_stride"), py::arg("targets"), py::arg("inv_t"), py::arg("inv_t_rows"), py::arg("softcap"), py::arg("lse"),
-        py::arg("entropy"), py::arg("a"), py::arg("b"), py::arg("z_loss"), py::arg("z_loss_rows"), py::arg("num_threads"),
-        py::arg("isa") = "auto");
-  m.def("rows_fused", &rows_fused, py::arg("logits"), py::arg("dtype"), py::arg("rows"), py::arg("vocab"), py::arg("row_stride"),
-        py::arg("targets"), py::arg("inv_t"), py::arg("inv_t_rows"), py::arg("softcap"), py::arg("logp"), py::arg("entropy"),
-        py::arg("lse"), py::arg("program"), py::arg("columns"), py::arg("num_threads"), py::arg("isa") = "auto");
+        py::arg("row_stride"), py::arg("targets"), py::arg("inv_t"), py::arg("inv_t_rows"), py::arg("softcap"),
+        py::arg("lse"), py::arg("entropy"), py::arg("a"), py::arg("b"), py::arg("z_loss"), py::arg("z_loss_rows"),
+        py::arg("num_threads"), py::arg("isa") = "auto");
+  m.def("rows_fused", &rows_fused, py::arg("logits"), py::arg("dtype"), py::arg("rows"), py::arg("vocab"),
+        py::arg("row_stride"), py::arg("targets"), py::arg("inv_t"), py::arg("inv_t_rows"), py::arg("softcap"),
+        py::arg("logp"), py::arg("entropy"), py::arg("lse"), py::arg("program"), py::arg("columns"),
+        py::arg("num_threads"), py::arg("isa") = "auto");
   m.def("vector_exp2", &vector_exp2, py::arg("x"), py::arg("y"), py::arg("n"), py::arg("isa") = "auto");
 }

@@ -16,12 +16,15 @@ namespace {
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 #if defined(__linux__)
-// The runtime is loaded by torch with local visibility, so it is found by walking the loaded objects, not by dlsym alone.
+// The runtime is loaded by torch with local visibility, so it is found by walking the loaded objects, not by dlsym
+// alone.
 int find_openmp(dl_phdr_info* info, std::size_t, void* out) {
   const char* path = info->dlpi_name;
   const char* slash = path ? std::strrchr(path, '/') : nullptr;
   const char* file = slash ? slash + 1 : path;
-  if (!file || (std::strncmp(file, "libgomp", 7) && std::strncmp(file, "libomp", 6) && std::strncmp(file, "libiomp5", 8))) return 0;
+  if (!file ||
+      (std::strncmp(file, "libgomp", 7) && std::strncmp(file, "libomp", 6) && std::strncmp(file, "libiomp5", 8)))
+    return 0;
   void* handle = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
   if (!handle) return 0;
   *static_cast<void**>(out) = dlsym(handle, "GOMP_parallel");

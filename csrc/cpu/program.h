@@ -1,4 +1,5 @@
-// A coefficient program: the straight-line arithmetic from a row's (logp, H, lse) and its per-token columns to (a, b, z).
+// A coefficient program: the straight-line arithmetic from a row's (logp, H, lse) and its per-token columns to (a, b,
+// z).
 //
 // It is no second copy of any loss: backends/program.py records it from losses.py, and this file only replays it.
 // A register machine of floats; booleans are 0 and 1. Registers 0, 1, 2 hold logp, H and lse, then come the columns.
@@ -8,8 +9,34 @@
 namespace omni {
 
 enum class Op : std::int32_t {
-  kConst, kAdd, kSub, kMul, kDiv, kNeg, kAbs, kExp, kExpm1, kLog, kLog1p, kSigmoid, kSqrt, kMin, kMax,
-  kLt, kLe, kGt, kGe, kEq, kNe, kAnd, kOr, kNot, kWhere, kIsFinite, kIsNan, kCount
+  kConst,
+  kAdd,
+  kSub,
+  kMul,
+  kDiv,
+  kNeg,
+  kAbs,
+  kExp,
+  kExpm1,
+  kLog,
+  kLog1p,
+  kSigmoid,
+  kSqrt,
+  kMin,
+  kMax,
+  kLt,
+  kLe,
+  kGt,
+  kGe,
+  kEq,
+  kNe,
+  kAnd,
+  kOr,
+  kNot,
+  kWhere,
+  kIsFinite,
+  kIsNan,
+  kCount
 };
 
 struct Instruction {

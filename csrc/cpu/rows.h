@@ -5,8 +5,8 @@
 //     lse  = log sum_j exp z_j,  p_j = exp(z_j - lse),  logp = z_y - lse,  H = lse - sum_j p_j z_j
 //     g_j  = a (1[j=y] - p_j) - b p_j (log p_j + H) + 2 z lse p_j      a = dL/dlogp, b = dL/dH, z: weight of lse^2
 //     du_j = g_j inv_T                                (softcap: times 1 - tanh^2(u_j / c))
-// A row whose target is kIgnore gives logp = H = lse = 0 and du = 0, and its logits are never read; neither are those of
-// a row with a = b = z = 0. Nothing is allocated.
+// A row whose target is kIgnore gives logp = H = lse = 0 and du = 0, and its logits are never read; neither are those
+// of a row with a = b = z = 0. Nothing is allocated.
 #pragma once
 #include <cstdint>
 
@@ -23,19 +23,19 @@ struct Rows {
   void* logits;  // [rows, vocab], row_stride elements from row to row; overwritten by backward and fused
   DType dtype;
   std::int64_t rows, vocab, row_stride;
-  const std::int64_t* targets;   // [rows]: 0 <= y < vocab, or kIgnore
-  float inv_t;                   // used where inv_t_rows is null
-  const float* inv_t_rows;       // [rows] or null
-  float softcap;                 // 0: none
+  const std::int64_t* targets;  // [rows]: 0 <= y < vocab, or kIgnore
+  float inv_t;                  // used where inv_t_rows is null
+  const float* inv_t_rows;      // [rows] or null
+  float softcap;                // 0: none
   bool want_entropy;
-  float* logp;                   // [rows] out (forward, fused)
-  float* entropy;                // [rows] out (forward, fused, where wanted), in (backward, where b is given)
-  float* lse;                    // [rows] out (forward, fused), in (backward)
-  const float* a;                // [rows] (backward)
-  const float* b;                // [rows] or null (backward)
-  float z_loss;                  // used where z_loss_rows is null
-  const float* z_loss_rows;      // [rows] or null
-  const Program* program;        // (fused) gives a, b, z of a row
+  float* logp;               // [rows] out (forward, fused)
+  float* entropy;            // [rows] out (forward, fused, where wanted), in (backward, where b is given)
+  float* lse;                // [rows] out (forward, fused), in (backward)
+  const float* a;            // [rows] (backward)
+  const float* b;            // [rows] or null (backward)
+  float z_loss;              // used where z_loss_rows is null
+  const float* z_loss_rows;  // [rows] or null
+  const Program* program;    // (fused) gives a, b, z of a row
 };
 
 // Each function handles rows [begin, end).

@@ -6,11 +6,11 @@
 // processor without it.
 //
 // Numerics: fp32, in units of log 2, so that exp is 2^n times a polynomial. y_j = (v_j - v_ref) c, where v_j is u_j, or
-// tanh(u_j / cap) under a softcap, v_ref a value near the row's largest, and c = log2(e) inv_T (times the softcap) rounded to
-// fp32; the reference is put back in double, once a row. Sums are folded every kBlock columns into doubles, so
-// the error does not grow with V. log p_j is z_j - lse, never log(p_j). The second pass over a row computes its exponentials
-// again: keeping them costs more in cache traffic than the polynomial does in arithmetic. A row with a NaN or +inf logit, or
-// with nothing but -inf, gives NaN log-prob, entropy and gradient, as in torch.
+// tanh(u_j / cap) under a softcap, v_ref a value near the row's largest, and c = log2(e) inv_T (times the softcap)
+// rounded to fp32; the reference is put back in double, once a row. Sums are folded every kBlock columns into doubles,
+// so the error does not grow with V. log p_j is z_j - lse, never log(p_j). The second pass over a row computes its
+// exponentials again: keeping them costs more in cache traffic than the polynomial does in arithmetic. A row with a NaN
+// or +inf logit, or with nothing but -inf, gives NaN log-prob, entropy and gradient, as in torch.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -29,14 +29,16 @@ using omni::Rows;
 constexpr float kNegInf = -__builtin_inff();
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr float kTiny = -150.0f;  // 2^kTiny is 0 in fp32
-constexpr double kCrowded = 8.0 * kBlock;  // a block sum that says the reference lies too low: kBlock terms at it make kBlock
+constexpr double kCrowded =
+    8.0 * kBlock;  // a block sum that says the reference lies too low: kBlock terms at it make kBlock
 
 // 2^x for kTiny <= x <= 127. NaN stays. By the degree of the polynomial on [-1/2, 1/2], all with 2^0 = 1 exactly:
 //   6: within 1.2 ulp.   5: relative error 9e-8, for sums.   4: 4e-6, for results that are rounded to bf16 (2e-3).
 template <int DEGREE>
 inline V::F vexp2(V::F x) {
   static_assert(DEGREE == 4 || DEGREE == 5 || DEGREE == 6);
-  static constexpr float k6[] = {1.0f, 0x1.62e430p-1f, 0x1.ebfbdcp-3f, 0x1.c6aee8p-5f, 0x1.3b2d4ep-7f, 0x1.5f3ec2p-10f, 0x1.41fb74p-13f};
+  static constexpr float k6[] = {1.0f,           0x1.62e430p-1f,  0x1.ebfbdcp-3f, 0x1.c6aee8p-5f,
+                                 0x1.3b2d4ep-7f, 0x1.5f3ec2p-10f, 0x1.41fb74p-13f};
   static constexpr float k5[] = {1.0f, 0x1.62e42ap-1f, 0x1.ebf9bap-3f, 0x1.c6b756p-5f, 0x1.3ceafap-7f, 0x1.5bb99ep-10f};
   static constexpr float k4[] = {1.0f, 0x1.62e12cp-1f, 0x1.ec037cp-3f, 0x1.c9fd18p-5f, 0x1.3a027ap-7f};
   constexpr const float* k = DEGREE == 6 ? k6 : DEGREE == 5 ? k5 : k4;
@@ -90,8 +92,10 @@ inline Scale scale_of(const Rows& r, std::int64_t i) {
 
 template <bool CAP>
 inline V::F v_of(V::F u, const Scale& s) {
-  if constexpr (CAP) return vtanh(V::mul(u, V::set(s.inv_cap)));
-  else return u;
+  if constexpr (CAP)
+    return vtanh(V::mul(u, V::set(s.inv_cap)));
+  else
+    return u;
 }
 // The same arithmetic for one element, so that it agrees with itself inside a row to the last bit.
 template <bool CAP>
@@ -166,8 +170,8 @@ inline Stats row_stats(const T* u, std::int64_t vocab, std::int64_t target, cons
   float v_ref = kNegInf;
   for (std::int64_t j = 0; j < vocab; j += kBlock) {
     const std::int64_t n = vocab - j < kBlock ? vocab - j : kBlock;
-    // The reference is the largest value of some block. A block that towers above it shows in its sum (finite or not) and is
-    // done again from its own, so no pass is spent on the maximum. v grows with u.
+    // The reference is the largest value of some block. A block that towers above it shows in its sum (finite or not)
+    // and is done again from its own, so no pass is spent on the maximum. v grows with u.
     for (bool again = v_ref == kNegInf;; again = true) {
       if (again) {
         const float v = static_cast<float>(v_of<CAP>(V::largest(block_max(u + j, n)), sc));
@@ -199,7 +203,8 @@ inline Stats row_stats(const T* u, std::int64_t vocab, std::int64_t target, cons
 
 // Writes du over a row.
 template <class T, bool CAP, bool ENT>
-inline void row_gradient(T* u, std::int64_t vocab, std::int64_t target, const Scale& sc, const Stats& st, Coefficients k) {
+inline void row_gradient(T* u, std::int64_t vocab, std::int64_t target, const Scale& sc, const Stats& st,
+                         Coefficients k) {
   constexpr int W = V::width;
   const float u_target = load1(u + target), lse = static_cast<float>(st.lse), base = -k.a + 2.0f * k.z * lse;
   // lse in bits, as the rounded c sees it; what does not fit in fp32 goes into the factors.
@@ -207,9 +212,11 @@ inline void row_gradient(T* u, std::int64_t vocab, std::int64_t target, const Sc
   const float high = static_cast<float>(bits);
   const double low = std::isfinite(high) ? bits - high : 0.0, inv_t = sc.inv_t * ::exp2(-low);
   const V::F c = V::set(sc.c), r = V::set(high), k0 = V::set(static_cast<float>(base * inv_t));
-  const V::F k1 = V::set(static_cast<float>(k.b * inv_t * kLn2)), h = V::set(static_cast<float>(st.entropy * kLog2E - low));
+  const V::F k1 = V::set(static_cast<float>(k.b * inv_t * kLn2)),
+             h = V::set(static_cast<float>(st.entropy * kLog2E - low));
   const auto du = [&](V::F uj) {
-    const V::F v = v_of<CAP>(uj, sc), y = V::max(V::set(kTiny), V::fmsub(v, c, r)), p = vexp2<sizeof(T) == 2 ? 4 : 6>(y);
+    const V::F v = v_of<CAP>(uj, sc), y = V::max(V::set(kTiny), V::fmsub(v, c, r)),
+               p = vexp2<sizeof(T) == 2 ? 4 : 6>(y);
     V::F g = V::mul(p, ENT ? V::fnma(k1, V::add(y, h), k0) : k0);
     if constexpr (CAP) g = V::mul(g, V::fnma(v, v, V::set(1.0f)));
     return g;
@@ -248,16 +255,15 @@ void forward_rows(const Rows& r, std::int64_t begin, std::int64_t end) {
   const V::FlushDenormals guard;
   for (std::int64_t i = begin; i < end; ++i) {
     Stats st{0.0f, 0.0f, 0.0};
-    if (r.targets[i] != kIgnore)
-      st = row_stats<T, CAP, ENT>(row_of<T>(r, i), r.vocab, r.targets[i], scale_of(r, i));
+    if (r.targets[i] != kIgnore) st = row_stats<T, CAP, ENT>(row_of<T>(r, i), r.vocab, r.targets[i], scale_of(r, i));
     r.logp[i] = st.logp;
     r.lse[i] = static_cast<float>(st.lse);
     if (ENT) r.entropy[i] = st.entropy;
   }
 }
 
-// The given lse, or, where its rounding would show in p, the row's own to more digits. A vocabulary shard comes with the lse
-// of the whole vocabulary: that one differs from the shard's by more than its rounding and is taken as it is.
+// The given lse, or, where its rounding would show in p, the row's own to more digits. A vocabulary shard comes with
+// the lse of the whole vocabulary: that one differs from the shard's by more than its rounding and is taken as it is.
 template <class T, bool CAP>
 inline double lse_of(const T* u, std::int64_t vocab, std::int64_t target, const Scale& sc, float given) {
   if (!(std::fabs(given) > 16.0f)) return given;
@@ -311,7 +317,8 @@ void fused_rows(const Rows& r, std::int64_t begin, std::int64_t end) {
 
 template <class T>
 void forward_t(const Rows& r, std::int64_t b, std::int64_t e) {
-  if (r.softcap > 0.0f) return r.want_entropy ? forward_rows<T, true, true>(r, b, e) : forward_rows<T, true, false>(r, b, e);
+  if (r.softcap > 0.0f)
+    return r.want_entropy ? forward_rows<T, true, true>(r, b, e) : forward_rows<T, true, false>(r, b, e);
   return r.want_entropy ? forward_rows<T, false, true>(r, b, e) : forward_rows<T, false, false>(r, b, e);
 }
 template <class T>

@@ -70,7 +70,9 @@ struct V {
     const __m256i safe = _mm256_min_epi32(_mm256_max_epi32(k, _mm256_setzero_si256()), _mm256_set1_epi32(255));
     return mul(p, _mm256_castsi256_ps(_mm256_slli_epi32(safe, 23)));
   }
-  static F copysign(F x, F sign) { return _mm256_or_ps(_mm256_and_ps(sign, set(-0.0f)), _mm256_andnot_ps(set(-0.0f), x)); }
+  static F copysign(F x, F sign) {
+    return _mm256_or_ps(_mm256_and_ps(sign, set(-0.0f)), _mm256_andnot_ps(set(-0.0f), x));
+  }
   static F pick_less(F x, F y, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, y, _CMP_LT_OQ)); }
   static float largest(F x) {
     const __m128 a = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

@@ -31,8 +31,8 @@ struct V {
   static void store2(float* p, F x, F y) { store(p, x), store(p + width, y); }
   static void store2(std::uint16_t* p, F x, F y) {
 #if defined(__AVX512BF16__)
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
-                                           4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x))));
 #else
     const __m512i odd = _mm512_and_si512(rounded(y), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
@@ -54,7 +54,9 @@ struct V {
   static F copysign(F x, F sign) {
     return _mm512_or_ps(_mm512_and_ps(sign, set(-0.0f)), _mm512_andnot_ps(set(-0.0f), x));
   }
-  static F pick_less(F x, F y, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), no, yes); }
+  static F pick_less(F x, F y, F yes, F no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), no, yes);
+  }
   static float largest(F x) { return _mm512_reduce_max_ps(x); }
   static double sum(F x) { return _mm512_reduce_add_ps(x); }
 

@@ -17,11 +17,21 @@ struct V {
     for (int k = 0; k < width; ++k) out.v[k] = fn(k);
     return out;
   }
-  static F set(float x) { return each([&](int) { return x; }); }
-  static F load(const float* p) { return each([&](int k) { return p[k]; }); }
-  static F load(const std::uint16_t* p) { return each([&](int k) { return widen(p[k]); }); }
-  static F load_part(const float* p, int n, float fill) { return each([&](int k) { return k < n ? p[k] : fill; }); }
-  static F load_part(const std::uint16_t* p, int n, float fill) { return each([&](int k) { return k < n ? widen(p[k]) : fill; }); }
+  static F set(float x) {
+    return each([&](int) { return x; });
+  }
+  static F load(const float* p) {
+    return each([&](int k) { return p[k]; });
+  }
+  static F load(const std::uint16_t* p) {
+    return each([&](int k) { return widen(p[k]); });
+  }
+  static F load_part(const float* p, int n, float fill) {
+    return each([&](int k) { return k < n ? p[k] : fill; });
+  }
+  static F load_part(const std::uint16_t* p, int n, float fill) {
+    return each([&](int k) { return k < n ? widen(p[k]) : fill; });
+  }
   static void store(float* p, F x) { std::memcpy(p, x.v, sizeof(x.v)); }
   static void store_part(float* p, int n, F x) { std::memcpy(p, x.v, static_cast<std::size_t>(n) * 4); }
   static void store_part(std::uint16_t* p, int n, F x) {
@@ -36,26 +46,47 @@ struct V {
     store_part(p, width, x);
     store_part(p + width, width, y);
   }
-  static F add(F x, F y) { return each([&](int k) { return x.v[k] + y.v[k]; }); }
-  static F sub(F x, F y) { return each([&](int k) { return x.v[k] - y.v[k]; }); }
-  static F mul(F x, F y) { return each([&](int k) { return x.v[k] * y.v[k]; }); }
-  static F div(F x, F y) { return each([&](int k) { return x.v[k] / y.v[k]; }); }
-  static F fma(F x, F y, F z) { return each([&](int k) { return x.v[k] * y.v[k] + z.v[k]; }); }
+  static F add(F x, F y) {
+    return each([&](int k) { return x.v[k] + y.v[k]; });
+  }
+  static F sub(F x, F y) {
+    return each([&](int k) { return x.v[k] - y.v[k]; });
+  }
+  static F mul(F x, F y) {
+    return each([&](int k) { return x.v[k] * y.v[k]; });
+  }
+  static F div(F x, F y) {
+    return each([&](int k) { return x.v[k] / y.v[k]; });
+  }
+  static F fma(F x, F y, F z) {
+    return each([&](int k) { return x.v[k] * y.v[k] + z.v[k]; });
+  }
   // z - m with large z: the product must not be rounded, and not every processor has a fused multiply-add.
   static F fmsub(F x, F y, F z) {
     return each([&](int k) { return static_cast<float>(static_cast<double>(x.v[k]) * y.v[k] - z.v[k]); });
   }
-  static F fnma(F x, F y, F z) { return each([&](int k) { return z.v[k] - x.v[k] * y.v[k]; }); }
-  static F max(F x, F y) { return each([&](int k) { return x.v[k] > y.v[k] ? x.v[k] : y.v[k]; }); }
-  static F min(F x, F y) { return each([&](int k) { return x.v[k] < y.v[k] ? x.v[k] : y.v[k]; }); }
-  static F abs(F x) { return each([&](int k) { return x.v[k] < 0.0f ? -x.v[k] : x.v[k]; }); }
+  static F fnma(F x, F y, F z) {
+    return each([&](int k) { return z.v[k] - x.v[k] * y.v[k]; });
+  }
+  static F max(F x, F y) {
+    return each([&](int k) { return x.v[k] > y.v[k] ? x.v[k] : y.v[k]; });
+  }
+  static F min(F x, F y) {
+    return each([&](int k) { return x.v[k] < y.v[k] ? x.v[k] : y.v[k]; });
+  }
+  static F abs(F x) {
+    return each([&](int k) { return x.v[k] < 0.0f ? -x.v[k] : x.v[k]; });
+  }
   // |x| < 2^22: adding and taking away 1.5 * 2^23 leaves the nearest integer.
-  static F round(F x) { return each([&](int k) { return (x.v[k] + 12582912.0f) - 12582912.0f; }); }
+  static F round(F x) {
+    return each([&](int k) { return (x.v[k] + 12582912.0f) - 12582912.0f; });
+  }
   // p * 2^n, n an integer; 0 below the normal range, infinity above it.
   static F scale(F p, F n) {
     return each([&](int k) {
       const float clamped = n.v[k] < -127.0f ? -127.0f : n.v[k] > 128.0f ? 128.0f : n.v[k];
-      const std::uint32_t bits = static_cast<std::uint32_t>(clamped == clamped ? static_cast<std::int32_t>(clamped) + 127 : 0) << 23;
+      const std::uint32_t bits =
+          static_cast<std::uint32_t>(clamped == clamped ? static_cast<std::int32_t>(clamped) + 127 : 0) << 23;
       float two_n;
       std::memcpy(&two_n, &bits, 4);
       return p.v[k] * two_n;
@@ -64,7 +95,9 @@ struct V {
   static F copysign(F x, F sign) {
     return each([&](int k) { return std::signbit(sign.v[k]) ? -x.v[k] : x.v[k]; });  // x >= 0
   }
-  static F pick_less(F x, F y, F yes, F no) { return each([&](int k) { return x.v[k] < y.v[k] ? yes.v[k] : no.v[k]; }); }
+  static F pick_less(F x, F y, F yes, F no) {
+    return each([&](int k) { return x.v[k] < y.v[k] ? yes.v[k] : no.v[k]; });
+  }
   static float largest(F x) {
     float m = x.v[0];
     for (int k = 1; k < width; ++k) m = x.v[k] > m ? x.v[k] : m;

@@ -47,7 +47,8 @@ struct Case {
 };
 
 void run(const RowKernels& kernels, const Case& c) {
-  const std::size_t cells = static_cast<std::size_t>((c.rows - 1) * c.stride + c.vocab), n = static_cast<std::size_t>(c.rows);
+  const std::size_t cells = static_cast<std::size_t>((c.rows - 1) * c.stride + c.vocab),
+                    n = static_cast<std::size_t>(c.rows);
   std::vector<float> wide(cells);
   std::vector<std::uint16_t> narrow(c.bf16 ? cells : 0);
   for (float& x : wide) x = normal() * 3.0f;
@@ -100,8 +101,10 @@ void run(const RowKernels& kernels, const Case& c) {
     const double log_total = std::log(total);
     for (const double x : z) mean += std::exp(x - log_total) * x;
     const double h = log_total - mean, logp_y = z[static_cast<std::size_t>(targets[k])] - log_total;
-    expect(std::fabs(lse[k] - log_total) < 1e-5 * (1 + std::fabs(log_total)), "lse", kernels.name, c.vocab, lse[k], log_total);
-    expect(std::fabs(logp[k] - logp_y) < 1e-5 * (1 + std::fabs(logp_y)), "logp", kernels.name, c.vocab, logp[k], logp_y);
+    expect(std::fabs(lse[k] - log_total) < 1e-5 * (1 + std::fabs(log_total)), "lse", kernels.name, c.vocab, lse[k],
+           log_total);
+    expect(std::fabs(logp[k] - logp_y) < 1e-5 * (1 + std::fabs(logp_y)), "logp", kernels.name, c.vocab, logp[k],
+           logp_y);
     if (c.entropy) expect(std::fabs(entropy[k] - h) < 1e-4, "entropy", kernels.name, c.vocab, entropy[k], h);
     for (std::size_t j = 0; j < z.size(); ++j) {
       const double p = std::exp(z[j] - log_total), lp = z[j] - log_total;
@@ -116,7 +119,8 @@ void run(const RowKernels& kernels, const Case& c) {
       for (std::int64_t j = 0; j < c.vocab; ++j) {
         const std::size_t at = static_cast<std::size_t>(i * c.stride + j);
         const double got = c.bf16 ? from_bf16(narrow[at]) : wide[at], want = gradient[at];
-        expect(std::fabs(got - want) <= (c.bf16 ? 5e-3 : 2e-5) * (1e-2 + std::fabs(want)), what, kernels.name, c.vocab, got, want);
+        expect(std::fabs(got - want) <= (c.bf16 ? 5e-3 : 2e-5) * (1e-2 + std::fabs(want)), what, kernels.name, c.vocab,
+               got, want);
       }
   };
   kernels.backward(r, 0, c.rows);
@@ -140,7 +144,8 @@ int main() {
   for (const char* name : {"portable", "avx2", "avx512", "avx512_bf16"}) {
     const RowKernels* kernels = select_kernels(name);
     if (!kernels) continue;
-    for (const std::int64_t vocab : {1, 2, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 1000, 1023, 1024, 1025, 2047, 2048, 2049, 5000})
+    for (const std::int64_t vocab :
+         {1, 2, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 1000, 1023, 1024, 1025, 2047, 2048, 2049, 5000})
       for (const bool bf16 : {false, true})
         for (const bool entropy : {false, true})
           for (const float softcap : {0.0f, 5.0f})
