@@ -2,9 +2,12 @@
 
     python benchmarks/bench_kernels.py [--questions C1 C2] [--cases 0 1] [--small] [--rounds 5] [--threads N] [--output results.json]
 
-C1: logits -> loss and dlogits, against a copy of the logits.  C2: hidden, head -> loss, dX, dW, against three GEMMs.
-Each contender is also run once for its gradient, which must agree with the float64 oracle before anything is timed.
+On a CPU     C1: logits -> loss and dlogits, against a copy of the logits.  C2: hidden, head -> loss, dX, dW, against three GEMMs.
+On a GPU     T1: logits -> log-prob and entropy.  T2: as C1.  T3: hidden, head -> log-prob and entropy.  T4: as C2.
+             T5: half of the rows inactive.  T6: the smallest workspace.  T7: batch-invariant.
+Each of our contenders is also run once for its gradient, which must agree with float64 before anything is timed.
 Peers that are not installed are named and left out; `pip install --no-deps trl liger-kernel cut-cross-entropy` adds them.
+With --small and no GPU the T questions run on the CPU, with the contenders that can: it shows that the benchmark runs.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ import argparse
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -22,21 +27,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import scoreboard  # noqa: E402
 from benchmarks.kernels import linear_contenders, logits_contenders  # noqa: E402
-from benchmarks.kernels.linear_contenders import LinearCase  # noqa: E402
-from benchmarks.kernels.logits_contenders import LogitsCase  # noqa: E402
+from benchmarks.kernels.linear_contenders import LinearCase, LinearData  # noqa: E402
+from benchmarks.kernels.logits_contenders import LogitsCase, LogitsData  # noqa: E402
+from benchmarks.scoreboard import Contender  # noqa: E402
 from omni_kernels import backends, linear_policy_loss, reference  # noqa: E402
 
-CaseT = TypeVar("CaseT")
+CaseT, DataT = TypeVar("CaseT", LogitsCase, LinearCase), TypeVar("DataT", LogitsData, LinearData)
 F32, BF16 = torch.float32, torch.bfloat16
-C1 = [LogitsCase(1024, 49152, F32), LogitsCase(1024, 49152, BF16), LogitsCase(1024, 151936, BF16)]
-C2 = [LinearCase(2048, 576, 49152, BF16), LinearCase(1024, 576, 49152, F32), LinearCase(512, 1536, 151936, BF16)]
-SMALL_C1 = [LogitsCase(128, 8192, F32), LogitsCase(128, 8192, BF16)]
-SMALL_C2 = [LinearCase(256, 128, 8192, F32), LinearCase(256, 128, 8192, BF16)]
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Question(Generic[CaseT, DataT]):
+    """cases, small: what is measured / what shows in a second that it runs. backends: whose gradient is checked first."""
+
+    contenders: Sequence[Contender[DataT]]
+    cases: Sequence[CaseT]
+    small: Sequence[CaseT]
+    make: Callable[[CaseT], DataT]
+    check: Callable[[DataT, str], None]
+    backends: tuple[str, ...]
 
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
-    for name in ("torch", "trl", "liger-kernel", "cut-cross-entropy"):
+    for name in ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "verl"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -48,12 +63,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def check_logits(data: logits_contenders.LogitsData) -> None:
-    """The C++ sweep against float64, on a few rows: a fast wrong answer is no answer."""
-    if backends.reason_unavailable("cpu") is not None:
-        return
-    logits_contenders.in_backend("cpu")(data).reset()
-    logits_contenders.in_backend("cpu")(data).call()
+def check_logits(data: LogitsData, backend: str) -> None:
+    """A backend's gradient against float64, on a few rows: a fast wrong answer is no answer."""
+    run = logits_contenders.in_backend(backend)(data)
+    run.reset()
+    run.call()
     rows = slice(0, 8)
     exact = data.logits[rows].double().requires_grad_()
     targets, old = data.tokens.targets[rows], data.tokens.old
@@ -65,26 +79,62 @@ def check_logits(data: logits_contenders.LogitsData) -> None:
     loss = -torch.minimum(ratio * advantages, bounded * advantages).sum() / len(data.logits)
     (gradient,) = torch.autograd.grad(loss, exact)
     error = (data.work[rows].double() - gradient).norm() / gradient.norm()
-    assert error < (5e-3 if data.logits.dtype == BF16 else 1e-5), f"the gradient is off by {error:.1e}"
+    assert error < (5e-3 if data.logits.dtype == BF16 else 1e-5), f"the gradient of {backend} is off by {error:.1e}"
 
 
-def check_linear(data: linear_contenders.LinearData) -> None:
-    """The C++ path against torch's own, whose gradients the tests hold against float64."""
+def check_linear(data: LinearData, backend: str) -> None:
+    """A backend's gradients against those of the torch one, which the tests hold against float64."""
     x, w = data.hidden.detach().requires_grad_(), data.weight.detach().requires_grad_()
     grads = []
-    for backend in ("cpu", "torch"):
-        if backends.reason_unavailable(backend) is not None:
-            return
-        loss = linear_policy_loss(x, w, data.tokens, logits_contenders.SPEC, backend=backend).loss
+    for name in (backend, "torch"):
+        loss = linear_policy_loss(x, w, data.tokens, logits_contenders.SPEC, backend=name).loss
         grads.append(torch.autograd.grad(loss, (x, w)))
     for mine, theirs in zip(*grads, strict=True):
         error = (mine.double() - theirs.double()).norm() / theirs.double().norm()
-        assert error < (1e-2 if x.dtype == BF16 else 1e-4), f"the gradients differ by {error:.1e}"
+        assert error < (1e-2 if x.dtype == BF16 else 1e-4), f"the gradients of {backend} are off by {error:.1e}"
+
+
+def _logits(
+    contenders: Sequence[Contender[LogitsData]], cases: Sequence[LogitsCase], checked: tuple[str, ...]
+) -> Question[LogitsCase, LogitsData]:
+    small = [LogitsCase(128, 8192, dtype, cases[0].device) for dtype in (F32, BF16)]
+    return Question(contenders, cases, small, logits_contenders.make, check_logits, checked)
+
+
+def _linear(
+    contenders: Sequence[Contender[LinearData]], cases: Sequence[LinearCase], checked: tuple[str, ...]
+) -> Question[LinearCase, LinearData]:
+    small = [LinearCase(256, 128, 8192, dtype, cases[0].device) for dtype in (F32, BF16)]
+    return Question(contenders, cases, small, linear_contenders.make, check_linear, checked)
+
+
+_PAPER_LOGITS = [LogitsCase(8192, 151936, BF16, GPU)]  # Qwen's vocabulary
+_PAPER_HEAD = [LinearCase(8192, 4096, 151936, BF16, GPU)]
+_ON_GPU = ("triton", "cuda")
+QUESTIONS: dict[str, Question] = {
+    "C1": _logits(
+        logits_contenders.C1,
+        [LogitsCase(1024, 49152, F32), LogitsCase(1024, 49152, BF16), LogitsCase(1024, 151936, BF16)],
+        ("cpu",),
+    ),
+    "C2": _linear(
+        linear_contenders.C2,
+        [LinearCase(2048, 576, 49152, BF16), LinearCase(1024, 576, 49152, F32), LinearCase(512, 1536, 151936, BF16)],
+        ("cpu",),
+    ),
+    "T1": _logits(logits_contenders.T1, _PAPER_LOGITS, _ON_GPU),
+    "T2": _logits(logits_contenders.T2, _PAPER_LOGITS, _ON_GPU),
+    "T3": _linear(linear_contenders.T3, _PAPER_HEAD, _ON_GPU),
+    "T4": _linear(linear_contenders.T4, _PAPER_HEAD, _ON_GPU),
+    "T5": _linear(linear_contenders.T5, _PAPER_HEAD, ("triton",)),
+    "T6": _linear(linear_contenders.T6, _PAPER_HEAD, ("triton",)),
+    "T7": _linear(linear_contenders.T7, _PAPER_HEAD, ("triton",)),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", nargs="+", default=["C1", "C2"], choices=["C1", "C2"])
+    parser.add_argument("--questions", nargs="+", default=["C1", "C2"], choices=list(QUESTIONS))
     parser.add_argument("--cases", nargs="+", type=int, help="indices of the cases of each question; default: all")
     parser.add_argument("--small", action="store_true", help="cases of a second, to see that everything runs")
     parser.add_argument("--rounds", type=int, default=5)
@@ -92,37 +142,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<machine>.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    on_gpu = [q for q in arguments.questions if q.startswith("T")]
+    if on_gpu and GPU == "cpu" and not arguments.small:
+        parser.error(f"{' '.join(on_gpu)} need an NVIDIA GPU, and torch sees none; C1 and C2 run on this machine")
     known = versions()
-    for question in arguments.questions:
-        logits_cases, linear_cases = (SMALL_C1, SMALL_C2) if arguments.small else (C1, C2)
-        for case in _picked(logits_cases, arguments.cases) if question == "C1" else []:
-            logits_data = logits_contenders.make(case)
-            check_logits(logits_data)
-            report(question, case, logits_data, logits_contenders.CONTENDERS, arguments, known)
-        for head_case in _picked(linear_cases, arguments.cases) if question == "C2" else []:
-            linear_data = linear_contenders.make(head_case)
-            check_linear(linear_data)
-            report(question, head_case, linear_data, linear_contenders.CONTENDERS, arguments, known)
-
-
-def _picked(cases: list[CaseT], indices: list[int] | None) -> list[CaseT]:
-    return cases if indices is None else [cases[i] for i in indices]
-
-
-def report(
-    question: str,
-    case: LogitsCase | LinearCase,
-    data: scoreboard.CaseT,
-    contenders: list[scoreboard.Contender[scoreboard.CaseT]],
-    arguments: argparse.Namespace,
-    known: dict[str, str],
-) -> None:
-    """One case: run, print, save at once, so that a stopped run keeps what it has."""
-    dtype = str(case.dtype).removeprefix("torch.")
-    rows = scoreboard.compete(question, data, case.name, dtype, contenders, arguments.rounds, known)
-    scoreboard.show(rows)
-    if not arguments.small or arguments.output:
-        print(f"  -> {scoreboard.save(rows, arguments.output)}")
+    for name in arguments.questions:
+        question = QUESTIONS[name]
+        cases = question.small if arguments.small else question.cases
+        for case in cases if arguments.cases is None else [cases[i] for i in arguments.cases]:
+            data = question.make(case)
+            for backend in question.backends:
+                if backends.reason_unavailable(backend) is None:
+                    question.check(data, backend)
+            dtype = str(case.dtype).removeprefix("torch.")
+            rows = scoreboard.compete(name, data, case.name, dtype, question.contenders, arguments.rounds, known)
+            scoreboard.show(rows)
+            if not arguments.small or arguments.output:  # case by case: a stopped run keeps what it has
+                print(f"  -> {scoreboard.save(rows, arguments.output)}")
 
 
 if __name__ == "__main__":

@@ -114,6 +114,7 @@ def compete(
     versions: dict[str, str],
 ) -> list[Row]:
     """Runs every contender that can run, `rounds` times each in turn, after one warm-up that also measures memory."""
+    torch.compiler.reset()  # here and not between contenders, who would lose what they compiled
     runs: dict[str, tuple[Contender[CaseT], Run]] = {}
     peaks: dict[str, int | None] = {}
     for contender in contenders:
@@ -130,11 +131,7 @@ def compete(
     for _ in range(rounds):
         for name, (_, run) in runs.items():
             run.reset()
-            _synchronise()
-            started = time.perf_counter()
-            run.call()
-            _synchronise()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(_timed(run.call))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     of_role = {role: [medians[name] for name, (c, _) in runs.items() if c.role == role] for role in ("peer", "limit")}
     best_peer, limit = (min(values, default=None) for values in of_role.values())
@@ -161,9 +158,18 @@ def compete(
     return rows
 
 
-def _synchronise() -> None:
+def _timed(call: Callable[[], object]) -> float:
+    """Seconds of one call; on a GPU between two events on its stream."""
     if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        call()
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def show(rows: Sequence[Row]) -> None:

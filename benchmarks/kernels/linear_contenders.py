@@ -1,7 +1,8 @@
-"""Question C2, hidden states and head to loss, dX and dW: who competes.
+"""Questions C2 and T4, hidden states and head to loss, dX and dW, and T3, to log-prob and entropy: who competes.
 
-The loss is the one of C1. The limit is three full-size GEMMs (logits, dX, dW) of the same shapes and dtype, into buffers that
-exist. Contenders marked cross-entropy solve the simpler task that their names say, and are listed for context.
+The loss is the one of C1. The limit is three full-size GEMMs (logits, dX, dW; for T3 the first) of the same shapes and dtype,
+into buffers that exist. Contenders marked cross-entropy solve the simpler task that their names say, and are listed for context.
+T5 (half of the rows inactive), T6 (the smallest workspace) and T7 (batch-invariant) compare this package with itself.
 
 Peers come from the packages `trl` and `liger-kernel` where they are installed (`pip install --no-deps`). TRL's function imports
 its trainer package, with pandas and datasets, for one FSDP context manager; where these are absent it gets a null context.
@@ -11,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +24,10 @@ from torch import Tensor
 
 from benchmarks.kernels.logits_contenders import SPEC, clipped_loss, logsumexp_form, trl_entropy, trl_logp
 from benchmarks.scoreboard import Contender, Run, Unavailable
-from omni_kernels import Tokens, backends, linear_policy_loss
+from omni_kernels import Tokens, backends, head_rows, linear_logprob, linear_policy_loss
 
 _TRL_CHUNK = 32768  # columns, as its trainers set it
+T4_WORKSPACE = 1200 << 20
 _SEQUENCES = 8  # of equal length: Liger's op takes a batch of sequences
 
 
@@ -34,6 +37,7 @@ class LinearCase:
     hidden: int
     vocab: int
     dtype: torch.dtype
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -48,14 +52,18 @@ class LinearData:
 
 
 def make(case: LinearCase) -> LinearData:
-    g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(case.tokens, case.hidden, generator=g).to(case.dtype)
-    weight = (torch.randn(case.vocab, case.hidden, generator=g) * 2 * case.hidden**-0.5).to(case.dtype)
-    targets = torch.randint(0, case.vocab, (case.tokens,), generator=g)
+    place = case.device
+    g = torch.Generator(place).manual_seed(0)
+    hidden = torch.randn(case.tokens, case.hidden, generator=g, device=place).to(case.dtype)
+    weight = (torch.randn(case.vocab, case.hidden, generator=g, device=place) * 2 * case.hidden**-0.5).to(case.dtype)
+    targets = torch.randint(0, case.vocab, (case.tokens,), generator=g, device=place)
     picked = (hidden.float() * weight[targets].float()).sum(-1)
-    old = picked - torch.log(torch.tensor(float(case.vocab))) - 2 + torch.randn(case.tokens, generator=g) * 0.1
-    advantages = torch.randn(_SEQUENCES, generator=g).repeat_interleave(case.tokens // _SEQUENCES)
+    old = picked - math.log(case.vocab) - 2 + torch.randn(case.tokens, generator=g, device=place) * 0.1
+    advantages = torch.randn(_SEQUENCES, generator=g, device=place).repeat_interleave(case.tokens // _SEQUENCES)
     return LinearData(hidden, weight, Tokens(targets, advantages, old=old))
+
+
+Build = Callable[[LinearData], Run]
 
 
 def _leaves(data: LinearData) -> tuple[Tensor, Tensor]:
@@ -79,17 +87,53 @@ def three_gemms(data: LinearData) -> Run:
     return Run(call)
 
 
-def ours(backend: str) -> Callable[[LinearData], Run]:
+def one_gemm(data: LinearData) -> Run:
+    logits = data.hidden.new_empty(len(data.hidden), len(data.weight))
+    return Run(lambda: torch.mm(data.hidden, data.weight.t(), out=logits))
+
+
+def ours(backend: str, tokens: Callable[[LinearData], Tokens] | None = None, **options: object) -> Build:
+    """Loss and gradients; tokens: others than those of the data; options: of `linear_policy_loss`."""
+
     def build(data: LinearData) -> Run:
-        reason = backends.reason_unavailable(backend)
-        if reason is not None:
-            raise Unavailable(reason)
+        require(backend)
         x, w = _leaves(data)
+        given = data.tokens if tokens is None else tokens(data)
         return Run(
-            lambda: torch.autograd.grad(linear_policy_loss(x, w, data.tokens, SPEC, backend=backend).loss, (x, w))
+            lambda: torch.autograd.grad(linear_policy_loss(x, w, given, SPEC, backend=backend, **options).loss, (x, w))
         )
 
     return build
+
+
+def ours_forward(backend: str) -> Build:
+    def build(data: LinearData) -> Run:
+        require(backend)
+        y = data.tokens.targets
+        return Run(torch.no_grad()(lambda: linear_logprob(data.hidden, data.weight, y, backend=backend)))
+
+    return build
+
+
+def require(backend: str) -> None:
+    reason = backends.reason_unavailable(backend)
+    if reason is not None:
+        raise Unavailable(reason)
+
+
+def half_masked(data: LinearData) -> Tokens:
+    """Every other token is not trained on, and the packer said so."""
+    mask = torch.arange(len(data.hidden), device=data.hidden.device) % 2 == 0
+    tokens = replace(data.tokens, mask=mask)
+    return replace(tokens, rows=head_rows(tokens, SPEC))
+
+
+def half_clipped(data: LinearData) -> Tokens:
+    """Every other token turns out clipped: an old log-prob far on the other side of its advantage."""
+    t = data.tokens
+    assert t.old is not None
+    far = t.old - t.advantages.sign() * 50
+    return replace(t, old=torch.where(torch.arange(len(far), device=far.device) % 2 == 0, t.old, far))
 
 
 def trl_full_logits(data: LinearData) -> Run:
@@ -102,7 +146,6 @@ def trl_full_logits(data: LinearData) -> Run:
 
 
 def compiled_full_logits(data: LinearData) -> Run:
-    torch._dynamo.reset()
     form = torch.compile(logsumexp_form, dynamic=False)
     return _from_logp(data, lambda x, w: form(x @ w.t(), data.tokens.targets)[0])
 
@@ -130,7 +173,6 @@ def liger(compile_it: bool) -> Callable[[LinearData], Run]:
             module = importlib.import_module("liger_kernel.chunked_loss")
         except ImportError as error:
             raise Unavailable(str(error)) from error
-        torch._dynamo.reset()
         loss = module.LigerFusedLinearGRPOLoss(
             beta=0.0, compiled=compile_it, use_ref_model=False, epsilon_low=SPEC.eps_low, epsilon_high=SPEC.eps_high,
             loss_type="dapo",
@@ -168,15 +210,89 @@ def apple_cross_entropy(data: LinearData) -> Run:
     return Run(lambda: torch.autograd.grad(fused(x, w, data.tokens.targets, impl=impl), (x, w)))
 
 
-CONTENDERS: list[Contender[LinearData]] = [
-    Contender("limit: three GEMMs", "limit", three_gemms),
-    Contender("omni_kernels, C++", "ours", ours("cpu")),
-    Contender("omni_kernels, torch", "context", ours("torch")),
+def liger_scaled(forward_only: bool) -> Build:
+    """Liger's fused head: per-token log-prob and entropy (SM90 kernels with its `cutedsl` extra, else in chunks of torch)."""
+
+    def build(data: LinearData) -> Run:
+        try:
+            module = importlib.import_module("liger_kernel.ops.fused_linear_scaled_cross_entropy")
+        except ImportError as error:
+            raise Unavailable(str(error)) from error
+        function, y = module.LigerFusedLinearScaledCrossEntropyFunction, data.tokens.targets
+        if forward_only:
+            return Run(torch.no_grad()(lambda: function.apply(data.hidden, data.weight, y, return_entropy=True)))
+        return _from_logp(data, lambda x, w: -function.apply(x, w, y, return_entropy=True)[0])
+
+    return build
+
+
+def verl(forward_only: bool) -> Build:
+    def build(data: LinearData) -> Run:
+        if not data.hidden.is_cuda:
+            raise Unavailable("a Triton kernel: it needs a GPU")
+        try:
+            function = importlib.import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
+        except ImportError as error:
+            raise Unavailable(str(error)) from error
+        y = data.tokens.targets
+        if forward_only:
+            return Run(torch.no_grad()(lambda: function(data.hidden, data.weight, y, 1.0, "none")))
+        return _from_logp(data, lambda x, w: function(x, w, y, 1.0, "none")[0])
+
+    return build
+
+
+def forward_full_logits(data: LinearData) -> Run:
+    form = torch.compile(logsumexp_form, dynamic=False)
+    return Run(torch.no_grad()(lambda: form(data.hidden @ data.weight.t(), data.tokens.targets)))
+
+
+_PEERS: list[Contender[LinearData]] = [
     Contender("TRL formulas on full logits", "peer", trl_full_logits),
     Contender("logsumexp on full logits, torch.compile", "peer", compiled_full_logits),
     Contender("TRL ChunkedLogProbFunction", "peer", trl_chunked),
     Contender("LigerFusedLinearGRPOLoss", "peer", liger(False)),
-    Contender("LigerFusedLinearGRPOLoss, compiled", "peer", liger(True)),
+    Contender("Liger fused linear scaled cross-entropy", "peer", liger_scaled(False)),
     Contender("torch linear_cross_entropy (cross-entropy)", "context", torch_cross_entropy),
     Contender("cut-cross-entropy (cross-entropy)", "context", apple_cross_entropy),
+]
+C2: list[Contender[LinearData]] = [
+    Contender("limit: three GEMMs", "limit", three_gemms),
+    Contender("omni_kernels, C++", "ours", ours("cpu")),
+    Contender("omni_kernels, torch", "context", ours("torch")),
+    Contender("LigerFusedLinearGRPOLoss, compiled", "peer", liger(True)),
+    *_PEERS,
+]
+T3: list[Contender[LinearData]] = [
+    Contender("limit: one GEMM", "limit", one_gemm),
+    Contender("omni_kernels, Triton", "ours", ours_forward("triton")),
+    Contender("omni_kernels, CUDA", "ours", ours_forward("cuda")),
+    Contender("logsumexp on full logits, torch.compile", "peer", forward_full_logits),
+    Contender("Liger fused linear scaled cross-entropy", "peer", liger_scaled(True)),
+    Contender("verl linear_cross_entropy", "peer", verl(True)),
+]
+T4: list[Contender[LinearData]] = [
+    Contender("limit: three GEMMs", "limit", three_gemms),
+    Contender("omni_kernels, Triton", "ours", ours("triton", workspace_bytes=T4_WORKSPACE)),
+    Contender("omni_kernels, CUDA", "ours", ours("cuda", workspace_bytes=T4_WORKSPACE)),
+    *_PEERS,
+    Contender("verl linear_cross_entropy", "peer", verl(False)),
+]
+T5: list[Contender[LinearData]] = [
+    Contender("all rows active", "peer", ours("triton", workspace_bytes=T4_WORKSPACE)),
+    Contender("half masked, known a priori", "ours", ours("triton", half_masked, workspace_bytes=T4_WORKSPACE)),
+    Contender(
+        "half clipped, known after the log-prob", "ours", ours("triton", half_clipped, workspace_bytes=T4_WORKSPACE)
+    ),
+]
+T6: list[Contender[LinearData]] = [
+    Contender("limit: three GEMMs", "limit", three_gemms),
+    *(
+        Contender(f"workspace of {size >> 20} MiB", "ours", ours("triton", workspace_bytes=size))
+        for size in (64 << 20, 256 << 20, T4_WORKSPACE)
+    ),
+]
+T7: list[Contender[LinearData]] = [
+    Contender("rows free to share a GEMM's shape", "peer", ours("triton")),
+    Contender("batch-invariant", "ours", ours("triton", batch_invariant=True)),
 ]

@@ -1,17 +1,19 @@
-"""Question C1, logits to loss and dloss/dlogits: who competes.
+"""Questions C1 and T2, logits to loss and dloss/dlogits, and T1, logits to log-prob and entropy: who competes.
 
 The loss is GRPO with clipping (token level, DAPO's normaliser), with the log-prob and the entropy of each token, as a trainer
 needs them. The peers' formulas are written here from their definitions: TRL's `selective_log_softmax` (gather minus logsumexp row
 by row in fp32, log_softmax row by row in bf16) and its entropy in chunks of 128 rows without gradient.
 
 The limit is a copy of the logits, one read and one write; "update in place" moves the same bytes without fetching the destination
-first, and is listed beside it.
+first, and is listed beside it. T1 only reads: its limit is a copy of half of the rows, which moves as many bytes.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,7 @@ class LogitsCase:
     tokens: int
     vocab: int
     dtype: torch.dtype
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -43,15 +46,15 @@ class LogitsData:
 
 
 def make(case: LogitsCase) -> LogitsData:
-    g = torch.Generator().manual_seed(0)
-    logits = torch.empty(case.tokens, case.vocab, dtype=case.dtype)
-    for row in logits:
-        row.copy_(torch.randn(case.vocab, generator=g) * 2)
-    targets = torch.randint(0, case.vocab, (case.tokens,), generator=g)
+    g = torch.Generator(case.device).manual_seed(0)
+    logits = torch.empty(case.tokens, case.vocab, dtype=case.dtype, device=case.device)
+    for rows in logits.split(64):
+        rows.copy_(torch.randn(rows.shape, generator=g, device=case.device) * 2)
+    targets = torch.randint(0, case.vocab, (case.tokens,), generator=g, device=case.device)
     picked = logits.gather(1, targets[:, None])[:, 0].float()
-    old = picked - logits[:64].float().logsumexp(1).mean() + torch.randn(case.tokens, generator=g) * 0.1
-    tokens = Tokens(targets, torch.randn(case.tokens, generator=g), old=old)
-    return LogitsData(logits, torch.empty_like(logits), tokens)
+    noise, advantages = torch.randn(2, case.tokens, generator=g, device=case.device)
+    old = picked - logits[:64].float().logsumexp(1).mean() + noise * 0.1
+    return LogitsData(logits, torch.empty_like(logits), Tokens(targets, advantages, old=old))
 
 
 def clipped_loss(logp: Tensor, tokens: Tokens) -> Tensor:
@@ -92,35 +95,50 @@ def logsumexp_form(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return z.gather(-1, targets[:, None])[:, 0] - lse, entropy
 
 
-def _differentiated(data: LogitsData, statistics: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Run:
+Form = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (logits, targets) -> log-prob, entropy
+
+
+def _differentiated(data: LogitsData, form: Form) -> Run:
     leaf = data.logits.detach().requires_grad_()
 
     def call() -> None:
-        logp, _ = statistics(leaf, data.tokens.targets)
+        logp, _ = form(leaf, data.tokens.targets)
         torch.autograd.grad(clipped_loss(logp.float(), data.tokens), leaf)
 
     return Run(call)
 
 
-def trl_eager(data: LogitsData) -> Run:
-    return _differentiated(data, lambda logits, y: (trl_logp(logits, y), trl_entropy(logits.detach())))
+def _forward_only(data: LogitsData, form: Form) -> Run:
+    return Run(torch.no_grad()(lambda: form(data.logits, data.tokens.targets)))
 
 
-def compiled(form: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[[LogitsData], Run]:
+def trl_form(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return trl_logp(logits, targets), trl_entropy(logits.detach())
+
+
+def eager(how: Callable[[LogitsData, Form], Run], form: Form) -> Callable[[LogitsData], Run]:
+    return lambda data: how(data, form)
+
+
+def compiled(how: Callable[[LogitsData, Form], Run], form: Form) -> Callable[[LogitsData], Run]:
     def build(data: LogitsData) -> Run:
-        torch._dynamo.reset()
-        return _differentiated(data, torch.compile(form, dynamic=False))
+        return how(data, torch.compile(form, dynamic=False))
 
     return build
 
 
+def _rows(data: LogitsData, name: str) -> ModuleType:
+    reason = backends.reason_unavailable(name)
+    if reason is not None:
+        raise Unavailable(reason)
+    return backends.select(data.logits.device, data.logits.dtype, name)
+
+
 def in_backend(name: str) -> Callable[[LogitsData], Run]:
+    """Loss and gradient: in one sweep where the backend has one."""
+
     def build(data: LogitsData) -> Run:
-        reason = backends.reason_unavailable(name)
-        if reason is not None:
-            raise Unavailable(reason)
-        rows = backends.select(data.logits.device, data.logits.dtype, name)
-        tokens = data.tokens
+        rows, tokens = _rows(data, name), data.tokens
 
         def sweep() -> None:
             batch = prepare(tokens, SPEC, torch.float32)
@@ -139,20 +157,90 @@ def in_backend(name: str) -> Callable[[LogitsData], Run]:
     return build
 
 
+def forward_in_backend(name: str) -> Callable[[LogitsData], Run]:
+    def build(data: LogitsData) -> Run:
+        rows = _rows(data, name)
+        return Run(lambda: rows.rows_forward(data.logits, data.tokens.targets, 1.0, None, True))
+
+    return build
+
+
+def liger_forward(data: LogitsData) -> Run:
+    """Log-probs alone: the op has no entropy."""
+    return Run(lambda: _liger().fused_selective_log_softmax(*_as_batch(data), temperature=1.0))
+
+
+def liger_loss(data: LogitsData) -> Run:
+    function = _liger().GrpoLossFunction
+    _, ids = _as_batch(data)
+    leaf, tokens = data.work.detach().view(len(ids), -1, data.work.shape[1]).requires_grad_(), data.tokens
+    assert tokens.old is not None
+    old, advantages = tokens.old.view(len(ids), -1)[:, :-1].contiguous(), tokens.advantages[: len(ids)].contiguous()
+
+    def call() -> None:
+        value, *_ = function.apply(
+            leaf, old, None, ids, advantages, torch.ones_like(ids), 1.0, 0.0, SPEC.eps_low, SPEC.eps_high, True, "dapo"
+        )
+        torch.autograd.grad(value.sum(), leaf)
+
+    return Run(call, lambda: data.work.copy_(data.logits))
+
+
+def _liger() -> ModuleType:
+    try:
+        return importlib.import_module("liger_kernel.ops.grpo_loss")
+    except ImportError as error:
+        raise Unavailable(str(error)) from error
+
+
+def _as_batch(data: LogitsData) -> tuple[Tensor, Tensor]:
+    """Liger's op takes [B, L + 1, V] and leaves the last position out: 8 sequences, one row less each."""
+    if not data.logits.is_cuda:
+        raise Unavailable("a Triton kernel: it needs a GPU")
+    logits = data.logits.view(8, -1, data.logits.shape[1])
+    return logits, data.tokens.targets.view(8, -1)[:, :-1].contiguous()
+
+
 def copy(data: LogitsData) -> Run:
     return Run(lambda: data.work.copy_(data.logits))
+
+
+def copy_half(data: LogitsData) -> Run:
+    half = len(data.logits) // 2
+    return Run(lambda: data.work[:half].copy_(data.logits[:half]))
 
 
 def update_in_place(data: LogitsData) -> Run:
     return Run(lambda: data.work.mul_(1.0))
 
 
-CONTENDERS: list[Contender[LogitsData]] = [
+_LOSS_PEERS: list[Contender[LogitsData]] = [
+    Contender("TRL formulas, eager", "peer", eager(_differentiated, trl_form)),
+    Contender("log_softmax, torch.compile", "peer", compiled(_differentiated, log_softmax_form)),
+    Contender("logsumexp, torch.compile", "peer", compiled(_differentiated, logsumexp_form)),
+]
+C1: list[Contender[LogitsData]] = [
     Contender("limit: copy", "limit", copy),
     Contender("update in place", "context", update_in_place),
     Contender("omni_kernels, C++", "ours", in_backend("cpu")),
     Contender("omni_kernels, torch", "context", in_backend("torch")),
-    Contender("TRL formulas, eager", "peer", trl_eager),
-    Contender("log_softmax, torch.compile", "peer", compiled(log_softmax_form)),
-    Contender("logsumexp, torch.compile", "peer", compiled(logsumexp_form)),
+    *_LOSS_PEERS,
+]
+T1: list[Contender[LogitsData]] = [
+    Contender("limit: copy of half the rows", "limit", copy_half),
+    Contender("omni_kernels, Triton", "ours", forward_in_backend("triton")),
+    Contender("omni_kernels, CUDA", "ours", forward_in_backend("cuda")),
+    Contender("TRL formulas, eager", "peer", eager(_forward_only, trl_form)),
+    Contender("log_softmax, torch.compile", "peer", compiled(_forward_only, log_softmax_form)),
+    Contender("logsumexp, torch.compile", "peer", compiled(_forward_only, logsumexp_form)),
+    Contender("Liger Triton (no entropy)", "peer", liger_forward),
+]
+T2: list[Contender[LogitsData]] = [
+    Contender("limit: copy", "limit", copy),
+    Contender("update in place", "context", update_in_place),
+    Contender("omni_kernels, Triton", "ours", in_backend("triton")),
+    Contender("omni_kernels, CUDA", "ours", in_backend("cuda")),
+    Contender("omni_kernels, torch", "context", in_backend("torch")),
+    *_LOSS_PEERS,
+    Contender("Liger Triton (no entropy)", "peer", liger_loss),
 ]
