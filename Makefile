@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
-.PHONY: quickstart setup test test-real lint bench clean
+.PHONY: quickstart setup test test-real lint bench gpu clean
 .DEFAULT_GOAL := quickstart
 
 setup: $(STAMP)
@@ -30,6 +30,9 @@ test-real: setup
 
 bench: setup
 	@for question in benchmarks/bench_*.py; do echo "== $$question"; $(BIN)/python $$question || exit 1; done
+
+gpu:
+	PYTHON="$(PYTHON)" bash scripts/gpu.sh
 
 clean:
 	rm -rf $(VENV) build dist
