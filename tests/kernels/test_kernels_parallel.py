@@ -139,6 +139,7 @@ def _rank(rank: int, world: int, port: int, bodies: tuple[Callable[[int, int], N
     dist.init_process_group("gloo", rank=rank, world_size=world)
     for body in bodies:
         body(rank, world)
+    dist.barrier()  # a rank that leaves while another still talks to it can abort in gloo's threads
     dist.destroy_process_group()
 
 
