@@ -276,7 +276,7 @@ def policy_head(
         gradient = gradient if rows is None else gradient[rows]
         for chunk in chunks if m.wanted else ():
             _backward(m, head, stash, targets, stats, gradient[chunk], chunk)
-    loss = metrics[METRICS.index("loss")].to(dtype)
+    loss = metrics[METRICS.index("loss")].to(dtype, copy=True)
     dx, dw, db = _gradients(m, weight, bias, rows, n)
     return PolicyResult(loss, metrics, _scattered(stats, rows, n), dx, None if into is not None else dw, db)
 

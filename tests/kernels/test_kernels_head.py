@@ -432,3 +432,16 @@ def test_any_shape(n: int, h: int, v: int, rows: int, seed: int, backend: str, d
     assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
     if v == 1:
         assert (logp.abs() < 1e-7).all() and (hidden.grad.abs() < 1e-6).all()
+
+
+def test_float64_inputs_give_a_float64_loss_and_gradient() -> None:
+    p = problem(dtype=torch.float64)
+    leaves = [p["hidden"], p["weight"], p["bias"]]
+    logp, entropy, _ = reference.head(*leaves[:2], p["targets"], p["bias"])
+    tokens = tokens_of(p, logp)
+    truth = policy_loss(logp, entropy, tokens, LossSpec(beta=0.1)).loss
+    loss = linear_policy_loss(*leaves[:2], tokens, LossSpec(beta=0.1), bias=p["bias"]).loss
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss, truth)
+    for mine, exact in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(truth, leaves), strict=True):
+        torch.testing.assert_close(mine, exact)
