@@ -18,7 +18,10 @@ from types import ModuleType
 
 from torch import bfloat16, device, dtype, float16, float32, float64  # `torch` here is the backend of that name
 
-_PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
+_PREFERENCE = {
+    "cpu": ("cpu", "torch"),
+    "cuda": ("cuda", "triton", "torch"),
+}  # cuda: where `cuda.VALIDATED` has the card
 _DTYPES = {"torch": (float32, bfloat16, float16, float64)}  # the others: float32 and bfloat16
 
 
@@ -49,6 +52,8 @@ def select(place: device, kind: dtype, name: str | None = None) -> ModuleType:
         return module
     for candidate in _PREFERENCE.get(place.type, ("torch",)):
         module, _ = _load(candidate)
-        if module is not None and kind in _DTYPES.get(candidate, (float32, bfloat16)):
+        if module is None or kind not in _DTYPES.get(candidate, (float32, bfloat16)):
+            continue
+        if candidate != "cuda" or module.is_validated(place):
             return module
     raise RuntimeError("unreachable: the torch backend is always available")

@@ -1,0 +1,156 @@
+// The row kernels' algorithm on the host: the same functions as rows.cu, lane by lane, in the same order; only copies,
+// barriers and shuffles are played by loops. A C interface, for tests/kernels/test_kernels_cuda.py.
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "../plan.h"
+#include "../program.h"
+#include "../row_math.h"
+
+using namespace omni::cuda;
+using omni::Coefficients;
+
+namespace {
+
+// Lane 0's result of shuffling down by width / 2, width / 4, ..., 1.
+Fold merge_lanes(std::vector<Fold> lanes, int width, float c) {
+  lanes.resize(32, nothing());
+  for (int delta = width / 2; delta > 0; delta /= 2) {
+    const std::vector<Fold> before = lanes;
+    for (int l = 0; l < 32; ++l) lanes[l] = merge(before[l], before[l + delta < 32 ? l + delta : l], c);
+  }
+  return lanes[0];
+}
+
+struct Args {
+  void* logits;
+  std::int64_t rows, vocab, row_stride;
+  const std::int64_t* targets;
+  const float* inv_t;  // [rows]
+  float softcap;
+  float *logp, *entropy, *lse;
+  const float *a, *b, *z_loss;  // [rows]; b null: no entropy gradient. a null: of the fold, by the program if there is one
+  const Program* program;
+};
+
+template <class T, bool CAP>
+int run(const Args& args) {
+  const RowPlan plan = plan_rows(args.vocab, sizeof(T));
+  for (std::int64_t i = 0; i < args.rows; ++i) {
+    T* const row = static_cast<T*>(args.logits) + i * args.row_stride;
+    const Extent extent{static_cast<int>(reinterpret_cast<std::uintptr_t>(row) % kVectorBytes / sizeof(T)),
+                        static_cast<int>(args.vocab)};
+    const int vectors = vectors_of(extent, kPerVector<T>);
+    std::vector<Vector> chip(static_cast<std::size_t>(vectors));  // all blocks' slices
+    std::memcpy(chip.data(), row - extent.lead, chip.size() * sizeof(Vector));
+    const auto each_warp = [&](const auto& work) {
+      for (int rank = 0; rank < plan.cluster; ++rank)
+        for (int warp = 0; warp < kRowWarps; ++warp)
+          work(rank, warp, warp_span(block_span(vectors, plan.slice_vectors, rank), warp));
+    };
+    const std::int64_t y = args.targets[i];
+    const Scale sc = scale_of(args.inv_t[i], args.softcap);
+    const bool given = args.a != nullptr;
+    const Coefficients k = given ? Coefficients{args.a[i], args.b ? args.b[i] : 0.0f, args.z_loss[i]} : Coefficients{};
+    RowGradient gradient{};
+    gradient.idle = true;
+    if (y == kIgnore || (given && is_idle(k))) {
+      if (!given) args.logp[i] = args.entropy[i] = args.lse[i] = 0.0f;
+    } else {
+      const float v_target = v_of<CAP>(load_one(row + y), sc.inv_cap);
+      if (given) {
+        gradient = gradient_of_lse<CAP>(args.lse[i], args.entropy[i], k, v_target, sc);
+      } else {
+        std::vector<std::vector<Fold>> warps(static_cast<std::size_t>(plan.cluster));
+        each_warp([&](int rank, int, Span part) {
+          std::vector<Fold> lanes;
+          for (int lane = 0; lane < 32; ++lane)
+            lanes.push_back(fold_lane<T, CAP>(chip.data() + part.first, part, lane, extent, sc));
+          warps[rank].push_back(merge_lanes(lanes, 32, sc.c));
+        });
+        std::vector<Fold> blocks;
+        for (const auto& block : warps) blocks.push_back(merge_lanes(block, kRowWarps, sc.c));
+        const Fold f = merge_lanes(blocks, kMaxCluster, sc.c);
+        const Stats st = stats_of(f, v_target, sc);
+        args.logp[i] = st.logp, args.entropy[i] = st.entropy, args.lse[i] = st.lse;
+        if (!args.program) continue;
+        float registers[kMaxRegisters] = {st.logp, st.entropy, st.lse};
+        for (int c = 0; c < args.program->columns; ++c) registers[3 + c] = args.program->column[c][i];
+        for (int c = 0; c < args.program->constants; ++c)
+          registers[args.program->constant[c].dst] = args.program->constant[c].value;
+        gradient = gradient_of_fold<CAP>(f, st, run_program(*args.program, registers), v_target, sc);
+      }
+    }
+    if (!given && !args.program) continue;
+    each_warp([&](int, int, Span part) {
+      for (int lane = 0; lane < 32; ++lane)
+        gradient_lane<T, CAP>(row, chip.data() + part.first, part, lane, extent,
+                              y == kIgnore ? -1 : static_cast<int>(y) + extent.lead, gradient);
+    });
+  }
+  return plan.cluster;
+}
+
+int dispatch(const Args& args, int dtype) {
+  const bool cap = args.softcap > 0.0f;
+  if (dtype == 0) return cap ? run<float, true>(args) : run<float, false>(args);
+  return cap ? run<std::uint16_t, true>(args) : run<std::uint16_t, false>(args);
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* op_name(int op) { return op < static_cast<int>(omni::Op::kCount) ? kOpNames[op] : ""; }
+
+// (cluster, vectors a block, shared bytes) and each warp's (first, count) of a row that starts `lead` elements late.
+int plan(std::int64_t vocab, int element_bytes, int lead, int* out, int* spans) {
+  const RowPlan p = plan_rows(vocab, element_bytes);
+  out[0] = p.cluster, out[1] = p.slice_vectors, out[2] = p.shared_bytes;
+  const int vectors = vectors_of({lead, static_cast<int>(vocab)}, kVectorBytes / element_bytes);
+  for (int rank = 0; rank < p.cluster; ++rank)
+    for (int warp = 0; warp < kRowWarps; ++warp) {
+      const Span part = warp_span(block_span(vectors, p.slice_vectors, rank), warp);
+      *spans++ = part.first;
+      *spans++ = part.count;
+    }
+  return vectors;
+}
+
+int forward(void* logits, int dtype, std::int64_t rows, std::int64_t vocab, std::int64_t stride,
+            const std::int64_t* targets, const float* inv_t, float softcap, float* logp, float* entropy, float* lse) {
+  return dispatch({logits, rows, vocab, stride, targets, inv_t, softcap, logp, entropy, lse, nullptr, nullptr, nullptr,
+                   nullptr},
+                  dtype);
+}
+
+int backward(void* logits, int dtype, std::int64_t rows, std::int64_t vocab, std::int64_t stride,
+             const std::int64_t* targets, const float* inv_t, float softcap, float* entropy, float* lse, const float* a,
+             const float* b, const float* z_loss) {
+  return dispatch({logits, rows, vocab, stride, targets, inv_t, softcap, nullptr, entropy, lse, a, b, z_loss, nullptr},
+                  dtype);
+}
+
+// steps: [count, 5] op, dst, x, y, z; constants: where op is 0, by step.
+int fused(void* logits, int dtype, std::int64_t rows, std::int64_t vocab, std::int64_t stride,
+          const std::int64_t* targets, const float* inv_t, float softcap, float* logp, float* entropy, float* lse,
+          const int* steps, const float* values, int count, const float* const* columns, int column_count,
+          const int* results) {
+  Program p{};
+  p.columns = column_count;
+  for (int k = 0; k < column_count; ++k) p.column[k] = columns[k];
+  for (int k = 0; k < count; ++k) {
+    const int* s = steps + 5 * k;
+    const auto byte = [s](int field) { return static_cast<std::uint8_t>(s[field]); };
+    if (s[0] == 0)
+      p.constant[p.constants++] = {s[1], values[k]};
+    else
+      p.step[p.steps++] = {byte(0), byte(1), byte(2), byte(3), byte(4), {}};
+  }
+  p.a = results[0], p.b = results[1], p.z = results[2];
+  return dispatch(
+      {logits, rows, vocab, stride, targets, inv_t, softcap, logp, entropy, lse, nullptr, nullptr, nullptr, &p}, dtype);
+}
+
+}  // extern "C"

@@ -1,0 +1,68 @@
+"""The CUDA module (csrc/cuda/bindings.cpp). Addresses are `Tensor.data_ptr()`; 0 stands for an absent tensor."""
+
+from collections.abc import Sequence
+
+OPS: list[str]
+MAX_REGISTERS: int
+
+class CoefficientProgram:
+    def __init__(
+        self, code: Sequence[tuple[int, int, int, int, int, float]], columns: int, results: tuple[int, int, int]
+    ) -> None: ...
+    @property
+    def columns(self) -> int: ...
+
+def row_plan(vocab: int, dtype: int) -> tuple[int, int, int]: ...
+def rows_forward(
+    logits: int,
+    dtype: int,
+    rows: int,
+    vocab: int,
+    row_stride: int,
+    targets: int,
+    inv_t: float,
+    inv_t_rows: int,
+    softcap: float,
+    logp: int,
+    entropy: int,
+    lse: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def rows_backward(
+    logits: int,
+    dtype: int,
+    rows: int,
+    vocab: int,
+    row_stride: int,
+    targets: int,
+    inv_t: float,
+    inv_t_rows: int,
+    softcap: float,
+    lse: int,
+    entropy: int,
+    a: int,
+    b: int,
+    z_loss: float,
+    z_loss_rows: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def rows_fused(
+    logits: int,
+    dtype: int,
+    rows: int,
+    vocab: int,
+    row_stride: int,
+    targets: int,
+    inv_t: float,
+    inv_t_rows: int,
+    softcap: float,
+    logp: int,
+    entropy: int,
+    lse: int,
+    program: CoefficientProgram,
+    columns: Sequence[int],
+    device: int,
+    stream: int,
+) -> None: ...
