@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -21,17 +21,19 @@ from transformers.utils.logging import disable_progress_bar
 from omni_fast.config import Config
 from omni_fast.curriculum.stages import Draw
 from omni_fast.evaluate import EVAL_TOKENS_FACTOR, Evaluation, evaluate, tokenise
-from omni_fast.grading import Grading
+from omni_fast.grading import Grading, composed
 from omni_fast.groups import Group, by_task
 from omni_fast.policy.model import load, stop_tokens
 from omni_fast.policy.tiny import tiny_model
 from omni_fast.policy.update import Policy
 from omni_fast.progress import Progress
-from omni_fast.rollout.engine import Prompt, Sampling
+from omni_fast.rollout.engine import Prompt, Sample, Sampling
 from omni_fast.rollout.local import LocalEngine
 from omni_fast.run import BASE, Run
+from omni_fast.scoring import Scorer
 from omni_fast.tasks import build_tasks
 from omni_fast.tasks.base import SPLITS, Item, Split, Task
+from omni_fast.tasks.jsonl import FileTask
 from omni_fast.tasks.tiny import tiny_corpus
 from omni_fast.trackers import Trackers
 from omni_kernels import LossSpec
@@ -49,6 +51,7 @@ class Parts:
     tasks: dict[str, Task]
     policy: Policy
     engine: LocalEngine
+    scorer: Scorer
     trackers: Trackers
     holds: str = BASE
     _prompts: dict[tuple[str, str], list[int]] = field(default_factory=dict)
@@ -94,18 +97,23 @@ class Parts:
                     self.prompt(task, item)
 
     def sample(self, groups: Sequence[Group], name: str) -> None:
-        """Fill the groups with completions; tasks with a length of their own generate in turn. `name` seeds the draws."""
+        """Fill the groups with completions, and hand each to the scorer as soon as it is complete. `name` seeds the draws.
+
+        Tasks with a length of their own generate in turn.
+        """
         seed = zlib.crc32(f"{self.config.seed}:{name}".encode())
         for task, members in by_task(groups).items():
             sampling = Sampling(
                 self.tasks[task].max_new_tokens, self.config.rollout.temperature, self.stop_token_ids, seed
             )
             prompts = [Prompt(group.prompt, group.draw.position) for group in members]
-            samples = self.engine.generate(
-                prompts, self.config.rollout.samples_per_prompt, sampling, self.progress.generating
-            )
-            for group, drawn in zip(members, samples, strict=True):
-                group.answer(drawn, self.tokenizer)
+            complete = partial(self._complete, members)
+            n = self.config.rollout.samples_per_prompt
+            self.engine.generate(prompts, n, sampling, self.progress.generating, complete)
+
+    def _complete(self, groups: Sequence[Group], place: int, samples: list[Sample]) -> None:
+        groups[place].answer(samples, self.tokenizer)
+        self.scorer.submit(groups[place])
 
     def evaluate(self, task: str, items: Sequence[Item], temperature: float = 0.0) -> Evaluation:
         """One completion per item; Ctrl-C takes effect between two tokens, since an evaluation is simply done again."""
@@ -150,15 +158,21 @@ def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
             progress.wait(f"the model {config.model.path}")
             model, tokenizer = load_model(config)
             progress.wait("the tasks, their verifiers and the judge")
-            grading = Grading(config, stack, run.folder, model, tokenizer)
-            tasks = build_tasks(config.tasks, seed=config.seed, resources=grading.resources())
+            grading = Grading(config, stack, run.folder, model, tokenizer, progress.warn)
+            plain = build_tasks(config.tasks, seed=config.seed, resources=grading.resources())
+            for task in plain.values():
+                if isinstance(task, FileTask) and task.report.dropped:
+                    progress.warn("\n".join(task.report.lines()))
+            tasks = {block.name: composed(plain[block.name], block.reward) for block in config.tasks}
+            scorer = Scorer(tasks, config.rewards, progress, run.raise_if_stopping)
+            stack.callback(scorer.close)
             progress.wait("the policy's optimiser and the engine")
             policy = make_policy(config, model)
             engine = LocalEngine(model, max_rows=config.rollout.max_rows)
             stack.callback(engine.close)
             trackers = Trackers(config, run.folder, len(run.rows()))
             stack.callback(trackers.close)
-            parts = Parts(config, run, progress, model, tokenizer, tasks, policy, engine, trackers)
+            parts = Parts(config, run, progress, model, tokenizer, tasks, policy, engine, scorer, trackers)
             progress.wait("the prompts' tokens")
             parts.check_prompts()
         run.bind()

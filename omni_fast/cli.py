@@ -223,16 +223,22 @@ def sandbox_self_test(as_json: AsJson = False) -> None:
 def judge_audit(
     config: Annotated[str, typer.Argument(help="TOML file or recipe: its judge and model are used.")] = "quickstart",
     overrides: Overrides = None,
+    judge: Annotated[str, typer.Option(help="embedded, rubric, openai or sglang instead of the config's.")] = "",
+    url: Annotated[str, typer.Option(help="Of the judge's server, for example http://127.0.0.1:30000/v1")] = "",
+    model: Annotated[str, typer.Option(help="Of the judge, as its server knows it.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Measure the judge on good, corrupted and hack replies: position bias, ties, length bias, agreement, hacks, cost.
 
-    Example: `omni-fast judge audit --json`
+    Examples: `omni-fast judge audit --json`, `omni-fast judge audit --judge openai --url http://host:8000/v1 --model NAME`
     """
     from omni_fast.grading import audit_judge
 
+    given = {"backend": judge, "url": url, "model": model}
+    extra = [f"judge.{key}={json.dumps(value)}" for key, value in given.items() if value]
+    stderr = Console(stderr=True, highlight=False)
     with tempfile.TemporaryDirectory() as folder:
-        found = audit_judge(configs.load(config, tuple(overrides or ())), Path(folder))
+        found = audit_judge(configs.load(config, (*(overrides or ()), *extra)), Path(folder), stderr.print)
     print(json.dumps(found.record()) if as_json else found.table())
     if not found.passed:
         raise RunError("the judge failed its audit; do not train on it")

@@ -87,6 +87,25 @@ class CheckpointConfig(Section):
     keep_last: Positive = 2
 
 
+class RewardConfig(Section):
+    """How the parts of a task's score become one reward, where it is not the task's own way.
+
+    Besides the task's part (`correct`, `tests` or `preference`) any task can have `format` (the answer is marked:
+    \\boxed, ####, <answer>, or a code block) and `unrepeated` (1 minus the share of repeated word triples).
+    """
+
+    kind: Literal["own", "additive", "gated", "normalised"] = "own"  # normalised: per part inside the group (GDPO)
+    weights: dict[str, float] = {}  # part -> weight
+    gate: str = ""  # gated: the part that must reach the threshold before the others count
+    gate_threshold: float = 1.0
+
+    @model_validator(mode="after")
+    def _weights_and_kind(self) -> RewardConfig:
+        if (self.kind == "own") != (not self.weights):
+            raise ValueError("a reward needs both kind (additive, gated or normalised) and weights, or neither")
+        return self
+
+
 class TaskConfig(Section):
     """One domain. `kind` names a built-in domain, `jsonl` (a file of the user) or `python` (a class of the user)."""
 
@@ -102,6 +121,7 @@ class TaskConfig(Section):
     reference: str = ""  # jsonl: column of the reference reply (verifier "judge")
     verifier: Literal["", "math", "qa", "code", "judge"] = ""  # jsonl
     cls: str = ""  # python: "module:Class"
+    reward: RewardConfig = RewardConfig()
 
     @model_validator(mode="after")
     def _fields_of_the_kind(self) -> TaskConfig:
@@ -113,10 +133,20 @@ class TaskConfig(Section):
 
 
 class JudgeConfig(Section):
-    backend: Literal["embedded", "rubric", "openai"] = "embedded"
-    url: str = ""
-    model: str = ""
-    timeout_s: Annotated[float, Field(gt=0.0)] = 60.0
+    # openai: any OpenAI-compatible URL; sglang: /v1/score of an SGLang server, label probabilities instead of text
+    backend: Literal["embedded", "rubric", "openai", "sglang"] = "embedded"
+    url: str = ""  # openai, sglang: for example http://127.0.0.1:30000/v1
+    model: str = ""  # as the server knows it; sglang: also where its tokenizer is found (folder or Hugging Face id)
+    timeout_s: Annotated[float, Field(gt=0.0)] = 60.0  # of one request, all in
+
+
+class RewardsConfig(Section):
+    """When nothing can score (a judge is down, a worker lost), samples are invalid, never 0, and the run may pause."""
+
+    max_invalid: Fraction = (
+        0.2  # share of a task's samples in a step that may go without a score; above, the run pauses
+    )
+    pause_s: Annotated[float, Field(ge=0.0)] = 600.0  # how long it waits before it stops, resumable
 
 
 class SandboxConfig(Section):
@@ -144,6 +174,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     judge: JudgeConfig = JudgeConfig()
+    rewards: RewardsConfig = RewardsConfig()
     sandbox: SandboxConfig = SandboxConfig()
     logging: LoggingConfig = LoggingConfig()
     tasks: Annotated[list[TaskConfig], Field(min_length=1)]
@@ -159,8 +190,11 @@ class Config(Section):
         return self
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that the result depends on: neither logging nor how often a checkpoint is written."""
-        return self.model_dump(mode="json", exclude={"logging", "checkpoint"})
+        """All that the result depends on: neither logging nor checkpoints, nor where a judge stands and how it is waited for."""
+        places = {"url": True, "timeout_s": True}
+        return self.model_dump(
+            mode="json", exclude={"logging": True, "checkpoint": True, "rewards": True, "judge": places}
+        )
 
 
 def load(source: str, overrides: tuple[str, ...] = ()) -> Config:

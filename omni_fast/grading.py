@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from omni_fast.config import Config, TaskConfig, recipes
+from omni_fast.config import Config, RewardConfig, TaskConfig, recipes
 from omni_fast.config import load as load_config
 from omni_fast.errors import UserError
+from omni_fast.policy import smollm2
 from omni_fast.policy.model import load
 from omni_fast.policy.update import working_dtype
 from omni_fast.rewards.code import CodeVerifier
+from omni_fast.rewards.compose import Composition
 from omni_fast.rewards.judge.audit import Audit, audit
 from omni_fast.rewards.judge.base import Judge
 from omni_fast.rewards.judge.cache import VerdictCache
@@ -22,19 +25,24 @@ from omni_fast.rewards.judge.client import ClientLimits
 from omni_fast.rewards.judge.embedded import EmbeddedJudge, Head, fit_head
 from omni_fast.rewards.judge.encode import pooled_encoder
 from omni_fast.rewards.judge.rubric import RubricJudge
-from omni_fast.rewards.judge.server import OpenAIBackend, PairwiseJudge
+from omni_fast.rewards.judge.server import Messages, OpenAIBackend, PairwiseJudge, ScoreBackend
+from omni_fast.rewards.judge.server import check as check_server
 from omni_fast.rewards.math import MathVerifier
+from omni_fast.rewards.parts import EXTRA
 from omni_fast.rewards.sandbox import Limits, Sandbox
+from omni_fast.rewards.score import Score
 from omni_fast.tasks import Resources
+from omni_fast.tasks.base import Item, Split, Task
 from omni_fast.tasks.jsonl import check, guess_block
 
 API_KEY = "OMNI_FAST_JUDGE_KEY"  # environment variable; a key never stands in a config or a log
+JUDGE_PATIENCE_S = 10.0  # how long one call waits for a judge that is down; longer waits are the run's, which says so
 
 
 class Grading:
     """model, tokenizer: of the initial policy, for the embedded judge's features (None where no task is judged by it).
 
-    folder: where the judge's fitted head and the verdicts of a judge server are kept.
+    folder: where the judge's fitted head and the verdicts of a judge server are kept. say: gets a judge server's troubles.
     """
 
     def __init__(
@@ -44,8 +52,10 @@ class Grading:
         folder: Path,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.config, self.stack, self.folder, self.model, self.tokenizer = config, stack, folder, model, tokenizer
+        self.say = say
         self.sandbox: Sandbox | None = None
         self.judge: Judge | None = None
 
@@ -68,17 +78,31 @@ class Grading:
         wanted = self.config.judge
         if wanted.backend == "embedded" and self.model is not None and self.tokenizer is not None:
             self.judge = self._embedded(self.model, self.tokenizer)
-        elif wanted.backend == "openai":
-            if not wanted.url or not wanted.model:
-                raise UserError("judge.backend 'openai' needs judge.url and judge.model")
-            limits = ClientLimits(timeout_s=wanted.timeout_s)
-            server = OpenAIBackend(wanted.url, wanted.model, api_key=os.environ.get(API_KEY, ""), limits=limits)
-            verdicts = VerdictCache(self.folder / "verdicts.sqlite")
-            self.stack.callback(verdicts.close)
-            self.judge = PairwiseJudge(server, verdicts)
+        elif wanted.backend in ("openai", "sglang"):
+            self.judge = self._server()
         else:
             self.judge = RubricJudge()
         return self.judge
+
+    def _server(self) -> PairwiseJudge:
+        """A judge behind a URL, asked once here so that a mistake is told before any training."""
+        wanted, salt, key = self.config.judge, f"seed {self.config.seed}", os.environ.get(API_KEY, "")
+        if not wanted.url or not wanted.model:
+            raise UserError(f"judge.backend '{wanted.backend}' needs judge.url and judge.model")
+        limits = ClientLimits(timeout_s=wanted.timeout_s, pause_s=min(JUDGE_PATIENCE_S, self.config.rewards.pause_s))
+        server: OpenAIBackend | ScoreBackend
+        if wanted.backend == "openai":
+            server = OpenAIBackend(wanted.url, wanted.model, api_key=key, limits=limits, salt=salt, say=self.say)
+        else:
+            render, labels = _judge_prompts(wanted.model)
+            server = ScoreBackend(
+                wanted.url, wanted.model, render, labels, api_key=key, limits=limits, salt=salt, say=self.say
+            )
+        self.stack.callback(server.client.close)
+        check_server(server)
+        verdicts = VerdictCache(self.folder / "verdicts.sqlite", self.say)
+        self.stack.callback(verdicts.close)
+        return PairwiseJudge(server, verdicts)
 
     def _embedded(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> EmbeddedJudge:
         """Fitted once a run folder, so that a resume is judged by the same head."""
@@ -98,6 +122,61 @@ class Grading:
         return CodeVerifier(self.sandbox)
 
 
+def _judge_prompts(model: str) -> tuple[Callable[[Messages], str], tuple[int, int]]:
+    """How a judge's questions read to it, and the ids of its tokens " A" and " B", from its tokenizer."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(smollm2.folder()) if model == smollm2.NAME else model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"judge.model {model!r}: its tokenizer cannot be loaded ({reason}); backend 'sglang' needs it: give the "
+            "folder or Hugging Face id that the server was started with, or use backend 'openai' on the same server"
+        ) from error
+    first, second = (int(tokenizer.encode(label, add_special_tokens=False)[0]) for label in (" A", " B"))
+    if first == second or not tokenizer.chat_template:
+        raise UserError(f"judge.model {model!r} has no chat template or no tokens for the labels; use backend 'openai'")
+
+    def render(messages: Messages) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    return render, (first, second)
+
+
+class Composed:
+    """A task whose reward is put together as the config says; everything else is the task's own."""
+
+    def __init__(self, task: Task, composition: Composition) -> None:
+        self.task, self.composition = task, composition
+        self.name, self.system, self.max_new_tokens = task.name, task.system, task.max_new_tokens
+        self._extra = {name: EXTRA[name] for name in composition.weights if name not in task.composition.weights}
+
+    def items(self, split: Split) -> Sequence[Item]:
+        return self.task.items(split)
+
+    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
+        scores = self.task.score(items, completions)
+        return [
+            Score({**score.parts, **{name: part(text) for name, part in self._extra.items()}})
+            for score, text in zip(scores, completions, strict=True)
+        ]
+
+    def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
+        return self.task.metric(items, completions)
+
+
+def composed(task: Task, reward: RewardConfig) -> Task:
+    """The task with the config's composition. Raises UserError for a part that nothing gives."""
+    if reward.kind == "own":
+        return task
+    known = [*task.composition.weights, *EXTRA]
+    unknown = sorted(set(reward.weights) - set(known))
+    if unknown:
+        parts = f"task '{task.name}': reward.weights names {', '.join(unknown)}"
+        raise UserError(f"{parts}; the parts there are: {', '.join(known)}")
+    threshold = reward.gate_threshold
+    return Composed(task, Composition(reward.kind, reward.weights, reward.gate or None, threshold))
+
+
 def check_data(source: str, overrides: tuple[str, ...], folder: Path) -> list[str]:
     """What would be dropped of a data file, or of the files that a config names, and why; for people."""
     with ExitStack() as stack:
@@ -114,10 +193,10 @@ def check_data(source: str, overrides: tuple[str, ...], folder: Path) -> list[st
         return [line for block in blocks for line in check(block, resources=resources).lines()]
 
 
-def audit_judge(config: Config, folder: Path) -> Audit:
-    """Measure the config's judge on the shipped pairs."""
+def audit_judge(config: Config, folder: Path, say: Callable[[str], None] = lambda line: None) -> Audit:
+    """Measure the config's judge on the shipped pairs. say: gets a judge server's troubles."""
     model = tokenizer = None
     if config.judge.backend == "embedded":
         model, tokenizer = load(config.model.path, dtype=working_dtype())
     with ExitStack() as stack:
-        return audit(Grading(config, stack, folder, model, tokenizer).reward_judge())
+        return audit(Grading(config, stack, folder, model, tokenizer, say).reward_judge())

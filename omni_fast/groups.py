@@ -1,7 +1,7 @@
 """From prompts to something to learn from: groups of samples, their scores, their advantages.
 
 A group is the samples of one prompt. Tasks are scored each by their own reward and normalised inside the group, so a 0/1
-reward and a 0/0.5/1 reward meet on one scale.
+reward and a 0/0.5/1 reward meet on one scale. Scores come from `scoring`, while other groups are still generated.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from omni_fast.curriculum.stages import Draw
 from omni_fast.evaluate import decode
 from omni_fast.policy.pack import Trajectory
 from omni_fast.records import TaskRow
-from omni_fast.rewards.compose import batch_normalise, group_advantages, group_statistics, part_statistics
+from omni_fast.rewards.compose import batch_normalise, group_advantages, group_statistics, part_statistics, total
+from omni_fast.rewards.monitors import Monitor, WatchedGroup
 from omni_fast.rewards.score import Score
 from omni_fast.rollout.engine import Sample
 from omni_fast.tasks.base import Item, Task
+
+JUDGED = "preference"  # the part of a score that a judge gives
 
 
 @dataclass(slots=True)
@@ -41,16 +44,13 @@ class Group:
         self.texts = decode(tokenizer, [self.item] * len(samples), samples)
 
 
-def score_groups(groups: Sequence[Group], tasks: Mapping[str, Task], scale: Literal["std", "none"]) -> None:
-    """Fill in scores and advantages; each task is asked once for all its samples."""
+def set_advantages(groups: Sequence[Group], tasks: Mapping[str, Task], scale: Literal["std", "none"]) -> None:
+    """From the scores of a whole step to the advantages of its samples."""
     for name, members in by_task(groups).items():
-        task = tasks[name]
-        items = [group.item for group in members for _ in group.samples]
-        scores = iter(task.score(items, [text for group in members for text in group.texts]))
+        composition = tasks[name].composition
         for group in members:
-            group.scores = [next(scores) for _ in group.samples]
-            group.advantages = group_advantages(group.scores, task.composition, scale)
-        if task.composition.kind == "normalised":
+            group.advantages = group_advantages(group.scores, composition, scale)
+        if composition.kind == "normalised":
             rescaled = batch_normalise([group.advantages for group in members])
             for group, advantages in zip(members, rescaled, strict=True):
                 group.advantages = advantages
@@ -74,14 +74,15 @@ def trajectories(groups: Iterable[Group]) -> list[Trajectory]:
 
 
 def task_rows(
-    groups: Sequence[Group], tasks: Mapping[str, Task], entropies: Mapping[str, float | None]
+    groups: Sequence[Group], tasks: Mapping[str, Task], entropies: Mapping[str, float | None], monitor: Monitor
 ) -> dict[str, TaskRow]:
-    """Per task of the step: reward, share of mixed groups, invalid samples with reasons, means of parts, length."""
+    """Per task of the step: reward, mixed groups, invalid samples with reasons, parts, length, signs of reward hacking."""
     rows: dict[str, TaskRow] = {}
     for name, members in by_task(groups).items():
         stats = group_statistics([group.scores for group in members], tasks[name].composition)
         samples = [sample for group in members for sample in group.samples]
         parts = part_statistics([score for group in members for score in group.scores])
+        signals, signs = monitor.update(name, [watched(group, tasks[name]) for group in members])
         rows[name] = TaskRow(
             reward=stats.reward or 0.0,
             entropy=entropies.get(name),
@@ -90,11 +91,24 @@ def task_rows(
             invalid=stats.invalid,
             invalid_reasons=stats.invalid_reasons,
             parts={part: values.mean for part, values in parts.items()},
+            spreads={part: values.std for part, values in parts.items()},
             reasons={part: values.reasons for part, values in parts.items()},
             completion_tokens=sum(len(sample.tokens) for sample in samples) / len(samples),
             truncated=sum(sample.finish_reason == "length" for sample in samples) / len(samples),
+            signals=signals.record(),
+            signs=signs,
         )
     return rows
+
+
+def watched(group: Group, task: Task) -> WatchedGroup:
+    """A group as the monitors see it; the cheap checks of a judged task are its metric, which no reward judge gives."""
+    gold = group.item.answer.get("gold")
+    golds = (str(gold),) if gold is not None else ()
+    if JUDGED not in task.composition.weights:
+        return WatchedGroup(group.texts, [total(score, task.composition) for score in group.scores], golds)
+    checks = task.metric([group.item] * len(group.texts), group.texts)
+    return WatchedGroup(group.texts, [score.parts[JUDGED].value for score in group.scores], golds, checks)
 
 
 def by_task(groups: Iterable[Group]) -> dict[str, list[Group]]:

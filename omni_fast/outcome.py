@@ -19,6 +19,7 @@ from omni_fast.plan import item_scores, refresh, singles, solve, task_names
 from omni_fast.records import EvalRow, Evaluated, Shown, StepRow, TaskScores
 from omni_fast.report import write_report
 from omni_fast.report.result import Json, assemble
+from omni_fast.rewards.monitors import Monitor
 from omni_fast.run import BASE, Run
 from omni_fast.tasks.base import Split, Task
 
@@ -35,6 +36,8 @@ def record_step(
     groups: Sequence[Group],
     tasks: Mapping[str, Task],
     update: dict[str, float],
+    monitor: Monitor,
+    scoring_s: float,
 ) -> StepRow:
     """Write a step's row and add its time and tokens to the totals. clock: at the start, then after each of PARTS."""
     seconds = {part: after - before for part, (before, after) in zip(PARTS, pairwise(clock), strict=True)}
@@ -43,7 +46,7 @@ def record_step(
         event="step",
         stage=stage.name,
         step=step,
-        tasks=task_rows(groups, tasks, {name: update.get(f"entropy/{name}") for name in stage.tasks}),
+        tasks=task_rows(groups, tasks, {name: update.get(f"entropy/{name}") for name in stage.tasks}, monitor),
         loss=update.get("loss"),  # absent when no group was mixed
         grad_norm=update["grad_norm"],
         update=update,
@@ -51,9 +54,13 @@ def record_step(
         tokens_per_s=new_tokens / seconds["generate"],
         waited_for=max(PARTS, key=lambda part: seconds[part]),
         seconds=seconds | {"total": clock[-1] - clock[0]},
+        scoring_s=scoring_s,
     )
     part = "transfer" if stage.name.startswith("single:") else "train"
-    run.add_seconds(**{part: row["seconds"]["total"], "generate": seconds["generate"], "update": seconds["update"]})
+    run.add_seconds(
+        **{part: row["seconds"]["total"]}, **{name: seconds[name] for name in ("generate", "reward", "update")}
+    )
+    run.add_seconds(scoring=scoring_s)  # overlaps with `generate`
     run.add_counts(rollout_tokens=new_tokens, train_tokens=update.get("sample_tokens", 0.0))
     run.record(row)
     return row

@@ -19,15 +19,17 @@ from omni_fast.records import EvalRow, StepRow, TaskRow
 
 STALL_S = 20.0  # a wait longer than this is reported
 FEW_MIXED = 0.2  # share of mixed groups in a stage's first step under which there is hardly anything to learn from
+SIGNS = {"drift": "length", "repeated": "repeats", "identical": "same", "stuffed": "stuffed", "disagreement": "judge?"}
 STEP_S_GUESS, ITEM_S_GUESS = 4.0, 0.1  # for the time left, until the first ones are measured
 
 
 class Progress:
-    """Context manager; all methods may be called from the training thread only."""
+    """Context manager; `say` and `warn` may be called from any thread, the others from the training thread only."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
         self._rows: dict[str, dict[str, str]] = {}
+        self._told: set[tuple[str, str, str]] = set()  # stage, task, sign: each is told in words once
         self._stage, self._step, self._waiting = "", "", "starting"
         self._since = self._started = time.monotonic()
         self._reported = False
@@ -87,8 +89,14 @@ class Progress:
                 "entropy": "–" if entropy is None else f"{entropy:.2f}",
                 "mixed": f"{values['mixed_groups']:.0%}",
             }
-            self._rows.setdefault(name, {}).update(shown)
+            for sign, sentence in values["signs"].items():
+                if (row["stage"], name, sign) not in self._told:
+                    self._told.add((row["stage"], name, sign))
+                    self.warn(f"{name}: {sentence}")
+            signs = " ".join(SIGNS[sign] for sign in values["signs"])
+            self._rows.setdefault(name, {}).update(shown, signs=signs)
             cells.append(f"{name}: " + " ".join(f"{key} {value}" for key, value in shown.items()))
+            cells[-1] += f" signs {signs}" if signs else ""
         if not self.console.is_terminal:
             self.say(
                 f"  {self._step}  {'; '.join(cells)}  {row['tokens_per_s']:.0f} tokens/s  "
@@ -126,10 +134,11 @@ class Progress:
     def _panel(self) -> Group:
         table = Table(box=None, padding=(0, 2))
         table.add_column("task")
-        for column in ("reward", "entropy", "mixed", "select", "test"):
+        columns = ("reward", "entropy", "mixed", "select", "test", "signs")
+        for column in columns:
             table.add_column(column, justify="right")
         for name, row in self._rows.items():
-            table.add_row(name, *(row.get(column, "") for column in ("reward", "entropy", "mixed", "select", "test")))
+            table.add_row(name, *(row.get(column, "") for column in columns))
         now = time.monotonic()
         line = Text(
             f"{self._stage}  {self._step}  elapsed {(now - self._started) / 60:.1f} min  left {self.time_left()}  "

@@ -75,14 +75,21 @@ class TaskRow(TypedDict):
     groups: int
     invalid: int
     invalid_reasons: Mapping[str, int]
-    parts: Mapping[str, float | None]
+    parts: Mapping[str, float | None]  # mean over the valid samples
+    spreads: Mapping[str, float | None]  # standard deviation
     reasons: Mapping[str, Mapping[str, int]]
     completion_tokens: float
     truncated: float
+    signals: Mapping[str, float | None]  # of `rewards.monitors`
+    signs: Mapping[str, str]  # the signals out of bounds, in words
 
 
 class StepRow(TypedDict):
-    """A row of metrics.jsonl: one optimiser step. seconds: generate, reward, update, sync, total."""
+    """A row of metrics.jsonl: one optimiser step.
+
+    seconds: generate, reward, update, sync, total; `reward` is what the step waited for scores after generating.
+    scoring_s: what verifiers and judges worked, most of it while samples were still generated.
+    """
 
     event: str
     stage: str
@@ -94,6 +101,7 @@ class StepRow(TypedDict):
     new_tokens: int
     tokens_per_s: float
     seconds: dict[str, float]
+    scoring_s: float
     waited_for: str
 
 

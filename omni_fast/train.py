@@ -12,11 +12,13 @@ from pathlib import Path
 from omni_fast import outcome, plan, probe
 from omni_fast.build import Parts, build
 from omni_fast.config import Config
-from omni_fast.curriculum.stages import PromptStream, Stage
+from omni_fast.curriculum.stages import PromptStream, Stage, StreamState
+from omni_fast.errors import RunError
 from omni_fast.evaluate import Evaluation
-from omni_fast.groups import score_groups, trajectories
+from omni_fast.groups import set_advantages, trajectories
 from omni_fast.progress import Progress
 from omni_fast.records import Trained
+from omni_fast.rewards.monitors import Monitor
 from omni_fast.run import BASE, Run
 from omni_fast.tasks.base import Item, Split
 
@@ -77,6 +79,7 @@ class Trainer:
         self.progress.stage(stage.name)
         stream = PromptStream(self.parts.train_sizes, stage.tasks, stage.weights, self.config.seed)
         saved, done = self.run.load_checkpoint(stage.name, self.progress.warn), 0
+        self.monitor = Monitor(saved.state["monitor"] if saved else {})
         if saved is None:
             self.parts.load_weights(start)
             self.policy.reset_optimizer()
@@ -90,31 +93,37 @@ class Trainer:
         self.engine.sync(self.engine.version + 1)
         for step in range(done + 1, stage.steps + 1):
             self.step(stage, stream, step)
-            stopping = self.run.stopping and step < stage.steps
-            if stopping or self.run.checkpoint_due(step, stage.steps):
-                tensors, numbers = self.policy.state_dict()
-                rest = {"policy": numbers, "stream": dict(stream.state_dict())}
-                self.run.save_checkpoint(stage.name, step, tensors, rest)
-            if stopping:
+            if self.run.checkpoint_due(step, stage.steps):
+                self.checkpoint(stage, step, stream.state_dict())
                 self.run.raise_if_stopping()
         self.parts.keep_weights(stage.name)
         self.run.finish_stage(stage.name, Trained(tasks=list(stage.own), steps=stage.steps, same_as=""))
 
+    def checkpoint(self, stage: Stage, step: int, stream: StreamState) -> None:
+        """Everything that a resume after `step` needs."""
+        tensors, numbers = self.policy.state_dict()
+        rest = {"policy": numbers, "stream": dict(stream), "monitor": self.monitor.baselines}
+        self.run.save_checkpoint(stage.name, step, tensors, rest)
+
     def step(self, stage: Stage, stream: PromptStream, step: int) -> None:
-        """One GRPO step: sample groups, score them, update the policy, sync the engine, write the row."""
-        clock = [time.perf_counter()]
+        """One GRPO step: sample groups and score each as it is complete, update the policy, sync, write the row."""
+        clock, before = [time.perf_counter()], stream.state_dict()
         groups = [self.parts.group(draw) for draw in stream.draw(self.config.rollout.prompts_per_step)]
         self.parts.sample(groups, f"{'+'.join(stage.own)}:{step}")
         clock.append(time.perf_counter())
-        self.progress.wait(f"the rewards of {sum(len(group.samples) for group in groups)} samples")
-        score_groups(groups, self.tasks, self.config.loss.advantage_scale)
+        try:
+            work_s = self.parts.scorer.finish()
+        except RunError:  # no scores, or stopped while waiting for them: the policy is still that of the step before
+            self.checkpoint(stage, step - 1, before)
+            raise
+        set_advantages(groups, self.tasks, self.config.loss.advantage_scale)
         clock.append(time.perf_counter())
         self.progress.wait("the policy update")
         metrics = self.policy.update(trajectories(groups))
         clock.append(time.perf_counter())
         self.engine.sync(self.engine.version + 1)
         clock.append(time.perf_counter())
-        row = outcome.record_step(self.run, stage, step, clock, groups, self.tasks, metrics)
+        row = outcome.record_step(self.run, stage, step, clock, groups, self.tasks, metrics, self.monitor, work_s)
         self.parts.trackers.log(row)
         self.progress.step(row, stage.steps)
 

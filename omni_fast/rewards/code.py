@@ -62,14 +62,17 @@ class CodeVerifier:
     def score(self, sources: Sequence[str], tests: Sequence[Tests]) -> list[Part]:
         """One part per source text (`sources[k]` is judged by `tests[k]`), in 0..1; invalid where the jail failed.
 
+        Equal programs with equal tests run once.
+
         Reasons: "ok" (all passed), "wrong", "constant" (one same value for all inputs although the answers differ),
         "error", "timeout", "memory", "killed", "protocol", "infrastructure".
         """
-        jobs = [
-            Job(source, test.entry, [case.args for case in test.cases])
-            for source, test in zip(sources, tests, strict=True)
-        ]
-        return [self._part(calls, test.cases) for calls, test in zip(self.sandbox.run(jobs), tests, strict=True)]
+        keys = [(source, repr(test)) for source, test in zip(sources, tests, strict=True)]
+        distinct = dict(zip(keys, tests, strict=True))
+        jobs = [Job(key[0], test.entry, [case.args for case in test.cases]) for key, test in distinct.items()]
+        runs = zip(distinct.items(), self.sandbox.run(jobs), strict=True)
+        parts = {key: self._part(calls, test.cases) for (key, test), calls in runs}
+        return [parts[key] for key in keys]
 
     def score_asserts(self, sources: Sequence[str], tests: Sequence[Asserts]) -> list[Part]:
         """One part per source text: 1 when `check` returns, else 0; invalid where the jail failed.

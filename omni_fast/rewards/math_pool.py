@@ -154,12 +154,14 @@ class MathPool:
                 for _ in range(self.workers):
                     self._free.put(_Worker(self._memory_bytes, self.timeout_s))
             threads = self._threads
-        wanted = [pair for pair in dict.fromkeys(pairs) if pair not in self._known]
+        known = self._known  # another thread may begin a new one meanwhile
+        wanted = [pair for pair in dict.fromkeys(pairs) if pair not in known]
         found = dict(zip(wanted, threads.map(self._check_one, wanted), strict=True))
-        if len(self._known) > _CACHE_SIZE:
+        verdicts = [found[pair] if pair in found else known[pair] for pair in pairs]
+        known.update({pair: verdict for pair, verdict in found.items() if verdict in ("ok", "wrong")})
+        if len(known) > _CACHE_SIZE:
             self._known = {}
-        self._known |= {pair: verdict for pair, verdict in found.items() if verdict in ("ok", "wrong")}
-        return [found[pair] if pair in found else self._known[pair] for pair in pairs]
+        return verdicts
 
     def _check_one(self, pair: tuple[str, str]) -> Verdict:
         worker = self._free.get()

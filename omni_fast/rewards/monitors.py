@@ -3,7 +3,7 @@
 None of them proves a hack and none changes a reward: they are shown in the progress and the report, and a warning
 says what was seen and where to look. Signals per task and step: drift of the length, repeated text, identical
 completions within a group, the gold string stuffed into a completion, and judge against cheap checks.
-Limits: words separated by spaces; drift is measured from the first `BASELINE` steps that a task has in this run.
+Limits: words separated by spaces; drift is measured from the first `BASELINE` steps that a task has in a stage.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class WatchedGroup:
     """One group as the monitors see it.
 
     rewards: totals, None for invalid samples. gold: the accepted answers as text, empty where there is none.
-    checks: value 0..1 of the cheap checks for a judged task, else None.
+    checks: values 0..1 of the cheap checks for a judged task (None where one has none), else None.
     """
 
     completions: Sequence[str]
     rewards: Sequence[float | None]
     gold: Sequence[str] = ()
-    checks: Sequence[float] | None = None
+    checks: Sequence[float | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +60,15 @@ class Signals:
 
 @dataclass
 class Monitor:
-    """Follows every task over the steps. `baselines` is all its state, for a resume."""
+    """Follows every task over the steps of a stage. `baselines` is all its state, for a resume."""
 
     baselines: dict[str, list[float]] = field(default_factory=dict)
 
-    def update(self, task: str, groups: Sequence[WatchedGroup]) -> tuple[Signals, list[str]]:
-        """The signals of a step and a warning for each that is out of bounds. Never raises for any text."""
+    def update(self, task: str, groups: Sequence[WatchedGroup]) -> tuple[Signals, dict[str, str]]:
+        """The signals of a step, and for each that is out of bounds what was seen and where to look.
+
+        Never raises for any text.
+        """
         tokens = [words(text) for group in groups for text in group.completions]
         count = max(1, len(tokens))
         length = sum(map(len, tokens)) / count
@@ -84,13 +87,13 @@ class Monitor:
             disagreement=sum(map(_contradicts, judged)) / len(judged) if judged else None,
         )
         rewards = [value for group in groups for value in group.rewards if value is not None]
-        return signals, _warnings(task, signals, sum(rewards) / len(rewards) if rewards else None)
+        return signals, _signs(signals, sum(rewards) / len(rewards) if rewards else None)
 
 
 def _judged(group: WatchedGroup) -> list[tuple[float, float]]:
     if group.checks is None:
         return []
-    return [(r, c) for r, c in zip(group.rewards, group.checks, strict=True) if r is not None]
+    return [(r, c) for r, c in zip(group.rewards, group.checks, strict=True) if r is not None and c is not None]
 
 
 def _contradicts(pair: tuple[float, float]) -> bool:
@@ -109,18 +112,35 @@ def _stuffed(text: str, gold: Sequence[str]) -> bool:
     return any(needle.strip() and haystack.count(needle) >= STUFFED for needle in needles)
 
 
-def _warnings(task: str, signals: Signals, reward: float | None) -> list[str]:
-    found: Mapping[str, bool] = {
-        f"completions have {'grown' if signals.drift > 0 else 'shrunk'} to {signals.words:.0f} words; "
-        "compare samples early and late, and look whether the reward pays length": abs(signals.drift) > MAX_DRIFT,
-        f"{signals.repeated:.0%} of the completions repeat themselves; "
-        "lower the learning rate or add a check on repetition": signals.repeated > MAX_REPEATED,
-        f"{signals.identical:.0%} of the completions in a group are the same; "
-        "raise the temperature or the entropy bonus": signals.identical > MAX_IDENTICAL_OPEN
-        and (signals.disagreement is not None or (signals.identical > MAX_IDENTICAL and (reward or 0.0) < 0.2)),
-        f"{signals.stuffed:.0%} of the completions name the gold answer {STUFFED} times or more; "
-        "check that the verifier grades one extracted answer": signals.stuffed > MAX_STUFFED,
-        f"judge and cheap checks contradict each other on {signals.disagreement or 0.0:.0%} of the completions; "
-        "read some of them before trusting the reward": (signals.disagreement or 0.0) > MAX_DISAGREEMENT,
+def _signs(signals: Signals, reward: float | None) -> dict[str, str]:
+    disagreement = signals.disagreement or 0.0
+    open_ended = signals.disagreement is not None
+    limit = MAX_IDENTICAL_OPEN if open_ended else MAX_IDENTICAL
+    found: Mapping[str, tuple[bool, str]] = {
+        "drift": (
+            abs(signals.drift) > MAX_DRIFT,
+            f"completions have {'grown' if signals.drift > 0 else 'shrunk'} to {signals.words:.0f} words; "
+            "compare samples early and late, and look whether the reward pays length",
+        ),
+        "repeated": (
+            signals.repeated > MAX_REPEATED,
+            f"{signals.repeated:.0%} of the completions repeat themselves; "
+            "lower the learning rate or add a check on repetition",
+        ),
+        "identical": (
+            signals.identical > limit and (open_ended or (reward or 0.0) < 0.2),
+            f"{signals.identical:.0%} of the completions in a group are the same; "
+            "raise the temperature or the entropy bonus",
+        ),
+        "stuffed": (
+            signals.stuffed > MAX_STUFFED,
+            f"{signals.stuffed:.0%} of the completions name the gold answer {STUFFED} times or more; "
+            "check that the verifier grades one extracted answer",
+        ),
+        "disagreement": (
+            disagreement > MAX_DISAGREEMENT,
+            f"judge and cheap checks contradict each other on {disagreement:.0%} of the completions; "
+            "read some of them before trusting the reward",
+        ),
     }
-    return [f"{task}: {text}" for text, warn in found.items() if warn]
+    return {name: sentence for name, (out, sentence) in found.items() if out}

@@ -48,6 +48,7 @@ class Sample:
 
 
 Progress = Callable[[int, int], None]  # tokens generated so far, samples still running
+Finished = Callable[[int, list[Sample]], None]  # a prompt's place and its samples, once the last of them is complete
 
 
 class Engine(Protocol):
@@ -56,9 +57,14 @@ class Engine(Protocol):
     version: int
 
     def generate(
-        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, progress: Progress | None = None
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        sampling: Sampling,
+        progress: Progress | None = None,
+        finished: Finished | None = None,
     ) -> list[list[Sample]]:
-        """`n` samples for each prompt, in the order of the prompts."""
+        """`n` samples for each prompt, in the order of the prompts; `finished` gets each group while others still run."""
         ...
 
     def sync(self, version: int) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from omni_fast.errors import UserError
 from omni_fast.rollout.decode import ATTENTION, Wave
-from omni_fast.rollout.engine import Progress, Prompt, Sample, Sampling
+from omni_fast.rollout.engine import Finished, Progress, Prompt, Sample, Sampling
 from omni_fast.rollout.packed_linear import inference_copy
 from omni_fast.rollout.sampling import draw, uniforms
 
@@ -72,11 +72,17 @@ class LocalEngine:
         self.fast = None
 
     def generate(
-        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, progress: Progress | None = None
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        sampling: Sampling,
+        progress: Progress | None = None,
+        finished: Finished | None = None,
     ) -> list[list[Sample]]:
         """`n` samples for each prompt, in the order of the prompts.
 
         progress: called after each token with the tokens generated so far and the samples still running.
+        finished: called between two tokens with each prompt whose samples are all complete, so it must be quick.
         Raises UserError for a prompt without tokens, or one that does not fit with its new tokens.
         """
         if self.fast is None:
@@ -84,18 +90,21 @@ class LocalEngine:
         for number, prompt in enumerate(prompts):
             self._check(number, len(prompt.tokens), sampling.max_new_tokens)
         results: list[list[Sample]] = [[Sample([], [], "length") for _ in range(n)] for _ in prompts]
-        running = n * len(prompts)
+        left = [n] * len(prompts)
         tokens = 0
         with torch.inference_mode(), _threads(self.threads):
             for wave in self._waves(prompts, n, sampling.max_new_tokens):
-                for added, finished in self._run(self.fast, prompts, wave, results, sampling):
+                for added, ended in self._run(self.fast, prompts, wave, results, sampling):
                     tokens += added
-                    running -= finished
+                    for index in ended:
+                        left[index] -= 1
+                        if left[index] == 0:
+                            for sample in results[index]:
+                                sample.versions = [(self.version, 0, len(sample.tokens))]
+                            if finished is not None:
+                                finished(index, results[index])
                     if progress is not None:
-                        progress(tokens, running)
-        for samples in results:
-            for sample in samples:
-                sample.versions = [(self.version, 0, len(sample.tokens))]
+                        progress(tokens, sum(left))
         return results
 
     def _check(self, number: int, length: int, new: int) -> None:
@@ -129,8 +138,8 @@ class LocalEngine:
         members: list[tuple[int, int]],
         results: list[list[Sample]],
         sampling: Sampling,
-    ) -> Iterator[tuple[int, int]]:
-        """Generate one wave into `results`; yields (tokens added, samples finished) after each step."""
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Generate one wave into `results`; yields after each step the tokens added and the prompts of ended samples."""
         device = fast.device
         decoder, head = fast.get_decoder(), fast.get_output_embeddings()
         samples = Counter(index for index, _ in members)
@@ -141,6 +150,7 @@ class LocalEngine:
         ]
         uniform_RT = torch.stack(streams).to(device)
         rows = [results[index][number] for index, number in members]
+        owners = [index for index, _ in members]
         alive = [True] * len(rows)
         position_R = wave.lengths[wave.prompt_of_row]
         hidden_1TH = _forward(decoder, wave.tokens, wave.positions, wave)
@@ -148,7 +158,7 @@ class LocalEngine:
         stops = frozenset(sampling.stop_token_ids)
         for step in range(sampling.max_new_tokens):
             token_R, logprob_R = draw(logits_RV, uniform_RT[:, step], sampling.temperature)
-            added = finished = 0
+            added, ended = 0, []
             for row, (token, logprob) in enumerate(zip(token_R.tolist(), logprob_R.tolist(), strict=True)):
                 if alive[row]:
                     rows[row].tokens.append(token)
@@ -157,17 +167,18 @@ class LocalEngine:
                     if token in stops:
                         rows[row].finish_reason = "stop"
                         alive[row] = False
-                        finished += 1
+                        ended.append(owners[row])
             last = step + 1 == sampling.max_new_tokens
             if last:
-                finished += sum(alive)
-            yield added, finished
+                ended += [owner for owner, running in zip(owners, alive, strict=True) if running]
+            yield added, ended
             if last or not any(alive):
                 return
             keep = _compaction(alive)
             if keep is not None:
                 wave.keep(keep)
                 rows, alive = [rows[row] for row in keep], [alive[row] for row in keep]
+                owners = [owners[row] for row in keep]
                 kept = torch.tensor(keep, device=device)
                 token_R, position_R, uniform_RT = token_R[kept], position_R[kept], uniform_RT[kept]
             wave.advance()

@@ -14,6 +14,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -100,17 +101,32 @@ class JsonClient(Generic[Value]):
         self._hold_until = 0.0
         self._next_probe = 0.0
         self._probe_gap = self.limits.backoff_s
+        self._told_down = False
+        self._call: tuple[asyncio.AbstractEventLoop, asyncio.Task[object]] | None = None
         self._jitter = random.Random(0)
 
     def ask(
         self, requests: Sequence[Request[Value]], done: Callable[[int, Value], None] = lambda index, value: None
     ) -> list[Value | Failure]:
         """A value or a failure for every request, in order. done: called as soon as a value is there."""
-        return asyncio.run(self._ask(requests, done)) if requests else []
+        try:
+            return asyncio.run(self._ask(requests, done)) if requests else []
+        finally:
+            self._call = None
+
+    def close(self) -> None:
+        """End a call that is under way in another thread; it raises CancelledError there."""
+        if self._call is not None:
+            loop, task = self._call
+            with suppress(RuntimeError):  # it ended by itself meanwhile
+                loop.call_soon_threadsafe(task.cancel)
 
     async def _ask(
         self, requests: Sequence[Request[Value]], done: Callable[[int, Value], None]
     ) -> list[Value | Failure]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._call = (asyncio.get_running_loop(), task)
         self._down_since = time.monotonic() if self._failures else None
         self._next_probe, self._probe_gap = 0.0, self.limits.backoff_s
         slots = asyncio.Semaphore(self.limits.concurrency)
@@ -125,7 +141,8 @@ class JsonClient(Generic[Value]):
 
             answers = await asyncio.gather(*(one(index, request) for index, request in enumerate(requests)))
         lost = sum(isinstance(answer, Failure) and answer.reason == "down" for answer in answers)
-        if lost:
+        if lost and not self._told_down:
+            self._told_down = True
             self.say(
                 f"the judge at {self.url} stayed down for {self.limits.pause_s:.0f} s: {lost} verdicts are invalid"
             )
@@ -171,6 +188,7 @@ class JsonClient(Generic[Value]):
         if self._failures >= self.limits.breaker_failures and self._down_since is not None:
             self.say(f"the judge at {self.url} answers again after {time.monotonic() - self._down_since:.0f} s")
         self._failures, self._down_since, self._probe_gap = 0, None, self.limits.backoff_s
+        self._told_down = False
 
     def _failed(self, failure: Failure) -> None:
         now = time.monotonic()

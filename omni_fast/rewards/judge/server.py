@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from omni_fast.errors import UserError
 from omni_fast.rewards.judge.base import Reply
 from omni_fast.rewards.judge.cache import VerdictCache
 from omni_fast.rewards.judge.client import ClientLimits, Failure, Json, JsonClient, Request, Unclear
@@ -59,8 +60,7 @@ class OpenAIBackend:
         self.name = f"openai {model} at {url}"
         self.model, self.salt, self.max_tokens = model, salt, max_tokens
         self.structured = True
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self.client: JsonClient[Verdict] = JsonClient(url, headers, limits, say)
+        self.client: JsonClient[Verdict] = JsonClient(url, _authorised(api_key), limits, say)
 
     def ask(self, questions: Sequence[Question], keep: Keep) -> list[Verdict | Failure]:
         answers = self.client.ask([self._request(question) for question in questions], keep)
@@ -100,13 +100,14 @@ class ScoreBackend:
         labels: tuple[int, int],
         *,
         opening: str = "The better reply is",
+        api_key: str = "",
         limits: ClientLimits | None = None,
         salt: str = "",
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.name = f"score {model} at {url}"
         self.model, self.render, self.labels, self.opening, self.salt = model, render, labels, opening, salt
-        self.client: JsonClient[Verdict] = JsonClient(url, {}, limits, say)
+        self.client: JsonClient[Verdict] = JsonClient(url, _authorised(api_key), limits, say)
 
     def ask(self, questions: Sequence[Question], keep: Keep) -> list[Verdict | Failure]:
         return self.client.ask([self._request(question) for question in questions], keep)
@@ -121,6 +122,33 @@ class ScoreBackend:
             "item_first": False,
         }
         return Request("/score", payload, _read_scores)
+
+
+def check(backend: Backend) -> None:
+    """Ask one question before anything depends on the server. Raises UserError saying what is wrong and where to look."""
+    text = "A cat sat by the river and watched the moon."
+    question = Question("Write one sentence about a cat.", text, "the the cat cat and")
+    answer = backend.ask([question], lambda index, verdict: None)[0]
+    if isinstance(answer, Failure):
+        hint = _HINTS.get(answer.reason, "look into the server's log, or correct judge.url and judge.model")
+        raise UserError(f"the judge ({backend.name}) does not give a verdict: {answer.reason}; {hint}")
+
+
+_HINTS = {
+    "down": "nothing answers there: start the server, or correct judge.url",
+    "unreachable": "nothing answers there: start the server, or correct judge.url",
+    "timeout": "it is too slow: raise judge.timeout_s, or take a smaller judge",
+    "http_401": "set the key in the environment variable OMNI_FAST_JUDGE_KEY",
+    "http_403": "set the key in the environment variable OMNI_FAST_JUDGE_KEY",
+    "http_404": "there is no such path or model: judge.url usually ends in /v1, and judge.model is as the server lists it",
+    "bad_json": "this is not an OpenAI-compatible server: correct judge.url",
+    "wrong_schema": "this is not an OpenAI-compatible server: correct judge.url",
+    "unclear": "the model does not answer as it is told to: take a larger judge",
+}
+
+
+def _authorised(api_key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def _as_json(value: object) -> Json:
