@@ -226,7 +226,7 @@ OMNI_HD RowGradient gradient_of_lse(float lse, float entropy, Coefficients k, fl
   const double bits = static_cast<double>(lse) * (sc.c / sc.span);
   const float shift = static_cast<float>(bits), low = fabsf(shift) < -kNegInf ? static_cast<float>(bits - shift) : 0.0f;
   const float factor = sc.inv_t * exp2_fast(-low);
-  const float logp = static_cast<float>(static_cast<double>(v_target) * sc.span - lse);
+  const float logp = static_cast<float>(v_target * sc.span) - lse;  // both rounded alike: 0 where z is all there is
   return {0.0f,
           sc.c,
           shift,

@@ -1,0 +1,290 @@
+"""The CUDA row kernels without a GPU: their plan, their arithmetic run lane by lane on the host, what ptxas makes of them.
+
+csrc/cuda/tests/emulate.cpp calls the functions that the kernels call, in the same order; what is left to a GPU (copies,
+barriers, shuffles) is tested in test_kernels_cuda_gpu.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from omni_kernels import IGNORE, LossSpec, Tokens, reference
+from omni_kernels.backends import torch as plain
+from omni_kernels.backends.program import record
+from omni_kernels.losses import Prepared, coefficients, prepare, row_wise
+from omni_kernels.spec import PRESETS
+
+CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
+PER_SM, RESERVED, PER_BLOCK = 228 * 1024, 1024, 227 * 1024  # bytes of shared memory, compute capability 9.0
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+# --- the arithmetic, on the host ---------------------------------------------------------------------------------------
+
+
+class Emulator:
+    """The interface of a backend, plus `plan`."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        library.op_name.restype = ctypes.c_char_p
+        names = [library.op_name(code).decode() for code in range(64)]
+        self.codes = {name: code for code, name in enumerate(names) if name}
+
+    def plan(self, vocab: int, element_bytes: int, lead: int = 0) -> tuple[list[int], list[tuple[int, int]], int]:
+        """(cluster, vectors a block, shared bytes); (first, count) of each warp; vectors of the row."""
+        out, spans = (ctypes.c_int * 3)(), (ctypes.c_int * 128)()
+        vectors = self.library.plan(ctypes.c_int64(vocab), element_bytes, lead, out, spans)
+        return list(out), [(spans[2 * k], spans[2 * k + 1]) for k in range(8 * out[0])], vectors
+
+    def forward(
+        self, logits: Tensor, targets: Tensor, inv_t: float | Tensor, cap: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out = [torch.empty(len(logits)) for _ in range(3)]
+        scales = rows_of(inv_t, logits)
+        self.library.forward(*address(logits, targets, scales, cap), *map(pointer, out))
+        return out[0], out[1], out[2]
+
+    def backward_(
+        self, logits: Tensor, targets: Tensor, lse: Tensor, entropy: Tensor, a: Tensor, b: Tensor | None,
+        inv_t: float | Tensor, cap: float | None, z: float = 0.0,
+    ) -> None:  # fmt: skip
+        scales, zs = rows_of(inv_t, logits), rows_of(z, logits)
+        given = [None if v is None else pointer(v) for v in (entropy, lse, a, b, zs)]
+        self.library.backward(*address(logits, targets, scales, cap), *given)
+
+    def fused_(
+        self, logits: Tensor, targets: Tensor, batch: Prepared, spec: LossSpec, inv_t: float | Tensor, cap: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        recorded = record(batch, spec)
+        columns = [getattr(batch, name).float().contiguous() for name in recorded.columns]
+        out, scales = [torch.empty(len(logits)) for _ in range(3)], rows_of(inv_t, logits)
+        steps = [field for op, dst, x, y, z, _ in recorded.code for field in (self.codes[op], dst, x, y, z)]
+        values = [value for *_, value in recorded.code]
+        self.library.fused(
+            *address(logits, targets, scales, cap), *map(pointer, out), (ctypes.c_int * len(steps))(*steps),
+            (ctypes.c_float * len(values))(*values), len(values),
+            (ctypes.c_void_p * len(columns))(*(c.data_ptr() for c in columns)), len(columns),
+            (ctypes.c_int * 3)(*recorded.results),
+        )  # fmt: skip
+        return out[0], out[1], out[2]
+
+
+def rows_of(value: float | Tensor, logits: Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.full((len(logits),), value)
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def address(logits: Tensor, targets: Tensor, scales: Tensor, cap: float | None) -> tuple[object, ...]:
+    n, v = logits.shape
+    sizes = [ctypes.c_int64(x) for x in (n, v, logits.stride(0))]
+    kind = 0 if logits.dtype == torch.float32 else 1
+    return pointer(logits), kind, *sizes, pointer(targets), pointer(scales), ctypes.c_float(cap or 0.0)
+
+
+def placed(values: Tensor, late: int = 0, gap: int = 0) -> Tensor:
+    """The same rows, `late` elements after a 16-byte boundary and `gap` elements apart, among NaN that must stay."""
+    n, v = values.shape
+    store = torch.full((16 + late + n * (v + gap) + 16,), torch.nan, dtype=values.dtype)
+    view = store[16 + late :].as_strided((n, v), (v + gap, 1), store.storage_offset() + 16 + late)
+    return view.copy_(values)
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the emulator of the CUDA kernels")
+    library = tmp_path_factory.mktemp("cuda") / "emulate.so"
+    flags = "-std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -fPIC -shared".split()
+    subprocess.run([compiler, *flags, str(CUDA / "tests" / "emulate.cpp"), "-o", str(library)], check=True, timeout=120)
+    return Emulator(ctypes.CDLL(str(library)))
+
+
+@settings(deadline=None, max_examples=200)
+@given(vocab=st.integers(1, 900_000), element_bytes=st.sampled_from([2, 4]), data=st.data())
+def test_the_plan_covers_a_row_once_and_fits(
+    emulator: Emulator, vocab: int, element_bytes: int, data: st.DataObject
+) -> None:
+    lead = data.draw(st.integers(0, 16 // element_bytes - 1))
+    (cluster, slice_vectors, shared), spans, vectors = emulator.plan(vocab, element_bytes, lead)
+    assert cluster in (0, 1, 2, 4, 8)
+    if cluster == 0:
+        assert vocab * element_bytes > 8 * (PER_BLOCK - 4096)
+        return
+    assert slice_vectors * 16 < shared <= PER_BLOCK
+    assert cluster == 8 or 3 * (shared + RESERVED) <= PER_SM
+    at = 0
+    for k, (first, count) in enumerate(spans):
+        assert count >= 0 and (count == 0 or first == at), k
+        at = first + count if count else at
+        block = k // 8
+        assert count == 0 or block * slice_vectors <= first and first + count <= (block + 1) * slice_vectors
+    assert at == vectors and (vectors - 1) * 16 < (lead + vocab) * element_bytes <= vectors * 16
+
+
+def test_the_plan_of_known_heads(emulator: Emulator) -> None:
+    """Three blocks to a multiprocessor up to 300k bf16 logits; the promised 256k bf16 and 128k fp32 fit."""
+    expected = {(151_936, 2): 4, (151_936, 4): 8, (49_152, 2): 2, (49_152, 4): 4, (262_144, 2): 8, (131_072, 4): 8}
+    for (vocab, element_bytes), cluster in expected.items():
+        (found, _, shared), *_ = emulator.plan(vocab, element_bytes)
+        assert found == cluster and 3 * (shared + RESERVED) <= PER_SM
+
+
+@every_dtype
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_rows_against_the_oracle(emulator: Emulator, dtype: torch.dtype, data: st.DataObject) -> None:
+    """No worse than twice the error of torch in the same dtype (three times where the gradient is stored in bf16)."""
+    n, v = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 2, 7, 8, 9, 63, 256, 1000, 2049, 5003, 60_001]))
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    spread, offset = data.draw(st.sampled_from([0.1, 3.0, 30.0])), data.draw(st.sampled_from([0.0, 300.0, -5000.0]))
+    cap = data.draw(st.sampled_from([None, None, 4.0, 30.0]))
+    values = (torch.randn(n, v, generator=g) * spread + (0.0 if cap else offset)).to(dtype)
+    late, gap = data.draw(st.integers(0, 7)), data.draw(st.sampled_from([0, 1, 3, 8]))
+    logits = placed(values, late, gap)
+    targets = torch.randint(0, v, (n,), generator=g)
+    inv_t: float | Tensor = torch.rand(n, generator=g) + 0.5 if data.draw(st.booleans()) else 1.0
+    a, b = torch.randn(n, generator=g), torch.randn(n, generator=g) * data.draw(st.sampled_from([0, 1]))
+
+    mine = emulator.forward(logits, targets, inv_t, cap)
+    assert (mine[0] <= 0).all() and (mine[1] >= 0).all()
+    exact = reference.logprob(values, targets, inv_t, cap)
+    other = plain.rows_forward(values, targets, inv_t, cap, True)
+    for found, theirs, truth in zip(mine, other, exact, strict=True):
+        assert theirs is not None
+        allowed = 2 * (theirs.double() - truth).abs().max() + 3e-7 * (1 + exact[2].abs().max())  # z itself is fp32
+        assert float((found.double() - truth).abs().max()) <= float(allowed)
+
+    u = values.double().requires_grad_()
+    logp, entropy, lse = reference.logprob(u, targets, inv_t, cap)
+    (truth,) = torch.autograd.grad((a * logp + b * entropy + 0.01 * lse**2).sum(), u)
+    gradient = placed(values, late, gap)
+    emulator.backward_(gradient, targets, mine[2], mine[1], a, b if b.any() else None, inv_t, cap, 0.01)
+    same_dtype = values.clone()
+    plain.rows_backward_(same_dtype, targets, other[2], other[1], a, b if b.any() else None, inv_t, cap, 0.01)
+    times = 3 if dtype == torch.bfloat16 else 2
+    error, theirs = (float((x.double() - truth).norm()) for x in (gradient, same_dtype))
+    digits = 2e-7 + 2**-23 * float(exact[2].abs().max())  # the last bit of lse is a relative error of p
+    assert error <= times * theirs + 5e-7 * float(truth.norm()) + digits * float(
+        (a.abs() + b.abs() + 0.02 * exact[2].abs()).norm()
+    )
+    if gap:  # nothing beside the rows is touched
+        between = gradient.as_strided((n, gap), (v + gap, 1), gradient.storage_offset() + v)
+        assert between.isnan().all()
+
+
+def batch_of(n: int, v: int, g: torch.Generator, on_policy: bool) -> Tokens:
+    targets = torch.randint(0, v, (n,), generator=g)
+    targets[::5] = IGNORE
+    level = -torch.tensor(float(v)).log()
+    old, ref, rollout = (level + torch.randn(n, generator=g) * 0.5 for _ in range(3))
+    advantages = torch.randn(n, generator=g)
+    advantages[1::4] = 0
+    rollout[3] = torch.nan  # a sampler's broken log-prob
+    mask = torch.rand(n, generator=g) > 0.2
+    return Tokens(targets, advantages, mask, torch.arange(n) // 4, None if on_policy else old, ref, rollout)
+
+
+CHANGES = [
+    {}, {"beta": 0.1, "kl": "k1", "entropy_coef": 0.01}, {"beta": 0.2, "kl": "k2", "z_loss": 0.01},
+    {"rollout": "truncate"}, {"rollout": "mask", "beta": 0.1, "kl_correction": True}, {"dual_clip": 1.5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_one_sweep_is_the_loss(emulator: Emulator, preset: str, change: dict[str, object], on_policy: bool) -> None:
+    """The recorded program gives the coefficients that `losses.coefficients` gives, and the gradient follows from them."""
+    n, v, cap, g = 40, 1500, 20.0, torch.Generator().manual_seed(0)
+    tokens, spec = batch_of(n, v, g, on_policy), LossSpec.preset(preset, **change)
+    if not row_wise(tokens, spec):
+        return
+    batch, inv_t = prepare(tokens, spec, torch.float32), torch.rand(n, generator=g) + 0.5
+    values = torch.randn(n, v, generator=g) * 2
+    swept, apart = placed(values), placed(values)
+    mine = emulator.fused_(swept, tokens.targets, batch, spec, inv_t, cap)
+    logp, entropy, lse = emulator.forward(apart, tokens.targets, inv_t, cap)
+    assert all(torch.equal(x, y) for x, y in zip(mine, (logp, entropy, lse), strict=True))
+    known = coefficients(logp, entropy, lse, batch, spec)
+    assert known.a.any()
+    z = torch.zeros(n) if known.z is None else known.z
+    plain.rows_backward_(apart, tokens.targets, lse, entropy, known.a, known.b, inv_t, cap, z)
+    torch.testing.assert_close(swept, apart, rtol=5e-5, atol=1e-7)
+
+
+@every_dtype
+def test_ignored_and_idle_rows_are_never_read(emulator: Emulator, dtype: torch.dtype) -> None:
+    logits = placed(torch.randn(4, 2001, generator=torch.Generator().manual_seed(0)).to(dtype))
+    logits[1] = torch.nan
+    targets = torch.tensor([3, IGNORE, 2000, 0])
+    logp, entropy, lse = emulator.forward(logits, targets, 1.0, None)
+    assert (logp[1], entropy[1], lse[1]) == (0, 0, 0) and logp.isfinite().all()
+    logits[2] = torch.nan  # its coefficients are 0
+    emulator.backward_(logits, targets, lse, entropy, torch.tensor([1.0, 1.0, 0.0, -2.0]), None, 1.0, None)
+    assert not logits[1:3].any() and logits[0].any() and logits.isfinite().all()
+
+
+@every_dtype
+def test_minus_infinity_is_probability_zero_and_the_rest_is_nan(emulator: Emulator, dtype: torch.dtype) -> None:
+    values = torch.randn(5, 4001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values[0, :3000] = -torch.inf
+    values[1, 2500:] = -torch.inf
+    values[2, 17], values[3, 1234], values[4] = torch.nan, torch.inf, -torch.inf
+    logits, targets = placed(values), torch.tensor([3500, 0, 1, 2, 3])
+    logp, entropy, lse = emulator.forward(logits, targets, 1.0, None)
+    assert logp[:2].isfinite().all() and entropy[:2].isfinite().all()
+    assert logp[2:].isnan().all() and entropy[2:].isnan().all()
+    sums = Tokens(targets, torch.ones(5), torch.ones(5, dtype=torch.bool), torch.arange(5))
+    spec = LossSpec(entropy_coef=0.1)
+    for sweep in (False, True):
+        gradient = placed(values)
+        if sweep:
+            emulator.fused_(gradient, targets, prepare(sums, spec, torch.float32), spec, 1.0, None)
+        else:
+            emulator.backward_(gradient, targets, lse, entropy, torch.ones(5), torch.ones(5), 1.0, None)
+        assert gradient[:2].isfinite().all() and gradient[2:].isnan().any(1).all()
+        assert not gradient[0, :3000].any() and not gradient[1, 2500:].any()
+
+
+# --- the compiler's report ---------------------------------------------------------------------------------------------
+
+ENTRY = re.compile(
+    r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    r".*?Used (\d+) registers([^\n]*)",
+    re.S,
+)
+SOURCES = {"rows.cu": (12, 80)}  # kernels, registers that the launch bounds leave
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed: the CUDA sources are not compiled")
+@pytest.mark.parametrize("source", SOURCES)
+def test_kernels_compile_without_spills(source: str, tmp_path: Path) -> None:
+    kernels, most = SOURCES[source]
+    command = ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin"]
+    built = subprocess.run(
+        [*command, str(CUDA / source), "-o", str(tmp_path / "out.cubin")], capture_output=True, text=True, timeout=240
+    )
+    assert built.returncode == 0, built.stderr
+    found = ENTRY.findall(built.stderr)
+    assert len(found) == kernels, built.stderr
+    for name, stack, stores, loads, registers, rest in found:
+        assert (int(stack), int(stores), int(loads)) == (0, 0, 0), name
+        assert int(registers) <= most, name
+        static = re.search(r"(\d+) bytes smem", rest)
+        assert static is None or int(static[1]) <= 1024, name  # all but a little is dynamic, and planned
+    assert "warning" not in built.stderr.lower(), built.stderr
