@@ -3,7 +3,7 @@
 None of them proves a hack and none changes a reward: they are shown in the progress and the report, and a warning
 says what was seen and where to look. Signals per task and step: drift of the length, repeated text, identical
 completions within a group, the gold string stuffed into a completion, and judge against cheap checks.
-Limits: words separated by spaces; drift is measured from the first `BASELINE` steps that a task has in a stage.
+Limits: words are what stands between spaces; drift is measured from the first `BASELINE` steps that a task has in a stage.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from omni_fast.rewards.qa import normalise
 from omni_fast.rewards.text_checks import repeated_ngram_share, words
 
 BASELINE = 3  # steps
-MAX_DRIFT = math.log(2.0)  # warn when the mean length has doubled or halved
+MAX_DRIFT = math.log(2.0)  # warn when the mean length has doubled or halved,
+MIN_DRIFT_WORDS = 8.0  # and by no less than this: a short answer that loses its preamble is what was asked for
 MAX_REPEATED = 0.2
 MAX_IDENTICAL_OPEN, MAX_IDENTICAL = 0.5, 0.9
 MAX_STUFFED = 0.05
@@ -71,23 +72,22 @@ class Monitor:
         """
         tokens = [words(text) for group in groups for text in group.completions]
         count = max(1, len(tokens))
-        length = sum(map(len, tokens)) / count
+        length = sum(len(text.split()) for group in groups for text in group.completions) / count
         baseline = self.baselines.setdefault(task, [])
         if len(baseline) < BASELINE:
             baseline.append(length)
+        usual = sum(baseline) / len(baseline)
         judged = [pair for group in groups for pair in _judged(group)]
         signals = Signals(
             words=length,
-            drift=math.log((length + 1.0) / (sum(baseline) / len(baseline) + 1.0))
-            if len(baseline) == BASELINE
-            else 0.0,
+            drift=math.log((length + 1.0) / (usual + 1.0)) if len(baseline) == BASELINE else 0.0,
             repeated=sum(repeated_ngram_share(row, 3) > 0.2 for row in tokens) / count,
             identical=sum(_identical(group.completions) for group in groups) / count,
             stuffed=sum(_stuffed(text, group.gold) for group in groups for text in group.completions) / count,
             disagreement=sum(map(_contradicts, judged)) / len(judged) if judged else None,
         )
         rewards = [value for group in groups for value in group.rewards if value is not None]
-        return signals, _signs(signals, sum(rewards) / len(rewards) if rewards else None)
+        return signals, _signs(signals, usual, sum(rewards) / len(rewards) if rewards else None)
 
 
 def _judged(group: WatchedGroup) -> list[tuple[float, float]]:
@@ -112,13 +112,13 @@ def _stuffed(text: str, gold: Sequence[str]) -> bool:
     return any(needle.strip() and haystack.count(needle) >= STUFFED for needle in needles)
 
 
-def _signs(signals: Signals, reward: float | None) -> dict[str, str]:
+def _signs(signals: Signals, usual: float, reward: float | None) -> dict[str, str]:
     disagreement = signals.disagreement or 0.0
     open_ended = signals.disagreement is not None
     limit = MAX_IDENTICAL_OPEN if open_ended else MAX_IDENTICAL
     found: Mapping[str, tuple[bool, str]] = {
         "drift": (
-            abs(signals.drift) > MAX_DRIFT,
+            abs(signals.drift) > MAX_DRIFT and abs(signals.words - usual) >= MIN_DRIFT_WORDS,
             f"completions have {'grown' if signals.drift > 0 else 'shrunk'} to {signals.words:.0f} words; "
             "compare samples early and late, and look whether the reward pays length",
         ),

@@ -2,123 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import re
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judge_server import Behaviour, honest, serving
 
 from omni_fast.errors import UserError
 from omni_fast.rewards.judge.base import Reply
 from omni_fast.rewards.judge.cache import VerdictCache
 from omni_fast.rewards.judge.client import ClientLimits, JsonClient
 from omni_fast.rewards.judge.pairwise import Question, combine, label_verdict, parse_verdict, strip_reasoning
-from omni_fast.rewards.judge.server import OpenAIBackend, PairwiseJudge, ScoreBackend
-
-Behaviour = Callable[["Handler", dict, int], None]  # handler, request JSON, number of the request from 1
-
-
-def sides(payload: dict) -> tuple[str, str]:
-    """Replies A and B as the judge sees them, found by the marks."""
-    content = payload["messages"][-1]["content"]
-    mark = re.search(r"between the marks (\w+)", content)[1]
-    quoted = re.findall(rf"<{mark}>\n(.*?)\n</{mark}>", content, re.DOTALL)
-    assert len(quoted) == 3
-    return quoted[1], quoted[2]
-
-
-def honest(payload: dict) -> str:
-    """Prefers the side with more different letters: arbitrary, and the same in both orders."""
-    a, b = (len(set(text)) for text in sides(payload))
-    return "A" if a > b else "B" if b > a else "tie"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: JudgeServer
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.count += 1
-            number = self.server.count
-            self.server.requests.append(body)
-        try:
-            self.server.behave(self, body, number)
-        except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True
-
-    def reply(self, status: int, data: bytes, headers: dict[str, str] | None = None, length: int | None = None) -> None:
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data) if length is None else length))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def verdict(self, text: str) -> None:
-        self.reply(200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode())
-
-    def honest(self, payload: dict) -> None:
-        self.verdict(json.dumps({"verdict": honest(payload)}))
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-class JudgeServer(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-    allow_reuse_address = True
-
-    def __init__(self, behave: Behaviour, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
-        self.behave = behave
-        self.lock = threading.Lock()
-        self.count = 0
-        self.requests: list[dict] = []
-        self.sockets: list[socket.socket] = []
-
-    def get_request(self) -> tuple[socket.socket, object]:
-        connection, address = super().get_request()
-        self.sockets.append(connection)
-        return connection, address
-
-    def server_close(self) -> None:
-        """Dies for good: connections that are kept alive are cut too."""
-        super().server_close()
-        for connection in self.sockets:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        pass
-
-
-@contextmanager
-def serving(behave: Behaviour, port: int = 0) -> Iterator[JudgeServer]:
-    server = JudgeServer(behave, port)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+from omni_fast.rewards.judge.server import OpenAIBackend, PairwiseJudge, ScoreBackend, check
 
 
 def stall(seconds: float) -> Behaviour:
@@ -385,3 +287,49 @@ def test_any_judge_answer_is_a_verdict_or_none(text):
 def test_bad_urls_are_a_users_mistake(url):
     with pytest.raises(UserError, match="http"):
         JsonClient(url)
+
+
+@pytest.mark.parametrize(
+    ("behave", "hint"),
+    [
+        ("http_500", "judge.url"),
+        ("bad_json", "not an OpenAI-compatible server"),
+        ("wrong_schema", "not an OpenAI-compatible server"),
+        ("unclear", "larger judge"),
+        ("stalls", "judge.timeout_s"),
+    ],
+)
+def test_a_server_that_cannot_judge_is_told_before_training(behave, hint):
+    limits = ClientLimits(timeout_s=0.2, backoff_s=0.01, attempts=2, pause_s=0.3)
+    with serving(BEHAVIOURS[behave]) as server, pytest.raises(UserError, match=hint):
+        check(OpenAIBackend(server.url, "m", limits=limits))
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, "OMNI_FAST_JUDGE_KEY"), (404, "ends in /v1")])
+def test_a_refusal_names_the_setting_to_correct(status, hint):
+    limits = ClientLimits(timeout_s=0.5, backoff_s=0.01, pause_s=0.3)
+    with serving(lambda h, body, n: h.reply(status, b"no")) as server, pytest.raises(UserError, match=hint):
+        check(OpenAIBackend(server.url, "m", limits=limits))
+
+
+def test_nothing_at_the_address_is_told_and_a_good_server_passes():
+    limits = ClientLimits(timeout_s=0.5, backoff_s=0.01, pause_s=0.3)
+    with serving(lambda h, body, n: h.honest(body)) as server:
+        url = server.url
+        check(OpenAIBackend(url, "m", limits=limits))
+    with pytest.raises(UserError, match="nothing answers there"):
+        check(OpenAIBackend(url, "m", limits=limits))
+
+
+def test_a_call_under_way_ends_when_the_client_is_closed():
+    with serving(stall(30.0)) as server:
+        backend = OpenAIBackend(server.url, "m", limits=ClientLimits(timeout_s=30.0))
+        with ThreadPoolExecutor(1) as thread:
+            job = thread.submit(PairwiseJudge(backend).judge, replies(2))
+            while not server.count:
+                time.sleep(0.01)
+            backend.client.close()
+            start = time.monotonic()
+            with pytest.raises(asyncio.CancelledError):
+                job.result(timeout=10)
+            assert time.monotonic() - start < 10

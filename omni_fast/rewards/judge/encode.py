@@ -39,7 +39,7 @@ def frozen_lower_layers(model: PreTrainedModel, layers: int) -> torch.nn.Module:
 def pooled_encoder(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    layers: int = 8,
+    layers: int = 4,
     dtype: torch.dtype | None = None,
     max_tokens: int = 160,
     batch_tokens: int = 2048,
