@@ -106,6 +106,23 @@ def ours(backend: str, tokens: Callable[[LinearData], Tokens] | None = None, **o
     return build
 
 
+def ours_into_main_grad(backend: str) -> Build:
+    """As a trainer with fp32 master gradients calls it: dW is added to a buffer that exists."""
+
+    def build(data: LinearData) -> Run:
+        require(backend)
+        x, w = _leaves(data)
+        main_grad = torch.zeros_like(w, dtype=torch.float32)
+
+        def call() -> None:
+            how = {"main_grad": main_grad, "grad_scale": 1.0, "backend": backend}
+            torch.autograd.grad(linear_policy_loss(x, w, data.tokens, SPEC, **how).loss, x)
+
+        return Run(call, lambda: main_grad.zero_())
+
+    return build
+
+
 def ours_forward(backend: str) -> Build:
     def build(data: LinearData) -> Run:
         require(backend)
@@ -259,6 +276,7 @@ _PEERS: list[Contender[LinearData]] = [
 C2: list[Contender[LinearData]] = [
     Contender("limit: three GEMMs", "limit", three_gemms),
     Contender("omni_kernels, C++", "ours", ours("cpu")),
+    Contender("omni_kernels, C++, dW into main_grad", "ours", ours_into_main_grad("cpu")),
     Contender("omni_kernels, torch", "context", ours("torch")),
     Contender("LigerFusedLinearGRPOLoss, compiled", "peer", liger(True)),
     *_PEERS,

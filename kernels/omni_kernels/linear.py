@@ -406,6 +406,7 @@ def _coefficients(stats: Stats, batch: Prepared, spec: LossSpec) -> Coefficients
 def _gradients(
     m: Matrices, weight: Tensor, bias: Tensor | None, rows: Tensor | None, n: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    del m.buffer  # before dW is rounded into memory of its own
     dx = None if m.dx is None else _scatter(m.dx, rows, n)
     dw, db = m.dw, m.db
     if m.need_dw:

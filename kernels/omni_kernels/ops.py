@@ -232,8 +232,13 @@ def _policy_backward(ctx: Any, upstream: Tensor | None, *_: object) -> tuple[Ten
             if ctx.needs[k] and k == 1 and ctx.main_grad is not None:
                 _accumulate_op(ctx.main_grad, made, upstream)
             elif ctx.needs[k]:
-                grads[k] = made * upstream.to(made.dtype)
+                grads[k] = made if _is_one(upstream) else made * upstream.to(made.dtype)
     return (*grads, *[None] * (ctx.count - 3))
+
+
+def _is_one(upstream: Tensor) -> bool:
+    """Whether multiplying by it can be left out. Only where looking is free: on the CPU, and not while tracing."""
+    return type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1
 
 
 _policy_op.register_autograd(_policy_backward, setup_context=_policy_setup)

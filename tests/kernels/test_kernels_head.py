@@ -445,3 +445,17 @@ def test_float64_inputs_give_a_float64_loss_and_gradient() -> None:
     torch.testing.assert_close(loss, truth)
     for mine, exact in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(truth, leaves), strict=True):
         torch.testing.assert_close(mine, exact)
+
+
+def test_a_second_backward_adds_the_same_gradient_again() -> None:
+    p = problem()
+    tokens = replace(tokens_of(p, torch.zeros(50)), old=None, rollout=None)
+    leaves = [p["hidden"], p["weight"]]
+    loss = linear_policy_loss(*leaves, tokens, LossSpec()).loss
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward(retain_graph=True)
+    (loss * 2).backward()
+    for leaf, gradient in zip(leaves, once, strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad, 4 * gradient)
