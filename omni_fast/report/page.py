@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from omni_fast.report import charts, training
+from omni_fast.report import charts, hacking, training
 from omni_fast.report.charts import Cell, Mark, MarkRow, duration, facts_table, table, text
 from omni_fast.report.verdict import brief, headline, listing, mapping, names, number, points, sentences, span, typeset
 
@@ -37,6 +37,7 @@ def render(result: Json, metrics: Rows, samples: Rows) -> str:
         ("Forecast against realised", FORECAST_NOTE, _forecast(result)),
         ("Reward while training", CURVE_NOTE, training.curves(result, steps, "reward", (0.0, 1.0))),
         ("Entropy while training", ENTROPY_NOTE, training.curves(result, steps, "entropy", None) + _probe(result)),
+        ("Signs of reward hacking", HACKING_NOTE, hacking.signs(result, steps)),
         ("Item flips", FLIP_NOTE, _flips(result)),
         ("Completions before and after", SAMPLE_NOTE, _samples(result, samples)),
         ("Stages", "", training.stages(result, steps)),
@@ -80,6 +81,9 @@ FORECAST_NOTE += " made on the split select before the curriculum ran; realised 
 CURVE_NOTE = "Mean reward of the samples of a step. Curves of one task share a panel: its own run and its stage."
 ENTROPY_NOTE = (
     "Mean token entropy of the policy's samples, in nats. A collapse in one stage limits what later stages can explore."
+)
+HACKING_NOTE = (
+    "Shares of a step's samples, 0 to 1. None of them proves a hack and none changes a reward: they say where to look."
 )
 FLIP_NOTE = "Test items solved before and no longer (lost), and the other way round (gained). A net 0 can hide many."
 SAMPLE_NOTE = "The same prompts, answered by the initial and by the final policy."

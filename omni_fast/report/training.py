@@ -95,18 +95,19 @@ def stages(result: Json, steps: Mapping[str, Rows]) -> str:
 
 
 def _parts(steps: Mapping[str, Rows]) -> str:
-    """Mean of each reward part in the first and the last steps of a stage."""
+    """Mean and standard deviation of each reward part in the first and the last steps of a stage."""
     lines = []
     for stage, everything in steps.items():
         for task in dict.fromkeys(str(row.get("task", "")) for row in everything):
-            rows = [mapping(row.get("parts")) for row in everything if str(row.get("task", "")) == task]
+            own = [row for row in everything if str(row.get("task", "")) == task]
+            rows, spreads = ([mapping(row.get(key)) for row in own] for key in ("parts", "spreads"))
             for part in dict.fromkeys(name for row in rows for name in row):
-                first, last = _mean(rows[:3], part), _mean(rows[-3:], part)
-                lines.append([stage, f"{task}: {part}", points(first, False), points(last, False)])
+                shown = [points(_mean(some, part), False) for some in (rows[:3], rows[-3:], spreads[-3:])]
+                lines.append([stage, f"{task}: {part}", *shown])
     if not lines:
         return ""
-    shown = table(["stage", "part of the reward", "first 3 steps", "last 3 steps"], lines, words=2)
-    return f"<details><summary>Parts of the reward</summary>{shown}</details>"
+    heads = ["stage", "part of the reward", "mean, first 3 steps", "last 3 steps", "deviation, last 3"]
+    return f"<details><summary>Parts of the reward</summary>{table(heads, lines, words=2)}</details>"
 
 
 def timings(result: Json, steps: Mapping[str, Rows]) -> str:

@@ -59,6 +59,16 @@ def _metrics(rng: np.random.Generator, order: list[str]) -> list[dict]:
                             "invalid": 0,
                             "completion_tokens": 61.0,
                             "parts": {"correct": float(np.clip(reward, 0, 1)), "format": 0.9},
+                            "spreads": {"correct": 0.4, "format": 0.1},
+                            "signals": {
+                                "words": 20.0 + 2 * step,
+                                "drift": 0.0,
+                                "repeated": 0.02 * step,
+                                "identical": 0.3,
+                                "stuffed": 0.0,
+                                "disagreement": 0.1 if task == "writing" else None,
+                            },
+                            "signs": {"repeated": f"{0.02 * step:.0%} <b>repeat</b>"} if step > 10 else {},
                         }
                     },
                     "loss": float(rng.normal(0, 0.01)),

@@ -263,3 +263,15 @@ def test_assemble_grows_with_what_is_known(fake_run):
         names, base_select=base, single_select=single, order=["b", "a"], order_method="order", trained=[("b", 1)]
     )
     assert user["order"] == ["b", "a"] and user["solved_order"] == ["a", "b"] and user["order_method"] == "order"
+
+
+def test_signs_of_reward_hacking_are_told_in_words_and_drawn(fake_run):
+    result, metrics, samples = fake_run
+    shown = check(render(result, metrics, samples))
+    assert "Signs of reward hacking" in shown and "single:writing, writing, in 4 of 14 steps, last in step 14" in shown
+    assert "28% <b>repeat</b>" in shown, "escaped"
+    assert "judge against checks" in shown and "deviation, last 3" in shown
+    quiet = [
+        {**row, "tasks": {name: {**values, "signs": {}} for name, values in row["tasks"].items()}} for row in metrics
+    ]
+    assert f"None in {len(metrics)} steps." in check(render(result, quiet, samples))

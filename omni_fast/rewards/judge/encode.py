@@ -1,6 +1,6 @@
 """Mean-pooled hidden states of a frozen language model: what the embedded judge looks at.
 
-Only the lower layers are copied: fluency and word order are all there by a quarter of the depth (the held-out AUC is
+Only the lower layers are copied: fluency and word order are all there by an eighth of the depth (the held-out AUC is
 the same at layers 4, 8, 12 and 16 of SmolLM2-135M), and the cost and memory are a fraction of the model's.
 """
 
