@@ -47,19 +47,37 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Launch:
-    """block: columns of a segment; warps: of a program; stages: of the loads of a loop, 1 is none in advance."""
+    """span: columns of a segment; block: columns in registers at a time; warps: of a program; stages: of the loads of a
+    walk, on their way to shared memory while a block is worked on, that one included; 1: nothing is loaded ahead."""
 
+    span: int
     block: int
     warps: int
-    stages: int = 1
+    stages: int
+
+    def fit(self, vocab: int) -> Launch:
+        """No wider than a row needs. Segments are of equal width, as far as blocks allow."""
+        block = max(_LEAST_BLOCK, min(self.block, triton.next_power_of_2(vocab)))
+        blocks, segments = triton.cdiv(vocab, block), triton.cdiv(vocab, self.span)
+        return Launch(
+            triton.cdiv(blocks, segments) * block, block, max(1, self.warps * block // self.block), self.stages
+        )
+
+    def walk(self, logits: Tensor) -> dict[str, int]:
+        """What a kernel that walks segments has to know."""
+        lanes, vector = 32 * self.warps, 16 // logits.element_size()
+        stages = min(self.stages, self.span // self.block)
+        return {"SPAN": self.span, "BLOCK": self.block, "LANES": lanes, "VECTOR": vector, "STAGES": stages}
 
 
-# A thread holds block / (32 warps) logits: 32, in as many registers, so that 64 suffice and nothing spills.
-# One segment a program: small ones, several on a processor, so that one computes while others load.
-# One row a program: two of 512 threads on a processor; more rows at a time would not fit L2 (see above).
-SEGMENT = {torch.bfloat16: Launch(8192, 8), torch.float32: Launch(8192, 8)}
-ROW = {torch.bfloat16: Launch(16384, 16), torch.float32: Launch(16384, 16)}
-_LEAST_BLOCK = 128
+# A thread holds 16 to 32 logits, block / (32 warps), in registers: no more than 64 registers, and no spills.
+# One segment a program: small programs, nine on a processor, so that some compute while others load (72 KB under way).
+# One row a program: two on a processor (1,024 threads of 64 registers); more rows under way would not fit L2. So few cannot
+# hide a load behind each other: each has two blocks (32 KB in bf16) on their way to shared memory while it works on one.
+SEGMENT = {torch.bfloat16: Launch(32768, 4096, 4, 1), torch.float32: Launch(32768, 4096, 4, 1)}
+ROW = {torch.bfloat16: Launch(32768, 8192, 16, 3), torch.float32: Launch(32768, 8192, 16, 3)}
+GRADIENT = {torch.bfloat16: Launch(8192, 8192, 8, 1), torch.float32: Launch(8192, 8192, 8, 1)}
+_LEAST_BLOCK = 256  # one 16-byte load of bf16 by each thread of a warp
 
 
 def reason_unavailable() -> str | None:
@@ -67,7 +85,9 @@ def reason_unavailable() -> str | None:
     if kernels is None:
         return _reason
     if not _interpreted() and not torch.cuda.is_available():
-        return "there is no NVIDIA GPU here; set TRITON_INTERPRET=1 before the first import to run it on the CPU, slowly"
+        return (
+            "there is no NVIDIA GPU here; set TRITON_INTERPRET=1 before the first import to run it on the CPU, slowly"
+        )
     return None
 
 
@@ -85,7 +105,7 @@ def rows_forward(
     TypeError on arguments that do not fit.
     """
     rows = _Rows(logits, targets, inv_temperature, softcap)
-    return _statistics(rows, _fit(SEGMENT, logits), want_entropy, None)
+    return _statistics(rows, SEGMENT[logits.dtype].fit(rows.vocab), want_entropy, None)
 
 
 def rows_backward_(
@@ -111,11 +131,11 @@ def rows_backward_(
             rows.check_vector(vector, name, torch.float32)
     if b is not None and entropy is None:
         raise ValueError("entropy is None but b is given; pass the entropy that rows_forward returned")
-    launch = _fit(SEGMENT, logits)
-    segments = triton.cdiv(rows.vocab, launch.block)
+    launch = GRADIENT[logits.dtype].fit(rows.vocab)
+    blocks = triton.cdiv(rows.vocab, launch.block)
     with rows.on_device():
-        kernels.segment_gradient[(rows.count * segments,)](
-            *rows.arguments, segments, None, entropy, lse, None, a, b, z_rows, z, (), (), *_NO_PROGRAM,
+        kernels.block_gradient[(rows.count * blocks,)](
+            *rows.arguments, blocks, None, entropy, lse, None, a, b, z_rows, z, (), (), *_NO_PROGRAM,
             BLOCK=launch.block, HAS_CAP=rows.capped, HAS_B=b is not None, num_warps=launch.warps,
         )  # fmt: skip
 
@@ -141,14 +161,16 @@ def rows_policy_loss_(
     for name, column in zip(program.columns, columns, strict=True):
         rows.check_vector(column, name, column.dtype)
     want_entropy = want_entropy or spec.needs_entropy
-    launch = _fit(ROW, logits)
-    segments = triton.cdiv(rows.vocab, launch.block)
+    launch = ROW[logits.dtype].fit(rows.vocab)
+    segments = triton.cdiv(rows.vocab, launch.span)
     if rows.count < _processors(logits.device) and segments > 1:
         shift = torch.empty(2, rows.count, dtype=torch.float32, device=logits.device)
         logp, entropy, lse = _statistics(rows, launch, want_entropy, shift)
+        launch = GRADIENT[logits.dtype].fit(rows.vocab)
+        blocks = triton.cdiv(rows.vocab, launch.block)
         with rows.on_device():
-            kernels.segment_gradient[(rows.count * segments,)](
-                *rows.arguments, segments, logp, entropy, lse, shift, None, None, None, 0.0, columns, program.constants,
+            kernels.block_gradient[(rows.count * blocks,)](
+                *rows.arguments, blocks, logp, entropy, lse, shift, None, None, None, 0.0, columns, program.constants,
                 *program.code, BLOCK=launch.block, HAS_CAP=rows.capped, HAS_B=program.tilts, num_warps=launch.warps,
             )  # fmt: skip
         return logp, entropy, lse
@@ -157,8 +179,8 @@ def rows_policy_loss_(
     with rows.on_device():
         kernels.row_policy_loss[(rows.count,)](
             *rows.arguments, logp, entropy, lse, columns, program.constants, *program.code,
-            SEGMENTS=segments, PADDED=_padded(segments), BLOCK=launch.block, STAGES=launch.stages, HAS_CAP=rows.capped,
-            ENTROPY=want_entropy, HAS_B=program.tilts, num_warps=launch.warps,
+            SEGMENTS=segments, PADDED=_padded(segments), BLOCKS=triton.cdiv(rows.vocab, launch.block), **launch.walk(logits),
+            HAS_CAP=rows.capped, ENTROPY=want_entropy, HAS_B=program.tilts, num_warps=launch.warps,
         )  # fmt: skip
     return logp, entropy, lse
 
@@ -168,11 +190,11 @@ def _statistics(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """rows_forward; shift [2, N] takes (peak, log2 of the sum of exponentials)."""
     logp, entropy, lse = _outputs(rows, want_entropy)
-    segments = triton.cdiv(rows.vocab, launch.block)
+    segments = triton.cdiv(rows.vocab, launch.span)
     partials = torch.empty(3, rows.count, segments, dtype=torch.float32, device=logp.device)
     with rows.on_device():
         kernels.segment_statistics[(rows.count * segments,)](
-            *rows.arguments, partials, segments, BLOCK=launch.block, HAS_CAP=rows.capped, ENTROPY=want_entropy,
+            *rows.arguments, partials, segments, **launch.walk(rows.arguments[0]), HAS_CAP=rows.capped, ENTROPY=want_entropy,
             CACHE="evict_first" if shift is None else "evict_last", num_warps=launch.warps,
         )  # fmt: skip
         kernels.merge_statistics[(rows.count,)](
@@ -199,7 +221,9 @@ class _Rows:
             raise ValueError(f"logits are on {self.device}; the triton backend takes CUDA tensors")
         self.count, self.vocab = logits.shape
         self.capped = softcap is not None
-        if self.count and (logits.stride(1) != 1 and self.vocab > 1 or self.count > 1 and logits.stride(0) < self.vocab):
+        if self.count and (
+            logits.stride(1) != 1 and self.vocab > 1 or self.count > 1 and logits.stride(0) < self.vocab
+        ):
             raise ValueError(
                 f"logits have strides {logits.stride()}; pass rows with unit column stride: logits.contiguous()"
             )
@@ -275,13 +299,6 @@ def _column(column: Tensor) -> Tensor:
 def _outputs(rows: _Rows, want_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     logp, lse = (torch.empty(rows.count, dtype=torch.float32, device=rows.device) for _ in range(2))
     return logp, torch.empty_like(logp) if want_entropy else None, lse
-
-
-def _fit(table: dict[torch.dtype, Launch], logits: Tensor) -> Launch:
-    """The launch of the table, no wider than a row needs."""
-    launch = table[logits.dtype]
-    block = max(_LEAST_BLOCK, min(launch.block, triton.next_power_of_2(logits.shape[1])))
-    return Launch(block, max(1, launch.warps * block // launch.block), launch.stages)
 
 
 def _padded(segments: int) -> int:

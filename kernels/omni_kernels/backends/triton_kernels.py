@@ -1,11 +1,12 @@
 """The Triton device code of `backends/triton.py`: rows of logits in, statistics or gradients out, fp32 maths.
 
-A row is cut into segments of BLOCK columns, and a segment sits in registers: its maximum is taken first, then each
-exponential once. The statistics of a row are merged from those of its segments by one formula in one order (`_merge`),
-whether one program walks all segments or each has its own, so that a row's bits do not depend on how many rows there are.
+A row is cut into segments, and a segment is walked in blocks of BLOCK columns that sit in registers: each exponential is
+taken once, relative to a running maximum that every thread has of its own. The statistics of a row are folded from those of
+its segments by one formula in one order, whether one program walks all segments or each has its own, so that a row's bits
+do not depend on how many rows there are.
 
 Work is done in bits: x = (z - peak) c with c = log2(e) / temperature, so that e^ is one `ex2`; subtracting before scaling
-keeps logits near 5000 exact. A segment of nothing but -inf has peak -inf; 0 is subtracted instead.
+keeps logits near 5000 exact. Where there is nothing but -inf so far, 0 is subtracted instead.
 
 Limits: V < 2^31. Scalars that are None or constexpr select a specialisation when the kernel is compiled.
 """
@@ -122,7 +123,7 @@ def _coefficients(
     """
     registers = (logp, entropy, lse)
     for i in tl.static_range(COLUMNS):
-        registers = registers + (tl.load(columns[i] + row).to(tl.float32),)
+        registers = registers + (tl.load(columns[i] + row).to(tl.float32),)  # type: ignore[assignment]
     registers = registers + constants
     for i in tl.static_range(LENGTH):
         x, y, z = registers[PROGRAM[4 * i + 1]], registers[PROGRAM[4 * i + 2]], registers[PROGRAM[4 * i + 3]]
@@ -163,37 +164,63 @@ def _target_logit(base, y, vocab, cap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _segment(
-    base, first, vocab, cap, c, BLOCK: tl.constexpr, HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, CACHE: tl.constexpr
-):
-    """(peak, sum 2^x, sum x 2^x) of the columns from `first`, x = (z - peak) c. CACHE: how L2 is to treat them."""
-    columns = first + tl.arange(0, BLOCK)
-    inside = columns < vocab
-    z = tl.load(base + columns, mask=inside, other=float("-inf"), eviction_policy=CACHE).to(tl.float32)
-    if HAS_CAP:
-        z = tl.where(inside, cap * _tanh(z / cap), float("-inf"))
-    peak = tl.max(z, 0)
-    x = (z - tl.where(peak == float("-inf"), 0.0, peak)) * c
-    e = tl.exp2(x)
-    total = tl.sum(e, 0)
+    base, first, vocab, cap, c, SPAN: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    STAGES: tl.constexpr, HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """(peak, sum 2^x, sum x 2^x) of SPAN columns from `first`, x = (z - peak) c. CACHE: how L2 is to treat them.
+
+    Each of LANES threads has sums of its own, relative to its own peak, and meets the others once, at the end.
+    """
+    peaks = tl.full([LANES], float("-inf"), tl.float32)
+    totals = tl.zeros([LANES], tl.float32)
+    weights = tl.zeros([LANES], tl.float32)
+    for start in tl.range(0, SPAN, BLOCK, num_stages=STAGES):
+        columns = first + start + tl.arange(0, BLOCK)
+        inside = columns < vocab
+        z = tl.load(base + columns, mask=inside, other=float("-inf"), eviction_policy=CACHE).to(tl.float32)
+        if HAS_CAP:
+            z = tl.where(inside, cap * _tanh(z / cap), float("-inf"))
+        z = tl.reshape(z, [BLOCK // (LANES * VECTOR), LANES, VECTOR])
+        higher = tl.maximum(peaks, tl.max(tl.max(z, 2), 0))
+        safe = _finite(higher)
+        x = (z - safe[None, :, None]) * c
+        e = tl.exp2(x)
+        sinks = tl.maximum((peaks - safe) * c, _LEAST)
+        share = tl.exp2(sinks)
+        if ENTROPY:
+            weights = (weights + totals * sinks) * share + tl.sum(tl.sum(e * tl.maximum(x, _LEAST), 2), 0)
+        totals = totals * share + tl.sum(tl.sum(e, 2), 0)
+        peaks = higher
+    return _fold(peaks, totals, weights, c, ENTROPY)
+
+
+@triton.jit
+def _finite(peak):
+    """What is subtracted for a peak: 0 where there is nothing but -inf."""
+    return tl.where(peak == float("-inf"), 0.0, peak)
+
+
+@triton.jit
+def _fold(peaks, totals, weights, c, ENTROPY: tl.constexpr):
+    """(peak, total, weighted) of vectors of them."""
+    peak = tl.max(peaks, 0)
+    x = (peaks - _finite(peak)) * c
+    share = tl.exp2(x)
+    total = tl.sum(totals * share, 0)
     weighted = total
     if ENTROPY:
-        weighted = tl.sum(e * tl.maximum(x, _LEAST), 0)
+        weighted = tl.sum((weights + totals * tl.maximum(x, _LEAST)) * share, 0)
     return peak, total, weighted
 
 
 @triton.jit
 def _merge(peaks, totals, weights, z_target, scale, ENTROPY: tl.constexpr):
     """(logp, entropy, lse, peak, log2 of the sum) of a row, from its segments'."""
-    c = scale * _LOG2_E
-    peak = tl.max(peaks, 0)
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    x = (peaks - peak) * c
-    share = tl.exp2(x)
-    total = tl.sum(totals * share, 0)
+    peak, total, weighted = _fold(peaks, totals, weights, scale * _LOG2_E, ENTROPY)
+    peak = _finite(peak)
     log_total = tl.log(total)
     entropy = log_total
     if ENTROPY:
-        weighted = tl.sum((weights + totals * tl.maximum(x, _LEAST)) * share, 0)
         entropy = log_total - weighted / total * _LN_2
     return (z_target - peak) * scale - log_total, entropy, peak * scale + log_total, peak, log_total * _LOG2_E
 
@@ -236,7 +263,7 @@ def _clear(base, first, vocab, BLOCK: tl.constexpr):
 
 # Where a vector of one number a row starts is of no use to a kernel: a chunk's slice of it compiles nothing new.
 _kernel = triton.jit(
-    do_not_specialize=["segments"],
+    do_not_specialize=["segments", "blocks"],
     do_not_specialize_on_alignment=[
         "targets", "scale_rows", "partials", "logp_out", "entropy_out", "lse_out", "shift_out", "logp_in", "entropy_in",
         "lse_in", "shift_in", "a_in", "b_in", "z_in", "columns",
@@ -246,8 +273,9 @@ _kernel = triton.jit(
 
 @_kernel
 def segment_statistics(
-    logits, row_stride, vocab, targets, scale, scale_rows, cap, partials, segments, BLOCK: tl.constexpr,
-    HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, CACHE: tl.constexpr,
+    logits, row_stride, vocab, targets, scale, scale_rows, cap, partials, segments, SPAN: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr, HAS_CAP: tl.constexpr,
+    ENTROPY: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """One program a segment: partials [3, N, segments], not written for ignored rows. One read of the logits."""
     program = tl.program_id(0)
@@ -255,8 +283,10 @@ def segment_statistics(
     if tl.load(targets + row) != _IGNORE:
         base = logits + row * row_stride
         c = _row_of(scale, scale_rows, row) * _LOG2_E
-        first = (program % segments) * BLOCK
-        peak, total, weighted = _segment(base, first, vocab, cap, c, BLOCK, HAS_CAP, ENTROPY, CACHE)
+        first = (program % segments) * SPAN
+        peak, total, weighted = _segment(
+            base, first, vocab, cap, c, SPAN, BLOCK, LANES, VECTOR, STAGES, HAS_CAP, ENTROPY, CACHE
+        )
         plane = tl.num_programs(0).to(tl.int64)
         tl.store(partials + program, peak)
         tl.store(partials + plane + program, total)
@@ -295,18 +325,18 @@ def merge_statistics(
 
 
 @_kernel
-def segment_gradient(
-    logits, row_stride, vocab, targets, scale, scale_rows, cap, segments, logp_in, entropy_in, lse_in, shift_in, a_in, b_in,
+def block_gradient(
+    logits, row_stride, vocab, targets, scale, scale_rows, cap, blocks, logp_in, entropy_in, lse_in, shift_in, a_in, b_in,
     z_in, z_all, columns, constants, PROGRAM: tl.constexpr, LENGTH: tl.constexpr, COLUMNS: tl.constexpr, A: tl.constexpr,
     B: tl.constexpr, Z: tl.constexpr, BLOCK: tl.constexpr, HAS_CAP: tl.constexpr, HAS_B: tl.constexpr,
 ):  # fmt: skip
-    """One program a segment: logits become dlogits. One read and one write; none of the two and one for idle rows.
+    """One program a block: logits become dlogits. One read and one write; none of the two and one for idle rows.
 
     shift_in is None: (a, b, z) are given, and p = e^(z - lse). Else they come from the recorded loss, p from the shift.
     """
     program = tl.program_id(0)
-    row = (program // segments).to(tl.int64)
-    first = (program % segments) * BLOCK
+    row = (program // blocks).to(tl.int64)
+    first = (program % blocks) * BLOCK
     base = logits + row * row_stride
     y = tl.load(targets + row)
     used = y != _IGNORE
@@ -330,7 +360,7 @@ def segment_gradient(
     else:
         logp = tl.load(logp_in + row)
         a, b, z = _coefficients(logp, entropy, lse, row, columns, constants, PROGRAM, LENGTH, COLUMNS, A, B, Z)
-        peak, log2_total = tl.load(shift_in + row), tl.load(shift_in + tl.num_programs(0) // segments + row)
+        peak, log2_total = tl.load(shift_in + row), tl.load(shift_in + tl.num_programs(0) // blocks + row)
     if used & ((a != 0) | (b != 0) | (z != 0)):
         level = (2.0 * z * lse - a - b * entropy) * scale
         tl.debug_barrier()  # all threads have the target's logit before one of them writes over it
@@ -349,8 +379,9 @@ def segment_gradient(
 def row_policy_loss(
     logits, row_stride, vocab, targets, scale, scale_rows, cap, logp_out, entropy_out, lse_out, columns, constants,
     PROGRAM: tl.constexpr, LENGTH: tl.constexpr, COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    Z: tl.constexpr, SEGMENTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, HAS_B: tl.constexpr,
+    Z: tl.constexpr, SEGMENTS: tl.constexpr, PADDED: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr, HAS_CAP: tl.constexpr,
+    ENTROPY: tl.constexpr, HAS_B: tl.constexpr,
 ):  # fmt: skip
     """One program a row: statistics, the recorded loss, dlogits. The second walk runs backwards, over what L2 still has."""
     row = tl.program_id(0).to(tl.int64)
@@ -366,9 +397,10 @@ def row_policy_loss(
         peaks = tl.full([PADDED], float("-inf"), tl.float32)
         totals = tl.zeros([PADDED], tl.float32)
         weights = tl.zeros([PADDED], tl.float32)
-        for segment in tl.range(0, SEGMENTS, num_stages=STAGES):
-            first = segment * BLOCK
-            peak, total, weighted = _segment(base, first, vocab, cap, c, BLOCK, HAS_CAP, ENTROPY, "evict_last")
+        for segment in range(SEGMENTS):
+            peak, total, weighted = _segment(
+                base, segment * SPAN, vocab, cap, c, SPAN, BLOCK, LANES, VECTOR, STAGES, HAS_CAP, ENTROPY, "evict_last"
+            )
             here = lanes == segment
             peaks = tl.where(here, peak, peaks)
             totals = tl.where(here, total, totals)
@@ -384,8 +416,8 @@ def row_policy_loss(
             level = (2.0 * z * lse - a - b * entropy) * scale
             tilt = -b * scale * _LN_2
             tl.debug_barrier()  # all threads have the target's logit before one of them writes over it
-            for back in tl.range(0, SEGMENTS, num_stages=STAGES):
-                start = (SEGMENTS - 1 - back) * BLOCK
+            for back in tl.range(0, BLOCKS, num_stages=STAGES):
+                start = (BLOCKS - 1 - back) * BLOCK
                 _write_gradient(base, start, vocab, cap, c, peak, log2_total, level, tilt, BLOCK, HAS_CAP, HAS_B)
             tl.debug_barrier()  # the target's entry is written last
             hit = _hit(logp, entropy, lse, a, b, z) * scale * slope
@@ -396,5 +428,5 @@ def row_policy_loss(
         if ENTROPY:
             tl.store(entropy_out + row, 0.0)
     if not live:
-        for segment in range(SEGMENTS):
-            _clear(base, segment * BLOCK, vocab, BLOCK)
+        for block in range(BLOCKS):
+            _clear(base, block * BLOCK, vocab, BLOCK)

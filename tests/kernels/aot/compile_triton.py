@@ -74,7 +74,10 @@ def cases() -> Iterator[tuple[str, object]]:
                 for cap in (None, 30.0) if vocab == 151_936 else (None,):
                     detail = f"{where} entropy={entropy} cap={cap}"
                     b = one if entropy else None
-                    yield f"forward {detail}", lambda x=x, c=cap, e=entropy: backend.rows_forward(x, targets, scale, c, e)
+                    yield (
+                        f"forward {detail}",
+                        lambda x=x, c=cap, e=entropy: backend.rows_forward(x, targets, scale, c, e),
+                    )
                     yield (
                         f"backward {detail}",
                         lambda x=x, c=cap, b=b: backend.rows_backward_(x, targets, one, b, one, b, 1.0, c, one),
