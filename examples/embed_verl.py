@@ -41,7 +41,7 @@ def main() -> None:
     entropy_error = (entropy + (log_p.exp() * log_p).sum(-1)).abs().max().item()
     assert mine.grad is not None
     if rank == 0:
-        print(f"{ranks} process(es), {len(mine)} rows of the weight each; against all logits: log-prob within {error:.1e},")
+        print(f"{ranks} process(es), {len(mine)} rows of the weight each; log-prob within {error:.1e} of all logits',")
         print(f"entropy within {entropy_error:.1e}; norm of this rank's weight gradient {mine.grad.norm():.4f}")
     if group is not None:
         dist.destroy_process_group()

@@ -148,9 +148,7 @@ class _Reader:
     def softcap(self) -> float | None:
         return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
-    def score(
-        self, hidden: Tensor, targets: Tensor, inv_temperature: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, hidden: Tensor, targets: Tensor, inv_temperature: float | Tensor) -> tuple[Tensor, Tensor]:
         """(logp, entropy) fp32 [B, L] of hidden [B, L, H]; 0 where the target is IGNORE."""
         head, rows = self.head, None
         x, y, t = hidden.flatten(0, -2), targets.flatten(), inv_temperature

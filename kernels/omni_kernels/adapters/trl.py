@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from omni_kernels.adapters import head_options
 from omni_kernels.ops import linear_logprob, linear_policy_loss
@@ -65,6 +65,10 @@ class LinearLossGRPOTrainer(LinearLogprobGRPOTrainer):
 
     Raises ValueError for a configuration without exact counterpart (see `loss_spec`).
     """
+
+    args: GRPOConfig
+    model: nn.Module
+    max_completion_length: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -163,7 +167,7 @@ def loss_spec(args: GRPOConfig) -> LossSpec:
     if args.importance_sampling_level not in ("token", "sequence"):
         _refuse(f"importance_sampling_level {args.importance_sampling_level!r}", "use 'token' or 'sequence'")
     spec = LossSpec(
-        level=args.importance_sampling_level,
+        level="sequence" if args.importance_sampling_level == "sequence" else "token",
         denominator="all",
         beta=args.beta,
         kl_correction=args.use_bias_correction_kl,
