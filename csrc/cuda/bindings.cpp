@@ -12,6 +12,8 @@
 #include <tuple>
 #include <vector>
 
+#include "linear.h"
+#include "linear_plan.h"
 #include "plan.h"
 #include "program.h"
 #include "rows.h"
@@ -161,6 +163,39 @@ std::tuple<int, int, int> plan_of(std::int64_t vocab, int dtype) {
   return {plan.cluster, plan.slice_vectors, plan.shared_bytes};
 }
 
+void linear_forward(std::uintptr_t hidden, std::uintptr_t weight, std::int64_t rows, std::int64_t vocab,
+                    std::int64_t depth, std::uintptr_t bias, std::uintptr_t targets, float inv_t,
+                    std::uintptr_t inv_t_rows, float softcap, std::uintptr_t workspace, std::uintptr_t logp,
+                    std::uintptr_t entropy, std::uintptr_t lse, int device, std::uintptr_t stream) {
+  const py::gil_scoped_release release;
+  const bool some = rows > 0;
+  constexpr std::int64_t most = std::numeric_limits<std::int32_t>::max() / 2;
+  if (rows < 0 || rows > most) fail("rows = " + std::to_string(rows) + " is out of range");
+  if (vocab < 1 || vocab > most) fail("vocab = " + std::to_string(vocab) + " is out of range");
+  if (depth < kTileDepth || depth % kTileDepth || depth > most)
+    fail("depth = " + std::to_string(depth) + " must be a multiple of " + std::to_string(kTileDepth));
+  for (const std::uintptr_t matrix : {hidden, weight, workspace})
+    if (matrix % kVectorBytes) fail("hidden, weight and workspace must start at multiples of 16 bytes");
+  LinearArgs args{};
+  args.hidden = at<std::uint16_t>(hidden, "hidden", some);
+  args.weight = at<std::uint16_t>(weight, "weight", some);
+  args.rows = rows;
+  args.vocab = vocab;
+  args.depth = depth;
+  args.bias = at<float>(bias, "bias", false);
+  args.targets = at<std::int64_t>(targets, "targets", some);
+  args.inv_t = inv_t;
+  args.inv_t_rows = at<float>(inv_t_rows, "inv_temperature", false);
+  args.softcap = softcap;
+  if (softcap != 0.0f) check_scale(softcap, "softcap");
+  if (!args.inv_t_rows) check_scale(inv_t, "inv_temperature");
+  args.partial = at<float>(workspace, "workspace", some);
+  args.logp = at<float>(logp, "logp", some);
+  args.entropy = at<float>(entropy, "entropy", false);
+  args.lse = at<float>(lse, "lse", some);
+  if (some) raise_on(launch_linear_forward(args, device, reinterpret_cast<void*>(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native_cuda, m) {
@@ -185,4 +220,9 @@ PYBIND11_MODULE(_native_cuda, m) {
         py::arg("row_stride"), py::arg("targets"), py::arg("inv_t"), py::arg("inv_t_rows"), py::arg("softcap"),
         py::arg("logp"), py::arg("entropy"), py::arg("lse"), py::arg("program"), py::arg("columns"), py::arg("device"),
         py::arg("stream"));
+  m.def("linear_workspace_bytes", &linear_workspace_bytes, py::arg("rows"), py::arg("vocab"));
+  m.def("linear_forward", &linear_forward, py::arg("hidden"), py::arg("weight"), py::arg("rows"), py::arg("vocab"),
+        py::arg("depth"), py::arg("bias"), py::arg("targets"), py::arg("inv_t"), py::arg("inv_t_rows"),
+        py::arg("softcap"), py::arg("workspace"), py::arg("logp"), py::arg("entropy"), py::arg("lse"),
+        py::arg("device"), py::arg("stream"));
 }

@@ -66,3 +66,22 @@ def rows_fused(
     device: int,
     stream: int,
 ) -> None: ...
+def linear_workspace_bytes(rows: int, vocab: int) -> int: ...
+def linear_forward(
+    hidden: int,
+    weight: int,
+    rows: int,
+    vocab: int,
+    depth: int,
+    bias: int,
+    targets: int,
+    inv_t: float,
+    inv_t_rows: int,
+    softcap: float,
+    workspace: int,
+    logp: int,
+    entropy: int,
+    lse: int,
+    device: int,
+    stream: int,
+) -> None: ...

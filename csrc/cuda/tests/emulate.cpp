@@ -4,6 +4,8 @@
 #include <cstring>
 #include <vector>
 
+#include "../linear_math.h"
+#include "../linear_plan.h"
 #include "../plan.h"
 #include "../program.h"
 #include "../row_math.h"
@@ -98,9 +100,70 @@ int dispatch(const Args& args, int dtype) {
   return cap ? run<std::uint16_t, true>(args) : run<std::uint16_t, false>(args);
 }
 
+Running merge_quad(const Running (&lanes)[4], float c) {
+  const Running low = merge(lanes[0], lanes[2], c), high = merge(lanes[1], lanes[3], c);
+  return merge(low, high, c);
+}
+
+// The fused linear forward, its logits u [rows, vocab] given instead of multiplied: pieces, tiles, lanes, splits.
+template <bool CAP>
+void run_linear(const Args& args, const float* bias) {
+  const auto* u = static_cast<const float*>(args.logits);
+  const int vocab = static_cast<int>(args.vocab);
+  const LinearPlan plan = plan_linear(args.rows, args.vocab);
+  std::vector<Running> partial(static_cast<std::size_t>(plan.splits * args.rows));
+  for (int index = 0; index < plan.row_tiles * plan.splits; ++index) {
+    const Piece piece = piece_of(plan, index);
+    for (int local = 0; local < kTileRows; ++local) {  // a row, and which half of its four threads' accumulators holds it
+      const std::int64_t i = static_cast<std::int64_t>(piece.row_tile) * kTileRows + local;
+      if (i >= args.rows) continue;
+      const int half = local % 16 / 8;
+      const Scale sc = scale_of(args.inv_t[i], args.softcap);
+      Running lanes[4];
+      for (int quad = 0; quad < 4; ++quad) {
+        lanes[quad] = nothing_yet();
+        for (int tile = piece.first; tile < piece.last; ++tile) {
+          float acc[128];
+          for (int k = 0; k < 128; ++k) {
+            const int column = tile * kTileColumns + 8 * (k / 4) + 2 * quad + k % 2;
+            acc[k] = k % 4 / 2 == half && column < vocab ? u[i * args.row_stride + column] : 0.0f;
+          }
+          fold_tile<CAP>(lanes[quad], acc, half, tile * kTileColumns + 2 * quad, vocab, bias, sc.inv_cap,
+                         static_cast<int>(args.targets[i]), sc.c);
+        }
+      }
+      partial[piece.split * args.rows + i] = merge_quad(lanes, sc.c);
+    }
+  }
+  for (std::int64_t i = 0; i < args.rows; ++i) {
+    const Scale sc = scale_of(args.inv_t[i], args.softcap);
+    Running all = nothing_yet();
+    for (int split = 0; split < plan.splits; ++split) all = merge(all, partial[split * args.rows + i], sc.c);
+    const Stats st = stats_of(all.fold, all.v_target, sc);
+    args.logp[i] = st.logp, args.entropy[i] = st.entropy, args.lse[i] = st.lse;
+  }
+}
+
 }  // namespace
 
 extern "C" {
+
+// Writes (row tile, split, first, last) of every piece; their number.
+int linear_pieces(std::int64_t rows, std::int64_t vocab, int* out, int most) {
+  const LinearPlan plan = plan_linear(rows, vocab);
+  const int count = plan.row_tiles * plan.splits;
+  for (int index = 0; index < count && index < most; ++index) {
+    const Piece p = piece_of(plan, index);
+    for (const int field : {p.row_tile, p.split, p.first, p.last}) *out++ = field;
+  }
+  return count;
+}
+
+void linear(void* u, std::int64_t rows, std::int64_t vocab, const float* bias, const std::int64_t* targets,
+            const float* inv_t, float softcap, float* logp, float* entropy, float* lse) {
+  const Args args{u, rows, vocab, vocab, targets, inv_t, softcap, logp, entropy, lse, nullptr, nullptr, nullptr, nullptr};
+  softcap > 0.0f ? run_linear<true>(args, bias) : run_linear<false>(args, bias);
+}
 
 const char* op_name(int op) { return op < static_cast<int>(omni::Op::kCount) ? kOpNames[op] : ""; }
 

@@ -1,4 +1,4 @@
-"""The CUDA row kernels as a backend, for compute capability 9.0: a row of logits stays on chip between read and write.
+"""The CUDA kernels as a backend, for compute capability 9.0: a row of logits stays on chip between read and write.
 
 Each function checks its tensors, without looking at their values, and hands addresses and the current stream to
 `omni_kernels._native_cuda` (csrc/cuda). Nothing waits for the GPU, and all memory is torch's: calls can be captured into
@@ -7,7 +7,8 @@ other rows; only a row that starts at another offset from a 16-byte boundary (an
 
 Limits: bf16 or fp32 CUDA tensors; a row of at most 900,000 bf16 or 450,000 fp32 logits; the module must have been built
 (`pip install -C cmake.define.OMNI_CUDA=ON .`; `reason_unavailable` says why not). A target outside the vocabulary makes its
-row NaN. So does a NaN or +inf logit, or nothing but -inf; -inf elsewhere is a probability of 0.
+row NaN. So does a NaN or +inf logit, or nothing but -inf; -inf elsewhere is a probability of 0. `linear_forward` is for
+callers that ask for it by name.
 """
 
 from __future__ import annotations
@@ -131,6 +132,47 @@ def rows_policy_loss_(
         *_address(logits), targets.data_ptr(), scale, _pointer(scale_rows), softcap or 0.0,
         logp.data_ptr(), _pointer(entropy), lse.data_ptr(), _compiled(recorded),
         [column.data_ptr() for column in columns], *_place(logits),
+    )  # fmt: skip
+    return logp, entropy, lse
+
+
+def linear_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    inv_temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    want_entropy: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`rows_forward` of hidden weight^T + bias, without logits in memory and without rounding them: one GEMM.
+
+    hidden [N, H], weight [V, H] bf16, contiguous; bias [V] of any float dtype, used in fp32. Memory: about 1 KiB a token.
+    A row's result depends on its own hidden state only, bit for bit. Raises NotImplementedError for operands that are not
+    bf16, contiguous and 16-byte aligned, or an H that is no multiple of 64: the caller then makes the logits.
+    """
+    if native is None:
+        raise RuntimeError(_reason)
+    n, depth = hidden.shape
+    for name, matrix in (("hidden", hidden), ("weight", weight)):
+        if matrix.dtype != torch.bfloat16 or depth % 64 or not matrix.is_contiguous() or matrix.data_ptr() % 16:
+            given = f"{name} is {matrix.dtype} {list(matrix.shape)}, strides {matrix.stride()}"
+            raise NotImplementedError(f"{given}; linear_forward takes contiguous bfloat16 with H a multiple of 64")
+        if matrix.device.type != "cuda" or matrix.device != targets.device or matrix.shape[1] != depth:
+            raise ValueError(
+                f"{name} is {list(matrix.shape)} on {matrix.device}; pass [., {depth}] on {targets.device}"
+            )
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
+        raise ValueError(f"bias is {list(bias.shape)} on {bias.device}; pass {[len(weight)]} on {weight.device}")
+    wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
+    _check_vector(targets, "targets", torch.int64, hidden)
+    scale, scale_rows = _scalar_or_rows(inv_temperature, "inv_temperature", hidden)
+    logp, lse, entropy = _outputs(hidden, want_entropy)
+    workspace = hidden.new_empty(native.linear_workspace_bytes(n, len(weight)), dtype=torch.uint8)
+    native.linear_forward(
+        hidden.data_ptr(), weight.data_ptr(), n, len(weight), depth, _pointer(wide_bias), targets.data_ptr(), scale,
+        _pointer(scale_rows), softcap or 0.0, workspace.data_ptr(), logp.data_ptr(), _pointer(entropy), lse.data_ptr(),
+        *_place(hidden),
     )  # fmt: skip
     return logp, entropy, lse
 
