@@ -52,6 +52,28 @@ def round_to_bf16_as_a_gpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(InterpreterBuilder, name, rounded)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def patch_the_language_once() -> Iterator[None]:
+    """The interpreter patches `triton.language` at every call of a device function, which takes it 10 ms."""
+    from triton.runtime import interpreter
+
+    patch, done = interpreter._patch_lang, set()
+
+    def once(function: types.FunctionType) -> interpreter._LangPatchScope:
+        names = tuple(sorted(v.__name__ for v in function.__globals__.values() if v is tl or v is tl.core))
+        if names not in done:
+            done.add(names)
+            scopes.append(patch(function))
+        return interpreter._LangPatchScope()
+
+    tl, scopes = interpreter.tl, []
+    interpreter._patch_lang = once
+    yield
+    interpreter._patch_lang = patch
+    for scope in reversed(scopes):
+        scope.restore()
+
+
 @pytest.fixture(autouse=True)
 def small_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments and blocks of a few hundred columns, so that short rows have many."""

@@ -128,7 +128,8 @@ def _coefficients(
     for i in tl.static_range(LENGTH):
         x, y, z = registers[PROGRAM[4 * i + 1]], registers[PROGRAM[4 * i + 2]], registers[PROGRAM[4 * i + 3]]
         registers = registers + (_instruction(PROGRAM[4 * i], x, y, z),)
-    a, b, weight = logp * 0.0, logp * 0.0, logp * 0.0
+    zero = tl.full([], 0.0, tl.float32)
+    a, b, weight = zero, zero, zero
     if A >= 0:
         a = registers[A]
     if B >= 0:
@@ -154,7 +155,7 @@ def _row_of(scale, scale_rows, row):
 def _target_logit(base, y, vocab, cap, HAS_CAP: tl.constexpr):
     """(z before the temperature, dz/du) of the target; NaN for a token outside the vocabulary."""
     z = tl.load(base + y, mask=(y >= 0) & (y < vocab), other=float("nan")).to(tl.float32)
-    slope = z * 0.0 + 1.0
+    slope = tl.full([], 1.0, tl.float32)
     if HAS_CAP:
         bent = _tanh(z / cap)
         z = cap * bent
@@ -344,19 +345,19 @@ def block_gradient(
     scale = _row_of(scale, scale_rows, row)
     owner = used & (y >= first) & (y < first + BLOCK) & (y < vocab)
     z_target, slope = _target_logit(base, tl.where(owner, y, -1), vocab, cap, HAS_CAP)
-    entropy = lse * 0.0
+    entropy = tl.full([], 0.0, tl.float32)
     if entropy_in is not None:
         entropy = tl.load(entropy_in + row)
     if shift_in is None:
         logp = z_target * scale - lse
         a = tl.load(a_in + row)
-        b = a * 0.0
+        b = tl.full([], 0.0, tl.float32)
         if HAS_B:
             b = tl.load(b_in + row)
         z = z_all
         if z_in is not None:
             z = tl.load(z_in + row)
-        peak, log2_total = lse / scale, lse * 0.0
+        peak, log2_total = lse / scale, tl.full([], 0.0, tl.float32)
     else:
         logp = tl.load(logp_in + row)
         a, b, z = _coefficients(logp, entropy, lse, row, columns, constants, PROGRAM, LENGTH, COLUMNS, A, B, Z)
