@@ -75,8 +75,6 @@ class LinearLossGRPOTrainer(LinearLogprobGRPOTrainer):
         self._spec = loss_spec(self.args)
         self._problem: _Problem | None = None
         self._carrier: Tensor | None = None
-        if self.args.use_vllm and self.args.vllm_importance_sampling_correction and self.loss_type == "vespo":
-            _refuse("vllm_importance_sampling_correction with loss_type 'vespo'", "turn the correction off")
         if self.args.top_entropy_quantile < 1 and self.accelerator.num_processes > 1:
             _refuse("top_entropy_quantile over several processes", "set it to 1.0")
 
@@ -155,7 +153,8 @@ def loss_spec(args: GRPOConfig) -> LossSpec:
     """The loss of a configuration, without what depends on the batch (normaliser, entropy bonus, entropy quantile).
 
     Raises ValueError that names the option for `delta` below 1 + epsilon_high with a clipped loss, an entropy bonus
-    with a loss of sequence means ("grpo", "sapo") or with top_entropy_quantile, and unknown loss types and levels.
+    with a loss of sequence means ("grpo", "sapo") or with top_entropy_quantile, vLLM's correction with "vespo" (which
+    has it inside an exponential), and unknown loss types and levels.
     Log-ratios beyond +-20 nats are constant here, in TRL only for "vespo", at -18.4 and +20.
     """
     kind, high = args.loss_type, args.epsilon if args.epsilon_high is None else args.epsilon_high
@@ -164,6 +163,8 @@ def loss_spec(args: GRPOConfig) -> LossSpec:
         _refuse(f"entropy_coef with loss_type {kind!r}", "use a loss that sums tokens, such as 'dapo'")
     if bonus and args.top_entropy_quantile < 1:
         _refuse("entropy_coef with top_entropy_quantile", "use one of them")
+    if kind == "vespo" and args.use_vllm and args.vllm_importance_sampling_correction:
+        _refuse("vllm_importance_sampling_correction with loss_type 'vespo'", "turn the correction off")
     if args.importance_sampling_level not in ("token", "sequence"):
         _refuse(f"importance_sampling_level {args.importance_sampling_level!r}", "use 'token' or 'sequence'")
     spec = LossSpec(
