@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omni_fast.config import load as load_config
+from omni_fast.grading import Grading
 from omni_fast.policy.model import load
 from omni_fast.rewards.compose import Composition, group_statistics
 from omni_fast.rewards.judge.audit import audit
@@ -164,6 +168,44 @@ def test_a_judge_process_killed_again_and_again_loses_and_zeroes_nothing(tmp_pat
         process.kill()
         process.wait()
     assert [part.value for part in parts] == [float(i % 2) for i in range(len(replies))]
+
+
+def test_an_sglang_judge_of_a_config_is_asked_for_label_probabilities(tmp_path):
+    """The wire contract of /v1/score, with a real tokenizer: the chat ends where the label comes next."""
+    asked: list[dict] = []
+
+    class Score(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append({**body, "path": self.path, "key": self.headers["Authorization"]})
+            first, second = (part.count("wonderful") for part in body["query"].split("Reply B (")[:2])
+            data = json.dumps({"scores": [[0.9, 0.1] if first > second else [0.1, 0.9]]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args: object) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Score)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    wanted = ("judge.backend=sglang", f"judge.url={url}", "judge.model=smollm2-135m-instruct")
+    with ExitStack() as stack:
+        stack.callback(server.shutdown)
+        judge = Grading(load_config("quickstart", wanted), stack, tmp_path).reward_judge()
+        good, plain = (
+            "The wonderful cat saw the moon from an old tree.",
+            "The ordinary cat saw the moon from an old tree.",
+        )
+        parts = judge.judge(
+            [Reply("Write one sentence about a cat.", *pair) for pair in ((good, plain), (plain, good))]
+        )
+    assert [part.value for part in parts] == [1.0, 0.0]
+    request = asked[-1]
+    assert request["path"] == "/v1/score" and request["item_first"] is False and request["apply_softmax"] is True
+    assert request["query"].endswith("<|im_start|>assistant\n") and request["items"] == ["The better reply is"]
+    assert len(set(request["label_token_ids"])) == 2
 
 
 def _write(path: str, start: int, count: int) -> None:

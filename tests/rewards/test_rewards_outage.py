@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 from judge_server import Behaviour, JudgeServer, serving
 from rich.console import Console
+from typer.testing import CliRunner
 
 from omni_fast import grading, scoring
 from omni_fast import train as driver
+from omni_fast.cli import app
 from omni_fast.config import Config, load
 from omni_fast.errors import RunError, UserError
 from omni_fast.progress import Progress
@@ -178,6 +180,17 @@ def test_a_judge_that_is_now_and_then_unclear_costs_those_samples_alone(tmp_path
     found = [row["tasks"]["writing"] for row in rows(tmp_path / "run")]
     assert sum(row["invalid"] for row in found) > 0 and "paused" not in said
     assert {reason for row in found for reason in row["invalid_reasons"]} == {"preference:judge_unclear"}
+
+
+def test_the_audit_takes_a_judge_by_its_url() -> None:
+    asked = ["judge", "audit", "--judge", "openai", "--model", "m", "--json"]
+    with serving(honest) as server:
+        done = CliRunner().invoke(app, [*asked, "--url", server.url])
+        found = json.loads(done.stdout.splitlines()[0])
+        assert server.count > 400 and found["judge"] == f"openai m at {server.url}"
+    assert found["invalid"]["k"] == 0 and found["position_bias"]["k"] == 0 and found["verdicts"] > 700
+    gone = CliRunner().invoke(app, [*asked, "--url", server.url])
+    assert isinstance(gone.exception, UserError) and "nothing answers there" in str(gone.exception)
 
 
 @pytest.mark.parametrize(
