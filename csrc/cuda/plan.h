@@ -57,9 +57,12 @@ OMNI_HD Span block_span(int vectors, int slice_vectors, int rank) {
   return {first, rest < 0 ? 0 : rest < slice_vectors ? rest : slice_vectors};
 }
 
-OMNI_HD Span warp_span(Span block, int warp) {
-  const int begin = block.count * warp / kRowWarps, end = block.count * (warp + 1) / kRowWarps;
-  return {block.first + begin, end - begin};
+// A warp's place in the slice is the same for all rows: it may fetch its part of the next row while others still read
+// theirs of this one.
+OMNI_HD Span warp_span(Span block, int slice_vectors, int warp) {
+  const int begin = slice_vectors * warp / kRowWarps, end = slice_vectors * (warp + 1) / kRowWarps;
+  const int last = end < block.count ? end : block.count;
+  return {block.first + begin, last > begin ? last - begin : 0};
 }
 
 }  // namespace omni::cuda

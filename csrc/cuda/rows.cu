@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
 
   // This warp's vectors of a row, and where they lie in the slice.
   const auto part_of = [&](const Row<T>& row) {
-    return warp_span(block_span(vectors_of(row.extent, kPerVector<T>), args.slice_vectors, rank), warp);
+    return warp_span(block_span(vectors_of(row.extent, kPerVector<T>), args.slice_vectors, rank), args.slice_vectors, warp);
   };
   const auto local = [&](Span part) { return slice + (part.first - rank * args.slice_vectors); };
   const auto fetch = [&](std::int64_t i) {  // by one lane, after the warp has done with what is there

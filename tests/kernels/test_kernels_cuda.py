@@ -133,6 +133,9 @@ def test_the_plan_covers_a_row_once_and_fits(
         at = first + count if count else at
         block = k // 8
         assert count == 0 or block * slice_vectors <= first and first + count <= (block + 1) * slice_vectors
+        # The place of a warp in shared memory is the same for rows of any alignment: it fetches ahead of the others.
+        begin, end = (block * slice_vectors + slice_vectors * (k % 8 + i) // 8 for i in (0, 1))
+        assert count == 0 or begin == first and first + count <= end
     assert at == vectors and (vectors - 1) * 16 < (lead + vocab) * element_bytes <= vectors * 16
 
 

@@ -49,7 +49,7 @@ int run(const Args& args) {
     const auto each_warp = [&](const auto& work) {
       for (int rank = 0; rank < plan.cluster; ++rank)
         for (int warp = 0; warp < kRowWarps; ++warp)
-          work(rank, warp, warp_span(block_span(vectors, plan.slice_vectors, rank), warp));
+          work(rank, warp, warp_span(block_span(vectors, plan.slice_vectors, rank), plan.slice_vectors, warp));
     };
     const std::int64_t y = args.targets[i];
     const Scale sc = scale_of(args.inv_t[i], args.softcap);
@@ -174,7 +174,7 @@ int plan(std::int64_t vocab, int element_bytes, int lead, int* out, int* spans) 
   const int vectors = vectors_of({lead, static_cast<int>(vocab)}, kVectorBytes / element_bytes);
   for (int rank = 0; rank < p.cluster; ++rank)
     for (int warp = 0; warp < kRowWarps; ++warp) {
-      const Span part = warp_span(block_span(vectors, p.slice_vectors, rank), warp);
+      const Span part = warp_span(block_span(vectors, p.slice_vectors, rank), p.slice_vectors, warp);
       *spans++ = part.first;
       *spans++ = part.count;
     }
