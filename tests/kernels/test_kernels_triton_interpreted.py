@@ -84,7 +84,10 @@ def small_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def borrowed(*names: str) -> Iterator[tuple[str, object]]:
     """The tests of other files that take a backend by name, for this one."""
-    slow = {"test_a_sequence_of_seventy_thousand_tokens", "test_more_than_two_billion_logits"}
+    slow = {
+        "test_a_sequence_of_seventy_thousand_tokens", "test_more_than_two_billion_logits",
+        "test_weight_gradient_does_not_decay_over_chunks", "test_batch_invariant_rows_do_not_see_each_other",
+    }  # fmt: skip
     for name in names:
         spec = importlib.util.spec_from_file_location(f"borrowed_{name}", Path(__file__).with_name(f"{name}.py"))
         assert spec is not None and spec.loader is not None

@@ -104,6 +104,8 @@ def resources(kernel: object) -> dict[str, object]:
     registers, stack, local = (int(re.findall(rf"{key}:(\d+)", found)[-1]) for key in ("REG", "STACK", "LOCAL"))
     ptx = kernel.asm["ptx"]  # type: ignore[attr-defined]
     widest = max((int(n) for n in re.findall(r"(?:ld|st)\.global[.\w:]*\.v(\d)\.b32", ptx)), default=1)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?, (0x\w+|\d+)", ptx)
+    widest = max(widest, *(int(n, 0) // 4 for n in copies), 0)
     metadata = kernel.metadata  # type: ignore[attr-defined]
     return {
         "kernel": metadata.name, "registers": registers, "local_bytes": stack + local, "shared_bytes": metadata.shared,
