@@ -68,7 +68,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 def timeless(row: dict[str, Any]) -> dict[str, Any]:
     """A row without what a clock says."""
-    kept = {key: value for key, value in row.items() if key not in ("seconds", "tokens_per_s", "waited_for")}
+    kept = {
+        key: value for key, value in row.items() if key not in ("seconds", "scoring_s", "tokens_per_s", "waited_for")
+    }
     if "update" in kept:
         kept["update"] = {key: value for key, value in row["update"].items() if not key.startswith("seconds/")}
     return kept

@@ -50,6 +50,7 @@ def verifier():
         (r"\boxed{6} no: #### 7", "7"),
         ("the answer is 18.", "18"),
         ("the answer is $x+1$.", "x+1"),
+        (r"So the answer is $\$18$.", r"\$18"),
         (r"The final answer is: \(2\pi\)", r"2\pi"),
         ("3 - 4", "4"),
         ("it is -4", "-4"),
