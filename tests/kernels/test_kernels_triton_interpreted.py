@@ -145,7 +145,9 @@ def test_rows_against_the_oracle(dtype: torch.dtype, data: st.DataObject) -> Non
     truth = exact_gradient(logits, targets, a, b, 0.01, inv_t, cap)
     times = 3 if dtype == torch.bfloat16 else 2
     error, theirs = (float((x.double() - truth).norm()) for x in (gradient, same_dtype))
-    assert error <= times * theirs + 5e-7 * float(truth.norm()) + 2e-7 * float((a.abs() + b.abs()).norm())
+    digits = 2e-7 + 2**-23 * float(exact[2].abs().max())  # p = e^(z - lse) inherits the last bit of lse
+    size = float((a.abs() + b.abs() + 0.02 * exact[2].abs()).norm())
+    assert error <= times * theirs + 5e-7 * float(truth.norm()) + digits * size
 
 
 def batch_of(n: int, v: int, g: torch.Generator, on_policy: bool = False) -> Tokens:
@@ -209,9 +211,9 @@ def test_policy_loss_of_a_head(preset: str, dtype: torch.dtype) -> None:
     for name in ("triton", "torch"):
         out = linear_policy_loss(hidden, weight, tokens, spec, backend=name, workspace_bytes=10 * 700 * 4)
         found.append((out.loss.detach(), out.metrics, *torch.autograd.grad(out.loss, (hidden, weight))))
-    near = {"rtol": 2e-5, "atol": 2e-7} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-4}
+    near = 1e-5 if dtype == torch.float32 else 2e-2
     for mine, other in zip(*found, strict=True):
-        torch.testing.assert_close(mine, other, **near)
+        torch.testing.assert_close(mine, other, rtol=near, atol=near * float(other.abs().max()))
 
 
 @every_dtype

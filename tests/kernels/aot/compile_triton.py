@@ -1,6 +1,8 @@
 """Compiles the Triton kernels for a GPU that need not be there, and prints what the machine code of each takes.
 
-    python tests/kernels/aot/compile_triton.py 80|90|100      one JSON object a line: case, kernel, registers, spills, ...
+    python tests/kernels/aot/compile_triton.py 80|90|100 [WORDS]     one JSON object a line: case, kernel, registers, ...
+
+WORDS: only cases with these words in their name.
 
 The launchers of `backends/triton.py` run as they are, on small CPU tensors, with a driver that names the target and launches
 nothing: so what is compiled is what they would launch there, specialised by the same rules.
@@ -37,7 +39,7 @@ LOSSES = {
 }
 
 
-def main(capability: int) -> None:
+def main(capability: int, words: str) -> None:
     compiled: list[object] = []
     target = GPUTarget("cuda", capability, 32)
     driver.set_active(
@@ -54,6 +56,8 @@ def main(capability: int) -> None:
     JITFunction.run = compile_only  # type: ignore[method-assign]
     backend._interpreted = lambda: True  # type: ignore[assignment]  # takes CPU tensors
     for case, call in cases():
+        if words not in case:
+            continue
         call()
         for kernel in compiled:
             print(json.dumps({"case": case, "capability": capability, **resources(kernel)}), flush=True)
@@ -114,4 +118,4 @@ def resources(kernel: object) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), " ".join(sys.argv[2:]))
