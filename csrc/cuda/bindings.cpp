@@ -75,8 +75,8 @@ void rows_forward(std::uintptr_t logits, int dtype, std::int64_t rows, std::int6
   r.entropy = at<float>(entropy, "entropy", false);
   r.lse = at<float>(lse, "lse", rows > 0);
   if (rows == 0) return;
-  raise_on(launch_rows(RowMode::kForward, static_cast<DType>(dtype), r, Program{}, device,
-                       reinterpret_cast<void*>(stream)));
+  raise_on(
+      launch_rows(RowMode::kForward, static_cast<DType>(dtype), r, Program{}, device, reinterpret_cast<void*>(stream)));
 }
 
 void rows_backward(std::uintptr_t logits, int dtype, std::int64_t rows, std::int64_t vocab, std::int64_t row_stride,
@@ -115,9 +115,8 @@ class CoefficientProgram {
       if (static_cast<Op>(op) == Op::kConst) {
         program_.constant[program_.constants++] = {dst, value};
       } else {
-        program_.step[program_.steps++] = {static_cast<std::uint8_t>(op), static_cast<std::uint8_t>(dst),
-                                           source(x),                     source(y),
-                                           source(z),                     {}};
+        program_.step[program_.steps++] = {
+            static_cast<std::uint8_t>(op), static_cast<std::uint8_t>(dst), source(x), source(y), source(z), {}};
       }
     }
     const auto result = [next](int index) {

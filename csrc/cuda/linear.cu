@@ -1,4 +1,5 @@
-// linear_logprob forward on the tensor cores: logits = hidden weight^T, folded to statistics while they are accumulators.
+// linear_logprob forward on the tensor cores: logits = hidden weight^T, folded to statistics while they are
+// accumulators.
 //
 // A block has one thread that fetches tiles of both operands into a ring of stages in shared memory, and two warpgroups
 // that multiply them, 64 rows each, into 128 fp32 registers a thread. After each tile of 256 columns these are folded,
@@ -97,7 +98,8 @@ __device__ void multiply_all(Shared& shared, const LinearArgs& args, const Linea
   for (int index = static_cast<int>(blockIdx.x); index < pieces; index += static_cast<int>(gridDim.x)) {
     const Piece piece = piece_of(plan, index);
     // This thread's rows are `row` and `row` + 8.
-    const std::int64_t row = static_cast<std::int64_t>(piece.row_tile) * kTileRows + group * 64 + thread % 128 / 32 * 16 + lane / 4;
+    const std::int64_t row =
+        static_cast<std::int64_t>(piece.row_tile) * kTileRows + group * 64 + thread % 128 / 32 * 16 + lane / 4;
     Running running[2] = {nothing_yet(), nothing_yet()};
     int target[2];
     float c[2];

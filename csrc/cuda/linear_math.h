@@ -1,4 +1,5 @@
-// What a thread does with its share of a tile of logits, while they are accumulators in registers. For the host as well.
+// What a thread does with its share of a tile of logits, while they are accumulators in registers. For the host as
+// well.
 #pragma once
 #include "linear_plan.h"
 #include "row_math.h"

@@ -12,8 +12,8 @@
 namespace omni::cuda {
 
 constexpr int kTileRows = 128, kTileColumns = 256, kTileDepth = 64, kStages = 4;
-constexpr int kMmaThreads = 384;     // a warpgroup that fetches, and two that multiply 64 rows each
-constexpr int kMaxSplits = 66;       // half the multiprocessors of an H100 or H200
+constexpr int kMmaThreads = 384;  // a warpgroup that fetches, and two that multiply 64 rows each
+constexpr int kMaxSplits = 66;    // half the multiprocessors of an H100 or H200
 constexpr int kRowTilesTogether = 16;
 constexpr int kStageBytes = (kTileRows + kTileColumns) * kTileDepth * 2;
 constexpr int kTileAlignment = 1024;  // of the 128-byte swizzle's pattern

@@ -11,10 +11,9 @@
 namespace omni::cuda {
 
 // Names in the order of omni::Op.
-constexpr const char* kOpNames[] = {"const", "add",  "sub",     "mul",   "div",   "neg",      "abs",
-                                    "exp",   "expm1", "log",    "log1p", "sigmoid", "sqrt",   "min",
-                                    "max",   "lt",   "le",      "gt",    "ge",    "eq",       "ne",
-                                    "and",   "or",   "not",     "where", "isfinite", "isnan"};
+constexpr const char* kOpNames[] = {"const", "add",   "sub",     "mul",  "div", "neg", "abs",   "exp",      "expm1",
+                                    "log",   "log1p", "sigmoid", "sqrt", "min", "max", "lt",    "le",       "gt",
+                                    "ge",    "eq",    "ne",      "and",  "or",  "not", "where", "isfinite", "isnan"};
 static_assert(sizeof(kOpNames) / sizeof(kOpNames[0]) == static_cast<int>(Op::kCount), "a name for each instruction");
 
 constexpr int kMaxRegisters = 104, kMaxColumns = 16;  // as many registers as leave room for three blocks (plan.h)
@@ -51,34 +50,61 @@ OMNI_HD float min_nan(float x, float y) { return -max_nan(-x, -y); }
 
 OMNI_HD float evaluate(Op op, float x, float y, float z) {
   switch (op) {
-    case Op::kAdd: return x + y;
-    case Op::kSub: return x - y;
-    case Op::kMul: return x * y;
-    case Op::kDiv: return x / y;
-    case Op::kNeg: return -x;
-    case Op::kAbs: return fabsf(x);
-    case Op::kExp: return expf(x);
-    case Op::kExpm1: return expm1f(x);
-    case Op::kLog: return logf(x);
-    case Op::kLog1p: return log1pf(x);
-    case Op::kSigmoid: return 1.0f / (1.0f + expf(-x));
-    case Op::kSqrt: return sqrtf(x);
-    case Op::kMin: return min_nan(x, y);
-    case Op::kMax: return max_nan(x, y);
-    case Op::kLt: return x < y;
-    case Op::kLe: return x <= y;
-    case Op::kGt: return x > y;
-    case Op::kGe: return x >= y;
-    case Op::kEq: return x == y;
-    case Op::kNe: return x != y;
-    case Op::kAnd: return x != 0.0f && y != 0.0f;
-    case Op::kOr: return x != 0.0f || y != 0.0f;
-    case Op::kNot: return x == 0.0f;
-    case Op::kWhere: return x != 0.0f ? y : z;
-    case Op::kIsFinite: return fabsf(x) <= 3.402823466e38f;
-    case Op::kIsNan: return x != x;
+    case Op::kAdd:
+      return x + y;
+    case Op::kSub:
+      return x - y;
+    case Op::kMul:
+      return x * y;
+    case Op::kDiv:
+      return x / y;
+    case Op::kNeg:
+      return -x;
+    case Op::kAbs:
+      return fabsf(x);
+    case Op::kExp:
+      return expf(x);
+    case Op::kExpm1:
+      return expm1f(x);
+    case Op::kLog:
+      return logf(x);
+    case Op::kLog1p:
+      return log1pf(x);
+    case Op::kSigmoid:
+      return 1.0f / (1.0f + expf(-x));
+    case Op::kSqrt:
+      return sqrtf(x);
+    case Op::kMin:
+      return min_nan(x, y);
+    case Op::kMax:
+      return max_nan(x, y);
+    case Op::kLt:
+      return x < y;
+    case Op::kLe:
+      return x <= y;
+    case Op::kGt:
+      return x > y;
+    case Op::kGe:
+      return x >= y;
+    case Op::kEq:
+      return x == y;
+    case Op::kNe:
+      return x != y;
+    case Op::kAnd:
+      return x != 0.0f && y != 0.0f;
+    case Op::kOr:
+      return x != 0.0f || y != 0.0f;
+    case Op::kNot:
+      return x == 0.0f;
+    case Op::kWhere:
+      return x != 0.0f ? y : z;
+    case Op::kIsFinite:
+      return fabsf(x) <= 3.402823466e38f;
+    case Op::kIsNan:
+      return x != x;
     case Op::kConst:
-    case Op::kCount: break;  // constants are in place, and there is no such instruction
+    case Op::kCount:
+      break;  // constants are in place, and there is no such instruction
   }
   return 0.0f;
 }

@@ -11,7 +11,7 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// --- mbarriers --------------------------------------------------------------------------------------------------------
+// --- mbarriers -----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(std::uint64_t* bar, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals) : "memory");
@@ -45,7 +45,7 @@ __device__ __forceinline__ void barrier_wait(std::uint64_t* bar, std::uint32_t p
       : "memory");
 }
 
-// --- copies to shared memory that complete on an mbarrier ---------------------------------------------------------------
+// --- copies to shared memory that complete on an mbarrier ----------------------------------------------------------
 
 // Addresses and size are multiples of 16 bytes.
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, std::uint32_t bytes, std::uint64_t* bar) {
@@ -68,14 +68,14 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// --- warpgroup matrix multiply-accumulate ------------------------------------------------------------------------------
+// --- warpgroup matrix multiply-accumulate --------------------------------------------------------------------------
 
 // A bf16 operand tile in shared memory: rows of 64 elements (128 bytes, 128-byte swizzle, as copy_box with that swizzle
 // leaves it), 1024-byte aligned. The descriptor of the 16 elements of k-step 0; add 2 for each further step.
 __device__ __forceinline__ std::uint64_t operand(const void* tile) {
   const std::uint64_t address = (shared_address(tile) & 0x3ffff) >> 4;
-  const std::uint64_t leading = 1;          // unused by swizzled layouts
-  const std::uint64_t stride = 1024 >> 4;   // from one group of 8 rows to the next
+  const std::uint64_t leading = 1;         // unused by swizzled layouts
+  const std::uint64_t stride = 1024 >> 4;  // from one group of 8 rows to the next
   const std::uint64_t swizzle_128 = 1;
   return address | leading << 16 | stride << 32 | swizzle_128 << 62;
 }
@@ -90,7 +90,8 @@ __device__ __forceinline__ void mma_wait() {
 }
 
 // d = a b^T (+ d): 64 rows of a, 256 rows of b, 16 elements deep. Thread t of the warpgroup holds, with q = t % 4 and
-// r = 16 (t / 32) + t % 32 / 4, for j < 32: d[4j], d[4j + 1] of row r, columns 8j + 2q and + 1; the next two of row r + 8.
+// r = 16 (t / 32) + t % 32 / 4, for j < 32: d[4j], d[4j + 1] of row r, columns 8j + 2q and + 1;
+// the next two of row r + 8.
 __device__ __forceinline__ void mma_64x256x16(float (&d)[128], std::uint64_t a, std::uint64_t b, bool accumulate) {
 #define OMNI_FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
   asm volatile(
@@ -108,10 +109,11 @@ __device__ __forceinline__ void mma_64x256x16(float (&d)[128], std::uint64_t a, 
       "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
       "%128, %129, add, 1, 1, 0, 0;\n"
       "}\n"
-      : OMNI_FOUR(0), OMNI_FOUR(4), OMNI_FOUR(8), OMNI_FOUR(12), OMNI_FOUR(16), OMNI_FOUR(20), OMNI_FOUR(24), OMNI_FOUR(28),
-        OMNI_FOUR(32), OMNI_FOUR(36), OMNI_FOUR(40), OMNI_FOUR(44), OMNI_FOUR(48), OMNI_FOUR(52), OMNI_FOUR(56), OMNI_FOUR(60),
-        OMNI_FOUR(64), OMNI_FOUR(68), OMNI_FOUR(72), OMNI_FOUR(76), OMNI_FOUR(80), OMNI_FOUR(84), OMNI_FOUR(88), OMNI_FOUR(92),
-        OMNI_FOUR(96), OMNI_FOUR(100), OMNI_FOUR(104), OMNI_FOUR(108), OMNI_FOUR(112), OMNI_FOUR(116), OMNI_FOUR(120), OMNI_FOUR(124)
+      : OMNI_FOUR(0), OMNI_FOUR(4), OMNI_FOUR(8), OMNI_FOUR(12), OMNI_FOUR(16), OMNI_FOUR(20), OMNI_FOUR(24),
+        OMNI_FOUR(28), OMNI_FOUR(32), OMNI_FOUR(36), OMNI_FOUR(40), OMNI_FOUR(44), OMNI_FOUR(48), OMNI_FOUR(52),
+        OMNI_FOUR(56), OMNI_FOUR(60), OMNI_FOUR(64), OMNI_FOUR(68), OMNI_FOUR(72), OMNI_FOUR(76), OMNI_FOUR(80),
+        OMNI_FOUR(84), OMNI_FOUR(88), OMNI_FOUR(92), OMNI_FOUR(96), OMNI_FOUR(100), OMNI_FOUR(104), OMNI_FOUR(108),
+        OMNI_FOUR(112), OMNI_FOUR(116), OMNI_FOUR(120), OMNI_FOUR(124)
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
 #undef OMNI_FOUR
 }

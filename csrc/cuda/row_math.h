@@ -1,10 +1,10 @@
 // What one lane does with its part of a row, and how parts become the row: all of the row kernels' arithmetic.
 //
 // It compiles for the host as well, where tests/emulate.cpp drives it lane by lane; rows.cu adds only copies, barriers
-// and shuffles. The quantities are those of ../cpu/rows.h, in units of log 2: with v_j = u_j, or tanh(u_j / cap) under a
-// softcap, and c = log2(e) inv_T (times the softcap), y_j = (v_j - m) c, m the row's largest v. Subtracting first makes
-// the largest term exactly 1 and costs no digits where logits are far from 0. p_j = 2^y_j / s, never exp(z_j - lse), so
-// p does not inherit the rounding of a large lse. A row with a NaN or +inf, or with nothing but -inf, is NaN.
+// and shuffles. The quantities are those of ../cpu/rows.h, in units of log 2: with v_j = u_j, or tanh(u_j / cap) under
+// a softcap, and c = log2(e) inv_T (times the softcap), y_j = (v_j - m) c, m the row's largest v. Subtracting first
+// makes the largest term exactly 1 and costs no digits where logits are far from 0. p_j = 2^y_j / s, never exp(z_j -
+// lse), so p does not inherit the rounding of a large lse. A row with a NaN or +inf, or with nothing but -inf, is NaN.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -75,9 +75,7 @@ OMNI_HD void unpack(const Vector& in, float (&out)[8]) {
     out[2 * k + 1] = from_bits(in.word[k] & 0xffff0000u);
   }
 }
-OMNI_HD Vector pack(const float (&in)[4]) {
-  return {{to_bits(in[0]), to_bits(in[1]), to_bits(in[2]), to_bits(in[3])}};
-}
+OMNI_HD Vector pack(const float (&in)[4]) { return {{to_bits(in[0]), to_bits(in[1]), to_bits(in[2]), to_bits(in[3])}}; }
 OMNI_HD Vector pack(const float (&in)[8]) {
   return {{to_bf16x2(in[0], in[1]), to_bf16x2(in[2], in[3]), to_bf16x2(in[4], in[5]), to_bf16x2(in[6], in[7])}};
 }
@@ -106,7 +104,7 @@ OMNI_HD float v_of(float u, float inv_cap) {
     return u;
 }
 
-// --- statistics -------------------------------------------------------------------------------------------------------
+// --- statistics ----------------------------------------------------------------------------------------------------
 
 struct Fold {
   float m, s, t;  // largest v, sum 2^y, sum 2^y y
@@ -185,7 +183,7 @@ OMNI_HD Stats stats_of(const Fold& f, float v_target, const Scale& sc) {
   return out;
 }
 
-// --- gradient ---------------------------------------------------------------------------------------------------------
+// --- gradient ------------------------------------------------------------------------------------------------------
 
 // du_j = p (k0 - k1 (y + h)), p = 2^y, y = (v - m) c - shift, times 1 - v^2 under a softcap; `hit` at the target.
 struct RowGradient {

@@ -3,7 +3,8 @@
 // A cluster of 1 to 8 blocks holds a row in shared memory (plan.h). Each warp owns a part of it: it has the copy engine
 // fetch that part, folds it, and once the row's statistics are known overwrites it in device memory with the gradient;
 // then it fetches its part of the cluster's next row at once. Warps meet only to merge statistics, which every block
-// publishes to all blocks of its cluster, so that each merges them itself, in the same order: one cluster barrier a row.
+// publishes to all blocks of its cluster, so that each merges them itself, in the same order: one cluster barrier a
+// row.
 //
 // The blocks are persistent; which cluster takes which row does not change a row's result. No atomics.
 #include "rows.h"
@@ -88,13 +89,15 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     ptx::barrier_init_fence();
   }
   if (MODE == RowMode::kFused && warp == 0)
-    for (int k = lane; k < program.constants; k += 32) board.registers[program.constant[k].dst] = program.constant[k].value;
+    for (int k = lane; k < program.constants; k += 32)
+      board.registers[program.constant[k].dst] = program.constant[k].value;
   __syncthreads();
   if (MODE != RowMode::kBackward) cluster.sync();  // every block runs before another writes to its shared memory
 
   // This warp's vectors of a row, and where they lie in the slice.
   const auto part_of = [&](const Row<T>& row) {
-    return warp_span(block_span(vectors_of(row.extent, kPerVector<T>), args.slice_vectors, rank), args.slice_vectors, warp);
+    return warp_span(block_span(vectors_of(row.extent, kPerVector<T>), args.slice_vectors, rank), args.slice_vectors,
+                     warp);
   };
   const auto local = [&](Span part) { return slice + (part.first - rank * args.slice_vectors); };
   const auto fetch = [&](std::int64_t i) {  // by one lane, after the warp has done with what is there
@@ -196,9 +199,7 @@ const void* kernel_of(RowMode mode, bool softcap) {
 
 }  // namespace
 
-RowPlan row_plan(std::int64_t vocab, DType dtype) {
-  return plan_rows(vocab, dtype == DType::kFloat32 ? 4 : 2);
-}
+RowPlan row_plan(std::int64_t vocab, DType dtype) { return plan_rows(vocab, dtype == DType::kFloat32 ? 4 : 2); }
 
 std::string launch_rows(RowMode mode, DType dtype, RowArgs args, const Program& program, int device, void* stream) {
   const RowPlan plan = row_plan(args.vocab, dtype);

@@ -32,7 +32,8 @@ struct Args {
   const float* inv_t;  // [rows]
   float softcap;
   float *logp, *entropy, *lse;
-  const float *a, *b, *z_loss;  // [rows]; b null: no entropy gradient. a null: of the fold, by the program if there is one
+  const float *a, *b,
+      *z_loss;  // [rows]; b null: no entropy gradient. a null: of the fold, by the program if there is one
   const Program* program;
 };
 
@@ -114,7 +115,8 @@ void run_linear(const Args& args, const float* bias) {
   std::vector<Running> partial(static_cast<std::size_t>(plan.splits * args.rows));
   for (int index = 0; index < plan.row_tiles * plan.splits; ++index) {
     const Piece piece = piece_of(plan, index);
-    for (int local = 0; local < kTileRows; ++local) {  // a row, and which half of its four threads' accumulators holds it
+    for (int local = 0; local < kTileRows;
+         ++local) {  // a row, and which half of its four threads' accumulators holds it
       const std::int64_t i = static_cast<std::int64_t>(piece.row_tile) * kTileRows + local;
       if (i >= args.rows) continue;
       const int half = local % 16 / 8;
@@ -161,7 +163,8 @@ int linear_pieces(std::int64_t rows, std::int64_t vocab, int* out, int most) {
 
 void linear(void* u, std::int64_t rows, std::int64_t vocab, const float* bias, const std::int64_t* targets,
             const float* inv_t, float softcap, float* logp, float* entropy, float* lse) {
-  const Args args{u, rows, vocab, vocab, targets, inv_t, softcap, logp, entropy, lse, nullptr, nullptr, nullptr, nullptr};
+  const Args args{u,    rows,    vocab, vocab,   targets, inv_t,   softcap,
+                  logp, entropy, lse,   nullptr, nullptr, nullptr, nullptr};
   softcap > 0.0f ? run_linear<true>(args, bias) : run_linear<false>(args, bias);
 }
 
@@ -183,9 +186,9 @@ int plan(std::int64_t vocab, int element_bytes, int lead, int* out, int* spans) 
 
 int forward(void* logits, int dtype, std::int64_t rows, std::int64_t vocab, std::int64_t stride,
             const std::int64_t* targets, const float* inv_t, float softcap, float* logp, float* entropy, float* lse) {
-  return dispatch({logits, rows, vocab, stride, targets, inv_t, softcap, logp, entropy, lse, nullptr, nullptr, nullptr,
-                   nullptr},
-                  dtype);
+  return dispatch(
+      {logits, rows, vocab, stride, targets, inv_t, softcap, logp, entropy, lse, nullptr, nullptr, nullptr, nullptr},
+      dtype);
 }
 
 int backward(void* logits, int dtype, std::int64_t rows, std::int64_t vocab, std::int64_t stride,
