@@ -119,7 +119,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "C2": _linear(
         linear_contenders.C2,
-        [LinearCase(2048, 576, 49152, BF16), LinearCase(1024, 576, 49152, F32), LinearCase(512, 1536, 151936, BF16)],
+        [LinearCase(2048, 576, 49152, BF16), LinearCase(1024, 576, 49152, F32), LinearCase(1024, 1536, 151936, BF16)],
         ("cpu",),
     ),
     "T1": _logits(logits_contenders.T1, _PAPER_LOGITS, _ON_GPU),

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # default, of logits
 _DEFAULT_WORKSPACE = 64 << 20
+_LEAST_ROW_BYTES = (
+    1024  # of a column of a chunk: each chunk reads and writes the fp32 sum of dW, which few rows do not pay
+)
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,12 @@ def plan(
 ) -> Plan:  # fmt: skip
     """The plan for rows x hidden x vocab; `row_wise`: the loss's gradient follows row by row (`losses.row_wise`).
 
-    workspace_bytes bounds the logits held at a time (None: the device's default); one row is the least it can be.
+    workspace_bytes bounds the logits held at a time (None: the device's default, and 512 rows of bf16 at least); one row is
+    the least it can be.
     """
-    if workspace_bytes is None:
-        workspace_bytes = WORKSPACE_BYTES.get(device, _DEFAULT_WORKSPACE)
     row_bytes = vocab * element_bytes
+    if workspace_bytes is None:
+        workspace_bytes = max(WORKSPACE_BYTES.get(device, _DEFAULT_WORKSPACE), _LEAST_ROW_BYTES * vocab)
     most = max(1, workspace_bytes // row_bytes)
     chunks = max(1, -(-rows // most))
     chunk_rows = max(1, -(-rows // chunks))
