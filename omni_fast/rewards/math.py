@@ -35,7 +35,9 @@ _LAST = re.compile(
     rf"(?:(?<![0-9A-Za-z_.)\]}}])[-+])?(?:\\[dt]?frac\{{-?(?:{_NUMBER})\}}\{{(?:{_NUMBER})\}}"
     rf"|(?<![0-9.])(?:{_NUMBER})(?:/(?:{_NUMBER}))?(?:\s*\\?%)?)"
 )
-_FORMULA = re.compile(r"(?i:answer)(?:\s+is)?\s*:?\s*(?:\$|\\\()((?:[^$\n\\]|\\.){1,200}?)(?:\$|\\\))")  # "the answer is $x+1$"
+_FORMULA = re.compile(
+    r"(?i:answer)(?:\s+is)?\s*:?\s*(?:\$|\\\()((?:[^$\n\\]|\\.){1,200}?)(?:\$|\\\))"
+)  # "the answer is $x+1$"
 _DROP = re.compile(r"\\[!,;: ]|\\left|\\right|\s+|\\displaystyle")
 _POWER = r"\s*(?:\^|\*\*)[\s{(+-]*"
 # factorials; numbers to a power to a power; three exponents inside each other; exponents of five digits, or three on a
