@@ -1,0 +1,155 @@
+"""The engine's own environment: SGLang and its torch in a virtual environment of the cache folder, apart from the trainer's.
+
+    engine-0.5.17-cpu/    complete once stamp.json is there and names the pins and the Python of this installation
+
+An installation that was killed has no stamp and is done again from empty. CPU: every package is pinned and none is
+resolved, see engine-cpu.txt. CUDA: what `sglang[all]` asks for, with engine-cuda.txt as constraints; written after the
+package's metadata, not tried on a GPU. `OMNI_FAST_ENGINE_PYTHON` names another Python that has SGLang, and is taken as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from omni_fast.errors import RunError, UserError
+from omni_fast.policy.cache import cache_home
+from omni_fast.serving.process import alone
+
+Device = Literal["cpu", "cuda"]
+Say = Callable[[str], None]
+
+VERSION = "0.5.17"
+PYTHON_VARIABLE = "OMNI_FAST_ENGINE_PYTHON"
+INSTALL_TIMEOUT_S = {"cpu": 1200.0, "cuda": 3600.0}
+LOCK_TIMEOUT_S = 3600.0
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+STAMP = "stamp.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """A complete environment. `seconds` and `bytes` are of its installation."""
+
+    folder: Path
+    seconds: float
+    bytes: int
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+
+def default_device() -> Device:
+    """ "cuda" where the NVIDIA driver is loaded; asks no library."""
+    return "cuda" if Path("/proc/driver/nvidia/version").exists() else "cpu"
+
+
+def python(device: Device) -> Path:
+    """The Python that runs the servers. UserError when there is none yet."""
+    given = os.environ.get(PYTHON_VARIABLE)
+    if given:
+        if shutil.which(given) is None:
+            raise UserError(f"{PYTHON_VARIABLE}={given} cannot be run: name a Python that has sglang, or unset it.")
+        return Path(given)
+    found = installed(device)
+    if found is None:
+        raise UserError(
+            f"SGLang's environment for {device} is not installed here: run `omni-fast engine install --{device}` (about "
+            f"{'2 minutes, 1.6 GB' if device == 'cpu' else '10 minutes, 10 GB'}), give engine.urls, or use the local engine."
+        )
+    return found.python
+
+
+def installed(device: Device) -> Installed | None:
+    """The complete environment of these pins, if it is there."""
+    folder = _folder(device)
+    stamp = folder / STAMP
+    if not stamp.is_file():
+        return None
+    found = json.loads(stamp.read_text(encoding="utf-8"))
+    return Installed(folder, found["seconds"], found["bytes"]) if found["pins"] == _pins_hash(device) else None
+
+
+def install(device: Device, say: Say) -> Installed:
+    """Build the environment, or find it. RunError with pip's last words when it cannot be built."""
+    found = installed(device)
+    if found is not None:
+        return found
+    folder = _folder(device)
+    with alone(folder.with_name(f".{folder.name}.lock"), f"installing {folder.name}", LOCK_TIMEOUT_S, say):
+        found = installed(device)  # by the one we waited for
+        return found or _install(folder, device, say)
+
+
+def _install(folder: Path, device: Device, say: Say) -> Installed:
+    started = time.monotonic()
+    deadline = started + INSTALL_TIMEOUT_S[device]
+    pins = _pins(device)
+    shutil.rmtree(folder, ignore_errors=True)  # of other pins, or left by a killed installation
+    say(f"installing SGLang {VERSION} for {device} into {folder}")
+    _run([sys.executable, "-m", "venv", str(folder)], deadline, "creating a virtual environment")
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if device == "cpu":
+        _check_cpu_torch(pip, pins, deadline)
+        _run([*pip, "--no-deps", "--no-compile", "-r", str(pins)], deadline, f"installing {pins.name}")
+    else:
+        _run([*pip, "-c", str(pins), f"sglang[all]=={VERSION}"], deadline, f"installing sglang[all]=={VERSION}")
+    size = sum(path.lstat().st_size for path in folder.rglob("*"))
+    done = Installed(folder, round(time.monotonic() - started, 1), size)
+    stamp = {"pins": _pins_hash(device), **{key: value for key, value in asdict(done).items() if key != "folder"}}
+    (folder / STAMP).write_text(json.dumps(stamp), encoding="utf-8")
+    return done
+
+
+def _check_cpu_torch(pip: list[str], pins: Path, deadline: float) -> None:
+    """Asks pip which torch it would take, before gigabytes of CUDA come along."""
+    wanted = next(line for line in pins.read_text(encoding="utf-8").splitlines() if line.startswith("torch=="))
+    report = _run(
+        [*pip, "--dry-run", "--no-deps", "--ignore-installed", "--report", "-", wanted],
+        deadline,
+        f"looking for {wanted}",
+    )
+    url = json.loads(report)["install"][0]["download_info"]["url"]
+    if platform.machine() == "x86_64" and "cpu" not in url.rpartition("/")[2]:
+        raise UserError(
+            f"pip would take a CUDA build of {wanted} ({url.rpartition('/')[2]}), of no use to a CPU server: make a CPU build "
+            f"known to pip, for example PIP_EXTRA_INDEX_URL={CPU_INDEX}, and run the same command again."
+        )
+
+
+def _run(command: list[str], deadline: float, what: str) -> str:
+    limit = max(1.0, deadline - time.monotonic())
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired as error:
+        raise RunError(
+            f"{what} took more than its {limit:.0f} s: check the package index, then run the same command again."
+        ) from error
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.strip().splitlines() if not line.startswith("WARNING")]
+        raise RunError(f"{what} failed: " + ("\n".join(lines[-6:]) or f"exit code {done.returncode}"))
+    return done.stdout
+
+
+def _folder(device: Device) -> Path:
+    return cache_home() / f"engine-{VERSION}-{device}"
+
+
+def _pins(device: Device) -> Path:
+    return Path(__file__).with_name(f"engine-{device}.txt")
+
+
+def _pins_hash(device: Device) -> str:
+    text = f"{platform.python_version()} {_pins(device).read_text(encoding='utf-8')}"
+    return hashlib.sha256(text.encode()).hexdigest()

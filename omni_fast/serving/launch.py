@@ -1,0 +1,112 @@
+"""What a server is started with: SGLang's command line and its environment.
+
+Flags of the user come last and untouched, so they win over ours. Bound to 127.0.0.1 unless they say otherwise.
+The API key comes from `OMNI_FAST_ENGINE_KEY` and reaches the server through a file that only this user can read: never
+on a command line, which other users of the machine see.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omni_fast.errors import UserError
+from omni_fast.serving.install import Device
+
+KEY_VARIABLE = "OMNI_FAST_ENGINE_KEY"
+SHIM = Path(__file__).with_name("cpu_shim")
+# Attention and sampling in plain torch; the last two keep the key-value cache of a CPU server small (8192 tokens).
+CPU_FLAGS = """--device cpu --attention-backend torch_native --sampling-backend pytorch --grammar-backend none
+--disable-overlap-schedule --skip-server-warmup --mem-fraction-static 0.1 --max-running-requests 16
+--max-total-tokens 8192""".split()
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One server. Equal launches are interchangeable.
+
+    name: in messages and of its log, for example "policy-0". model: a folder as transformers saves it, or a Hub id.
+    dtype: SGLang's --dtype. flags: SGLang's own. port 0: a free one.
+    """
+
+    name: str
+    model: str
+    device: Device = "cpu"
+    dtype: str = "auto"
+    flags: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 0
+
+
+def launches(role: str, model: str, device: Device, dtype: str, flags: Sequence[str], servers: int) -> list[Launch]:
+    """`servers` launches that differ in name, port and GPU. `--host` and `--port` are read from the flags: ports count up."""
+    rest = list(flags)
+    if any(flag.split("=")[0] == "--api-key" for flag in rest):
+        raise UserError(
+            f"engine.flags holds --api-key, and flags are stored and printed: give the key in the environment as {KEY_VARIABLE}."
+        )
+    host, port = _take(rest, "--host") or "127.0.0.1", _take(rest, "--port") or "0"
+    if not port.isdecimal() or int(port) + servers > 65536:
+        raise UserError(f"engine.flags: --port {port} is no port for {servers} server(s); give 1 to {65536 - servers}.")
+    spread = device == "cuda" and servers > 1 and "--base-gpu-id" not in rest
+    return [
+        Launch(
+            f"{role}-{i}", model, device, dtype, (*rest, *(("--base-gpu-id", str(i)) if spread else ())), host,
+            int(port) + i if int(port) else 0,
+        )
+        for i in range(servers)
+    ]  # fmt: skip
+
+
+def command(launch: Launch, python: Path, port: int, key_file: Path | None) -> list[str]:
+    """The argument list that starts the server on `port`."""
+    module = [str(python), "-m", "sglang.launch_server", "--model-path", launch.model]
+    place = ["--host", launch.host, "--port", str(port)]
+    key = ["--config", str(key_file)] if key_file else []
+    ours = CPU_FLAGS if launch.device == "cpu" else []
+    return [*module, *place, *key, "--dtype", launch.dtype, *ours, *launch.flags]
+
+
+def environment(launch: Launch, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Of the server process: the inherited one without our key and without the trainer's Python paths."""
+    kept = {key: value for key, value in inherited.items() if key != KEY_VARIABLE}
+    if Path(launch.model).is_dir():
+        kept |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if launch.device == "cuda":
+        return kept
+    threads = inherited.get("OMP_NUM_THREADS", "1")
+    return kept | {"PYTHONPATH": str(SHIM), "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": threads}
+
+
+def write_key(folder: Path, launch: Launch) -> Path | None:
+    """The file with the API key (mode 0600), None without a key."""
+    key = os.environ.get(KEY_VARIABLE)
+    if not key:
+        return None
+    if "--config" in launch.flags:
+        raise UserError(
+            f"SGLang takes one --config: put api-key into that file and unset {KEY_VARIABLE}, or drop the flag."
+        )
+    path = folder / f".{launch.name}-key.yaml"
+    path.unlink(missing_ok=True)
+    quoted = key.replace("'", "''")
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as handle:
+        handle.write(f"api-key: '{quoted}'\n")
+    return path
+
+
+def _take(flags: list[str], name: str) -> str | None:
+    """Take `name VALUE` or `name=VALUE` out of the flags."""
+    for place, flag in enumerate(flags):
+        if flag == name:
+            if place + 1 == len(flags):
+                raise UserError(f"engine.flags: {name} has no value.")
+            value = flags[place + 1]
+            del flags[place : place + 2]
+            return value
+        if flag.startswith(f"{name}="):
+            del flags[place]
+            return flag.partition("=")[2]
+    return None

@@ -1,0 +1,397 @@
+"""Start SGLang servers, wait until they answer, look at them, start them again, stop them; from any process.
+
+    FOLDER/servers.json    what was started here: launch, url, pid and time of birth, version (mode 0600)
+    FOLDER/NAME.log        of each server; SGLang writes its API key into it, so only this user can read it (mode 0600)
+
+`up` is safe to repeat: a server of the same launch that answers is taken over, with whatever weights it has; any other
+of its role is stopped first. A process that dies leaves its servers running: `up` and `down` on the folder find them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+from omni_fast.errors import RunError, UserError
+from omni_fast.serving import process
+from omni_fast.serving.install import VERSION, Say, default_device, python
+from omni_fast.serving.launch import KEY_VARIABLE, Launch, command, environment, launches, write_key
+
+STATE = "servers.json"
+START_TIMEOUT_S = 300.0
+STOP_GRACE_S = 20.0
+PROBE_TIMEOUT_S = 10.0
+WATCH_EVERY_S = 1.0
+SAY_EVERY_S = 15.0
+MAX_RESTARTS = 10
+LOG_LINES, LOG_COLUMNS = 12, 300
+# What the log of a server that did not start says -> what to do about it.
+CAUSES = (
+    (
+        r"out of memory|OutOfMemory|Not enough memory|MemoryError|Cannot allocate memory|bad_alloc",
+        "out of memory: lower --mem-fraction-static or --max-total-tokens in engine.flags, or serve a smaller model",
+    ),
+    (
+        r"address already in use|Address already in use",
+        "its port was taken meanwhile: give another, or none for a free one",
+    ),
+    (
+        r"error: (unrecognized arguments|argument|ambiguous option)[^\n]*",
+        f"SGLang {VERSION} does not take a flag of engine.flags",
+    ),
+    (r"No module named '[^']*'", "the environment lacks a package: delete it and run `omni-fast engine install` again"),
+)
+
+
+class Section(Protocol):
+    """What `up` reads of the config's `[engine]` block."""
+
+    @property
+    def servers(self) -> int: ...
+    @property
+    def flags(self) -> Sequence[str]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def start_timeout_s(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """One that was started. version: SGLang's, empty until it answered. restarts: after a death, of the same launch."""
+
+    launch: Launch
+    url: str
+    pid: int
+    born: int
+    log: str
+    version: str = ""
+    restarts: int = 0
+
+    @property
+    def alive(self) -> bool:
+        return process.alive(self.pid, self.born)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a server says now. weight_version: as its last sync named it."""
+
+    server: Server
+    state: Literal["ready", "starting", "silent", "dead"]
+    weight_version: str = ""
+
+
+def up(
+    section: Section, model_folder: Path | str, folder: Path, *, role: str = "policy", say: Say | None = None
+) -> list[str]:
+    """Start `section.servers` servers of one model and wait until all answer; their URLs, in order.
+
+    folder: logs and state. Raises UserError for what the config can mend, RunError otherwise; nothing is left running then.
+    """
+    wanted = launches(role, str(model_folder), default_device(), section.dtype, section.flags, section.servers)
+    started = start(wanted, folder, role=role, timeout_s=section.start_timeout_s, say=say)
+    return [server.url for server in started]
+
+
+def start(
+    wanted: Sequence[Launch],
+    folder: Path,
+    *,
+    role: str = "policy",
+    timeout_s: float = START_TIMEOUT_S,
+    say: Say | None = None,
+) -> list[Server]:
+    """As `up`, for given launches, whose names start with `role`."""
+    say = say or _to_stderr
+    with _locked(folder, timeout_s, say):
+        known = {server.launch.name: server for server in _read(folder)}
+        others = [server for server in known.values() if not server.launch.name.startswith(role)]
+        running = {launch.name: server for launch in wanted if (server := _same(known.get(launch.name), launch))}
+        for name, server in known.items():
+            if server not in others and name not in running and _stop(server):
+                say(f"stopped {name} of an earlier start")
+        started: dict[str, Server] = {}
+        try:
+            ports = _free_ports([launch for launch in wanted if launch.name not in running])
+            for launch in wanted:
+                started[launch.name] = running.get(launch.name) or _spawn(launch, folder, ports[launch.name])
+                _write(folder, [*others, *started.values()])
+            for name, server in started.items():
+                if name in running:
+                    say(f"{name} at {server.url} runs already: taken over")
+                else:
+                    started[name] = _wait(server, timeout_s, say)
+                    _write(folder, [*others, *started.values()])
+        except BaseException:
+            for server in started.values():
+                _stop(server)
+            _write(folder, others)
+            raise
+        return list(started.values())
+
+
+def restart_if_dead(folder: Path, url: str, *, timeout_s: float = START_TIMEOUT_S, say: Say | None = None) -> bool:
+    """Start the server behind `url` again if its process is gone; True if that was so and it answers again.
+
+    It has the weights of its model folder then: sync before using it. A live process that does not answer is left alone
+    (False). UserError for a URL that was not started here; RunError when it does not come up, or died too often.
+    """
+    say = say or _to_stderr
+    with _locked(folder, timeout_s, say):
+        servers = _read(folder)
+        server = next((server for server in servers if server.url == url.rstrip("/")), None)
+        if server is None:
+            raise UserError(f"no server at {url} was started in {folder}; known: {[server.url for server in servers]}")
+        if server.alive:
+            return False
+        name = server.launch.name
+        if server.restarts >= MAX_RESTARTS:
+            raise RunError(f"{name} died {MAX_RESTARTS + 1} times; {_last_words(server)}")
+        say(f"{name} at {server.url} died and is started again (its last log: {server.log}.{server.restarts})")
+        _stop(server)  # children that outlived it
+        port = _free_ports([replace(server.launch, port=int(server.url.rpartition(":")[2]))])[name]
+        Path(server.log).rename(f"{server.log}.{server.restarts}")
+        fresh = replace(_spawn(server.launch, folder, port), restarts=server.restarts + 1)
+        _replace(folder, servers, server, fresh)
+        try:
+            _replace(folder, servers, server, _wait(fresh, timeout_s, say))
+        except BaseException:
+            _stop(fresh)
+            raise
+        return True
+
+
+@contextmanager
+def watched(folder: Path, *, timeout_s: float = START_TIMEOUT_S, say: Say | None = None) -> Iterator[None]:
+    """While inside, a thread starts servers of the folder again when they die; it tells what it cannot start, and goes on.
+
+    Whoever uses them sees a server that is away, and later one that is back with the weights of its model folder.
+    """
+    told = say or _to_stderr
+    stopping = threading.Event()
+
+    def look() -> None:
+        given_up: set[str] = set()
+        while not stopping.wait(WATCH_EVERY_S):
+            for server in _read(folder):
+                if server.version and server.url not in given_up and not server.alive:
+                    try:
+                        restart_if_dead(folder, server.url, timeout_s=timeout_s, say=told)
+                    except (RunError, UserError) as error:
+                        given_up.add(server.url)
+                        told(f"{server.launch.name} stays away: {error}")
+
+    thread = threading.Thread(target=look, name="watching engine servers", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join(timeout_s)
+
+
+def status(folder: Path) -> list[Status]:
+    """Every server that was started here and not stopped by `down`."""
+    return [_status(server) for server in _read(folder)]
+
+
+def down(folder: Path, *, role: str = "", say: Say | None = None) -> int:
+    """Stop the servers of a role (all without one), by SIGTERM, then SIGKILL; how many were running."""
+    say = say or _to_stderr
+    with _locked(folder, START_TIMEOUT_S, say):
+        servers = _read(folder)
+        stopped = 0
+        for server in servers:
+            if server.launch.name.startswith(role) and _stop(server):
+                stopped += 1
+                say(f"stopped {server.launch.name} at {server.url}")
+        _write(folder, [server for server in servers if not server.launch.name.startswith(role)])
+    return stopped
+
+
+def _spawn(launch: Launch, folder: Path, port: int) -> Server:
+    log = folder / f"{launch.name}.log"
+    log.unlink(missing_ok=True)
+    arguments = command(launch, python(launch.device), port, write_key(folder, launch))
+    with os.fdopen(os.open(log, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as sink:
+        child = subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=environment(launch, os.environ),
+            start_new_session=True,
+        )
+    child.returncode = 0  # collected by pid, perhaps by another process: the object must not warn about it
+    reachable = "127.0.0.1" if launch.host in ("0.0.0.0", "::") else launch.host
+    return Server(launch, f"http://{reachable}:{port}", child.pid, process.born(child.pid), str(log))
+
+
+def _wait(server: Server, timeout_s: float, say: Say) -> Server:
+    """Until /health answers 200; a connection refused and then 503 are the normal way there."""
+    name, started, told = server.launch.name, time.monotonic(), 0.0
+    while True:
+        if not server.alive:
+            raise _death(server)
+        answer = _get(server, "/health")
+        waited = time.monotonic() - started
+        if answer == 200:
+            break
+        what = "importing, nothing listens yet" if answer is None else f"loading, /health answers {answer}"
+        if waited > timeout_s:
+            raise RunError(
+                f"{name} was not ready after {timeout_s:.0f} s ({what}): raise engine.start_timeout_s; {_last_words(server)}"
+            )
+        if waited - told >= SAY_EVERY_S:
+            told = waited
+            say(f"waiting for {name} at {server.url} ({what}; {waited:.0f} of at most {timeout_s:.0f} s)")
+        time.sleep(0.3)
+    _key_file(server).unlink(missing_ok=True)
+    version = str(_json(server, "/server_info").get("version", ""))
+    say(f"{name} at {server.url} is ready after {waited:.0f} s: SGLang {version}, {server.launch.model}")
+    return replace(server, version=version)
+
+
+def _death(server: Server) -> UserError | RunError:
+    """What a server that died while starting died of."""
+    log = _log(server)
+    name = server.launch.name
+    for pattern, remedy in CAUSES:
+        found = re.search(pattern, log)
+        if found:
+            line = next(line for line in log.splitlines() if found[0].splitlines()[0] in line)
+            said = f"{name} did not start, {remedy} ({line.strip()[:LOG_COLUMNS]}); log: {server.log}"
+            return UserError(said) if "argument" in found[0] or "option" in found[0] else RunError(said)
+    if not log.strip() or "Traceback" not in log:
+        return RunError(f"{name} ended while starting, perhaps killed for lack of memory; {_last_words(server)}")
+    return RunError(f"{name} died while starting; {_last_words(server)}")
+
+
+def _last_words(server: Server) -> str:
+    lines = [line[:LOG_COLUMNS] for line in _log(server).splitlines() if line.strip()]
+    return f"the end of {server.log}:\n" + "\n".join(lines[-LOG_LINES:])
+
+
+def _log(server: Server) -> str:
+    """The log without the API key, which SGLang prints among its settings."""
+    path = Path(server.log)
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    key = os.environ.get(KEY_VARIABLE)
+    return text.replace(key, "***") if key else text
+
+
+def _same(server: Server | None, launch: Launch) -> Server | None:
+    """The server, if it is one of this launch, runs, and was ready."""
+    if server is None or server.launch != launch or not server.version or not server.alive:
+        return None
+    return server if _get(server, "/health") == 200 else None
+
+
+def _status(server: Server) -> Status:
+    if not server.alive:
+        return Status(server, "dead")
+    if _get(server, "/health") != 200:
+        return Status(server, "silent" if server.version else "starting")
+    return Status(server, "ready", str(_json(server, "/model_info").get("weight_version", "")))
+
+
+def _stop(server: Server) -> bool:
+    _key_file(server).unlink(missing_ok=True)
+    return process.stop(server.pid, server.born, STOP_GRACE_S)
+
+
+def _key_file(server: Server) -> Path:
+    return Path(server.log).with_name(f".{server.launch.name}-key.yaml")
+
+
+def _free_ports(wanted: Sequence[Launch]) -> dict[str, int]:
+    """Name -> port: the given one, which must be free, or one that is; all held at once, so they differ."""
+    ports = {}
+    with ExitStack() as held:
+        for launch in wanted:
+            probe = held.enter_context(socket.socket())
+            if launch.port:  # connections of a server that died do not count
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((launch.host, launch.port))
+            except OSError as error:
+                raise UserError(
+                    f"{launch.name} cannot listen on {launch.host}:{launch.port} ({error.strerror}): stop what is there, "
+                    "or change --host and --port in engine.flags (without --port a free one is taken)."
+                ) from error
+            ports[launch.name] = probe.getsockname()[1]
+    return ports
+
+
+def _request(server: Server, path: str) -> urllib.request.Request:
+    key = os.environ.get(KEY_VARIABLE)
+    return urllib.request.Request(server.url + path, headers={"Authorization": f"Bearer {key}"} if key else {})
+
+
+def _get(server: Server, path: str) -> int | None:
+    """The status code of an answer; None without one."""
+    try:
+        with urllib.request.urlopen(_request(server, path), timeout=PROBE_TIMEOUT_S) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:  # refused, reset, timed out
+        return None
+
+
+def _json(server: Server, path: str) -> dict[str, object]:
+    try:
+        with urllib.request.urlopen(_request(server, path), timeout=PROBE_TIMEOUT_S) as answer:
+            return dict(json.load(answer))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{server.launch.name} at {server.url} does not answer {path}: {error}") from error
+
+
+def _replace(folder: Path, servers: Sequence[Server], old: Server, new: Server) -> None:
+    _write(folder, [new if server == old else server for server in servers])
+
+
+def _read(folder: Path) -> list[Server]:
+    path = folder / STATE
+    if not path.is_file():
+        return []
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        Server(**(row | {"launch": Launch(**(row["launch"] | {"flags": tuple(row["launch"]["flags"])}))}))
+        for row in rows
+    ]
+
+
+def _write(folder: Path, servers: Sequence[Server]) -> None:
+    work = folder / f".{STATE}.writing"
+    work.write_text(json.dumps([asdict(server) for server in servers], indent=1), encoding="utf-8")
+    work.chmod(0o600)
+    work.replace(folder / STATE)
+
+
+def _locked(folder: Path, timeout_s: float, say: Say) -> AbstractContextManager[None]:
+    """One starter or stopper of a folder's servers at a time."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {folder} for servers cannot be made ({error.strerror}): give another.") from error
+    limit = timeout_s + STOP_GRACE_S
+    return process.alone(folder / ".servers.lock", f"starting or stopping servers in {folder}", limit, say)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
