@@ -1,0 +1,217 @@
+"""Connections to SGLang servers: one event loop in a thread of its own, bounded requests, the least busy server first.
+
+A server is `ready` (it answers and holds the current weights) or drained, with the reason. Only ready servers get prompts;
+what is under way on a server that fails is asked elsewhere. Whoever owns the weights brings a drained server back
+(`sglang.py`). Every request has a time limit, and every error names the server, the path and what was wrong.
+
+Limits: HTTP/1.1 and JSON. The key goes into one header of every request and into no message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+import httpx
+
+from omni_fast.errors import UserError
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+Result = TypeVar("Result")
+
+OLDEST = (0, 5, 17)  # SGLang; its contract is the oldest that is tested
+BRACKETS = (0, 5, 18)  # from some version after this one on, an update stands between begin_ and end_weight_update
+PROBE_S, MAX_PROBE_S = 0.5, 15.0  # between two looks at a drained server
+ASK_S = 10.0  # for what a server answers at once
+
+
+class ServerError(Exception):
+    """A server did not do what it was asked. status: of HTTP, 0 where there was no whole answer."""
+
+    def __init__(self, url: str, path: str, reason: str, status: int = 0) -> None:
+        super().__init__(f"{url}{path}: {reason}")
+        self.url, self.path, self.reason, self.status = url, path, reason, status
+
+    @property
+    def own_fault(self) -> bool:
+        """Whether the request itself was refused, as another server would refuse it."""
+        return self.status in (400, 401, 403, 404, 413, 422)
+
+
+@dataclass(eq=False, slots=True)
+class Server:
+    """version: of SGLang. proven: tag of the weights it was last seen to hold. in_flight: groups it works on."""
+
+    url: str
+    version: tuple[int, ...] = ()
+    tensor_parallel: int = 1
+    shows_weights: bool = True  # /get_weights_by_name, which SGLang has for the Llama family only
+    proven: str = ""
+    ready: bool = False
+    reason: str = "not asked yet"
+    in_flight: int = 0
+    next_probe: float = 0.0
+    probe_gap: float = PROBE_S
+
+
+class Fleet:
+    """The servers and the loop that talks to them; `run` and `each` are for any other thread."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        api_key: str = "",
+        in_flight: int = 32,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """in_flight: bound on a server's groups at a time. say: gets one line when a server goes or comes back."""
+        if not urls or len({url.rstrip("/") for url in urls}) < len(urls):
+            raise UserError(f"engine.urls must name at least one server and each once, got {list(urls)}")
+        self.servers = [Server(_checked(url)) for url in urls]
+        self.bound = in_flight
+        self.say = say
+        self._freed: asyncio.Event | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engine-http", daemon=True)
+        self._thread.start()
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        self._http = httpx.AsyncClient(headers=headers, timeout=None, limits=limits, trust_env=False)
+
+    def close(self) -> None:
+        if self._loop.is_running():
+            self.run(self._http.aclose())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    # -- from other threads ------------------------------------------------------------------------------------------
+
+    def submit(self, work: Coroutine[None, None, Result]) -> Future[Result]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def run(self, work: Coroutine[None, None, Result]) -> Result:
+        return self.submit(work).result()
+
+    def each(
+        self, servers: Sequence[Server], work: Callable[[Server], Awaitable[Result]]
+    ) -> list[tuple[Server, Result | ServerError]]:
+        """`work` on all servers at the same time: each with its result, or with the error."""
+
+        async def one(server: Server) -> tuple[Server, Result | ServerError]:
+            try:
+                return server, await work(server)
+            except ServerError as error:
+                return server, error
+
+        async def together() -> list[tuple[Server, Result | ServerError]]:
+            return list(await asyncio.gather(*(one(server) for server in servers)))
+
+        return self.run(together())
+
+    @property
+    def ready(self) -> list[Server]:
+        return [server for server in self.servers if server.ready]
+
+    def reasons(self) -> str:
+        """Why the drained servers are drained, in one line."""
+        return "; ".join(f"{server.url}: {server.reason}" for server in self.servers if not server.ready)
+
+    def drain(self, server: Server, reason: str) -> None:
+        """Ask it nothing more until it is back."""
+        if server.ready:
+            self.say(f"the engine server {server.url} is left out ({reason}); its work goes to the others or waits")
+        server.ready, server.reason, server.next_probe, server.probe_gap = False, reason, 0.0, PROBE_S
+
+    def admit(self, server: Server) -> None:
+        """It holds the current weights and may be asked."""
+        server.ready, server.reason = True, ""
+        self._loop.call_soon_threadsafe(self._wake)
+
+    # -- inside the loop ---------------------------------------------------------------------------------------------
+
+    async def ask(self, server: Server, path: str, payload: Json = None, timeout_s: float = ASK_S) -> Json:
+        """GET, or POST where there is a payload; the answered JSON. Raises ServerError for anything but a whole 200."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                if payload is None:
+                    response = await self._http.get(server.url + path)
+                else:
+                    response = await self._http.post(server.url + path, json=payload)
+        except TimeoutError as error:
+            raise ServerError(server.url, path, f"no answer within {timeout_s:g} s") from error
+        except httpx.ConnectError as error:
+            raise ServerError(server.url, path, "nothing answers there") from error
+        except httpx.HTTPError as error:
+            raise ServerError(server.url, path, f"the connection broke ({type(error).__name__})") from error
+        if response.status_code != 200:
+            raise ServerError(server.url, path, _told(response), response.status_code)
+        try:
+            data: Json = json.loads(response.content) if response.content else None
+        except ValueError as error:
+            raise ServerError(server.url, path, "the answer is not JSON") from error
+        return data
+
+    async def take(self) -> Server:
+        """The ready server with the fewest groups, one more on it now; waits while all are full or drained."""
+        while True:
+            free = [server for server in self.servers if server.ready and server.in_flight < self.bound]
+            if free:
+                server = min(free, key=lambda one: one.in_flight)
+                server.in_flight += 1
+                return server
+            self._freed = self._freed or asyncio.Event()
+            await self._freed.wait()
+
+    def give_back(self, server: Server) -> None:
+        server.in_flight -= 1
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._freed is not None:
+            self._freed.set()
+            self._freed = None
+
+
+def member(data: Json, key: str) -> Json:
+    """data[key] of a JSON object; None without."""
+    return data.get(key) if isinstance(data, dict) else None
+
+
+def parse_version(text: str) -> tuple[int, ...]:
+    """ "0.5.10.post1" -> (0, 5, 10); () where it is no version."""
+    match = re.match(r"\d+(\.\d+)*", text)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()
+
+
+def _checked(url: str) -> str:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise UserError(
+            f"engine.urls: {url!r} is not a URL ({error}); give something like http://host:30000"
+        ) from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise UserError(f"engine.urls: {url!r} is not an http(s) URL; give something like http://host:30000")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def _told(response: httpx.Response) -> str:
+    """Status and, cut short, what the server says about it."""
+    text = response.text.strip()
+    try:
+        data: Json = json.loads(text)
+    except ValueError:
+        data = None
+    for key in ("error", "message", "detail"):
+        inner = member(data, key)
+        data = inner if inner is not None else data
+    said = data if isinstance(data, str) else text
+    return f"HTTP {response.status_code}" + (f" ({said[:300]})" if said else "")

@@ -1,0 +1,100 @@
+"""What a weight sync carries: names, shapes and dtypes as servers know them, in buckets of bounded size.
+
+Names are those of the Hugging Face checkpoint; a LoRA adapter is merged into its layer, so that a server needs no LoRA.
+Tied weights appear once. The plan is made once; `tensors` reads the policy's working weights as they are at the time.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+BUCKET_BYTES = 512 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor; `offset` is where its first number stands in its bucket."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    @property
+    def count(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Tensors of one dtype that travel as one flat buffer of `count` numbers."""
+
+    dtype: torch.dtype
+    entries: tuple[Entry, ...]
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [entry for bucket in self.buckets for entry in bucket.entries]
+
+
+def make_plan(model: PreTrainedModel, bucket_bytes: int = BUCKET_BYTES) -> Plan:
+    """Buckets in the order of the model's tensors. A tensor larger than `bucket_bytes` has a bucket of its own."""
+    buckets: list[Bucket] = []
+    open_: dict[torch.dtype, list[Entry]] = {}
+
+    def close(dtype: torch.dtype) -> None:
+        if entries := open_.pop(dtype, []):
+            buckets.append(Bucket(dtype, tuple(entries), entries[-1].offset + entries[-1].count))
+
+    for name, value in tensors(model):
+        entries = open_.get(value.dtype, [])
+        start = entries[-1].offset + entries[-1].count if entries else 0
+        if entries and (start + value.numel()) * value.element_size() > bucket_bytes:
+            close(value.dtype)
+            start = 0
+        open_.setdefault(value.dtype, []).append(Entry(name, tuple(value.shape), value.dtype, start))
+    for dtype in list(open_):
+        close(dtype)
+    return Plan(tuple(buckets))
+
+
+@torch.no_grad()
+def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Each weight of the model by its checkpoint name; not copies, but for layers with an adapter."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        layer, marked, rest = name.partition(".base_layer.")
+        if not marked:
+            yield name, parameter.detach()
+        elif rest == "weight":
+            yield f"{layer}.weight", _merged(model.get_submodule(layer))
+        else:
+            yield f"{layer}.{rest}", parameter.detach()
+
+
+def _merged(module: nn.Module) -> Tensor:
+    """The base weight of peft's LoRA layer plus its adapters' product, added in fp32 and rounded once."""
+    adapted: Any = module  # peft's layer, which is not imported for a model without one
+    base: Tensor = adapted.base_layer.weight.detach()
+    deltas = [adapted.get_delta_weight(name).detach().float() for name in adapted.active_adapters]
+    return torch.stack([base.float(), *deltas]).sum(0).to(base.dtype)
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of the tensor's numbers as they stand in memory."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy().tobytes())

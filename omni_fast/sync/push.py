@@ -1,0 +1,335 @@
+"""Weights from the trainer to SGLang servers, each sync checked: version echoed, numbers read back.
+
+Two ways. `disk`: one safetensors folder, written whole and then renamed, that every server loads; for any host that shares
+the folder. `tensor`: a flat buffer a bucket in shared memory, of which servers on this host get the handle. Either way
+servers pause between two tokens, and old keys and values are not read again, since the cache is salted by the version's tag.
+
+A server that fails at any point is drained, so that it gets no prompt while its weights are in doubt; `catch_up` loads the
+current version from disk, for it as for one that was restarted. One sync is under way at a time.
+
+Limits: SGLang shows its weights for the Llama family alone. For others the version is checked here, the numbers only by the
+mismatch between the server's log-probs and the trainer's, which every step's row has (`rollout_kl_k3`).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+import torch
+import torch.multiprocessing
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from omni_fast.errors import RunError, UserError
+from omni_fast.rollout.fleet import BRACKETS, Fleet, Json, Server, ServerError, member
+from omni_fast.sync.plan import BUCKET_BYTES, Bucket, checksum, make_plan, tensors
+
+Transport = Literal["disk", "tensor"]
+LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
+ROWS = 16  # of a tensor that are read back in a run
+HELD_AS = (torch.float32, torch.bfloat16, torch.float16)  # what a server may have rounded to
+
+
+class WeightSync:
+    """The policy's weights on all servers of a fleet; implements `rollout.sglang.Weights`."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        model: PreTrainedModel,
+        folder: Path,
+        *,
+        transport: Transport = "disk",
+        compared: int | None = 2,
+        load_s: float = 300.0,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        """folder: made here, for weights on disk; all servers must see it under this path.
+
+        compared: how many tensors are read back after a sync, others each time; None: all of them, whole.
+        load_s: limit on one load. Raises UserError where a transport does not reach a server.
+        """
+        far = [server.url for server in fleet.servers if urlsplit(server.url).hostname not in LOCAL]
+        if transport == "tensor" and far:
+            raise UserError(
+                f"engine.sync 'tensor' shares memory and {far[0]} is not on this host: set it to 'disk' and put the run "
+                "folder where all hosts see it"
+            )
+        self.fleet, self.model, self.folder = fleet, model, folder.absolute()
+        self.transport, self.compared, self.load_s = transport, compared, load_s
+        self.plan = make_plan(model, bucket_bytes)
+        self.run = uuid.uuid4().hex[:8]  # no other trainer, and no earlier process of this run, has these tags
+        self.tag = f"{self.run}.none"
+        self._turn = 0
+        self._readable = [entry.name for entry in self.plan.entries if _readable(model, entry.name)]
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # -- before the first step ---------------------------------------------------------------------------------------
+
+    def check(self, server: Server) -> None:
+        """Compare architecture, vocabulary, layers and widths with the policy's, without changing anything.
+
+        Raises UserError where they differ, ServerError where the server does not answer.
+        """
+        info = self.fleet.run(self.fleet.ask(server, "/model_info"))
+        kinds, own = member(info, "architectures"), type(self.model).__name__
+        if isinstance(kinds, list) and own not in kinds:
+            self._refuse(server, f"architecture {', '.join(map(str, kinds))}", own)
+        size = self._vocabulary(server)
+        if size != self.model.config.vocab_size:
+            self._refuse(server, f"a vocabulary of {size}", f"one of {self.model.config.vocab_size}")
+        layers = self.model.config.num_hidden_layers
+        shapes = {entry.name: entry.shape for entry in self.plan.entries}
+        embedding = next(name for name in shapes if "embed_tokens" in name)
+        server.shows_weights = self._rows(server, embedding, 1) is not None
+        if not server.shows_weights:
+            return self.fleet.say(
+                f"{server.url} does not show its weights ({own}): they are checked by log-probs alone"
+            )
+        for name, shape in shapes.items():
+            if ".layers." in name and f".layers.{layers - 1}." not in name:
+                continue
+            rows = self._rows(server, name, 1)
+            if rows is None or rows.shape[1:] != shape[1:]:
+                self._refuse(
+                    server, "nothing" if rows is None else f"rows of {list(rows.shape[1:])}", f"{name} {list(shape)}"
+                )
+        deeper = next(name for name in shapes if f".layers.{layers - 1}." in name)
+        deeper = deeper.replace(f".layers.{layers - 1}.", f".layers.{layers}.")
+        if self._rows(server, deeper, 1) is not None:
+            self._refuse(server, f"a layer {layers}", f"{layers} layers")
+
+    def _refuse(self, server: Server, has: str, wanted: str) -> None:
+        raise UserError(
+            f"the engine server {server.url} has another model: it has {has}, the policy {wanted}. Start it with the "
+            "policy's model folder, or correct engine.urls"
+        )
+
+    def _vocabulary(self, server: Server) -> int | None:
+        """A server names the valid range when it refuses a token; None where it does not."""
+        ask: Json = {
+            "input_ids": [0],
+            "sampling_params": {"max_new_tokens": 1},
+            "return_logprob": True,
+            "token_ids_logprob": [1 << 30],
+        }
+        try:
+            self.fleet.run(self.fleet.ask(server, "/generate", ask))
+        except ServerError as error:
+            if error.status != 400:
+                raise
+            found = re.search(r"valid range is \[0, (\d+)\)", error.reason)
+            return int(found[1]) if found else None
+        return None
+
+    def _rows(self, server: Server, name: str, count: int) -> Tensor | None:
+        """The first rows of a server's tensor in fp32; None where it has no such tensor."""
+        try:
+            data = self.fleet.run(
+                self.fleet.ask(server, "/get_weights_by_name", {"name": name, "truncate_size": count}, self.load_s)
+            )
+        except ServerError as error:
+            if error.status == 400:
+                return None
+            raise
+        return torch.tensor(data, dtype=torch.float32) if isinstance(data, list) else None
+
+    # -- one sync ----------------------------------------------------------------------------------------------------
+
+    def push(self, version: int) -> dict[str, float]:
+        """The current weights to all ready servers as `version`; those that fail are drained.
+
+        Returns seconds: pack, load, verify, paused (servers stood still), total.
+        """
+        self.tag = f"{self.run}.{version}"
+        clock = {"pack": 0.0, "load": 0.0, "verify": 0.0, "paused": 0.0}
+        started = time.perf_counter()
+        if self.transport == "disk":
+            with _timed(clock, "pack"):
+                self._write()
+        paused = time.perf_counter()
+        self._on_ready(lambda server: self.fleet.ask(server, "/pause_generation", {"mode": "in_place"}))
+        if self.transport == "disk":
+            with _timed(clock, "load"):
+                self._on_ready(self._load_folder)
+        else:
+            self._push_buckets(clock)
+        self._on_ready(lambda server: self.fleet.ask(server, "/continue_generation", {}))
+        clock["paused"] = time.perf_counter() - paused
+        with _timed(clock, "verify"):
+            self._verify(self.fleet.ready)
+        return clock | {"total": time.perf_counter() - started}
+
+    def catch_up(self, server: Server) -> None:
+        """The current version from disk to one server that is not ready. Raises ServerError."""
+        self._write()
+        self.fleet.run(self._load_folder(server))
+        self.fleet.run(self.fleet.ask(server, "/continue_generation", {}))  # it may have been left paused
+        self._check_numbers(server, self._sample())
+
+    def _on_ready(self, work: Callable[[Server], Awaitable[Json]]) -> None:
+        for server, result in self.fleet.each(self.fleet.ready, work):
+            if isinstance(result, ServerError):
+                self.fleet.drain(server, f"weight sync: {result.path} {result.reason}")
+
+    async def _load_folder(self, server: Server) -> Json:
+        return await self.fleet.ask(
+            server,
+            "/update_weights_from_disk",
+            {"model_path": str(self._folder), "weight_version": self.tag, "flush_cache": False},
+            self.load_s,
+        )
+
+    # -- disk --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _folder(self) -> Path:
+        return self.folder / self.tag
+
+    def _write(self) -> None:
+        """The current weights as a folder of the tag's name, unless it is there; older ones go."""
+        if self._folder.is_dir():
+            return
+        work = self.folder / ".writing"
+        try:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            work.mkdir(parents=True)
+            self.model.config.save_pretrained(work)
+            values = {name: value.cpu().contiguous() for name, value in tensors(self.model)}
+            save_file(values, work / "model.safetensors", {"format": "pt"})
+            for path in (work / "model.safetensors", work):
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+            work.rename(self._folder)
+        except OSError as error:
+            raise RunError(
+                f"the weights for the engine could not be written to {self.folder} ({error.strerror or error}): make room "
+                "there, and run the same command again"
+            ) from error
+
+    # -- shared memory -----------------------------------------------------------------------------------------------
+
+    def _push_buckets(self, clock: dict[str, float]) -> None:
+        """Bucket after bucket: packed here, loaded by all servers, and only then the next."""
+        opened = [server for server in self.fleet.ready if server.version > BRACKETS]
+        self._in_brackets(opened, "/begin_weight_update")
+        values = dict(tensors(self.model))
+        for bucket in self.plan.buckets:
+            with _timed(clock, "pack"):
+                views = _packed(bucket, values)
+            tag = self.tag if bucket is self.plan.buckets[-1] else None
+
+            async def load(server: Server, views: list[tuple[str, Tensor]] = views, tag: str | None = tag) -> Json:
+                handles: list[Json] = [_handle(views) for _ in range(server.tensor_parallel)]
+                ask: dict[str, Json] = {"serialized_named_tensors": handles, "flush_cache": False}
+                if tag is not None:
+                    ask["weight_version"] = tag
+                return await self.fleet.ask(server, "/update_weights_from_tensor", ask, self.load_s)
+
+            with _timed(clock, "load"):
+                self._on_ready(load)
+        self._in_brackets([server for server in opened if server.ready], "/end_weight_update")
+
+    def _in_brackets(self, servers: Sequence[Server], path: str) -> None:
+        for server, result in self.fleet.each(servers, lambda server: self.fleet.ask(server, path, {}, self.load_s)):
+            if isinstance(result, ServerError) and result.status != 404:  # an older server has and needs none
+                self.fleet.drain(server, f"weight sync: {path} {result.reason}")
+
+    # -- proof -------------------------------------------------------------------------------------------------------
+
+    def _sample(self) -> list[str]:
+        """The names to read back this time."""
+        if self.compared is None:
+            return self._readable
+        count = min(self.compared, len(self._readable))
+        names = [self._readable[(self._turn + place) % len(self._readable)] for place in range(count)]
+        self._turn += count
+        return names
+
+    def _verify(self, servers: Sequence[Server]) -> None:
+        names = self._sample()
+        for server in servers:
+            try:
+                self._check_numbers(server, names)
+            except ServerError as error:
+                self.fleet.drain(server, f"weight sync: {error.path} {error.reason}")
+
+    def _check_numbers(self, server: Server, names: Sequence[str]) -> None:
+        """Raises ServerError unless the server says the version and shows the numbers that were sent."""
+        info = self.fleet.run(self.fleet.ask(server, "/model_info"))
+        held = member(info, "weight_version")
+        if held != self.tag:
+            raise ServerError(server.url, "/model_info", f"holds weights {held!r} instead of {self.tag!r}")
+        own = {name: value for name, value in tensors(self.model) if name in names}
+        for name in names if server.shows_weights else []:
+            rows = self._rows(server, name, ROWS if self.compared is not None else 1 << 40)
+            if rows is None:
+                raise ServerError(server.url, "/get_weights_by_name", f"has no {name}")
+            sent = own[name][: len(rows)].cpu()
+            if checksum(rows) not in {checksum(sent.to(dtype).float()) for dtype in (sent.dtype, *HELD_AS)}:
+                raise ServerError(server.url, "/get_weights_by_name", f"{name} is not what was sent")
+        server.proven = self.tag
+
+
+def _readable(model: PreTrainedModel, name: str) -> bool:
+    """SGLang cuts its fused q/k/v by hidden size over heads, which is wrong for a model with another head size."""
+    config = model.config
+    plain = (getattr(config, "head_dim", None) or 0) in (0, config.hidden_size // config.num_attention_heads)
+    return plain or not re.search(r"\.[qkv]_proj\.", name)
+
+
+def _packed(bucket: Bucket, values: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """The bucket's tensors as views of one flat buffer in shared memory, whatever device they are on."""
+    flat = torch.empty(bucket.count, dtype=bucket.dtype)
+    with _named_memory():
+        flat.share_memory_()
+    views = []
+    for entry in bucket.entries:
+        view = flat[entry.offset : entry.offset + entry.count].view(entry.shape)
+        view.copy_(values[entry.name])
+        views.append((entry.name, view))
+    return views
+
+
+def _handle(views: list[tuple[str, Tensor]]) -> str:
+    """What one reader needs to map the views: each opening takes one reference, so every reader gets its own."""
+    buffer = io.BytesIO()
+    with _named_memory():
+        ForkingPickler(buffer).dump(views)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@contextmanager
+def _named_memory() -> Iterator[None]:
+    """Share by name: a file descriptor cannot be passed to a process that is no child of this one."""
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        yield
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
+
+
+@contextmanager
+def _timed(clock: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        clock[phase] += time.perf_counter() - start

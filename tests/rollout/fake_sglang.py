@@ -1,0 +1,301 @@
+"""A real HTTP server with the wire contract of SGLang (0.5.17, or 0.5.21 with brackets) and faults on demand; not a test
+module.
+
+It holds tensors, takes them from disk or from shared memory, shows them, counts their versions, and answers prompts with
+tokens and log-probs that follow from the prompt, the sample's number and nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import random
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+Fault = Callable[["Handler", dict], bool]  # handler and request JSON; True: the fault has answered (or cut) itself
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: FakeSGLang
+
+    def do_GET(self) -> None:
+        self._serve({})
+
+    def do_POST(self) -> None:
+        self._serve(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def _serve(self, body: dict) -> None:
+        fake = self.server
+        with fake.lock:
+            fake.asked.append((self.path, body))
+        try:
+            if fake.key and self.headers.get("Authorization") != f"Bearer {fake.key}":
+                return self.reply(401, {"error": "Unauthorized"})
+            for path, fault in list(fake.faults):
+                if path == self.path and fault(self, body):
+                    return None
+            status, answer = getattr(fake, self.path.strip("/").replace("/", "_"), fake.missing)(body)
+            self.reply(status, answer)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+
+    def reply(self, status: int, answer: object, cut: int | None = None) -> None:
+        """cut: send only so many bytes of the body, then close."""
+        data = answer if isinstance(answer, bytes) else b"" if answer is None else json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data if cut is None else data[:cut])
+        if cut is not None:
+            self.cut()
+
+    def cut(self) -> None:
+        self.close_connection = True
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+class FakeSGLang(ThreadingHTTPServer):
+    """weights: what it starts with, by checkpoint name. Its methods are its paths: request JSON -> status, answer."""
+
+    daemon_threads = True
+    request_queue_size = 256
+    allow_reuse_address = True
+
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        *,
+        version: str = "0.5.17",
+        vocabulary: int = 640,
+        architecture: str = "LlamaForCausalLM",
+        key: str = "",
+        port: int = 0,
+    ) -> None:
+        self.weights = {name: value.clone() for name, value in weights.items()}
+        self.version, self.vocabulary, self.architecture, self.key = version, vocabulary, architecture, key
+        self.weight_version = "default"
+        self.paused = self.session = False
+        self.faults: list[tuple[str, Fault]] = []
+        self.asked: list[tuple[str, dict]] = []
+        self.lock = threading.Lock()
+        self.sockets: list[socket.socket] = []
+        super().__init__(("127.0.0.1", port), Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def paths(self, path: str) -> list[dict]:
+        return [body for asked, body in self.asked if asked == path]
+
+    # -- the contract ------------------------------------------------------------------------------------------------
+
+    def missing(self, body: dict) -> tuple[int, object]:
+        return 404, {"detail": "Not Found"}
+
+    def health(self, body: dict) -> tuple[int, object]:
+        return 200, None
+
+    def model_info(self, body: dict) -> tuple[int, object]:
+        return 200, {"weight_version": self.weight_version, "architectures": [self.architecture]}
+
+    def server_info(self, body: dict) -> tuple[int, object]:
+        return 200, {"version": self.version, "tp_size": 1, "dp_size": 1}
+
+    def pause_generation(self, body: dict) -> tuple[int, object]:
+        self.paused = True
+        return 200, {"message": "Generation paused successfully."}
+
+    def continue_generation(self, body: dict) -> tuple[int, object]:
+        self.paused = False
+        return 200, {"message": "Generation continued successfully."}
+
+    def begin_weight_update(self, body: dict) -> tuple[int, object]:
+        if not self.has_brackets:
+            return self.missing(body)
+        self.session = True
+        return 200, {"success": True, "message": ""}
+
+    def end_weight_update(self, body: dict) -> tuple[int, object]:
+        if not self.has_brackets:
+            return self.missing(body)
+        self.session = False
+        return 200, {"success": True, "message": ""}
+
+    @property
+    def has_brackets(self) -> bool:
+        return self.version >= "0.5.21"
+
+    def update_weights_from_disk(self, body: dict) -> tuple[int, object]:
+        return self._take(load_file(Path(body["model_path"]) / "model.safetensors"), body)
+
+    def update_weights_from_tensor(self, body: dict) -> tuple[int, object]:
+        if self.has_brackets and not self.session:
+            message = "must run between begin_weight_update() and end_weight_update()"
+            return 400, {"success": False, "message": message}
+        pairs = pickle.loads(base64.b64decode(body["serialized_named_tensors"][0]))
+        return self._take({name: value.clone() for name, value in pairs}, body)
+
+    def _take(self, values: dict[str, Tensor], body: dict) -> tuple[int, object]:
+        assert body["flush_cache"] is False
+        for name, value in values.items():
+            if name not in self.weights or self.weights[name].shape != value.shape:
+                return 400, {"success": False, "message": f"Failed to update weights: {name}"}
+        self.weights |= values
+        self.weight_version = body.get("weight_version", self.weight_version)
+        return 200, {"success": True, "message": "Succeeded to update model weights."}
+
+    def get_weights_by_name(self, body: dict) -> tuple[int, object]:
+        if body["name"] not in self.weights or self.architecture != "LlamaForCausalLM":
+            return 400, {"error": {"message": "Get parameter by name failed"}}
+        return 200, self.weights[body["name"]].float()[: body["truncate_size"]].tolist()
+
+    def generate(self, body: dict) -> tuple[int, object]:
+        if any(token >= self.vocabulary for token in body.get("token_ids_logprob", [])):
+            message = f"token_ids_logprob contains out-of-vocabulary token id; valid range is [0, {self.vocabulary})."
+            return 400, {"error": {"message": message}}
+        assert not self.paused, "a prompt while paused"
+        draw = body["sampling_params"]
+        rows = [sample(body["input_ids"], k, draw, self.weight_version) for k in range(draw.get("n", 1))]
+        return 200, rows if len(rows) > 1 else rows[0]
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    def get_request(self) -> tuple[socket.socket, object]:
+        connection, address = super().get_request()
+        self.sockets.append(connection)
+        return connection, address
+
+    def server_close(self) -> None:
+        """Dies for good: connections that are kept alive are cut too."""
+        super().server_close()
+        for connection in self.sockets:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def start(self) -> None:
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def kill(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        kind = sys.exc_info()[0]
+        if kind is not None and issubclass(kind, AssertionError):
+            super().handle_error(request, client_address)
+
+
+def sample(prompt: list[int], number: int, draw: dict, weight_version: str) -> dict:
+    """What the fake says: one completion as SGLang words it."""
+    generator = random.Random(f"{prompt}:{number}")
+    count = draw["max_new_tokens"]
+    tokens = [generator.randrange(3, 256) for _ in range(count)]
+    pairs = [[-generator.random() * 3, token, None] for token in tokens]
+    stops = draw.get("stop_token_ids", [])
+    finish: dict = {"type": "length", "length": count}
+    if stops and generator.random() < 0.5:
+        end = generator.randrange(count)
+        tokens, pairs = [*tokens[:end], stops[0]], [*pairs[:end], [-0.5, stops[0], None]]
+        finish = {"type": "stop", "matched": stops[0]}
+    meta = {"id": "x", "finish_reason": finish, "prompt_tokens": len(prompt), "completion_tokens": len(tokens)}
+    meta |= {"weight_version": weight_version, "output_token_logprobs": pairs}
+    return {"text": "", "output_ids": tokens, "meta_info": meta}
+
+
+# -- faults: each says whether it answered ----------------------------------------------------------------------------
+
+
+def times(count: int, fault: Fault) -> Fault:
+    """Only the first `count` requests."""
+    left = [count]
+
+    def limited(handler: Handler, body: dict) -> bool:
+        with handler.server.lock:
+            left[0] -= 1
+            on = left[0] >= 0
+        return on and fault(handler, body)
+
+    return limited
+
+
+def status(code: int) -> Fault:
+    def refuse(handler: Handler, body: dict) -> bool:
+        handler.reply(code, {"error": {"message": f"on demand {code}"}})
+        return True
+
+    return refuse
+
+
+def silent(handler: Handler, body: dict) -> bool:
+    time.sleep(1.5)
+    handler.cut()
+    return True
+
+
+def cut(handler: Handler, body: dict) -> bool:
+    handler.cut()
+    return True
+
+
+def half(handler: Handler, body: dict) -> bool:
+    _, answer = handler.server.generate(body)
+    data = json.dumps(answer).encode()
+    handler.reply(200, data, cut=len(data) // 2)
+    return True
+
+
+def slow(seconds: float) -> Fault:
+    def wait(handler: Handler, body: dict) -> bool:
+        time.sleep(seconds)
+        return False
+
+    return wait
+
+
+def edited(change: Callable[[dict], None]) -> Fault:
+    """Answers /generate with every sample changed."""
+
+    def answer(handler: Handler, body: dict) -> bool:
+        status, rows = handler.server.generate(body)
+        assert isinstance(rows, list)
+        for row in rows:
+            change(row)
+        handler.reply(status, rows)
+        return True
+
+    return answer
+
+
+@contextmanager
+def serving(*fakes: FakeSGLang) -> Iterator[None]:
+    for fake in fakes:
+        fake.start()
+    try:
+        yield
+    finally:
+        for fake in fakes:
+            fake.kill()
+
+
+def random_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """As a server that was started with other weights of the same shapes holds them."""
+    return {name: torch.randn_like(value) for name, value in model.named_parameters()}

@@ -1,0 +1,288 @@
+"""Weights on servers equal the policy's after every sync, or the server gets no prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from fake_sglang import FakeSGLang, cut, random_weights, serving, status, times
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from omni_fast.errors import RunError, UserError
+from omni_fast.policy.adapter import add_adapter
+from omni_fast.rollout.engine import Prompt, Sampling
+from omni_fast.rollout.fleet import Fleet
+from omni_fast.rollout.sglang import SGLangEngine
+from omni_fast.sync import WeightSync
+from omni_fast.sync.plan import checksum, make_plan, tensors
+
+SHAPE = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 48, "tie_word_embeddings": True,
+}  # fmt: skip
+TRANSPORTS = ["disk", "tensor"]
+SAMPLING = Sampling(max_new_tokens=4)
+PROMPTS = [Prompt([1, 2, place], place) for place in range(6)]
+
+
+def llama(**changes: object) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE | changes))  # type: ignore[arg-type]
+
+
+def fake(model: torch.nn.Module, **options: object) -> FakeSGLang:
+    return FakeSGLang(random_weights(model), vocabulary=64, **options)  # type: ignore[arg-type]
+
+
+@contextmanager
+def engine(
+    model: LlamaForCausalLM, folder: Path, *fakes: FakeSGLang, transport: str = "disk", **options: object
+) -> Iterator[SGLangEngine]:
+    with ExitStack() as stack:
+        stack.enter_context(serving(*fakes))
+        said: list[str] = []
+        fleet = Fleet([one.url for one in fakes], say=said.append)
+        stack.callback(fleet.close)
+        weights = WeightSync(fleet, model, folder / "engine", transport=transport, **{"compared": None} | options)  # type: ignore[arg-type]
+        stack.callback(weights.close)
+        made = SGLangEngine(fleet, weights, request_s=5, wait_s=5)
+        made.said = said  # type: ignore[attr-defined]
+        yield made
+
+
+def move(model: torch.nn.Module) -> None:
+    """An optimiser step, as far as the sync can tell."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+
+def check_equal(model: torch.nn.Module, server: FakeSGLang) -> None:
+    for name, value in tensors(model):  # type: ignore[arg-type]
+        assert torch.equal(server.weights[name], value), name
+
+
+@pytest.mark.parametrize("version", ["0.5.17", "0.5.21"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_every_server_has_the_policys_weights_after_each_sync(tmp_path: Path, transport: str, version: str) -> None:
+    model = llama()
+    servers = [fake(model, version=version), fake(model, version=version)]
+    with engine(model, tmp_path, *servers, transport=transport, bucket_bytes=20_000) as made:
+        for step in range(1, 4):
+            move(model)
+            seconds = made.sync(step)
+            assert set(seconds) == {"pack", "load", "verify", "paused", "total"}
+            assert seconds["total"] >= seconds["pack"] + seconds["verify"] > 0
+            for server in servers:
+                check_equal(model, server)
+                assert server.weight_version == made.weights.tag and made.weights.tag.endswith(f".{step}")
+                assert not server.paused and not server.session
+            found = made.generate(PROMPTS, 2, SAMPLING)
+            assert all(one.versions == [(step, 0, 4)] for group in found for one in group)
+        assert made.said == []
+    loads = [body for body in servers[0].paths("/update_weights_from_tensor")]
+    if transport == "tensor":
+        assert len(loads) == 4 * len(make_plan(model, 20_000).buckets) > 8
+        assert len(servers[0].paths("/begin_weight_update")) == (4 if version == "0.5.21" else 0)
+    assert not (tmp_path / "engine").exists(), "close takes the weights on disk away"
+
+
+def test_tags_are_never_those_of_another_engine(tmp_path: Path) -> None:
+    model, tags = llama(), set()
+    for number in range(2):
+        server = fake(model)
+        with engine(model, tmp_path / str(number), server) as made:
+            made.generate(PROMPTS, 2, SAMPLING)
+            tags |= {body["extra_key"] for body in server.paths("/generate") if "extra_key" in body}
+    assert len(tags) == 2
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_server_that_holds_fewer_bits_is_no_difference(tmp_path: Path, transport: str, dtype: torch.dtype) -> None:
+    model = llama()
+    server = fake(model)
+    take = server._take
+    server._take = lambda values, body: take({name: value.to(dtype) for name, value in values.items()}, body)  # type: ignore[method-assign]
+    with engine(model, tmp_path, server, transport=transport) as made:
+        assert made.said == [] and made.fleet.ready
+
+
+def test_a_bf16_policy_arrives_as_it_is(tmp_path: Path) -> None:
+    model = llama().to(torch.bfloat16)
+    for transport in TRANSPORTS:
+        server = fake(model)
+        with engine(model, tmp_path, server, transport=transport):
+            check_equal(model, server)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_lora_arrives_merged(tmp_path: Path, transport: str) -> None:
+    plain, model = llama(), llama()
+    add_adapter(model, rank=4, alpha=8.0)
+    server = fake(plain)
+    with engine(model, tmp_path, server, transport=transport) as made:
+        check_equal(plain, server)  # a fresh adapter changes nothing
+        move(model)
+        made.sync(1)
+        name = "model.layers.1.mlp.down_proj"
+        layer = model.get_submodule(name)
+        merged = layer.base_layer.weight + layer.lora_B["default"].weight @ layer.lora_A["default"].weight * 2.0
+        torch.testing.assert_close(server.weights[f"{name}.weight"], merged)
+        assert server.weights.keys() == dict(plain.named_parameters()).keys() and made.said == []
+
+
+# -- what is refused before the first step -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("server", "told"),
+    [
+        (FakeSGLang(random_weights(llama()), vocabulary=65), "a vocabulary of 65, the policy one of 64"),
+        (FakeSGLang(random_weights(llama()), vocabulary=64, architecture="Qwen2ForCausalLM"), "architecture Qwen2"),
+        (FakeSGLang(random_weights(llama(hidden_size=64)), vocabulary=64), r"rows of \[64\], the policy"),
+        (FakeSGLang(random_weights(llama(num_hidden_layers=1)), vocabulary=64), "it has nothing, the policy model.layers.1"),
+        (FakeSGLang(random_weights(llama(num_hidden_layers=3)), vocabulary=64), "it has a layer 2, the policy 2 layers"),
+        (FakeSGLang(random_weights(llama(intermediate_size=40)), vocabulary=64), "it has rows of .40., the policy"),
+    ],
+    ids="vocabulary architecture width fewer deeper inner".split(),
+)  # fmt: skip
+def test_another_model_is_refused_and_left_as_it_was(tmp_path: Path, server: FakeSGLang, told: str) -> None:
+    with pytest.raises(UserError, match=told), engine(llama(), tmp_path, server):
+        pass
+    assert server.weight_version == "default" and not server.paths("/update_weights_from_disk")
+
+
+def test_a_shape_that_only_the_load_can_tell_is_refused_too(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did not take the policy's weights.*Failed to update"):
+        server = fake(llama(num_key_value_heads=4))
+        with engine(llama(), tmp_path, server):
+            pass
+
+
+def test_shared_memory_needs_servers_of_this_host(tmp_path: Path) -> None:
+    fleet = Fleet(["http://10.0.0.7:30000"])
+    with pytest.raises(UserError, match="not on this host"):
+        WeightSync(fleet, llama(), tmp_path, transport="tensor")
+    fleet.close()
+
+
+def test_a_model_whose_weights_sglang_does_not_show_is_told_once_and_works(tmp_path: Path) -> None:
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE | {"head_dim": 16}))  # type: ignore[arg-type]
+    server = fake(model, architecture="Qwen3ForCausalLM")
+    with engine(model, tmp_path, server) as made:
+        move(model)
+        made.sync(1)
+        check_equal(model, server)
+        assert len(made.said) == 1 and "does not show its weights" in made.said[0]
+
+
+# -- a sync that goes wrong --------------------------------------------------------------------------------------------
+
+
+FAULTY = [
+    ("/update_weights_from_disk", status(500)),
+    ("/update_weights_from_disk", cut),
+    ("/pause_generation", status(503)),
+    ("/continue_generation", cut),
+    ("/model_info", status(500)),
+]
+
+
+@pytest.mark.parametrize(("path", "fault"), FAULTY, ids="load cut pause continue info".split())
+def test_a_server_that_fails_in_a_sync_is_drained_and_then_caught_up(tmp_path: Path, path: str, fault: object) -> None:
+    model = llama()
+    servers = [fake(model), fake(model)]
+    with engine(model, tmp_path, *servers) as made:
+        move(model)
+        servers[0].faults.append((path, times(1, fault)))  # type: ignore[arg-type]
+        made.sync(1)
+        assert [server.ready for server in made.fleet.servers] == [False, True]
+        found = made.generate(PROMPTS * 10, 2, SAMPLING)
+        assert len(found) == 60 and made.fleet.servers[0].ready
+        check_equal(model, servers[0])
+        assert servers[0].weight_version == made.weights.tag == servers[1].weight_version
+        assert not servers[0].paused
+        assert len(made.said) == 2 and "left out" in made.said[0] and "is back" in made.said[1]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_one_wrong_number_or_version_is_noticed(tmp_path: Path, transport: str) -> None:
+    model = llama()
+    server = fake(model)
+    take = server._take
+
+    def spoil(values: dict, body: dict) -> tuple[int, object]:
+        answer = take(values, body)
+        server._take = take  # type: ignore[method-assign]
+        server.weights["model.layers.1.mlp.up_proj.weight"][-1, -1] += 1e-3
+        return answer
+
+    def forget(values: dict, body: dict) -> tuple[int, object]:
+        server._take = take  # type: ignore[method-assign]
+        return take(values, body | {"weight_version": "default"})
+
+    with engine(model, tmp_path, server, transport=transport) as made:
+        for step, (wrong, told) in enumerate([(spoil, "is not what was sent"), (forget, "holds weights")], 1):
+            move(model)
+            server._take = wrong  # type: ignore[method-assign]
+            made.sync(step)
+            assert not made.fleet.ready and told in made.fleet.reasons()
+            made.generate(PROMPTS, 2, SAMPLING)  # waits until it is caught up
+            check_equal(model, server)
+
+
+def test_in_a_run_other_tensors_are_read_back_each_time(tmp_path: Path) -> None:
+    model = llama()
+    server = fake(model)
+    names = [entry.name for entry in make_plan(model).entries]
+    with engine(model, tmp_path, server, compared=3) as made:
+        before = len(server.paths("/get_weights_by_name"))
+        for step in range(1, 8):
+            made.sync(step)
+        read = [body["name"] for body in server.paths("/get_weights_by_name")[before:]]
+    assert len(read) == 21 and set(read) == set(names), "all are read in turn"
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    model = llama()
+    (tmp_path / "engine").write_text("in the way")
+    with pytest.raises(RunError, match="could not be written"), engine(model, tmp_path, fake(model)):
+        pass
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(64, 200_000), st.booleans(), st.booleans())
+@settings(deadline=None, max_examples=25)
+def test_the_plan_has_every_weight_once_in_bounded_buckets(size: int, tied: bool, mixed: bool) -> None:
+    model = llama(tie_word_embeddings=tied)
+    if mixed:
+        model.model.norm.to(torch.float64)
+    plan = make_plan(model, size)
+    own = dict(model.named_parameters())
+    assert sorted(entry.name for entry in plan.entries) == sorted(own)
+    for bucket in plan.buckets:
+        place = 0
+        for entry in bucket.entries:
+            assert entry.dtype == bucket.dtype == own[entry.name].dtype and entry.shape == own[entry.name].shape
+            assert entry.offset == place
+            place += entry.count
+        assert place == bucket.count
+        assert len(bucket.entries) == 1 or bucket.count * bucket.dtype.itemsize <= size
+
+
+@given(st.integers(0, 30), st.integers(0, 7))
+@settings(deadline=None, max_examples=50)
+def test_a_checksum_sees_one_bit(place: int, bit: int) -> None:
+    value = torch.randn(31)
+    other = value.clone()
+    other.view(torch.int32)[place] ^= 1 << bit
+    assert checksum(value) != checksum(other) and checksum(value) == checksum(value.clone())
+    assert checksum(value.expand(2, 31).t()[:, 0]) == checksum(value)
