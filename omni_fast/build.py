@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from omni_fast import serving
 from omni_fast.config import Config
 from omni_fast.curriculum.stages import Draw
 from omni_fast.evaluate import EVAL_TOKENS_FACTOR, Evaluation, evaluate, tokenise
@@ -27,10 +28,13 @@ from omni_fast.policy.model import load, stop_tokens
 from omni_fast.policy.tiny import tiny_model
 from omni_fast.policy.update import Policy
 from omni_fast.progress import Progress
-from omni_fast.rollout.engine import Prompt, Sample, Sampling
+from omni_fast.rollout.engine import Engine, Prompt, Sample, Sampling
+from omni_fast.rollout.fleet import Fleet
 from omni_fast.rollout.local import LocalEngine
+from omni_fast.rollout.sglang import SGLangEngine
 from omni_fast.run import BASE, Run
 from omni_fast.scoring import Scorer
+from omni_fast.sync import WeightSync
 from omni_fast.tasks import build_tasks
 from omni_fast.tasks.base import SPLITS, Item, Split, Task
 from omni_fast.tasks.jsonl import FileTask
@@ -50,7 +54,7 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     tasks: dict[str, Task]
     policy: Policy
-    engine: LocalEngine
+    engine: Engine
     scorer: Scorer
     trackers: Trackers
     holds: str = BASE
@@ -168,8 +172,7 @@ def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
             stack.callback(scorer.close)
             progress.wait("the policy's optimiser and the engine")
             policy = make_policy(config, model)
-            engine = LocalEngine(model, max_rows=config.rollout.max_rows)
-            stack.callback(engine.close)
+            engine = make_engine(config, model, run.folder / "engine", stack, progress)
             trackers = Trackers(config, run.folder, len(run.rows()))
             stack.callback(trackers.close)
             parts = Parts(config, run, progress, model, tokenizer, tasks, policy, engine, scorer, trackers)
@@ -191,12 +194,36 @@ def load_model(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     return load(config.model.path, dtype=torch.float32, device=device)
 
 
+def make_engine(config: Config, model: PreTrainedModel, folder: Path, stack: ExitStack, progress: Progress) -> Engine:
+    """What the config's [engine] names, with the model's weights; stopped with `stack`. folder: for its weights and logs."""
+    wanted = config.engine
+    if wanted.kind == "local":
+        local = LocalEngine(model, max_rows=config.rollout.max_rows)
+        stack.callback(local.close)
+        return local
+    urls = wanted.urls
+    if not urls:
+        progress.wait("the engine's servers to start")
+        urls = serving.up(wanted, str(model.name_or_path), folder, say=progress.say)
+        stack.callback(partial(serving.down, folder, say=progress.say))
+        stack.enter_context(serving.watched(folder, say=progress.warn))
+    key = os.environ.get(serving.KEY_VARIABLE, "")
+    fleet = Fleet(urls, api_key=key, in_flight=wanted.in_flight, say=progress.warn)
+    stack.callback(fleet.close)
+    weights = WeightSync(fleet, model, folder / "weights", transport=wanted.sync)
+    stack.callback(weights.close)
+    return SGLangEngine(fleet, weights, request_s=wanted.request_timeout_s, wait_s=wanted.wait_s, wait=progress.wait)
+
+
 def make_policy(config: Config, model: PreTrainedModel) -> Policy:
     loss, optimizer = config.loss, config.optimizer
     spec = LossSpec.preset(loss.policy, beta=loss.beta, entropy_coef=loss.entropy_bonus)
+    spec = replace(spec, eps_low=loss.eps_low, eps_high=loss.eps_high)
+    if config.engine.kind != "local":  # its kernels round otherwise than the trainer's: truncated importance sampling
+        spec = replace(spec, rollout="truncate")
     return Policy(
         model,
-        loss=replace(spec, eps_low=loss.eps_low, eps_high=loss.eps_high),
+        loss=spec,
         learning_rate=optimizer.learning_rate,
         temperature=config.rollout.temperature,
         betas=(optimizer.beta1, optimizer.beta2),

@@ -43,6 +43,21 @@ class RolloutConfig(Section):
     max_rows: Positive = 128  # samples decoded at the same time
 
 
+class EngineConfig(Section):
+    """What generates. sglang: servers that run already (`urls`), or that the run starts and stops. See docs/engine.md."""
+
+    kind: Literal["local", "sglang"] = "local"
+    urls: list[str] = []  # for example ["http://127.0.0.1:30000"]; none: the run starts `servers` of its own
+    sync: Literal["disk", "tensor"] = "disk"  # tensor: through shared memory, servers on this host only
+    in_flight: Positive = 32  # groups a server works on at a time
+    request_timeout_s: Annotated[float, Field(gt=0.0)] = 300.0  # of one group
+    wait_s: Annotated[float, Field(ge=0.0)] = 600.0  # for servers that start, or are all down
+    servers: Positive = 1
+    dtype: str = "auto"  # SGLang's --dtype
+    flags: list[str] = []  # SGLang's own, passed on as they are
+    start_timeout_s: Annotated[float, Field(gt=0.0)] = 300.0
+
+
 class LossConfig(Section):
     policy: Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "gspo"] = "dapo"
     eps_low: Annotated[float, Field(gt=0.0)] = 0.2
@@ -168,6 +183,7 @@ class Config(Section):
     threads: NonNegative = 0  # 0: the cores this process may use
     model: ModelConfig = ModelConfig()
     rollout: RolloutConfig = RolloutConfig()
+    engine: EngineConfig = EngineConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
@@ -190,10 +206,12 @@ class Config(Section):
         return self
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that the result depends on: neither logging nor checkpoints, nor where a judge stands and how it is waited for."""
-        places = {"url": True, "timeout_s": True}
+        """All that the result depends on: neither logging nor checkpoints, nor where servers stand and how they are waited for."""
+        judge = {"url": True, "timeout_s": True}
+        engine = dict.fromkeys(EngineConfig.model_fields.keys() - {"kind", "dtype", "flags"}, True)
         return self.model_dump(
-            mode="json", exclude={"logging": True, "checkpoint": True, "rewards": True, "judge": places}
+            mode="json",
+            exclude={"logging": True, "checkpoint": True, "rewards": True, "judge": judge, "engine": engine},
         )
 
 

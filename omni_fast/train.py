@@ -109,11 +109,11 @@ class Trainer:
         """One GRPO step: sample groups and score each as it is complete, update the policy, sync, write the row."""
         clock, before = [time.perf_counter()], stream.state_dict()
         groups = [self.parts.group(draw) for draw in stream.draw(self.config.rollout.prompts_per_step)]
-        self.parts.sample(groups, f"{'+'.join(stage.own)}:{step}")
-        clock.append(time.perf_counter())
         try:
+            self.parts.sample(groups, f"{'+'.join(stage.own)}:{step}")
+            clock.append(time.perf_counter())
             work_s = self.parts.scorer.finish()
-        except RunError:  # no scores, or stopped while waiting for them: the policy is still that of the step before
+        except RunError:  # no samples, no scores, or stopped meanwhile: the policy is still that of the step before
             self.checkpoint(stage, step - 1, before)
             raise
         set_advantages(groups, self.tasks, self.config.loss.advantage_scale)
@@ -121,7 +121,7 @@ class Trainer:
         self.progress.wait("the policy update")
         metrics = self.policy.update(trajectories(groups))
         clock.append(time.perf_counter())
-        self.engine.sync(self.engine.version + 1)
+        metrics |= self.engine.sync(self.engine.version + 1)
         clock.append(time.perf_counter())
         row = outcome.record_step(self.run, stage, step, clock, groups, self.tasks, metrics, self.monitor, work_s)
         self.parts.trackers.log(row)

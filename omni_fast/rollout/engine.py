@@ -67,8 +67,8 @@ class Engine(Protocol):
         """`n` samples for each prompt, in the order of the prompts; `finished` gets each group while others still run."""
         ...
 
-    def sync(self, version: int) -> None:
-        """Take over the policy's current weights as `version`."""
+    def sync(self, version: int) -> dict[str, float]:
+        """Take over the policy's current weights as `version`; metrics of it, for the step's row."""
         ...
 
     def close(self) -> None: ...

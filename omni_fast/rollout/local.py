@@ -61,11 +61,12 @@ class LocalEngine:
         self.fast: PreTrainedModel | None = None
         self.sync(0)
 
-    def sync(self, version: int) -> None:
+    def sync(self, version: int) -> dict[str, float]:
         """Take over the model as it is now, adapters included; samples from now on carry `version`."""
         self.fast = None  # the packed weights of the last version go first: never two of them in memory
         self.fast = inference_copy(self.model, ATTENTION, ROWS)
         self.version = version
+        return {}
 
     def close(self) -> None:
         """Give the packed weights back; `sync` makes the engine usable again."""

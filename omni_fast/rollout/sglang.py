@@ -85,7 +85,7 @@ class SGLangEngine:
                 except ServerError as error:
                     if error.status in (401, 403):
                         raise UserError(
-                            f"{error}; set the key in the variable that engine.api_key_env names"
+                            f"{error}; set the servers' key in the environment variable OMNI_FAST_ENGINE_KEY"
                         ) from error
                     if time.monotonic() > end:
                         raise UserError(
@@ -159,10 +159,11 @@ class SGLangEngine:
         return results
 
     def sync(self, version: int) -> dict[str, float]:
-        """The policy's weights to every server as `version`; seconds by phase. A server that fails is drained."""
+        """The policy's weights to every server as `version`; seconds/sync_PHASE. A server that fails is drained."""
         seconds = self.weights.push(version)
         self.version = version
-        return seconds
+        ready = {"engine_servers": float(len(self.fleet.ready))}
+        return {f"seconds/sync_{phase}": value for phase, value in seconds.items()} | ready
 
     def close(self) -> None:
         self.fleet.close()

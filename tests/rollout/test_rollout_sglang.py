@@ -309,7 +309,7 @@ def test_the_key_goes_with_every_request_and_into_no_message() -> None:
         with pytest.raises(UserError) as told:
             made.generate(prompts(1), 2, SAMPLING)
         assert "s3cret" not in str(told.value) + " ".join(made.said)
-    with pytest.raises(UserError, match="api_key_env") as told, engine(fake(key="s3cret"), key="wr0ng"):
+    with pytest.raises(UserError, match="OMNI_FAST_ENGINE_KEY") as told, engine(fake(key="s3cret"), key="wr0ng"):
         pass
     assert "wr0ng" not in str(told.value)
 
