@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from omni_fast import config as configs
+from omni_fast.cli_engine import engine_app
 from omni_fast.errors import RunError, UserError
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ judge_app = typer.Typer(help="The judge that scores open-ended answers.", no_arg
 app.add_typer(data_app, name="data")
 app.add_typer(sandbox_app, name="sandbox")
 app.add_typer(judge_app, name="judge")
+app.add_typer(engine_app, name="engine")
 
 console = Console(highlight=False)
 
