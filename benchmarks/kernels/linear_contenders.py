@@ -132,6 +132,13 @@ def ours_forward(backend: str) -> Build:
     return build
 
 
+def ours_one_kernel(data: LinearData) -> Run:
+    """GEMM and softmax in one CUDA kernel: no logits in memory."""
+    require("cuda")
+    fused = importlib.import_module("omni_kernels.backends.cuda").linear_forward
+    return Run(lambda: fused(data.hidden, data.weight, None, data.tokens.targets))
+
+
 def require(backend: str) -> None:
     reason = backends.reason_unavailable(backend)
     if reason is not None:
@@ -284,7 +291,8 @@ C2: list[Contender[LinearData]] = [
 T3: list[Contender[LinearData]] = [
     Contender("limit: one GEMM", "limit", one_gemm),
     Contender("omni_kernels, Triton", "ours", ours_forward("triton")),
-    Contender("omni_kernels, CUDA", "ours", ours_forward("cuda")),
+    Contender("omni_kernels, CUDA rows", "ours", ours_forward("cuda")),
+    Contender("omni_kernels, CUDA, one kernel", "ours", ours_one_kernel),
     Contender("logsumexp on full logits, torch.compile", "peer", forward_full_logits),
     Contender("Liger fused linear scaled cross-entropy", "peer", liger_scaled(True)),
     Contender("verl linear_cross_entropy", "peer", verl(True)),

@@ -80,7 +80,9 @@ class Head:
         sure target, so its entry is written again from the forward log-prob, which was formed from shifted logits.
         """
         a, b, z = gradient.a, gradient.b, gradient.z
-        column = torch.where(targets == IGNORE, 0, targets)[:, None]
+        column = torch.where(targets == IGNORE, 0, targets)[:, None].clamp(
+            0, logits.shape[1] - 1
+        )  # a GPU's are not looked at
         scale = self.inv_temperature
         if self.softcap is not None:
             bent = torch.tanh(logits.gather(1, column)[:, 0].to(a.dtype) / self.softcap)
@@ -151,6 +153,7 @@ class Matrices:
         self.buffer = hidden.new_empty(chunk_rows, len(weight))
         self.dx = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if self.need_dx else None
         self.dw: Tensor | None = into
+        self.keeps_dw = self.need_dw and into is None
         self.db: Tensor | None = None
 
     @property
@@ -278,7 +281,7 @@ def policy_head(
             _backward(m, head, stash, targets, stats, gradient[chunk], chunk)
     loss = metrics[METRICS.index("loss")].to(dtype, copy=True)
     dx, dw, db = _gradients(m, weight, bias, rows, n)
-    return PolicyResult(loss, metrics, _scattered(stats, rows, n), dx, None if into is not None else dw, db)
+    return PolicyResult(loss, metrics, _scattered(stats, rows, n), dx, dw, db)
 
 
 @dataclass(frozen=True)
@@ -408,8 +411,8 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     del m.buffer  # before dW is rounded into memory of its own
     dx = None if m.dx is None else _scatter(m.dx, rows, n)
-    dw, db = m.dw, m.db
-    if m.need_dw:
+    dw, db = m.dw if m.keeps_dw else None, m.db
+    if m.keeps_dw:
         dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if dw is None else dw.to(weight.dtype)
     if m.need_db and bias is not None:
         db = torch.zeros_like(bias) if db is None else db.to(bias.dtype)

@@ -70,12 +70,13 @@ class Launch:
         return {"SPAN": self.span, "BLOCK": self.block, "LANES": lanes, "VECTOR": vector, "STAGES": stages}
 
 
-# A thread holds 16 to 32 logits, block / (32 warps), in registers: no more than 64 registers, and no spills.
+# A thread holds 8 to 32 logits, block / (32 warps), in registers: no more than 64 registers, and no spills.
 # One segment a program: small programs, nine on a processor, so that some compute while others load (72 KB under way).
 # One row a program: two on a processor (1,024 threads of 64 registers); more rows under way would not fit L2. So few cannot
 # hide a load behind each other: each has two blocks (32 KB in bf16) on their way to shared memory while it works on one.
 SEGMENT = {torch.bfloat16: Launch(32768, 4096, 4, 1), torch.float32: Launch(32768, 4096, 4, 1)}
-ROW = {torch.bfloat16: Launch(32768, 8192, 16, 3), torch.float32: Launch(32768, 8192, 16, 3)}
+ROW = {torch.bfloat16: Launch(32768, 8192, 16, 3), torch.float32: Launch(32768, 4096, 16, 3)}  # 16 KB a block
+ROW_CAPPED = Launch(32768, 4096, 16, 3)  # the slope of the cap takes the registers of half a block
 GRADIENT = {torch.bfloat16: Launch(8192, 8192, 8, 1), torch.float32: Launch(8192, 8192, 8, 1)}
 _LEAST_BLOCK = 256  # one 16-byte load of bf16 by each thread of a warp
 
@@ -161,7 +162,7 @@ def rows_policy_loss_(
     for name, column in zip(program.columns, columns, strict=True):
         rows.check_vector(column, name, column.dtype)
     want_entropy = want_entropy or spec.needs_entropy
-    launch = ROW[logits.dtype].fit(rows.vocab)
+    launch = (ROW_CAPPED if rows.capped else ROW[logits.dtype]).fit(rows.vocab)
     segments = triton.cdiv(rows.vocab, launch.span)
     if rows.count < _processors(logits.device) and segments > 1:
         shift = torch.empty(2, rows.count, dtype=torch.float32, device=logits.device)

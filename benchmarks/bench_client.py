@@ -1,0 +1,167 @@
+"""How many samples a second can the client take off SGLang servers, and how long does each phase of a weight sync take?
+
+    python benchmarks/bench_client.py [--rounds 5] [--output benchmarks/results/engine.json]
+
+Client: groups of n = 8 samples of 64 tokens with log-probs, asked and read as in training, from a server that computes
+nothing (tests/rollout/fake_sglang.py, in a process of its own, answering from memory), so that client and server have a
+core each. The peers are the parts that no client of this contract is without: parsing the same answers (`json.loads`), and
+the same requests through httpx alone. Sync: SmolLM2's shapes with 6 of its 30 layers (49 M weights, fp32), random, both
+transports against the same server; `verify` reads two tensors back.
+Contenders take turns in every round; medians over rounds, with the spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from importlib import metadata
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import httpx
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from omni_fast.rollout.engine import Prompt, Sampling
+from omni_fast.rollout.fleet import Fleet
+from omni_fast.rollout.sglang import SGLangEngine, read, request
+from omni_fast.sync import WeightSync
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "rollout"))
+from fake_sglang import FakeSGLang, sample
+
+N, TOKENS, GROUPS, IN_FLIGHT = 8, 64, 400, 32
+SAMPLING = Sampling(max_new_tokens=TOKENS)
+PROMPTS = [Prompt([1 + place % 50, *range(3, 130)], place) for place in range(GROUPS)]
+TARGETS = {"client samples/s": 4000}
+SHAPES = {
+    "vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 6, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "intermediate_size": 1536, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+class Quick(FakeSGLang):
+    """Answers every prompt with the same bytes, made once for each weight version."""
+
+    def generate(self, body: dict) -> tuple[int, object]:
+        if "token_ids_logprob" in body:
+            return super().generate(body)
+        if self.answered != self.weight_version:
+            self.answered = self.weight_version
+            self.answer = answer(self.weight_version)
+        self.asked.clear()
+        return 200, self.answer
+
+    answered = ""
+    answer = b""
+
+
+def answer(tag: str) -> bytes:
+    return json.dumps([sample([1, 2], k, {"max_new_tokens": TOKENS}, tag) for k in range(N)]).encode()
+
+
+def serve(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    server = Quick(dict(model().named_parameters()), vocabulary=SHAPES["vocab_size"])
+    server.start()
+    pipe.send(server.url)
+    pipe.recv()
+
+
+def model() -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**SHAPES))  # type: ignore[arg-type]
+
+
+async def bare(url: str, tag: str) -> None:
+    """The same requests, as many at a time, with nothing looked at."""
+    body = request(PROMPTS[0].tokens, N, SAMPLING, tag)
+    async with httpx.AsyncClient(timeout=60.0, trust_env=False) as http:
+
+        async def some() -> None:
+            for _ in range(GROUPS // IN_FLIGHT):
+                (await http.post(f"{url}/generate", json=body)).raise_for_status()
+
+        await asyncio.gather(*(some() for _ in range(IN_FLIGHT)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+
+    torch.set_num_threads(1)
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(there,), daemon=True)
+    process.start()
+    url = here.recv()
+    policy = model()
+    seen: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        seen.setdefault(name, []).append(value)
+
+    with tempfile.TemporaryDirectory() as folder:
+        fleet = Fleet([url], in_flight=IN_FLIGHT, say=print)
+        syncs = {kind: WeightSync(fleet, policy, Path(folder), transport=kind) for kind in ("disk", "tensor")}
+        engine = SGLangEngine(fleet, syncs["tensor"])
+        engine.generate(PROMPTS[:50], N, SAMPLING)  # opens the connections
+        bytes_ = answer(syncs["tensor"].tag)
+        for round_ in range(options.rounds):
+            for kind, sync in syncs.items():
+                for phase, seconds in sync.push(2 * round_ + (kind == "tensor")).items():
+                    note(f"sync {kind} {phase} ms", 1e3 * seconds)
+            started, busy = time.perf_counter(), time.process_time()
+            found = engine.generate(PROMPTS, N, SAMPLING)
+            took, busy = time.perf_counter() - started, time.process_time() - busy
+            assert len(found) == GROUPS and all(len(group) == N for group in found)
+            note("client samples/s", GROUPS * N / took)
+            note("client tokens/s", GROUPS * N * TOKENS / took)
+            note("client busy, share of one core", busy / took)
+            started = time.perf_counter()
+            asyncio.run(bare(url, syncs["tensor"].tag))
+            note("httpx alone, samples/s", GROUPS // IN_FLIGHT * IN_FLIGHT * N / (time.perf_counter() - started))
+            started = time.perf_counter()
+            for _ in range(GROUPS):
+                json.loads(bytes_)
+            note("json.loads alone, samples/s", GROUPS * N / (time.perf_counter() - started))
+            tag, data = syncs["tensor"].tag, json.loads(answer(syncs["tensor"].tag))
+            started = time.perf_counter()
+            for _ in range(GROUPS):
+                read(fleet.servers[0], data, N, 0, tag)
+            note("reading samples alone, samples/s", GROUPS * N / (time.perf_counter() - started))
+        engine.close()
+    here.send(None)
+    process.terminate()
+
+    results = {
+        name: {"median": statistics.median(values), "low": min(values), "high": max(values)}
+        for name, values in seen.items()
+    }
+    for name, value in results.items():
+        target = f"   target {TARGETS[name]:,}" if name in TARGETS else ""
+        print(f"{name:36} {value['median']:12,.1f}   {value['low']:,.1f} .. {value['high']:,.1f}{target}")
+    print(f"bytes of an answer: {len(bytes_):,}")
+    if options.output:
+        machine = {"cpu": cpu(), "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
+        packages = {name: metadata.version(name) for name in ("httpx", "torch")}
+        versions = {"python": platform.python_version(), "kernel": platform.release()} | packages
+        content = {"machine": machine, "versions": versions, "rounds": options.rounds, "results": results}
+        options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    main()
