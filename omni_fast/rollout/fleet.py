@@ -17,10 +17,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
-
-import httpx
+from urllib.parse import urlsplit
 
 from omni_fast.errors import UserError
+from omni_fast.rollout.wire import Broken, Connections
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 Result = TypeVar("Result")
@@ -81,13 +81,11 @@ class Fleet:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-http", daemon=True)
         self._thread.start()
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self._http = httpx.AsyncClient(headers=headers, timeout=None, limits=limits, trust_env=False)
+        self._http = Connections({"Authorization": f"Bearer {api_key}"} if api_key else {})
 
     def close(self) -> None:
         if self._loop.is_running():
-            self.run(self._http.aclose())
+            self.run(self._http.close())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -141,20 +139,17 @@ class Fleet:
         """GET, or POST where there is a payload; the answered JSON. Raises ServerError for anything but a whole 200."""
         try:
             async with asyncio.timeout(timeout_s):
-                if payload is None:
-                    response = await self._http.get(server.url + path)
-                else:
-                    response = await self._http.post(server.url + path, json=payload)
+                body = None if payload is None else json.dumps(payload, separators=(",", ":")).encode()
+                status, answer = await self._http.send(server.url + path, body)
         except TimeoutError as error:
             raise ServerError(server.url, path, f"no answer within {timeout_s:g} s") from error
-        except httpx.ConnectError as error:
-            raise ServerError(server.url, path, "nothing answers there") from error
-        except httpx.HTTPError as error:
-            raise ServerError(server.url, path, f"the connection broke ({type(error).__name__})") from error
-        if response.status_code != 200:
-            raise ServerError(server.url, path, _told(response), response.status_code)
+        except Broken as error:
+            reason = f"the connection broke: {error}" if error.connected else f"nothing answers there: {error}"
+            raise ServerError(server.url, path, reason) from error
+        if status != 200:
+            raise ServerError(server.url, path, _told(status, answer), status)
         try:
-            data: Json = json.loads(response.content) if response.content else None
+            data: Json = json.loads(answer) if answer else None
         except ValueError as error:
             raise ServerError(server.url, path, "the answer is not JSON") from error
         return data
@@ -193,19 +188,18 @@ def parse_version(text: str) -> tuple[int, ...]:
 
 def _checked(url: str) -> str:
     try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise UserError(
-            f"engine.urls: {url!r} is not a URL ({error}); give something like http://host:30000"
-        ) from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+        parsed = urlsplit(url)
+        usable = parsed.scheme in ("http", "https") and bool(parsed.hostname) and parsed.port != 0  # or raises
+    except ValueError:
+        usable = False
+    if not usable or not url.isascii() or any(one.isspace() for one in url):
         raise UserError(f"engine.urls: {url!r} is not an http(s) URL; give something like http://host:30000")
     return url.rstrip("/").removesuffix("/v1")
 
 
-def _told(response: httpx.Response) -> str:
+def _told(status: int, answer: bytes) -> str:
     """Status and, cut short, what the server says about it."""
-    text = response.text.strip()
+    text = answer.decode("utf-8", "replace").strip()
     try:
         data: Json = json.loads(text)
     except ValueError:
@@ -214,4 +208,4 @@ def _told(response: httpx.Response) -> str:
         inner = member(data, key)
         data = inner if inner is not None else data
     said = data if isinstance(data, str) else text
-    return f"HTTP {response.status_code}" + (f" ({said[:300]})" if said else "")
+    return f"HTTP {status}" + (f" ({said[:300]})" if said else "")
