@@ -74,6 +74,7 @@ class WeightSync:
         self.run = uuid.uuid4().hex[:8]  # no other trainer, and no earlier process of this run, has these tags
         self.tag = f"{self.run}.none"
         self._turn = 0
+        self._shared: dict[torch.dtype, Tensor] = {}  # flat, as large as the largest bucket of the dtype
         self._readable = [entry.name for entry in self.plan.entries if _readable(model, entry.name)]
 
     def close(self) -> None:
@@ -159,21 +160,19 @@ class WeightSync:
         self.tag = f"{self.run}.{version}"
         clock = {"pack": 0.0, "load": 0.0, "verify": 0.0, "paused": 0.0}
         started = time.perf_counter()
-        if self.transport == "disk":
-            with _timed(clock, "pack"):
-                self._write()
-        paused = time.perf_counter()
-        self._on_ready(lambda server: self.fleet.ask(server, "/pause_generation", {"mode": "in_place"}))
-        if self.transport == "disk":
-            with _timed(clock, "load"):
-                self._on_ready(self._load_folder)
-        else:
-            self._push_buckets(clock)
+        work = self._push_folder if self.transport == "disk" else self._push_buckets
+        paused = work(clock)
         self._on_ready(lambda server: self.fleet.ask(server, "/continue_generation", {}))
         clock["paused"] = time.perf_counter() - paused
         with _timed(clock, "verify"):
             self._verify(self.fleet.ready)
         return clock | {"total": time.perf_counter() - started}
+
+    def _pause(self) -> float:
+        """All ready servers stop between two tokens; when that began."""
+        started = time.perf_counter()
+        self._on_ready(lambda server: self.fleet.ask(server, "/pause_generation", {"mode": "in_place"}))
+        return started
 
     def catch_up(self, server: Server) -> None:
         """The current version from disk to one server that is not ready. Raises ServerError."""
@@ -186,6 +185,14 @@ class WeightSync:
         for server, result in self.fleet.each(self.fleet.ready, work):
             if isinstance(result, ServerError):
                 self.fleet.drain(server, f"weight sync: {result.path} {result.reason}")
+
+    def _push_folder(self, clock: dict[str, float]) -> float:
+        with _timed(clock, "pack"):
+            self._write()
+        paused = self._pause()
+        with _timed(clock, "load"):
+            self._on_ready(self._load_folder)
+        return paused
 
     async def _load_folder(self, server: Server) -> Json:
         return await self.fleet.ask(
@@ -225,14 +232,18 @@ class WeightSync:
 
     # -- shared memory -----------------------------------------------------------------------------------------------
 
-    def _push_buckets(self, clock: dict[str, float]) -> None:
-        """Bucket after bucket: packed here, loaded by all servers, and only then the next."""
+    def _push_buckets(self, clock: dict[str, float]) -> float:
+        """Bucket after bucket: packed here, loaded by all servers, and only then the next, in the same memory."""
+        values = dict(tensors(self.model))
+        with _timed(clock, "pack"):
+            views = self._packed(self.plan.buckets[0], values)
+        paused = self._pause()
         opened = [server for server in self.fleet.ready if server.version > BRACKETS]
         self._in_brackets(opened, "/begin_weight_update")
-        values = dict(tensors(self.model))
         for bucket in self.plan.buckets:
-            with _timed(clock, "pack"):
-                views = _packed(bucket, values)
+            if bucket is not self.plan.buckets[0]:
+                with _timed(clock, "pack"):
+                    views = self._packed(bucket, values)
             tag = self.tag if bucket is self.plan.buckets[-1] else None
 
             async def load(server: Server, views: list[tuple[str, Tensor]] = views, tag: str | None = tag) -> Json:
@@ -245,6 +256,21 @@ class WeightSync:
             with _timed(clock, "load"):
                 self._on_ready(load)
         self._in_brackets([server for server in opened if server.ready], "/end_weight_update")
+        return paused
+
+    def _packed(self, bucket: Bucket, values: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+        """The bucket's tensors as views of one flat buffer in shared memory, whatever device they are on."""
+        if bucket.dtype not in self._shared:
+            largest = max(one.count for one in self.plan.buckets if one.dtype == bucket.dtype)
+            with _named_memory():
+                self._shared[bucket.dtype] = torch.empty(largest, dtype=bucket.dtype).share_memory_()
+        flat = self._shared[bucket.dtype]
+        views = []
+        for entry in bucket.entries:
+            view = flat[entry.offset : entry.offset + entry.count].view(entry.shape)
+            view.copy_(values[entry.name])
+            views.append((entry.name, view))
+        return views
 
     def _in_brackets(self, servers: Sequence[Server], path: str) -> None:
         for server, result in self.fleet.each(servers, lambda server: self.fleet.ask(server, path, {}, self.load_s)):
@@ -292,19 +318,6 @@ def _readable(model: PreTrainedModel, name: str) -> bool:
     config = model.config
     plain = (getattr(config, "head_dim", None) or 0) in (0, config.hidden_size // config.num_attention_heads)
     return plain or not re.search(r"\.[qkv]_proj\.", name)
-
-
-def _packed(bucket: Bucket, values: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """The bucket's tensors as views of one flat buffer in shared memory, whatever device they are on."""
-    flat = torch.empty(bucket.count, dtype=bucket.dtype)
-    with _named_memory():
-        flat.share_memory_()
-    views = []
-    for entry in bucket.entries:
-        view = flat[entry.offset : entry.offset + entry.count].view(entry.shape)
-        view.copy_(values[entry.name])
-        views.append((entry.name, view))
-    return views
 
 
 def _handle(views: list[tuple[str, Tensor]]) -> str:
