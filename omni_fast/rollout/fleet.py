@@ -127,6 +127,7 @@ class Fleet:
         if server.ready:
             self.say(f"the engine server {server.url} is left out ({reason}); its work goes to the others or waits")
         server.ready, server.reason, server.next_probe, server.probe_gap = False, reason, 0.0, PROBE_S
+        self._loop.call_soon_threadsafe(self._http.forget, server.url)
 
     def admit(self, server: Server) -> None:
         """It holds the current weights and may be asked."""

@@ -77,6 +77,12 @@ class Connections:
             else:
                 writer.close()
 
+    def forget(self, url: str) -> None:
+        """Close the idle connections to a server: one that died can have its port again the sooner."""
+        parts = urlsplit(url)
+        for _, writer in self._idle.pop(f"{parts.scheme}://{parts.netloc}", []):
+            writer.close()
+
     async def close(self) -> None:
         for streams in self._idle.values():
             for _, writer in streams:
