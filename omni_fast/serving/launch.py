@@ -17,9 +17,10 @@ from omni_fast.serving.install import Device
 
 KEY_VARIABLE = "OMNI_FAST_ENGINE_KEY"
 SHIM = Path(__file__).with_name("cpu_shim")
-# Attention and sampling in plain torch; the last two keep the key-value cache of a CPU server small (8192 tokens).
+# Attention and sampling in plain torch. The last flag bounds the key-value cache; the fraction of memory is only what SGLang
+# must find free, which on a machine with other work needs room.
 CPU_FLAGS = """--device cpu --attention-backend torch_native --sampling-backend pytorch --grammar-backend none
---disable-overlap-schedule --skip-server-warmup --mem-fraction-static 0.1 --max-running-requests 16
+--disable-overlap-schedule --skip-server-warmup --mem-fraction-static 0.5 --max-running-requests 16
 --max-total-tokens 8192""".split()
 
 

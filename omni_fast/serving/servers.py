@@ -41,8 +41,8 @@ LOG_LINES, LOG_COLUMNS = 12, 300
 # What the log of a server that did not start says -> what to do about it.
 CAUSES = (
     (
-        r"out of memory|OutOfMemory|Not enough memory|MemoryError|Cannot allocate memory|bad_alloc",
-        "out of memory: lower --mem-fraction-static or --max-total-tokens in engine.flags, or serve a smaller model",
+        r"out of memory|OutOfMemory|Not enough memory|MemoryError|Cannot allocate memory|bad_alloc|leave no GPU memory",
+        "out of memory: stop what else runs there, change --mem-fraction-static or --max-total-tokens in engine.flags as said, or serve a smaller model",
     ),
     (
         r"address already in use|Address already in use",
@@ -52,7 +52,10 @@ CAUSES = (
         r"error: (unrecognized arguments|argument|ambiguous option)[^\n]*",
         f"SGLang {VERSION} does not take a flag of engine.flags",
     ),
-    (r"No module named '[^']*'", "the environment lacks a package: delete it and run `omni-fast engine install` again"),
+    (
+        r"ModuleNotFoundError: No module named '[^']*'",
+        "the environment lacks a package: delete it and run `omni-fast engine install` again",
+    ),
 )
 
 
