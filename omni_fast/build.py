@@ -172,7 +172,7 @@ def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
             stack.callback(scorer.close)
             progress.wait("the policy's optimiser and the engine")
             policy = make_policy(config, model)
-            engine = make_engine(config, model, run.folder / "engine", stack, progress)
+            engine = make_engine(config, model, run, stack, progress)
             trackers = Trackers(config, run.folder, len(run.rows()))
             stack.callback(trackers.close)
             parts = Parts(config, run, progress, model, tokenizer, tasks, policy, engine, scorer, trackers)
@@ -194,14 +194,14 @@ def load_model(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     return load(config.model.path, dtype=torch.float32, device=device)
 
 
-def make_engine(config: Config, model: PreTrainedModel, folder: Path, stack: ExitStack, progress: Progress) -> Engine:
-    """What the config's [engine] names, with the model's weights; stopped with `stack`. folder: for its weights and logs."""
+def make_engine(config: Config, model: PreTrainedModel, run: Run, stack: ExitStack, progress: Progress) -> Engine:
+    """What the config's [engine] names, with the model's weights; stopped with `stack`."""
     wanted = config.engine
     if wanted.kind == "local":
         local = LocalEngine(model, max_rows=config.rollout.max_rows)
         stack.callback(local.close)
         return local
-    urls = wanted.urls
+    urls, folder = wanted.urls, run.folder / "engine"
     if not urls:
         progress.wait("the engine's servers to start")
         urls = serving.up(wanted, str(model.name_or_path), folder, say=progress.say)
@@ -212,7 +212,10 @@ def make_engine(config: Config, model: PreTrainedModel, folder: Path, stack: Exi
     stack.callback(fleet.close)
     weights = WeightSync(fleet, model, folder / "weights", transport=wanted.sync)
     stack.callback(weights.close)
-    return SGLangEngine(fleet, weights, request_s=wanted.request_timeout_s, wait_s=wanted.wait_s, wait=progress.wait)
+    return SGLangEngine(
+        fleet, weights, request_s=wanted.request_timeout_s, wait_s=wanted.wait_s, wait=progress.wait,
+        raise_if_stopping=run.raise_if_stopping,
+    )  # fmt: skip
 
 
 def make_policy(config: Config, model: PreTrainedModel) -> Policy:

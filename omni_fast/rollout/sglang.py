@@ -60,14 +60,16 @@ class SGLangEngine:
         request_s: float = 300.0,
         wait_s: float = 600.0,
         wait: Callable[[str], None] = lambda what: None,
+        raise_if_stopping: Callable[[], None] = lambda: None,
     ) -> None:
         """Waits until every server answers, checks each, and gives all of them the weights as version 0.
 
         request_s: limit on one group. wait_s: how long to wait for servers that start, or are all down. wait: gets
-        what is being waited for. Raises UserError where a server is missing, too old, or of another model.
+        what is being waited for. raise_if_stopping: called all the time while waiting for servers. Raises UserError where a server is missing, too old, or of another model.
         """
         self.fleet, self.weights = fleet, weights
-        self.request_s, self.wait_s, self.wait = request_s, wait_s, wait
+        self.request_s, self.wait_s = request_s, wait_s
+        self.wait, self.raise_if_stopping = wait, raise_if_stopping
         self.version = 0
         self._connect()
         self.sync(0)
@@ -77,8 +79,9 @@ class SGLangEngine:
     def _connect(self) -> None:
         end = time.monotonic() + self.wait_s
         for server in self.fleet.servers:
+            self.wait(f"the engine server {server.url} to be ready, up to {self.wait_s:.0f} s")
             while True:
-                self.wait(f"the engine server {server.url} to be ready")
+                self.raise_if_stopping()
                 try:
                     self.fleet.run(self.fleet.ask(server, "/health"))
                     break
@@ -139,6 +142,7 @@ class SGLangEngine:
         try:
             while left:
                 if time.monotonic() > look:
+                    self.raise_if_stopping()
                     dark = self._tend(dark)
                     look = time.monotonic() + LOOK_S
                 try:
@@ -152,8 +156,8 @@ class SGLangEngine:
                     tokens += sum(len(sample.tokens) for sample in samples)
                     if finished is not None:
                         finished(place, samples)
-                if progress is not None:
-                    progress(tokens, left * n)
+                    if progress is not None:
+                        progress(tokens, left * n)
         finally:
             job.cancel()
         return results
@@ -183,13 +187,14 @@ class SGLangEngine:
                     server.probe_gap = min(2 * server.probe_gap, MAX_PROBE_S)
         if self.fleet.ready:
             return 0.0
-        dark = dark or now
+        if not dark:
+            dark = now
+            self.wait(f"an engine server to come back, up to {self.wait_s:.0f} s")
         if now - dark > self.wait_s:
             raise RunError(
                 f"no engine server has been ready for {self.wait_s:.0f} s ({self.fleet.reasons()}): stopped before the "
                 "step, nothing is lost. Bring one back, and run the same command again"
             )
-        self.wait(f"an engine server to come back, {self.wait_s - (now - dark):.0f} s before it stops")
         return dark
 
     def _bring_back(self, server: Server) -> None:
