@@ -16,8 +16,10 @@ from typing import NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from omni_fast import serving
+from omni_fast.cli import app
 from omni_fast.errors import RunError, UserError
 from omni_fast.serving import Launch, install, process, servers
 from omni_fast.serving.launch import KEY_VARIABLE, SHIM, command, environment, launches, write_key
@@ -269,3 +271,26 @@ def test_the_environment_of_a_cpu_server(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv(KEY_VARIABLE, "k")
     with pytest.raises(UserError, match="one --config"):
         write_key(tmp_path, Launch("policy-0", "/model", flags=("--config", "mine.yaml")))
+
+
+def test_the_commands_start_show_and_stop(place: Place, tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(
+        '[model]\npath = "/good"\n[engine]\nkind = "sglang"\nservers = 2\n[[tasks]]\nname = "m"\nkind = "math"\n'
+    )
+    engine, where = ["engine"], ["--folder", str(place.folder)]
+    up = CliRunner().invoke(app, [*engine, "up", str(config), "--judge", "/good", *where], catch_exceptions=False)
+    urls = [one.server.url for one in serving.status(place.folder)]
+    assert (
+        len(urls) == 3
+        and f"engine.urls={json.dumps(urls[:2])}" in up.stdout
+        and f'judge.url="{urls[2]}/v1"' in up.stdout
+    )
+    shown = CliRunner().invoke(app, [*engine, "status", "--json", *where], catch_exceptions=False)
+    assert [row["state"] for row in json.loads(shown.stdout)] == ["ready"] * 3
+    os.kill(serving.status(place.folder)[1].server.pid, signal.SIGKILL)
+    wait_until_dead(serving.status(place.folder)[1].server)
+    with pytest.raises(RunError, match="not all servers answer"):
+        CliRunner().invoke(app, [*engine, "status", *where], catch_exceptions=False)
+    down = CliRunner().invoke(app, [*engine, "down", *where], catch_exceptions=False)
+    assert serving.status(place.folder) == [] and "servers stopped" in down.stdout
