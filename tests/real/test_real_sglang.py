@@ -15,7 +15,8 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from omni_fast import serving
 from omni_fast.errors import RunError, UserError
+from omni_fast.rollout.engine import Prompt, Sample, Sampling
+from omni_fast.rollout.fleet import Fleet
+from omni_fast.rollout.sglang import SGLangEngine
 from omni_fast.serving import install, process
+from omni_fast.sync import WeightSync
 
 pytestmark = pytest.mark.timeout(900)
 TOLERANCE = 1e-4
@@ -46,7 +51,7 @@ def tiny_llama(seed: int) -> LlamaForCausalLM:
     """Two layers, peaked distributions: equal log-probs are then no accident."""
     config = LlamaConfig(
         vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.2,
+        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=False, initializer_range=0.2,
         bos_token_id=1, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(seed)
@@ -61,7 +66,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
-        TEXT, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
+        [*TEXT, " A B" * 9],  # the judge's labels are tokens
+        trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet),
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>")
     tokenizer.chat_template = TEMPLATE
@@ -240,24 +246,144 @@ def test_the_safe_ways_to_pause_keep_the_server_alive(
     assert_serves(url, changed, f"after-{mode}")
 
 
-def test_a_flag_that_sglang_does_not_know_is_told_as_the_users(
-    engine_folder: Path, model_folder: Path, tmp_path: Path
+# -- the trainer's own client, over the same server --------------------------------------------------------------------
+
+SAMPLING = Sampling(max_new_tokens=16, temperature=0.7, stop_token_ids=(1,))
+
+
+@contextmanager
+def engine(url: str, policy: LlamaForCausalLM, folder: Path, transport: str = "disk") -> Iterator[SGLangEngine]:
+    """All tensors are read back whole after each sync."""
+    fleet = Fleet([url], in_flight=4, say=print)
+    weights = WeightSync(fleet, policy, folder / "weights", transport=transport, compared=None)  # type: ignore[arg-type]
+    made = SGLangEngine(fleet, weights, request_s=60, wait_s=200)
+    try:
+        yield made
+    finally:
+        made.close()
+        weights.close()
+
+
+def some_prompts(count: int, tokens: int = 10) -> list[Prompt]:
+    draw = torch.Generator().manual_seed(count)
+    return [Prompt(torch.randint(5, 320, (tokens,), generator=draw).tolist(), key) for key in range(count)]
+
+
+@torch.no_grad()
+def train_a_little(policy: LlamaForCausalLM, seed: int) -> None:
+    torch.manual_seed(seed)
+    for parameter in policy.parameters():
+        parameter += 0.05 * torch.randn_like(parameter)
+
+
+@torch.no_grad()
+def assert_of_the_policy(
+    policy: LlamaForCausalLM, prompts: Sequence[Prompt], groups: Sequence[Sequence[Sample]], n: int, version: int
 ) -> None:
-    launch = serving.Launch("policy-0", str(model_folder), flags=("--no-such-flag",))
-    with pytest.raises(UserError, match="no-such-flag"):
-        serving.start([launch], tmp_path, say=print)
-    assert serving.status(tmp_path) == []
+    assert [len(group) for group in groups] == [n] * len(prompts)
+    for prompt, group in zip(prompts, groups, strict=True):
+        for sample in group:
+            tokens = torch.tensor([[*prompt.tokens, *sample.tokens]])
+            rows = policy(input_ids=tokens).logits[0, len(prompt.tokens) - 1 : -1] / SAMPLING.temperature
+            expected = rows.log_softmax(-1).gather(1, tokens[0, len(prompt.tokens) :, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=TOLERANCE, rtol=0)
+            assert sample.versions == [(version, 0, len(sample.tokens))]
 
 
-def test_a_killed_server_is_started_again_at_the_same_address(engine_folder: Path, url: str) -> None:
+@pytest.mark.usefixtures("original")
+@pytest.mark.parametrize("transport", ["disk", "tensor"])
+def test_after_each_sync_the_engine_samples_from_the_policy(url: str, tmp_path: Path, transport: str) -> None:
+    policy, prompts = tiny_llama(0), some_prompts(6)
+    with engine(url, policy, tmp_path, transport) as made:
+        for version in range(3):
+            if version:
+                train_a_little(policy, version)
+                seconds = made.sync(version)
+                print(f"sync by {transport}: {seconds}")
+            assert_of_the_policy(policy, prompts, made.generate(prompts, 3, SAMPLING), 3, version)
+
+
+@pytest.mark.usefixtures("original")
+def test_a_kill_in_mid_rollout_loses_and_doubles_nothing(url: str, engine_folder: Path, tmp_path: Path) -> None:
+    policy, prompts = tiny_llama(0), some_prompts(40)
+    long = Sampling(max_new_tokens=100, temperature=SAMPLING.temperature, stop_token_ids=(1,))
+    came: list[int] = []
+
+    def kill_once(place: int, group: list[Sample]) -> None:
+        came.append(place)
+        if len(came) == 8:
+            os.kill(before.pid, signal.SIGKILL)
+
     before = serving.status(engine_folder)[0].server
     assert not serving.restart_if_dead(engine_folder, url)
-    os.kill(before.pid, signal.SIGKILL)
-    until = time.monotonic() + 10
-    while before.alive and time.monotonic() < until:
-        time.sleep(0.05)
-    assert serving.restart_if_dead(engine_folder, url, say=print)
-    (after,) = serving.status(engine_folder)
-    assert after.state == "ready" and after.server.url == url and after.server.pid != before.pid
-    assert after.server.restarts == before.restarts + 1 and not process.group(before.pid, before.born)
-    assert_serves(url, tiny_llama(0), "default")
+    with engine(url, policy, tmp_path) as made, serving.watched(engine_folder, say=print):
+        train_a_little(policy, 5)
+        made.sync(1)
+        groups = made.generate(prompts, 2, long, finished=kill_once)
+        assert sorted(came) == list(range(40)), "each group once"
+        (after,) = serving.status(engine_folder)
+        assert after.state == "ready" and after.server.url == url and after.server.restarts == before.restarts + 1
+        assert not process.group(before.pid, before.born), "the killed one left nothing behind"
+        assert_of_the_policy(policy, prompts, groups, 2, 1)
+
+
+@pytest.mark.usefixtures("original")
+def test_a_kill_in_mid_sync_leaves_no_old_weights_behind(url: str, engine_folder: Path, tmp_path: Path) -> None:
+    policy, prompts = tiny_llama(0), some_prompts(4)
+    with engine(url, policy, tmp_path) as made:
+        server = serving.status(engine_folder)[0].server
+        train_a_little(policy, 6)
+        killer = threading.Timer(0.02, os.kill, (server.pid, signal.SIGKILL))
+        killer.start()
+        try:
+            made.sync(1)
+        except RunError as error:  # the only server is gone, which a sync may say
+            print(error)
+        killer.join()
+        with serving.watched(engine_folder, say=print):
+            made.version = 1
+            assert_of_the_policy(policy, prompts, made.generate(prompts, 2, SAMPLING), 2, 1)
+
+
+@pytest.mark.usefixtures("original")
+def test_grpo_with_policy_and_judge_on_the_server(cli, url: str, model_folder: Path, tmp_path: Path) -> None:
+    """Three steps; the samples are generated and compared (/v1/score) by the same server."""
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f"""
+        [model]
+        path = {json.dumps(str(model_folder))}
+        dtype = "float32"
+        [engine]
+        kind = "sglang"
+        urls = [{json.dumps(url)}]
+        [rollout]
+        prompts_per_step = 4
+        samples_per_prompt = 8
+        [curriculum]
+        mode = "joint"
+        steps_per_stage = 3
+        [evaluation]
+        select_items = 4
+        test_items = 4
+        probe_items = 0
+        [judge]
+        backend = "sglang"
+        url = {json.dumps(url + "/v1")}
+        model = {json.dumps(str(model_folder))}
+        [[tasks]]
+        name = "writing"
+        kind = "writing"
+        level = "tiny"
+        max_new_tokens = 64
+        """
+    )
+    done = cli("train", str(config), "--run", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["event"] == "step"]
+    assert len(steps) == 3 and all(row["tasks"]["writing"]["invalid"] == 0 for row in steps)
+    trained = [row["update"] for row in steps if row["update"]["rows"]]
+    assert trained and all(update["rollout_kl_k3"] < 1e-6 for update in trained), "the engine has the trainer's weights"
+    judged = {reason for row in steps for reason in row["tasks"]["writing"]["reasons"]["preference"]}
+    assert judged & {"win", "loss", "tie"}, "the server was asked, not only the rules in front of it"
