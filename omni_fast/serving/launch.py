@@ -71,7 +71,7 @@ def command(launch: Launch, python: Path, port: int, key_file: Path | None) -> l
 
 
 def environment(launch: Launch, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Of the server process: the inherited one without our key and without the trainer's Python paths."""
+    """Of the server process: the inherited one without our key; on a CPU with the import shim for Python's only path."""
     kept = {key: value for key, value in inherited.items() if key != KEY_VARIABLE}
     if Path(launch.model).is_dir():
         kept |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
