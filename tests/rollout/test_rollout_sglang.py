@@ -357,3 +357,20 @@ def test_torch_is_not_what_the_engine_needs() -> None:
 
     assert torch.__version__
     assert not [name for module in (fleet, sglang) for name in vars(module) if name in ("torch", "transformers")]
+
+
+def test_a_user_who_stops_does_not_wait_for_servers() -> None:
+    server = fake()
+    with engine(server, wait_s=60.0) as made:
+        server.faults += [("/generate", cut), ("/health", status(503))]
+        looks: list[float] = []
+
+        def stop() -> None:
+            looks.append(time.monotonic())
+            if not made.fleet.ready:
+                raise RunError("stopped")
+
+        made.raise_if_stopping = stop
+        with pytest.raises(RunError, match="stopped"):
+            made.generate(prompts(3), 2, SAMPLING)
+        assert looks
