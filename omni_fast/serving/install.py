@@ -33,7 +33,6 @@ VERSION = "0.5.17"
 PYTHON_VARIABLE = "OMNI_FAST_ENGINE_PYTHON"
 INSTALL_TIMEOUT_S = {"cpu": 1200.0, "cuda": 3600.0}
 LOCK_TIMEOUT_S = 3600.0
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 STAMP = "stamp.json"
 
 
@@ -124,7 +123,7 @@ def _check_cpu_torch(pip: list[str], pins: Path, deadline: float) -> None:
     if platform.machine() == "x86_64" and "cpu" not in url.rpartition("/")[2]:
         raise UserError(
             f"pip would take a CUDA build of {wanted} ({url.rpartition('/')[2]}), of no use to a CPU server: make a CPU build "
-            f"known to pip, for example PIP_EXTRA_INDEX_URL={CPU_INDEX}, and run the same command again."
+            f"known to pip, for example by PyTorch's index of CPU builds in PIP_EXTRA_INDEX_URL, and run the same command again."
         )
 
 

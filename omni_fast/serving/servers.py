@@ -31,9 +31,10 @@ from omni_fast.serving.install import VERSION, Say, default_device, python
 from omni_fast.serving.launch import KEY_VARIABLE, Launch, command, environment, launches, write_key
 
 STATE = "servers.json"
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 600.0
 STOP_GRACE_S = 20.0
 PROBE_TIMEOUT_S = 10.0
+PORT_TIMEOUT_S = 30.0
 WATCH_EVERY_S = 1.0
 SAY_EVERY_S = 15.0
 MAX_RESTARTS = 10
@@ -166,7 +167,7 @@ def restart_if_dead(folder: Path, url: str, *, timeout_s: float = START_TIMEOUT_
             raise RunError(f"{name} died {MAX_RESTARTS + 1} times; {_last_words(server)}")
         say(f"{name} at {server.url} died and is started again (its last log: {server.log}.{server.restarts})")
         _stop(server)  # children that outlived it
-        port = _free_ports([replace(server.launch, port=int(server.url.rpartition(":")[2]))])[name]
+        port = _same_port(server)
         Path(server.log).rename(f"{server.log}.{server.restarts}")
         fresh = replace(_spawn(server.launch, folder, port), restarts=server.restarts + 1)
         _replace(folder, servers, server, fresh)
@@ -319,6 +320,19 @@ def _stop(server: Server) -> bool:
 
 def _key_file(server: Server) -> Path:
     return Path(server.log).with_name(f".{server.launch.name}-key.yaml")
+
+
+def _same_port(server: Server) -> int:
+    """The server's own port, once the system has taken it back: a killed process can hold it until its memory is freed."""
+    wanted = replace(server.launch, port=int(server.url.rpartition(":")[2]))
+    until = time.monotonic() + PORT_TIMEOUT_S
+    while True:
+        try:
+            return _free_ports([wanted])[wanted.name]
+        except UserError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
 
 
 def _free_ports(wanted: Sequence[Launch]) -> dict[str, int]:
