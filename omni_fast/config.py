@@ -55,7 +55,7 @@ class EngineConfig(Section):
     servers: Positive = 1
     dtype: str = "auto"  # SGLang's --dtype
     flags: list[str] = []  # SGLang's own, passed on as they are
-    start_timeout_s: Annotated[float, Field(gt=0.0)] = 300.0
+    start_timeout_s: Annotated[float, Field(gt=0.0)] = 600.0
 
 
 class LossConfig(Section):
