@@ -1,6 +1,9 @@
 """The embedded judge on small real encoders: fitting, the bar, verdicts, persistence. SmolLM2 itself is in tests/real."""
 
+import os
 import random
+import subprocess
+import sys
 import zlib
 from collections.abc import Sequence
 
@@ -157,3 +160,19 @@ def test_hostile_text_never_raises(tiny, text):
     good = Report({"any": 1.0}, hacks=100, hacks_accepted=0, pairs=1, seconds=0.0)
     judge = EmbeddedJudge(judge.encode, Head(head.w_hidden, head.w_features, head.spread, head.gap, good))
     assert judge.judge([reply(text)])[0].valid
+
+
+def test_pairs_do_not_depend_on_the_process() -> None:
+    """Sets of strings have another order in each process: a head fitted on them would be another one."""
+    code = "from omni_fast.rewards.judge.corrupt import make_pairs; print(make_pairs(60, 0))"
+    made = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(made) == 1

@@ -172,7 +172,7 @@ def _echo(good: str, topic: str, words: Sequence[str], rng: random.Random) -> st
 
 
 def _word_salad(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
-    tokens = [rng.choice(OBJECTS + ANIMATE + PLACES + list(FUNCTION_WORDS)) for _ in good.split()]
+    tokens = [rng.choice(OBJECTS + ANIMATE + PLACES + sorted(FUNCTION_WORDS)) for _ in good.split()]
     for word in words:
         tokens[rng.randrange(len(tokens))] = word
     return _finish(tokens)
