@@ -13,7 +13,6 @@ import os
 import pickle
 import signal
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -114,6 +113,17 @@ def post(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
 def generate(url: str, tokens: list[int], **sampling: Any) -> list[dict[str, Any]]:
     found = post(url, "/generate", {"input_ids": tokens, "return_logprob": True, "sampling_params": sampling})
     return found if isinstance(found, list) else [found]
+
+
+@contextmanager
+def streamed(url: str, tokens: list[int], **sampling: Any) -> Iterator[Iterator[dict[str, Any]]]:
+    """The states of one request, each as soon as the server has sent it."""
+    body = {"input_ids": tokens, "stream": True, "sampling_params": sampling}
+    request = urllib.request.Request(
+        f"{url}/generate", json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        yield (json.loads(line[5:]) for line in answer if line.startswith(b"data:") and b"[DONE]" not in line)
 
 
 def logprobs(sample: dict[str, Any]) -> torch.Tensor:
@@ -229,18 +239,14 @@ def test_the_safe_ways_to_pause_keep_the_server_alive(
     """A request is under way while weights change; the default (retract with a flush) would kill the server."""
     changed = tiny_llama(3)
     changed.save_pretrained(tmp_path)
-    samples: list[dict[str, Any]] = []
-    request = threading.Thread(
-        target=lambda: samples.extend(generate(url, [9, 9, 9], max_new_tokens=400, temperature=1.0, ignore_eos=True))
-    )
-    request.start()
-    time.sleep(0.4)
-    post(url, "/pause_generation", {"mode": mode})
-    disk_update(url, tmp_path, f"after-{mode}", flush_cache=flush)
-    post(url, "/continue_generation")
-    request.join(60)
-    assert [sample["meta_info"]["finish_reason"]["type"] for sample in samples] == [ends]
-    assert (len(samples[0]["output_ids"]) == 400) == (ends == "length")
+    with streamed(url, [9, 9, 9], max_new_tokens=1000, temperature=1.0, ignore_eos=True) as states:
+        assert len(next(states)["output_ids"]) < 1000, "under way"
+        post(url, "/pause_generation", {"mode": mode})
+        disk_update(url, tmp_path, f"after-{mode}", flush_cache=flush)
+        post(url, "/continue_generation")
+        last = [*states][-1]
+    assert last["meta_info"]["finish_reason"]["type"] == ends
+    assert (last["meta_info"]["completion_tokens"] == 1000) == (ends == "length")
     assert serving.status(engine_folder)[0].state == "ready"
     post(url, "/flush_cache")
     assert_serves(url, changed, f"after-{mode}")
