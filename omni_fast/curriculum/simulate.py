@@ -4,13 +4,21 @@ An instance is a true matrix T (random, or the user's own). A scheduler sees T p
 error, as a measurement on finitely many items would give it, and returns an order; its regret is the summed score that
 the best order of the true T has and this one has not. Both assumptions of the forecast hold by construction, so this
 says what ordering can lose, not whether the assumptions hold on real runs.
+
+    python -m omni_fast.curriculum.simulate                     the table of docs/curriculum.md, in ten seconds
+    python -m omni_fast.curriculum.simulate T.json --noise 0 0.03
+
+T.json holds the matrix as a list of rows; row i is the trained task, column j the task scored, the diagonal is ignored.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -90,3 +98,55 @@ def simulate(matrices: Sequence[Floats], *, noise: float = 0.0, repeats: int = 1
         )
         for name, values in lost.items()
     ]
+
+
+def regret_table(groups: Mapping[str, Sequence[Floats]], noises: Sequence[float], *, repeats: int, seed: int) -> str:
+    """Mean regret and its standard error as a Markdown table: a row per scheduler, a column per group and noise.
+
+    groups: name -> matrices.
+    """
+    columns = [
+        (f"{name}, s.e. {noise:g}", simulate(matrices, noise=noise, repeats=repeats, seed=seed))
+        for name, matrices in groups.items()
+        for noise in noises
+    ]
+    head = ["scheduler", *(name for name, _ in columns)]
+    rows = [
+        [scheduler, *(f"{max(0.0, rows[k].mean):.3f} ± {rows[k].standard_error:.3f}" for _, rows in columns)]
+        for k, scheduler in enumerate(SCHEDULERS)
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _read_matrix(path: Path) -> Floats:
+    try:
+        return np.array(json.loads(path.read_text(encoding="utf-8")), dtype=np.float64)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} does not hold a transfer matrix ({error}); write it as a JSON list of rows of numbers."
+        ) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("matrix", nargs="?", type=Path, help="JSON list of rows; random matrices without it")
+    parser.add_argument("--noise", nargs="+", type=float, default=[0.0, 0.02, 0.05], help="standard errors of T")
+    parser.add_argument("--instances", type=int, default=300, help="random matrices of K = 3..6; a third as many of 12")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    rng = np.random.default_rng(given.seed)
+    groups = {
+        "K = 3..6": random_matrices(given.instances, (3, 4, 5, 6), rng),
+        f"K = {MAX_TASKS}": random_matrices(math.ceil(given.instances / 3), (MAX_TASKS,), rng),
+    }
+    try:
+        if given.matrix is not None:
+            groups = {given.matrix.name: [_read_matrix(given.matrix)]}
+        print(regret_table(groups, given.noise, repeats=1 if given.matrix is None else 500, seed=given.seed))
+    except UserError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,15 @@
 """The acceptance figures of ordering by simulation, and sequential evaluation."""
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from omni_fast.curriculum import order as orders
 from omni_fast.curriculum.sequential import settle_order
-from omni_fast.curriculum.simulate import random_matrices, simulate
+from omni_fast.curriculum.simulate import main, random_matrices, simulate
 from omni_fast.errors import UserError
 
 
@@ -48,6 +52,38 @@ def test_a_given_matrix_and_bad_ones():
     for bad, word in ((np.zeros((2, 3)), "square"), (np.full((3, 3), np.nan), "finite"), (np.zeros((13, 13)), "12")):
         with pytest.raises(UserError, match=word):
             simulate([bad])
+
+
+def test_twelve_tasks_and_noise_that_never_makes_a_regret_negative():
+    for row in simulate(random_matrices(3, (12,), np.random.default_rng(1)), noise=0.03, repeats=2):
+        assert row.instances == 6 and -1e-12 <= row.mean <= row.worst + 1e-12
+
+
+def _figures(table: str) -> dict[str, list[float]]:
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ") and "±" in line]
+    return {row[0]: [float(cell.split(" ")[0]) for cell in row[1:]] for row in rows}
+
+
+def test_the_table_in_the_docs_is_what_the_command_prints(capsys):
+    main([])
+    printed = _figures(capsys.readouterr().out)
+    page = (Path(__file__).parents[2] / "docs" / "curriculum.md").read_text(encoding="utf-8")
+    written = _figures(page)
+    assert printed.keys() == written.keys() and len(printed) == 6
+    for scheduler, figures in printed.items():
+        assert figures == pytest.approx(written[scheduler], abs=0.0015), scheduler
+
+
+def test_a_matrix_file_and_its_faults(tmp_path, capsys):
+    path = tmp_path / "T.json"
+    path.write_text(json.dumps([[0, -0.2, 0], [0, 0, 0.1], [0, 0, 0]]))
+    main([str(path), "--noise", "0"])
+    assert _figures(capsys.readouterr().out)["reversed"] == [0.3]
+    for fault, word in (("{", "list of rows"), ("[[0, null], [0, 0]]", "finite"), ("[[0, 1]]", "square")):
+        path.write_text(fault)
+        with pytest.raises(SystemExit):
+            main([str(path)])
+        assert re.search(word, capsys.readouterr().err)
 
 
 class Bernoulli:
