@@ -1,0 +1,271 @@
+"""What a study folder holds, typed: the driver writes it, the report reads it with `read`, both from here.
+
+    study.json                the configuration, the arms, the primary contrast, what the machine was
+    cells/ARM-sSEED.json      one arm with one training seed: its stages as node names, its cost, its state
+    seeds/SEED/nodes/ID.json  one trained policy with its evaluations; arms that pass through it share the file
+    seeds/SEED/...            the run folder (weights, checkpoints, metrics) that the nodes come from; not read here
+
+`pack` writes all of it, without completions, into one compressed file that `read` takes as well.
+
+All seeds have the same initial policy and the same items in the same order: a seed draws the prompts' order and the
+samples, so scores pair item by item over arms and seeds. Split `select` decides (transfer, order, refresh), `test` is
+reported. Every evaluation under `scores` is greedy; `sweep` holds sampled ones.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from omni_fast.checkpoint import write_json
+from omni_fast.curriculum.scores import Floats, score
+from omni_fast.errors import UserError
+
+Kind = Literal["base", "single", "sft", "merge", "joint", "order", "refresh", "online", "repeat", "probe"]
+Status = Literal["finished", "failed", "pending"]
+PACKED = "study.json.gz"
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """What is compared.
+
+    name: unique. "base", "single:TASK", "sft", "merge:linear" (task_arithmetic, ties, dare), "joint", "solved",
+    "reversed", "random", "user", "refresh", "online:sec" (dump, pac, tac), "order:A>B>C" (one of all orders),
+    "repeat:TASK" (a second pass of the same task, to test saturation), "probe:TASK" (a short single-task run, a cheap
+    proxy of transfer).
+    kind: "order" covers solved, reversed, random, user and "order:...".
+    every: whether it is there only because all orders are run (then it is no competitor in the table).
+    seeds: the training seeds it is run with.
+    """
+
+    name: str
+    kind: Kind
+    seeds: tuple[int, ...]
+    every: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One evaluation. values: split -> task -> item scores [n_items] in 0..1, NaN where the infrastructure failed.
+
+    entropy: task -> mean token entropy (nats per token) on the probe's fixed tokens; in a sweep at that temperature.
+    truncated: task -> share of `test` completions that met the token limit.
+    """
+
+    values: dict[str, dict[str, Floats]]
+    entropy: dict[str, float]
+    truncated: dict[str, float]
+
+    def mean(self, split: str, task: str) -> float:
+        """Mean over the valid items; NaN where there is none."""
+        return score(self.values[split][task]).value if split in self.values else float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One policy of the tree of stages.
+
+    id: content hash with a readable head; path: the stages from the initial policy, for example ("sort:20",
+    "reverse:20"), () for the initial policy itself; tasks: what the last stage trained; steps, samples, seconds: of the
+    last stage alone (samples: completions generated to train on); weights: SHA-256 of its fp32 weights.
+    sketch: random projection of the task's gradient at the initial policy, on nodes of one single-task stage; else None.
+    scores: greedy, `select` and `test`.   sweep: temperature -> sampled evaluation, split `test` alone; {} where not made.
+    """
+
+    id: str
+    seed: int
+    path: tuple[str, ...]
+    tasks: tuple[str, ...]
+    steps: int
+    samples: int
+    seconds: float
+    weights: str
+    scores: Scores
+    sweep: dict[float, Scores] = field(default_factory=dict)
+    sketch: Floats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One arm with one seed.
+
+    order: the tasks in the order they were trained (empty for arms without one); for solved, reversed and refresh it
+    was solved from this seed's own single-task runs on `select`.
+    stages: the nodes after the initial policy, in order; those reached so far where the cell is not finished.
+    base: the initial policy in this seed's run. final: the last node (the base itself for arm "base").
+    samples_train: completions generated to train this arm (merges: those of the runs merged).
+    samples_transfer: further completions that training had to generate to measure transfer (runs that the arm does not
+    itself pass through). completions_transfer: evaluation completions on `select` for it.
+    seconds: of training, all stages, whichever arm ran them first.
+    reason: why it failed ("" otherwise).   mixture: online arms: task -> share of the prompts it gave.
+    statement: what the solver said of the order ("" otherwise).
+    """
+
+    arm: str
+    kind: Kind
+    seed: int
+    status: Status
+    reason: str
+    order: tuple[str, ...]
+    base: Node | None
+    stages: tuple[Node, ...]
+    samples_train: int
+    samples_transfer: int
+    completions_transfer: int
+    seconds: float
+    statement: str = ""
+    mixture: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def final(self) -> Node | None:
+        return self.stages[-1] if self.stages else self.base
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """A study, finished or not.
+
+    config: the resolved configuration with its section `study`. tasks: their names. primary: (arm, arm), declared
+    before anything ran. temperatures: of the sweep. facts: machine, versions, judge, sandbox, parameters, seconds.
+    nodes: seed -> path -> node, everything that was trained in that seed (assumption tests read pairs from here).
+    """
+
+    name: str
+    config: dict[str, Any]
+    tasks: tuple[str, ...]
+    primary: tuple[str, str]
+    temperatures: tuple[float, ...]
+    arms: tuple[Arm, ...]
+    cells: tuple[Cell, ...]
+    nodes: dict[int, dict[tuple[str, ...], Node]]
+    facts: dict[str, Any]
+
+    def arm(self, name: str) -> Arm | None:
+        return next((arm for arm in self.arms if arm.name == name), None)
+
+    def of(self, arm: str, status: Status = "finished") -> list[Cell]:
+        """The arm's cells in this state, by seed."""
+        return sorted((c for c in self.cells if c.arm == arm and c.status == status), key=lambda cell: cell.seed)
+
+    def pair(self, seed: int, *tasks: str) -> Node | None:
+        """The node after stages of these tasks, each at the study's full length, from the initial policy; None if absent."""
+        steps = self.config["curriculum"]["steps_per_stage"]
+        return self.nodes.get(seed, {}).get(tuple(f"{task}:{steps}" for task in tasks))
+
+
+def slug(name: str) -> str:
+    """A file name for an arm or a path."""
+    return re.sub(r"[^A-Za-z0-9_.+-]", "-", name.replace(">", "."))
+
+
+def cell_file(folder: Path, arm: str, seed: int) -> Path:
+    return folder / "cells" / f"{slug(arm)}-s{seed}.json"
+
+
+def node_file(folder: Path, seed: int, node: str) -> Path:
+    return folder / "seeds" / str(seed) / "nodes" / f"{node}.json"
+
+
+def write_cell(folder: Path, cell: Mapping[str, Any]) -> None:
+    """cell: the fields of `Cell`, with node ids for `base` and `stages`."""
+    path = cell_file(folder, cell["arm"], cell["seed"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, cell)
+
+
+def read(place: Path) -> Study:
+    """The study in a folder, or in a file that `pack` wrote. UserError when there is none, or it is damaged."""
+    try:
+        if place.is_file() or (place / PACKED).is_file():
+            return _study(json.loads(gzip.decompress((place if place.is_file() else place / PACKED).read_bytes())))
+        return _study(_gather(place))
+    except FileNotFoundError as error:
+        raise UserError(f"{place} holds no study ({error.filename} is missing); give the folder of a study") from None
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the study in {place} is damaged ({error!r}): restore it from a copy, or run it again"
+        ) from error
+
+
+def pack(folder: Path, target: Path) -> Path:
+    """Everything `read` gives, in one compressed file in `target`: same bytes for the same study."""
+    target.mkdir(parents=True, exist_ok=True)
+    path = target / PACKED
+    path.write_bytes(gzip.compress(json.dumps(_gather(folder), separators=(",", ":")).encode(), mtime=0))
+    return path
+
+
+def _gather(folder: Path) -> dict[str, Any]:
+    """The study's files as one mapping, completions left out."""
+    whole: dict[str, Any] = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    whole["cells"] = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cells/*.json"))]
+    nodes = sorted(folder.glob("seeds/*/nodes/*.json"))
+    whole["nodes"] = [json.loads(path.read_text(encoding="utf-8")) for path in nodes]
+    for node in whole["nodes"]:
+        for evaluated in (node["evaluated"], *node["sweep"].values()):
+            for tasks in evaluated["splits"].values():
+                for kept in tasks.values():
+                    kept.pop("samples", None)
+    return whole
+
+
+def _study(whole: dict[str, Any]) -> Study:
+    nodes: dict[int, dict[tuple[str, ...], Node]] = {}
+    by_id: dict[tuple[int, str], Node] = {}
+    for data in whole["nodes"]:
+        node = _node(data)
+        nodes.setdefault(node.seed, {})[node.path] = node
+        by_id[node.seed, node.id] = node
+    arms = tuple(Arm(arm["name"], arm["kind"], tuple(arm["seeds"]), arm["every"]) for arm in whole["arms"])
+    cells = []
+    for data in whole["cells"]:
+        seed = data["seed"]
+        stages = tuple(by_id[seed, node] for node in data["stages"])
+        base = by_id.get((seed, data["base"]))
+        cells.append(Cell(**{**data, "order": tuple(data["order"]), "stages": stages, "base": base}))
+    first, second = whole["primary"]
+    return Study(
+        name=whole["name"],
+        config=whole["config"],
+        tasks=tuple(whole["tasks"]),
+        primary=(first, second),
+        temperatures=tuple(whole["temperatures"]),
+        arms=arms,
+        cells=tuple(cells),
+        nodes=nodes,
+        facts=whole["facts"],
+    )
+
+
+def _node(data: dict[str, Any]) -> Node:
+    sweep = {float(temperature): _scores(found) for temperature, found in data["sweep"].items()}
+    rest = {key: data[key] for key in ("id", "seed", "steps", "samples", "seconds", "weights")}
+    scores, sketch = _scores(data["evaluated"]), data["sketch"]
+    path, tasks = tuple(data["path"]), tuple(data["tasks"])
+    return Node(
+        path=path, tasks=tasks, scores=scores, sweep=sweep, sketch=None if sketch is None else np.array(sketch), **rest
+    )
+
+
+def _scores(evaluated: dict[str, Any]) -> Scores:
+    """From `omni_fast.records.Evaluated`."""
+    splits = evaluated["splits"]
+    values = {
+        split: {task: np.array(kept["values"], dtype=np.float64) for task, kept in tasks.items()}
+        for split, tasks in splits.items()
+    }
+    truncated = {task: float(kept["truncated"]) for task, kept in splits.get("test", {}).items()}
+    return Scores(values, dict(evaluated["entropy"]), truncated)
+
+
+def arm_dicts(arms: tuple[Arm, ...]) -> list[dict[str, Any]]:
+    """JSON form, for study.json."""
+    return [asdict(arm) for arm in arms]
