@@ -51,6 +51,7 @@ class Server:
     url: str
     version: tuple[int, ...] = ()
     tensor_parallel: int = 1
+    dtype: str = "auto"  # of its weights, as it was told to hold them
     shows_weights: bool = True  # /get_weights_by_name, which SGLang has for the Llama family only
     proven: str = ""
     ready: bool = False
@@ -102,6 +103,12 @@ class Fleet:
         self, servers: Sequence[Server], work: Callable[[Server], Awaitable[Result]]
     ) -> list[tuple[Server, Result | ServerError]]:
         """`work` on all servers at the same time: each with its result, or with the error."""
+        return self.each_soon(servers, work).result()
+
+    def each_soon(
+        self, servers: Sequence[Server], work: Callable[[Server], Awaitable[Result]]
+    ) -> Future[list[tuple[Server, Result | ServerError]]]:
+        """As `each`, without waiting for the answers."""
 
         async def one(server: Server) -> tuple[Server, Result | ServerError]:
             try:
@@ -112,7 +119,7 @@ class Fleet:
         async def together() -> list[tuple[Server, Result | ServerError]]:
             return list(await asyncio.gather(*(one(server) for server in servers)))
 
-        return self.run(together())
+        return self.submit(together())
 
     @property
     def ready(self) -> list[Server]:

@@ -111,6 +111,7 @@ class SGLangEngine:
             raise UserError(f"the engine server {server.url} runs SGLang {told}; {oldest} is the oldest supported")
         size, replicas = member(info, "tp_size"), member(info, "dp_size")
         server.tensor_parallel = size if isinstance(size, int) else 1
+        server.dtype = str(member(info, "dtype") or "auto")
         if isinstance(replicas, int) and replicas > 1:
             raise UserError(
                 f"the engine server {server.url} has --dp-size {replicas}, whose weights cannot be updated: "

@@ -50,24 +50,28 @@ class Plan:
         return [entry for bucket in self.buckets for entry in bucket.entries]
 
 
-def make_plan(model: PreTrainedModel, bucket_bytes: int = BUCKET_BYTES) -> Plan:
-    """Buckets in the order of the model's tensors. A tensor larger than `bucket_bytes` has a bucket of its own."""
+def make_plan(model: PreTrainedModel, bucket_bytes: int = BUCKET_BYTES, dtype: torch.dtype | None = None) -> Plan:
+    """Buckets in the order of the model's tensors. A tensor larger than `bucket_bytes` has a bucket of its own.
+
+    dtype: what fp32 tensors travel as; None: all as they are.
+    """
     buckets: list[Bucket] = []
     open_: dict[torch.dtype, list[Entry]] = {}
 
-    def close(dtype: torch.dtype) -> None:
-        if entries := open_.pop(dtype, []):
-            buckets.append(Bucket(dtype, tuple(entries), entries[-1].offset + entries[-1].count))
+    def close(kind: torch.dtype) -> None:
+        if entries := open_.pop(kind, []):
+            buckets.append(Bucket(kind, tuple(entries), entries[-1].offset + entries[-1].count))
 
     for name, value in tensors(model):
-        entries = open_.get(value.dtype, [])
+        kind = dtype if dtype is not None and value.dtype == torch.float32 else value.dtype
+        entries = open_.get(kind, [])
         start = entries[-1].offset + entries[-1].count if entries else 0
-        if entries and (start + value.numel()) * value.element_size() > bucket_bytes:
-            close(value.dtype)
+        if entries and (start + value.numel()) * kind.itemsize > bucket_bytes:
+            close(kind)
             start = 0
-        open_.setdefault(value.dtype, []).append(Entry(name, tuple(value.shape), value.dtype, start))
-    for dtype in list(open_):
-        close(dtype)
+        open_.setdefault(kind, []).append(Entry(name, tuple(value.shape), kind, start))
+    for kind in list(open_):
+        close(kind)
     return Plan(tuple(buckets))
 
 
