@@ -10,6 +10,8 @@ Limits: HTTP/1.1 and JSON. The key goes into one header of every request and int
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import json
 import re
 import threading
@@ -78,7 +80,8 @@ class Fleet:
         self.servers = [Server(_checked(url)) for url in urls]
         self.bound = in_flight
         self.say = say
-        self._freed: asyncio.Event | None = None
+        self._queue: list[tuple[int, int, asyncio.Future[Server]]] = []  # a heap: turn, place in line, who waits
+        self._places = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-http", daemon=True)
         self._thread.start()
@@ -139,7 +142,7 @@ class Fleet:
     def admit(self, server: Server) -> None:
         """It holds the current weights and may be asked."""
         server.ready, server.reason = True, ""
-        self._loop.call_soon_threadsafe(self._wake)
+        self._loop.call_soon_threadsafe(self._serve)
 
     # -- inside the loop ---------------------------------------------------------------------------------------------
 
@@ -162,25 +165,36 @@ class Fleet:
             raise ServerError(server.url, path, "the answer is not JSON") from error
         return data
 
-    async def take(self) -> Server:
-        """The ready server with the fewest groups, one more on it now; waits while all are full or drained."""
-        while True:
-            free = [server for server in self.servers if server.ready and server.in_flight < self.bound]
-            if free:
-                server = min(free, key=lambda one: one.in_flight)
-                server.in_flight += 1
-                return server
-            self._freed = self._freed or asyncio.Event()
-            await self._freed.wait()
+    async def take(self, turn: int = 0) -> Server:
+        """The ready server with the fewest groups, one more on it now; waits while all are full or drained.
+
+        turn: lower ones go first, whoever waits longer; equal ones in the order they came.
+        """
+        place: asyncio.Future[Server] = self._loop.create_future()
+        heapq.heappush(self._queue, (turn, next(self._places), place))
+        self._serve()
+        try:
+            return await place
+        except asyncio.CancelledError:
+            if not place.cancelled():  # it got a server in the moment it was given up
+                self.give_back(place.result())
+            raise
 
     def give_back(self, server: Server) -> None:
         server.in_flight -= 1
-        self._wake()
+        self._serve()
 
-    def _wake(self) -> None:
-        if self._freed is not None:
-            self._freed.set()
-            self._freed = None
+    def _serve(self) -> None:
+        """Free places on ready servers to those that wait."""
+        while self._queue:
+            free = [server for server in self.servers if server.ready and server.in_flight < self.bound]
+            if not free:
+                return
+            _, _, place = heapq.heappop(self._queue)
+            if not place.done():
+                server = min(free, key=lambda one: one.in_flight)
+                server.in_flight += 1
+                place.set_result(server)
 
 
 def member(data: Json, key: str) -> Json:
