@@ -51,10 +51,29 @@ Progress = Callable[[int, int], None]  # tokens generated so far, samples still 
 Finished = Callable[[int, list[Sample]], None]  # a prompt's place and its samples, once the last of them is complete
 
 
+class Rollout(Protocol):
+    """Completions that were asked for."""
+
+    def wait(self, progress: Progress | None = None) -> list[list[Sample]]:
+        """The samples of each prompt, in the order of the prompts, once all are complete."""
+        ...
+
+    def cancel(self) -> None:
+        """Give up what is still under way."""
+        ...
+
+
 class Engine(Protocol):
     """A generator of completions that knows the version of its weights."""
 
     version: int
+
+    def start(self, prompts: Sequence[Prompt], n: int, sampling: Sampling, arrived: Finished | None = None) -> Rollout:
+        """Ask for `n` samples for each prompt without waiting for them; `arrived` gets each complete group, in any thread.
+
+        No token is of weights older than those of this moment; later ones may join in where `sync` comes before the end.
+        """
+        ...
 
     def generate(
         self,
@@ -72,3 +91,20 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """The rollout of an engine that shares its cores and weights with the trainer: it is made when it is waited for."""
+
+    engine: Engine
+    prompts: Sequence[Prompt]
+    n: int
+    sampling: Sampling
+    arrived: Finished | None
+
+    def wait(self, progress: Progress | None = None) -> list[list[Sample]]:
+        return self.engine.generate(self.prompts, self.n, self.sampling, progress, self.arrived)
+
+    def cancel(self) -> None:
+        """Nothing is under way."""

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from omni_fast.errors import UserError
 from omni_fast.rollout.decode import ATTENTION, Wave
-from omni_fast.rollout.engine import Finished, Progress, Prompt, Sample, Sampling
+from omni_fast.rollout.engine import Deferred, Finished, Progress, Prompt, Rollout, Sample, Sampling
 from omni_fast.rollout.packed_linear import inference_copy
 from omni_fast.rollout.sampling import draw, uniforms
 
@@ -71,6 +71,10 @@ class LocalEngine:
     def close(self) -> None:
         """Give the packed weights back; `sync` makes the engine usable again."""
         self.fast = None
+
+    def start(self, prompts: Sequence[Prompt], n: int, sampling: Sampling, arrived: Finished | None = None) -> Rollout:
+        """Nothing is generated before it is waited for: policy and engine share the cores and the weights."""
+        return Deferred(self, prompts, n, sampling, arrived)
 
     def generate(
         self,

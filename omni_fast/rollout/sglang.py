@@ -6,20 +6,23 @@ their order and their count. A server that failed is looked at again and again a
 weights before it gets prompts. When none is ready the engine waits, says so, and gives up after `wait_s`.
 
 Every weight version has a tag of its own, unique to this engine, which the server echoes with each sample and which salts
-its prefix cache: a sample of other weights is never taken, and keys and values of older weights are never read.
+its prefix cache: a sample with a token of weights older than those it was asked under is never taken, and its prompt never
+reads keys and values of older ones. Where a sync comes while groups are under way, they go on with the new weights; the
+version spans of a sample say so.
 The trainer does not import SGLang; see docs/engine.md for what a server needs.
 
-Limits: strictly on-policy (a sample must be of the current weights whole); draws are the server's and are not repeated by
-a resumed run, whatever `Sampling.seed` is.
+Limits: draws are the server's and are not repeated by a resumed run, whatever `Sampling.seed` is. A server that does not
+tell spans (before 0.5.21) tells the version of the end alone: all tokens before it count as of the weights asked under.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import queue
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Protocol
 
 from omni_fast.errors import RunError, UserError
@@ -34,7 +37,7 @@ Done = tuple[int, list[Sample]]
 class Weights(Protocol):
     """Brings the policy's weights to servers (`omni_fast.sync.WeightSync`)."""
 
-    tag: str  # of the current version, as servers echo it
+    tag: str  # of the current version, as servers echo it: this engine's own name, a dot, the version
 
     def check(self, server: Server) -> None:
         """Raises UserError where the server's model is not the policy's, ServerError where it does not answer."""
@@ -50,7 +53,7 @@ class Weights(Protocol):
 
 
 class SGLangEngine:
-    """Implements `Engine`. Used from one thread."""
+    """Implements `Engine`. Used from one thread; what it asked for goes on while that one does something else."""
 
     def __init__(
         self,
@@ -70,7 +73,8 @@ class SGLangEngine:
         self.fleet, self.weights = fleet, weights
         self.request_s, self.wait_s = request_s, wait_s
         self.wait, self.raise_if_stopping = wait, raise_if_stopping
-        self.version = 0
+        self.version, self._tag = 0, ""  # what every ready server holds, or newer
+        self._turns = itertools.count()
         self._connect()
         self.sync(0)
         if len(fleet.ready) < len(fleet.servers):
@@ -118,6 +122,29 @@ class SGLangEngine:
                 "start one server a replica and list them all in engine.urls"
             )
 
+    def start(
+        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, arrived: Finished | None = None
+    ) -> ServedRollout:
+        """Asks for `n` samples for each prompt, after those of rollouts that were started before.
+
+        arrived: called in the engine's own thread with each complete group; what it raises, `wait` raises.
+        Raises UserError for a prompt without tokens.
+        """
+        for number, prompt in enumerate(prompts):
+            if not prompt.tokens:
+                raise UserError(
+                    f"prompt {number} has no tokens: give each prompt at least one (a BOS token, for example)"
+                )
+        came: queue.SimpleQueue[Done] = queue.SimpleQueue()
+
+        def take(done: Done) -> None:
+            if arrived is not None:
+                arrived(*done)
+            came.put(done)
+
+        job = self.fleet.submit(self._all(prompts, n, sampling, next(self._turns), take))
+        return ServedRollout(self, job, came, len(prompts), n)
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -131,42 +158,12 @@ class SGLangEngine:
         progress, finished: called in this thread, with each complete group. What they raise ends the requests.
         Raises UserError for a prompt that a server refuses, RunError when no server is left for `wait_s`.
         """
-        for number, prompt in enumerate(prompts):
-            if not prompt.tokens:
-                raise UserError(
-                    f"prompt {number} has no tokens: give each prompt at least one (a BOS token, for example)"
-                )
-        results: list[list[Sample]] = [[] for _ in prompts]
-        came: queue.SimpleQueue[Done] = queue.SimpleQueue()
-        job = self.fleet.submit(self._all(prompts, n, sampling, came))
-        left, tokens, dark, look = len(prompts), 0, 0.0, 0.0
-        try:
-            while left:
-                if time.monotonic() > look:
-                    self.raise_if_stopping()
-                    dark = self._tend(dark)
-                    look = time.monotonic() + LOOK_S
-                try:
-                    place, samples = came.get(timeout=LOOK_S)
-                except queue.Empty:
-                    if job.done():
-                        job.result()
-                else:
-                    results[place] = samples
-                    left -= 1
-                    tokens += sum(len(sample.tokens) for sample in samples)
-                    if finished is not None:
-                        finished(place, samples)
-                    if progress is not None:
-                        progress(tokens, left * n)
-        finally:
-            job.cancel()
-        return results
+        return self.start(prompts, n, sampling).wait(progress, finished)
 
     def sync(self, version: int) -> dict[str, float]:
         """The policy's weights to every server as `version`; seconds/sync_PHASE. A server that fails is drained."""
         seconds = self.weights.push(version)
-        self.version = version
+        self.version, self._tag = version, self.weights.tag
         ready = {"engine_servers": float(len(self.fleet.ready))}
         return {f"seconds/sync_{phase}": value for phase, value in seconds.items()} | ready
 
@@ -175,8 +172,11 @@ class SGLangEngine:
 
     # -- servers that went away --------------------------------------------------------------------------------------
 
-    def _tend(self, dark: float) -> float:
-        """Look at drained servers that are due. dark, and returned: since when no server is ready, 0 while one is."""
+    def tend(self, dark: float) -> float:
+        """Look at drained servers that are due. dark, and returned: since when no server is ready, 0 while one is.
+
+        Only while the policy stands still: a server that comes back gets its weights.
+        """
         now = time.monotonic()
         for server in self.fleet.servers:
             if not server.ready and now >= server.next_probe:
@@ -208,30 +208,30 @@ class SGLangEngine:
 
     # -- inside the loop ---------------------------------------------------------------------------------------------
 
-    async def _all(self, prompts: Sequence[Prompt], n: int, sampling: Sampling, came: queue.SimpleQueue[Done]) -> None:
-        waiting = deque(range(len(prompts)))
+    async def _all(
+        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, turn: int, take: Callable[[Done], None]
+    ) -> None:
+        async def one(place: int) -> None:
+            take((place, await self._group(place, prompts[place].tokens, n, sampling, turn)))
 
-        async def work() -> None:
-            while waiting:
-                place = waiting.popleft()
-                came.put((place, await self._group(place, prompts[place].tokens, n, sampling)))
-
-        workers = min(len(prompts), self.fleet.bound * len(self.fleet.servers))
-        tasks = [asyncio.create_task(work()) for _ in range(workers)]
+        tasks = [asyncio.create_task(one(place)) for place in range(len(prompts))]
         try:
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _group(self, place: int, tokens: Sequence[int], n: int, sampling: Sampling) -> list[Sample]:
-        payload = request(tokens, n, sampling, self.weights.tag)
+    async def _group(self, place: int, tokens: Sequence[int], n: int, sampling: Sampling, turn: int) -> list[Sample]:
         told: list[str] = []
         for _ in range(ATTEMPTS):
-            server = await self.fleet.take()
+            server = await self.fleet.take(turn)
+            version, tag = (
+                self.version,
+                self._tag,
+            )  # a sync may come before the answer, and servers hold its weights first
             try:
-                data = await self.fleet.ask(server, "/generate", payload, self.request_s)
-                return read(server, data, n, self.version, self.weights.tag)
+                data = await self.fleet.ask(server, "/generate", request(tokens, n, sampling, tag), self.request_s)
+                return read(server, data, n, version, tag)
             except Aborted as error:
                 told.append(str(error))
             except ServerError as error:
@@ -244,6 +244,48 @@ class SGLangEngine:
             finally:
                 self.fleet.give_back(server)
         raise RunError(f"prompt {place} failed {ATTEMPTS} times: {'; '.join(told)}. Look into the servers' logs")
+
+
+class ServedRollout:
+    """Groups under way on the servers. While it waits, servers that went away are brought back."""
+
+    def __init__(
+        self, engine: SGLangEngine, job: Future[None], came: queue.SimpleQueue[Done], count: int, n: int
+    ) -> None:
+        self.engine, self.job, self.came, self.count, self.n = engine, job, came, count, n
+
+    def wait(self, progress: Progress | None = None, finished: Finished | None = None) -> list[list[Sample]]:
+        """progress, finished: called in this thread with each complete group; what they raise ends the requests.
+
+        Raises UserError for a prompt that a server refuses, RunError when no server is left for `wait_s`.
+        """
+        results: list[list[Sample]] = [[] for _ in range(self.count)]
+        left, tokens, dark, look = self.count, 0, 0.0, 0.0
+        try:
+            while left:
+                if time.monotonic() > look:
+                    self.engine.raise_if_stopping()
+                    dark = self.engine.tend(dark)
+                    look = time.monotonic() + LOOK_S
+                try:
+                    place, samples = self.came.get(timeout=LOOK_S)
+                except queue.Empty:
+                    if self.job.done():
+                        self.job.result()
+                else:
+                    results[place] = samples
+                    left -= 1
+                    tokens += sum(len(sample.tokens) for sample in samples)
+                    if finished is not None:
+                        finished(place, samples)
+                    if progress is not None:
+                        progress(tokens, left * self.n)
+        finally:
+            self.cancel()
+        return results
+
+    def cancel(self) -> None:
+        self.job.cancel()
 
 
 class Aborted(ServerError):
@@ -271,7 +313,10 @@ def request(tokens: Sequence[int], n: int, sampling: Sampling, tag: str) -> Json
 
 
 def read(server: Server, data: Json, n: int, version: int, tag: str) -> list[Sample]:
-    """The samples of an answer, all of them of the weights `tag`. Raises ServerError for anything else."""
+    """The samples of an answer to what was asked under the weights `version`, whose tag is `tag`.
+
+    Raises ServerError for anything else, a token of older weights or of another engine's among it.
+    """
 
     def wrong(what: str) -> ServerError:
         return ServerError(server.url, "/generate", what)
@@ -296,10 +341,36 @@ def read(server: Server, data: Json, n: int, version: int, tag: str) -> list[Sam
             tokens.append(pair[1])
         if tokens != ids:
             raise wrong("tokens and log-probs of a sample are not of each other")
-        spans = member(meta, "weight_versions")
-        held = [member(span, "version") for span in spans] if isinstance(spans, list) else []
-        if strange := [one for one in [*held, member(meta, "weight_version")] if one != tag]:
-            raise wrong(f"a sample of weights {strange[0]!r} instead of {tag!r}")
-        versions = [(version, 0, len(tokens))]
-        samples.append(Sample(tokens, logprobs, "stop" if kind == "stop" else "length", versions))
+        spans = _spans(meta, len(tokens), version, tag)
+        if isinstance(spans, str):
+            raise wrong(spans)
+        samples.append(Sample(tokens, logprobs, "stop" if kind == "stop" else "length", spans))
     return samples
+
+
+def _spans(meta: Json, count: int, version: int, tag: str) -> list[tuple[int, int, int]] | str:
+    """(weight version, start, end) over `count` tokens, none older than `version`; or what is wrong."""
+    own = tag.rpartition(".")[0]
+
+    def number(held: Json) -> int:
+        """The version of a tag of this engine, -1 for any other."""
+        run, _, digits = held.rpartition(".") if isinstance(held, str) else ("", "", "")
+        return version if held == tag else int(digits) if run == own and digits.isdecimal() else -1
+
+    last, told = member(meta, "weight_version"), member(meta, "weight_versions")
+    if number(last) < version:
+        return f"a sample of weights {last!r} instead of {tag!r}"
+    if not isinstance(told, list):  # the weights changed at the last token or before it: the oldest that can be is said
+        if number(last) == version or count == 1:
+            return [(version, 0, count)]
+        return [(version, 0, count - 1), (number(last), count - 1, count)]
+    spans, end = [], 0
+    for span in told:
+        held, start, stop = (member(span, key) for key in ("version", "start", "end"))
+        if number(held) < version:
+            return f"a sample of weights {held!r} instead of {tag!r}"
+        if start != end or not isinstance(stop, int) or stop <= end:
+            return f"spans of weight versions that do not follow each other: {str(told)[:200]}"
+        spans.append((number(held), end, stop))
+        end = stop
+    return spans if end == count else f"spans of weight versions over {end} of {count} tokens"
