@@ -1,0 +1,323 @@
+"""What a study's records say: the arms in the paper's form, and transfer with what can be had for less.
+
+Every number comes out of item scores through `analysis_draws`; nothing here knows what it should come out as. A part that
+the records do not (yet) support is None or unknown, and `missing` names what it waits for. Split `select` feeds what
+decides (transfer), split `test` what is reported. Orders and forecast: `analysis_orders`; entropy: `analysis_entropy`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from omni_fast.curriculum.decide import Decision, decide
+from omni_fast.curriculum.proxy import Agreement, agreement, cosine_matrix
+from omni_fast.curriculum.scores import Estimate, Floats, flips, holm, own_stages
+from omni_fast.curriculum.sequential import settle_order
+from omni_fast.curriculum.transfer import Transfer
+from omni_fast.study.analysis_draws import NOT_KNOWN, UNKNOWN, Contrast, Draws, Names, Runs, joint_draws
+from omni_fast.study.records import Arm, Cell, Node, Study
+
+JOINT, MERGE, BASE = "joint", "merge:linear", "base"
+FEW_SEEDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ArmRow:
+    """One arm in the table. p_holm: of `over_joint`, NaN for the primary contrast (whose p stands alone).
+
+    unfinished: seed -> why it is not there.   bwt: backward transfer, for arms of several stages.
+    flips: task -> items (lost, gained) from the initial to the final policy, summed over the seeds.
+    samples, samples_transfer, seconds: means over the finished seeds.   orders: realised order -> seeds.
+    """
+
+    arm: Arm
+    seeds: tuple[int, ...]
+    unfinished: dict[int, str]
+    scores: dict[str, Estimate]
+    average: Estimate
+    over_joint: Contrast
+    p_holm: float
+    relative_joint: Contrast
+    relative_merge: Contrast
+    bwt: Contrast
+    flips: dict[str, tuple[int, int]]
+    samples: float
+    samples_transfer: float
+    seconds: float
+    orders: dict[Names, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyRow:
+    """A cheap stand-in for the transfer matrix: agreement with the matrix of the other seeds, mean over the seeds.
+
+    training, evaluation: its cost as a share of the full measurement's.
+    """
+
+    name: str
+    agreement: Agreement
+    training: float
+    evaluation: float
+
+
+@dataclass(frozen=True, slots=True)
+class TransferPart:
+    """Pooled transfer and what can be had for less. The sequential figures are means over the seeds, each alone.
+
+    effects: (trained, scored) -> T.   saved: share of evaluations; settled, same_order: share of the seeds.
+    """
+
+    transfer: Transfer
+    seeds: tuple[int, ...]
+    effects: dict[tuple[str, str], Contrast]
+    decision: Decision
+    saved: float
+    settled: float
+    same_order: float
+    proxies: tuple[ProxyRow, ...]
+
+
+def runs(cells: Sequence[Cell], split: str = "test") -> Runs:
+    """Seed -> item scores of the final policy, for cells that have the split."""
+    finals = {cell.seed: cell.final for cell in cells}
+    return {seed: node.scores.values[split] for seed, node in finals.items() if node and split in node.scores.values}
+
+
+def competitors(study: Study) -> list[Arm]:
+    """The arms that the table compares; the others test assumptions."""
+    return [arm for arm in study.arms if not arm.every and arm.kind not in ("repeat", "probe")]
+
+
+def table(study: Study) -> tuple[list[ArmRow], Contrast]:
+    """A row per arm, and the primary contrast."""
+    finished = {arm.name: runs(study.of(arm.name)) for arm in competitors(study)}
+    rows = [_row(study, arm, finished) for arm in competitors(study)]
+    first, second = study.primary
+    adjusted = holm(
+        {
+            row.arm.name: row.over_joint.p
+            for row in rows
+            if math.isfinite(row.over_joint.p) and row.arm.name != first and row.arm.name != JOINT
+        }
+    )
+    rows = [replace(row, p_holm=adjusted.get(row.arm.name, math.nan)) for row in rows]
+    return rows, compare(finished, first, second, study.tasks)
+
+
+def compare(finished: Mapping[str, Runs], arm: str, over: str, tasks: Names) -> Contrast:
+    """Average score of `arm` minus that of `over` on their common seeds."""
+    draws = _draws(finished, [arm, over], tasks)
+    return draws.gain(arm, over) if draws else UNKNOWN
+
+
+def _draws(finished: Mapping[str, Runs], arms: Sequence[str], tasks: Names) -> Draws | None:
+    return joint_draws({arm: finished.get(arm, {}) for arm in arms}, tasks)
+
+
+def _row(study: Study, arm: Arm, finished: Mapping[str, Runs]) -> ArmRow:
+    cells, tasks = study.of(arm.name), study.tasks
+    states = {cell.seed: cell for cell in study.cells if cell.arm == arm.name}
+    done = {cell.seed for cell in cells}
+    unfinished = {
+        seed: (states[seed].reason or states[seed].status) if seed in states else "pending"
+        for seed in arm.seeds
+        if seed not in done
+    }
+    own = _draws(finished, [arm.name], tasks)
+    over = {
+        other: None if other == arm.name else _draws(finished, [arm.name, other], tasks) for other in (JOINT, MERGE)
+    }
+    joint, merge = over[JOINT], over[MERGE]
+    mean = lambda name: float(np.mean([getattr(cell, name) for cell in cells])) if cells else math.nan  # noqa: E731
+    return ArmRow(
+        arm=arm,
+        seeds=own.seeds if own else (),
+        unfinished=unfinished,
+        scores={task: own.mean(arm.name, task) if own else NOT_KNOWN for task in tasks},
+        average=own.mean(arm.name) if own else NOT_KNOWN,
+        over_joint=joint.gain(arm.name, JOINT) if joint else UNKNOWN,
+        p_holm=math.nan,
+        relative_joint=joint.relative(arm.name, JOINT) if joint else UNKNOWN,
+        relative_merge=merge.relative(arm.name, MERGE) if merge else UNKNOWN,
+        bwt=_backward_transfer(cells, tasks),
+        flips={task: _flips(cells, task) for task in tasks},
+        samples=mean("samples_train"),
+        samples_transfer=mean("samples_transfer"),
+        seconds=mean("seconds"),
+        orders=dict(Counter(cell.order for cell in cells if cell.order)),
+    )
+
+
+def _flips(cells: Sequence[Cell], task: str) -> tuple[int, int]:
+    pairs = [
+        flips(cell.base.scores.values["test"][task], cell.final.scores.values["test"][task])
+        for cell in cells
+        if cell.base and cell.final
+    ]
+    return sum(lost for lost, _ in pairs), sum(gained for _, gained in pairs)
+
+
+def _backward_transfer(cells: Sequence[Cell], tasks: Names) -> Contrast:
+    """BWT over the seeds: the last task's own stage is its final one, so it adds 0 and leaves K - 1 tasks to average."""
+    own: dict[int, dict[str, Floats]] = {}
+    final: dict[int, dict[str, Floats]] = {}
+    for cell in cells:
+        stages = own_stages([node.tasks for node in cell.stages])
+        if len(cell.order) == len(tasks) > 1 and set(stages) == set(tasks) and len(set(stages.values())) > 1:
+            own[cell.seed] = {
+                task: cell.stages[stage - 1].scores.values["test"][task] for task, stage in stages.items()
+            }
+            final[cell.seed] = cell.stages[-1].scores.values["test"]
+    draws = joint_draws({"own": own, "final": final}, tasks)
+    share = len(tasks) / max(len(tasks) - 1, 1)
+    return draws.contrast(lambda x: share * (x[..., 1, :] - x[..., 0, :]).mean(axis=-1)) if draws else UNKNOWN
+
+
+def measure(policies: Mapping[str, Runs], tasks: Names) -> tuple[Transfer, Draws] | None:
+    """Transfer over the seeds that the initial policy ("base") and every run (by task name) share."""
+    draws = joint_draws({name: policies.get(name, {}) for name in (BASE, *tasks)}, tasks)
+    if draws is None or not np.isfinite(draws.value_AK).all():
+        return None
+    counts = [
+        [np.sum([flips(policies[BASE][seed][j], policies[i][seed][j]) for seed in draws.seeds], axis=0) for j in tasks]
+        for i in tasks
+    ]
+    lost, gained = (tuple(tuple(int(pair[k]) for pair in row) for row in counts) for k in (0, 1))
+    return Transfer(tasks, draws.value_AK, draws.draws_BAK, draws.n_K, draws.dropped_K, lost, gained), draws
+
+
+def single_runs(study: Study, seeds: Sequence[int], split: str = "select", arm: str = "single") -> dict[str, Runs]:
+    """ "base" and each task -> seed -> item scores after one stage of it from the initial policy."""
+    found: dict[str, dict[int, Mapping[str, Floats]]] = {name: {} for name in (BASE, *study.tasks)}
+    for seed in seeds:
+        nodes: dict[str, Node | None] = {BASE: study.pair(seed)}
+        for task in study.tasks:
+            cells = [cell.final for cell in study.of(f"probe:{task}") if cell.seed == seed] if arm == "probe" else []
+            nodes[task] = study.pair(seed, task) if arm == "single" else next(iter(cells), None)
+        for name, node in nodes.items():
+            if node is not None and split in node.scores.values:
+                found[name][seed] = node.scores.values[split]
+    return dict(found)
+
+
+def transfer_part(study: Study) -> TransferPart | None:
+    """The matrix over all seeds with single-task runs; None while a task has none."""
+    policies = single_runs(study, list(study.nodes))
+    pooled = measure(policies, study.tasks)
+    if pooled is None:
+        return None
+    transfer, draws = pooled
+    effects = {
+        (i, j): draws.contrast(lambda x, a=a, b=b: x[..., a + 1, b] - x[..., 0, b])  # type: ignore[misc]
+        for a, i in enumerate(study.tasks)
+        for b, j in enumerate(study.tasks)
+    }
+    decision, outcomes = decide(transfer), []
+    for seed in draws.seeds:
+        stacks = {task: np.stack([policies[name][seed][task] for name in (BASE, *study.tasks)]) for task in study.tasks}
+        stacks = {task: rows[:, ~np.isnan(rows).any(axis=0)] for task, rows in stacks.items()}
+        sizes = {task: rows.shape[1] for task, rows in stacks.items()}
+        outcome = settle_order(study.tasks, sizes, lambda task, a, b, rows=stacks: rows[task][:, a:b])
+        alone = measure(single_runs(study, [seed]), study.tasks)
+        same = alone is not None and outcome.decision.order == decide(alone[0]).order
+        outcomes.append((outcome.saved, outcome.settled, same))
+    saved, settled, same_order = np.mean(np.array(outcomes, dtype=np.float64), axis=0)
+    return TransferPart(
+        transfer,
+        draws.seeds,
+        effects,
+        decision,
+        float(saved),
+        float(settled),
+        float(same_order),
+        tuple(_proxies(study, draws.seeds)),
+    )
+
+
+def _proxies(study: Study, seeds: Sequence[int]) -> list[ProxyRow]:
+    """Each seed's cheap matrix against the full matrix of the other seeds (its own where there is no other)."""
+    found: dict[str, tuple[float, float, list[Agreement]]] = {}
+
+    def add(name: str, training: float, evaluation: float, truth: Floats, proxy: Floats) -> None:
+        found.setdefault(name, (training, evaluation, []))[2].append(agreement(truth, proxy))
+
+    for seed in seeds:
+        others = [other for other in seeds if other != seed] or [seed]
+        truth = measure(single_runs(study, others), study.tasks)
+        assert truth is not None  # `seeds` are those with a full matrix
+        full = truth[0].matrix_KK
+        policies = single_runs(study, [seed])
+        for name, step in (
+            ("the full measurement, one seed", 1),
+            ("half of the items", 2),
+            ("a quarter of the items", 4),
+        ):
+            for start in range(step):
+                part = {
+                    who: {seed: {task: items[start::step] for task, items in by_seed[seed].items()}}
+                    for who, by_seed in policies.items()
+                }
+                cheap = measure(part, study.tasks)
+                if cheap is not None:
+                    add(name, 1.0, 1.0 / step, full, cheap[0].matrix_KK)
+        probe = measure(single_runs(study, [seed], arm="probe") | {BASE: policies[BASE]}, study.tasks)
+        if probe is not None:
+            steps = [cell.stages[-1].steps for cell in study.cells if cell.kind == "probe" and cell.stages]
+            share = float(np.mean(steps)) / study.config["curriculum"]["steps_per_stage"]
+            add("short probe runs", share, 1.0, full, probe[0].matrix_KK)
+        nodes = [study.pair(seed, task) for task in study.tasks]
+        sketches = [node.sketch for node in nodes if node is not None and node.sketch is not None]
+        if len(sketches) == len(study.tasks):
+            add("cosine of gradient sketches", 0.0, 0.0, full, cosine_matrix(sketches))
+    return [
+        ProxyRow(name, _mean_agreement(agreements), training, evaluation)
+        for name, (training, evaluation, agreements) in found.items()
+    ]
+
+
+def _mean_agreement(rows: Sequence[Agreement]) -> Agreement:
+    values = [[row.spearman, row.kendall, row.pairs, row.regret] for row in rows]
+    return Agreement(rows[0].n, *(float(x) for x in np.mean(values, axis=0)))
+
+
+def warnings(study: Study) -> list[str]:
+    """What limits the numbers: constant tasks, failed items, few seeds, a failed arm."""
+    out = []
+    nodes = [node for by_path in study.nodes.values() for node in by_path.values()]
+    for task in study.tasks:
+        found = [node.scores.values["test"].get(task) for node in nodes if "test" in node.scores.values]
+        items = np.concatenate([values for values in found if values is not None] or [np.empty(0)])
+        valid = items[~np.isnan(items)]
+        if items.size and not valid.size:
+            out.append(f"Task {task} has no score at all: its verifier or judge failed on every item.")
+        elif valid.size and np.ptp(valid) == 0:
+            out.append(
+                f"Task {task} scores {valid[0]:.3f} on every item at every checkpoint: it cannot tell arms apart, and"
+                " the averages are pulled together by it."
+            )
+        if 0 < valid.size < items.size:
+            out.append(f"Task {task}: {items.size - valid.size} of {items.size} item scores failed and are left out.")
+    for cell in study.cells:
+        if cell.status == "failed":
+            out.append(f"Arm {cell.arm} failed with seed {cell.seed}: {cell.reason or 'no reason was recorded'}")
+    names = [arm.name for arm in competitors(study)]
+    few = [f"{name} ({n})" for name in names if 0 < (n := len(study.of(name))) < FEW_SEEDS]
+    if few:
+        out.append(f"Fewer than {FEW_SEEDS} seeds, so their intervals are rough: {', '.join(few)}.")
+    return out
+
+
+def missing(study: Study) -> list[str]:
+    """Cells that were planned and are not finished, by arm."""
+    out = []
+    for arm in study.arms:
+        done = {cell.seed for cell in study.of(arm.name)}
+        left = [str(seed) for seed in arm.seeds if seed not in done]
+        if left:
+            out.append(f"{arm.name} (seed {', '.join(left)})")
+    return out

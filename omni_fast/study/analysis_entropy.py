@@ -1,0 +1,160 @@
+"""Entropy and temperature in a study: what stages do to entropy, and whether that explains what the forecast missed.
+
+The formulas are `curriculum.entropy`'s. Correction: base, single-task runs and final policies are all scored by sampling,
+once at temperature 1 and once each at 1 / its own effective temperature (between swept temperatures the score is
+interpolated); the forecast is made anew from either, and the residuals are compared. Entropy-aware order: solved with a
+price on collapsing entropy, looked up in the tree of realised orders.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from omni_fast.curriculum import order as orders_
+from omni_fast.curriculum.entropy import effective_temperature, entropy_aware, residual_change
+from omni_fast.curriculum.predict import additive_rows
+from omni_fast.curriculum.scores import Estimate, Floats
+from omni_fast.study.analysis import competitors, measure, single_runs
+from omni_fast.study.analysis_draws import Contrast, Draws, Names
+from omni_fast.study.analysis_orders import Realised
+from omni_fast.study.records import Node, Study
+
+WEIGHTS = (0.02, 0.05, 0.1, 0.2, 0.5)  # score per nat
+
+
+@dataclass(frozen=True, slots=True)
+class EntropyPart:
+    """Means over seeds. H and tau by stage: [stages + 1, K] per arm, row 0 the initial policy; NaN tau: not in the sweep.
+
+    single: H [K + 1, K] of the initial policy and after each single-task run.   sweep: policy -> test scores [T, K].
+    residuals: (mean |residual| at temperature 1, the same corrected, change with interval, points left out).
+    ablation: weight -> (order, its score minus that of the order solved on transfer alone; None: the same order).
+    """
+
+    temperatures: tuple[float, ...]
+    single: Floats | None
+    by_stage: dict[str, Floats]
+    tau: dict[str, Floats]
+    sweep: dict[str, Floats]
+    residuals: tuple[float, float, Estimate, int] | None
+    ablation: dict[float, tuple[Names, Contrast | None]]
+
+
+def entropy_part(study: Study, at: Realised | None, draws: Draws | None) -> EntropyPart | None:
+    """None while no node has an entropy."""
+    by_stage: dict[str, Floats] = {}
+    tau: dict[str, Floats] = {}
+    sweep: dict[str, list[Floats]] = {}
+    temperatures = study.temperatures
+    for arm in competitors(study):
+        cells = [cell for cell in study.of(arm.name) if cell.base is not None]
+        paths = [(cell.base, *cell.stages) for cell in cells if cell.base is not None]
+        if arm.kind in ("order", "refresh", "joint", "online") and paths and len({len(path) for path in paths}) == 1:
+            by_stage[arm.name] = _mean([[_entropies(node, study.tasks) for node in path] for path in paths])
+            tau[arm.name] = _mean([[_taus(path[0], node, study.tasks) for node in path] for path in paths])
+        for path in paths:
+            swept = [[_at(path[-1], task, t) for task in study.tasks] for t in temperatures]
+            if np.isfinite(swept).any():
+                sweep.setdefault(arm.name, []).append(np.array(swept))
+    single = _single(study, list(study.nodes))
+    if single is None and not by_stage:
+        return None
+    known = {name: table for name, table in tau.items() if np.isfinite(table).any()}
+    return EntropyPart(
+        temperatures,
+        single,
+        by_stage,
+        known,
+        {name: np.mean(tables, axis=0) for name, tables in sweep.items()},
+        _correction(study, at) if at else None,
+        _ablation(study, at, draws) if at and draws else {},
+    )
+
+
+def _mean(tables: list[list[list[float]]]) -> Floats:
+    return np.array(np.mean(np.array(tables, dtype=np.float64), axis=0))
+
+
+def _entropies(node: Node, tasks: Names) -> list[float]:
+    return [node.scores.entropy.get(task, math.nan) for task in tasks]
+
+
+def _taus(base: Node, node: Node, tasks: Names) -> list[float]:
+    """Effective temperature of a node per task, on the initial policy's sweep."""
+    grid = sorted(base.sweep)
+    if len(grid) < 2:
+        return [math.nan] * len(tasks)
+    rows = [[base.sweep[t].entropy.get(task, math.nan) for t in grid] for task in tasks]
+    return [effective_temperature(grid, row, h) for row, h in zip(rows, _entropies(node, tasks), strict=True)]
+
+
+def _at(node: Node, task: str, temperature: float) -> float:
+    """Sampled test score at a temperature, linear between swept ones; NaN outside."""
+    grid = sorted(node.sweep)
+    if not grid or not grid[0] <= temperature <= grid[-1]:
+        return math.nan
+    return float(np.interp(temperature, grid, [node.sweep[t].mean("test", task) for t in grid]))
+
+
+def _singles(study: Study, seed: int) -> list[Node] | None:
+    """The initial policy and the K single-task runs of a seed; None when one is absent."""
+    nodes = [study.pair(seed), *(study.pair(seed, task) for task in study.tasks)]
+    found = [node for node in nodes if node is not None]
+    return found if len(found) == len(nodes) else None
+
+
+def _single(study: Study, seeds: list[int]) -> Floats | None:
+    tables = [[_entropies(node, study.tasks) for node in nodes] for seed in seeds if (nodes := _singles(study, seed))]
+    return _mean(tables) if tables else None
+
+
+def _correction(study: Study, at: Realised) -> tuple[float, float, Estimate, int] | None:
+    index = {task: k for k, task in enumerate(study.tasks)}
+    measured = [nodes for seed in at.measured_on if (nodes := _singles(study, seed)) and all(n.sweep for n in nodes)]
+    leaves = {key: node for key, node in at.leaves.items() if node.sweep}
+    if not measured or not leaves:
+        return None
+
+    def scored(base: Node, node: Node, corrected: bool) -> list[float]:
+        temperatures = [1.0 / tau for tau in _taus(base, node, study.tasks)] if corrected else [1.0] * len(study.tasks)
+        return [_at(node, task, t) for task, t in zip(study.tasks, temperatures, strict=True)]
+
+    residuals = []
+    for corrected in (False, True):
+        scores_MK = _mean([[scored(nodes[0], node, corrected) for node in nodes] for nodes in measured])
+        off = []
+        for (seed, order), node in leaves.items():
+            base, stages = study.pair(seed), [index[task] for task in order]
+            assert base is not None  # every run of a seed starts from it
+            told = additive_rows(scores_MK[0], np.diagonal(scores_MK[1:]), scores_MK[1:] - scores_MK[0], stages)[-1]
+            off.append(np.array(scored(base, node, corrected)) - np.clip(told, 0.0, 1.0))
+        residuals.append(np.concatenate(off))
+    both = np.isfinite(residuals[0]) & np.isfinite(residuals[1])
+    if not both.any():
+        return None
+    before, after = (residual[both] for residual in residuals)
+    return float(np.abs(before).mean()), float(np.abs(after).mean()), residual_change(before, after), int((~both).sum())
+
+
+def _ablation(study: Study, at: Realised, draws: Draws) -> dict[float, tuple[Names, Contrast | None]]:
+    pooled = measure(single_runs(study, at.measured_on), study.tasks) if at.measured_on else None
+    entropy_MK = _single(study, list(at.measured_on))
+    if pooled is None or entropy_MK is None or not np.isfinite(entropy_MK).all():
+        return {}
+    matrix = pooled[0].matrix_KK
+    named = {
+        weight: tuple(study.tasks[k] for k in orders_.exact(entropy_aware(matrix, entropy_MK, weight)).order)
+        for weight in (0.0, *WEIGHTS)
+    }
+    plain = ">".join(named[0.0])
+    return {
+        weight: (
+            named[weight],
+            None if ">".join(named[weight]) == plain else draws.gain(">".join(named[weight]), plain),
+        )
+        for weight in WEIGHTS
+        if plain in draws.arms and ">".join(named[weight]) in draws.arms
+    }

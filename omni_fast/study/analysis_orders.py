@@ -1,0 +1,317 @@
+"""Orders in a study: forecast against realised, whether order matters at all, and both assumptions of the forecast.
+
+Forecasts are compared only with seeds that transfer was not measured on. All orders of all subsets of the tasks, where
+they were realised, form a tree whose checkpoints are drawn together, so a difference between any two is paired.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from omni_fast.curriculum import order as orders_
+from omni_fast.curriculum import predict
+from omni_fast.curriculum.predict import ForecastError, forecast_error
+from omni_fast.curriculum.scores import Estimate, Floats
+from omni_fast.curriculum.transfer import Transfer
+from omni_fast.study.analysis import measure, runs, single_runs
+from omni_fast.study.analysis_draws import UNKNOWN, Contrast, Draws, Names, joint_draws
+from omni_fast.study.records import Node, Study
+
+PERMUTATIONS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Final score of one task under one order: forecast from other seeds, and realised."""
+
+    order: Names
+    task: str
+    forecast: Estimate
+    realised: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class ForecastPart:
+    """Forecast against realised scores of seeds that measured nothing of it.
+
+    errors: name -> measures over all (seed, order, task).   by_seed: the additive forecast's Pearson, seed by seed.
+    """
+
+    measured_on: tuple[int, ...]
+    realised_on: tuple[int, ...]
+    errors: dict[str, ForecastError]
+    by_seed: tuple[float, ...]
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OrderPart:
+    """All K! orders, realised. Scores are averages over the tasks.
+
+    means: order -> score.   sd: of the orders' true scores, from their covariance between seeds (0 when below 0).
+    p: of "all orders are equal", by permuting the tree of orders seed by seed.
+    gap: best minus worst order, chosen on the other seeds.   solved: the order solved from seeds outside `seeds`, and
+    its score minus the mean of all orders (None when there are no such seeds).
+    """
+
+    seeds: tuple[int, ...]
+    means: dict[Names, Estimate]
+    sd: float
+    p: float
+    gap: Contrast
+    solved: tuple[Names, Contrast] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Values of one quantity over `starts` checkpoints and several seeds (two-way analysis of variance).
+
+    sd: between the starts, noise removed.   noise: of one value.   p: of "the same from every start"; NaN with one seed.
+    """
+
+    starts: int
+    sd: float
+    noise: float
+    p: float
+
+
+@dataclass(frozen=True, slots=True)
+class AssumptionPart:
+    """constant: (trained, scored) -> (T from the initial policy, its mean change once `scored` has been trained, spread).
+
+    saturation: task -> spread of its score right after its own stage.   second_pass: task -> change by a second pass.
+    """
+
+    seeds: tuple[int, ...]
+    constant: dict[tuple[str, str], tuple[float, Contrast, Spread]]
+    saturation: dict[str, Spread]
+    second_pass: dict[str, Contrast]
+
+
+@dataclass(frozen=True, slots=True)
+class Realised:
+    """Where orders were realised, and on which other seeds transfer was measured.
+
+    leaves: (seed, order) -> node after all of its stages.   complete: the orders that every seed of `seeds` has.
+    """
+
+    measured_on: tuple[int, ...]
+    seeds: tuple[int, ...]
+    leaves: dict[tuple[int, Names], Node]
+    complete: tuple[Names, ...]
+
+
+def realised(study: Study) -> Realised | None:
+    """Seeds with the most orders are compared with transfer of the rest; if they are all the seeds, of their first half."""
+    leaves = {
+        (seed, order): node
+        for seed in study.nodes
+        for order in itertools.permutations(study.tasks)
+        if (node := study.pair(seed, *order)) is not None and "test" in node.scores.values
+    }
+    counts = Counter(seed for seed, _ in leaves)
+    if not counts:
+        return None
+    most = max(counts.values())
+    seeds = sorted(seed for seed, count in counts.items() if count == most)
+    single = single_runs(study, sorted(study.nodes))
+    whole = sorted(set.intersection(*(set(by_seed) for by_seed in single.values())))
+    measured_on = [seed for seed in whole if seed not in seeds]
+    if not measured_on:
+        half = (len(seeds) + 1) // 2
+        measured_on, seeds = [seed for seed in seeds[:half] if seed in whole], seeds[half:] or seeds
+    measured_on = [seed for seed in measured_on if seed not in seeds]
+    complete = tuple(o for o in itertools.permutations(study.tasks) if all((seed, o) in leaves for seed in seeds))
+    return Realised(
+        tuple(measured_on), tuple(seeds), {key: node for key, node in leaves.items() if key[0] in seeds}, complete
+    )
+
+
+def predicted(transfer: Transfer, order: Names) -> dict[str, Floats]:
+    """Name of a forecast -> final scores [K] of an order, inside 0..1."""
+    stages = [transfer.tasks.index(task) for task in order]
+    base, own = transfer.base_K, transfer.own_K
+    ratios = predict.smoothed_ratios(transfer.scores_MK, transfer.n_K)
+    out = {
+        "additive": predict.additive_rows(base, own, transfer.matrix_KK, stages)[-1],
+        "multiplicative": predict.multiplicative_rows(base, own, ratios, stages)[-1],
+        "no transfer at all": own,
+    }
+    return {name: np.clip(scores, 0.0, 1.0) for name, scores in out.items()}
+
+
+def forecast_part(study: Study, at: Realised) -> ForecastPart | None:
+    """None without transfer from a seed that realised nothing of what is forecast."""
+    pooled = measure(single_runs(study, at.measured_on), study.tasks) if at.measured_on else None
+    if pooled is None:
+        return None
+    transfer, keys = pooled[0], sorted(at.leaves)
+    score_of = {key: np.array([at.leaves[key].scores.mean("test", task) for task in study.tasks]) for key in keys}
+    told = {order: predicted(transfer, order) for order in {order for _, order in keys}}
+    errors = {
+        form: forecast_error(np.stack([told[o][form] for _, o in keys]), np.stack([score_of[key] for key in keys]))
+        for form in ("additive", "multiplicative", "no transfer at all")
+    }
+    twins = [
+        (score_of[a, order], score_of[b, order])
+        for a, b in itertools.combinations(at.seeds, 2)
+        for order in told
+        if (a, order) in score_of and (b, order) in score_of
+    ]
+    if twins:
+        errors["the same order in another seed"] = forecast_error(
+            *(np.stack(side) for side in zip(*twins, strict=True))
+        )
+    by_seed = [
+        forecast_error(
+            np.stack([told[o]["additive"] for s, o in keys if s == seed]),
+            np.stack([score_of[s, o] for s, o in keys if s == seed]),
+        ).pearson
+        for seed in at.seeds
+    ]
+    points = []
+    for order in sorted(told, key=lambda o: [study.tasks.index(task) for task in o]):
+        items = {seed: at.leaves[seed, order].scores.values["test"] for seed in at.seeds if (seed, order) in at.leaves}
+        draws = joint_draws({"leaf": items}, study.tasks)
+        forecasts = predict.forecast(transfer, order)
+        if draws is not None:
+            points += [Point(order, task, forecasts[task], draws.mean("leaf", task)) for task in study.tasks]
+    return ForecastPart(at.measured_on, at.seeds, errors, tuple(by_seed), tuple(points))
+
+
+def tree(study: Study, seeds: Sequence[int]) -> Draws | None:
+    """Joint draws of all orders of all subsets of the tasks that every seed of `seeds` has, the initial policy included."""
+    paths = [
+        path
+        for length in range(len(study.tasks) + 1)
+        for path in itertools.permutations(study.tasks, length)
+        if all((node := study.pair(seed, *path)) is not None and "test" in node.scores.values for seed in seeds)
+    ]
+    nodes = {path: {seed: study.pair(seed, *path) for seed in seeds} for path in paths}
+    arms = {
+        ">".join(path): {seed: node.scores.values["test"] for seed, node in by_seed.items() if node is not None}
+        for path, by_seed in nodes.items()
+    }
+    return joint_draws(arms, study.tasks) if arms else None
+
+
+def order_part(study: Study, at: Realised, draws: Draws | None) -> OrderPart | None:
+    """None unless all K! orders were realised in two seeds or more."""
+    if draws is None or len(at.seeds) < 2 or len(at.complete) < math.factorial(len(study.tasks)):
+        return None
+    orders = at.complete
+    leaf = [draws.arms.index(">".join(order)) for order in orders]
+    average_SO = draws.seeds_SAK[:, leaf].mean(axis=-1)
+    if not np.isfinite(average_SO).all():
+        return None
+    centred_SO = average_SO - average_SO.mean(axis=1, keepdims=True)
+    pairs = list(itertools.combinations(range(len(at.seeds)), 2))
+    covariance = float(np.mean([(centred_SO[a] * centred_SO[b]).sum() for a, b in pairs])) / (len(orders) - 1)
+    chosen: dict[str, dict[int, Names]] = {"best": {}, "worst": {}}
+    for k, seed in enumerate(at.seeds):
+        others = np.delete(centred_SO, k, axis=0).mean(axis=0)
+        chosen["best"][seed], chosen["worst"][seed] = orders[int(others.argmax())], orders[int(others.argmin())]
+    gap = joint_draws(
+        {
+            name: {seed: at.leaves[seed, order].scores.values["test"] for seed, order in picks.items()}
+            for name, picks in chosen.items()
+        },
+        study.tasks,
+    )
+    solved = None
+    pooled = measure(single_runs(study, at.measured_on), study.tasks) if at.measured_on else None
+    if pooled is not None:
+        best = tuple(study.tasks[k] for k in orders_.exact(pooled[0].matrix_KK).order)
+        place = draws.arms.index(">".join(best))
+        solved = best, draws.contrast(lambda x: (x[..., place, :] - x[..., leaf, :].mean(axis=-2)).mean(axis=-1))
+    return OrderPart(
+        seeds=at.seeds,
+        means={order: draws.mean(">".join(order)) for order in orders},
+        sd=math.sqrt(max(0.0, covariance)),
+        p=_order_p_value(centred_SO, orders),
+        gap=gap.gain("best", "worst") if gap else UNKNOWN,
+        solved=solved,
+    )
+
+
+def _order_p_value(centred_SO: Floats, orders: Sequence[Names]) -> float:
+    """p-value of the spread of the orders' means against that after relabelling the tree of orders, seed by seed.
+
+    Orders share the stages of their common start, so plain permutation would call shared noise an effect. A relabelling
+    that shuffles the branches below each node keeps who shares what with whom.
+    """
+    rng = np.random.default_rng(0)
+    place = {order: k for k, order in enumerate(orders)}
+    canonical = sorted(orders[0])
+
+    def shuffled(start: Names, rest: Sequence[str]) -> list[int]:
+        if not rest:
+            return [place[start]]
+        branches = [rest[k] for k in rng.permutation(len(rest))]
+        return [leaf for task in branches for leaf in shuffled((*start, task), [t for t in rest if t != task])]
+
+    aligned = centred_SO[:, [place[order] for order in itertools.permutations(canonical)]]
+    observed = float(np.var(aligned.mean(axis=0)))
+    larger = 0
+    for _ in range(PERMUTATIONS):
+        moved = [aligned[0], *(row[shuffled((), canonical)] for row in centred_SO[1:])]
+        larger += float(np.var(np.mean(moved, axis=0))) >= observed - 1e-15
+    return (larger + 1) / (PERMUTATIONS + 1)
+
+
+def spread(values_SP: Floats) -> Spread:
+    """Two-way analysis of variance without replication: S seeds, P starts."""
+    seeds, starts = values_SP.shape
+    if starts < 2 or not np.isfinite(values_SP).all():
+        return Spread(starts, math.nan, math.nan, math.nan)
+    between = seeds * float(np.var(values_SP.mean(axis=0), ddof=1))
+    if seeds < 2:
+        return Spread(starts, math.sqrt(between), math.nan, math.nan)
+    residual = values_SP - values_SP.mean(axis=0) - values_SP.mean(axis=1, keepdims=True) + values_SP.mean()
+    freedom = (seeds - 1) * (starts - 1)
+    within = float((residual**2).sum()) / freedom
+    p = float(stats.f.sf(between / within, starts - 1, freedom)) if within > 1e-15 else float(between < 1e-15)
+    return Spread(starts, math.sqrt(max(0.0, between - within) / seeds), math.sqrt(within), p)
+
+
+def assumption_part(study: Study, draws: Draws | None) -> AssumptionPart | None:
+    """Both assumptions on every checkpoint of the tree that allows it; None while no stage starts from a trained one."""
+    if draws is None:
+        return None
+    place = {tuple(arm.split(">")) if arm else (): k for k, arm in enumerate(draws.arms)}
+    constant, saturation = {}, {}
+    for j, scored in enumerate(study.tasks):
+        ends = [(path, (*path, scored)) for path in place if (*path, scored) in place]
+        if len(ends) > 1:
+            saturation[scored] = spread(draws.seeds_SAK[:, [place[end] for _, end in ends], j])
+        for trained in study.tasks:
+            steps = [(path, (*path, trained)) for path in place if trained != scored and (*path, trained) in place]
+            before, after = [place[path] for path, _ in steps], [place[end] for _, end in steps]
+            later = [k for k, (path, _) in enumerate(steps) if scored in path]
+            if not later or () not in place or (trained,) not in place:
+                continue
+            deltas_SP = draws.seeds_SAK[:, after, j] - draws.seeds_SAK[:, before, j]
+
+            def shift(
+                x: Floats, j: int = j, b: list[int] = before, a: list[int] = after, n: list[int] = later
+            ) -> Floats:
+                moved = x[..., a, j] - x[..., b, j]
+                return np.asarray(moved[..., n].mean(axis=-1) - moved[..., 0])  # the first start is the initial policy
+
+            constant[trained, scored] = (float(deltas_SP[:, 0].mean()), draws.contrast(shift), spread(deltas_SP))
+    second = {}
+    for task in study.tasks:
+        once_twice = {"once": runs(study.of(f"single:{task}")), "twice": runs(study.of(f"repeat:{task}"))}
+        pair = joint_draws(once_twice, (task,))
+        if pair is not None:
+            second[task] = pair.gain("twice", "once")
+    if not constant and not second:
+        return None
+    return AssumptionPart(draws.seeds, constant, saturation, second)
