@@ -28,7 +28,7 @@ from omni_fast.policy.model import load, stop_tokens
 from omni_fast.policy.tiny import tiny_model
 from omni_fast.policy.update import Policy
 from omni_fast.progress import Progress
-from omni_fast.rollout.engine import Engine, Prompt, Sample, Sampling
+from omni_fast.rollout.engine import Engine, Prompt, Rollout, Sample, Sampling
 from omni_fast.rollout.fleet import Fleet
 from omni_fast.rollout.local import LocalEngine
 from omni_fast.rollout.sglang import SGLangEngine
@@ -100,22 +100,22 @@ class Parts:
                 for item in items:
                     self.prompt(task, item)
 
-    def sample(self, groups: Sequence[Group], name: str) -> None:
-        """Fill the groups with completions, and hand each to the scorer as soon as it is complete. `name` seeds the draws.
+    def start(self, groups: Sequence[Group], name: str) -> list[Rollout]:
+        """Ask for the groups' completions; each group goes to the scorer as soon as it is complete. `name` seeds the draws.
 
-        Tasks with a length of their own generate in turn.
+        One rollout a task, since each has a length of its own.
         """
         seed = zlib.crc32(f"{self.config.seed}:{name}".encode())
+        n, temperature = self.config.rollout.samples_per_prompt, self.config.rollout.temperature
+        rollouts = []
         for task, members in by_task(groups).items():
-            sampling = Sampling(
-                self.tasks[task].max_new_tokens, self.config.rollout.temperature, self.stop_token_ids, seed
-            )
+            sampling = Sampling(self.tasks[task].max_new_tokens, temperature, self.stop_token_ids, seed)
             prompts = [Prompt(group.prompt, group.draw.position) for group in members]
-            complete = partial(self._complete, members)
-            n = self.config.rollout.samples_per_prompt
-            self.engine.generate(prompts, n, sampling, self.progress.generating, complete)
+            rollouts.append(self.engine.start(prompts, n, sampling, partial(self._complete, members)))
+        return rollouts
 
     def _complete(self, groups: Sequence[Group], place: int, samples: list[Sample]) -> None:
+        """In whatever thread the samples come."""
         groups[place].answer(samples, self.tokenizer)
         self.scorer.submit(groups[place])
 

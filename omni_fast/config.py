@@ -41,6 +41,7 @@ class RolloutConfig(Section):
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     max_prompt_tokens: Positive = 256
     max_rows: Positive = 128  # samples decoded at the same time
+    max_staleness: NonNegative = 0  # steps that samples may be behind the weights they train; > 0 overlaps the two
 
 
 class EngineConfig(Section):
@@ -48,7 +49,8 @@ class EngineConfig(Section):
 
     kind: Literal["local", "sglang"] = "local"
     urls: list[str] = []  # for example ["http://127.0.0.1:30000"]; none: the run starts `servers` of its own
-    sync: Literal["disk", "tensor"] = "disk"  # tensor: through shared memory, servers on this host only
+    # tensor: through shared memory, servers on this host only; distributed: broadcast, by gloo or (GPU) NCCL
+    sync: Literal["disk", "tensor", "distributed"] = "disk"
     in_flight: Positive = 32  # groups a server works on at a time
     request_timeout_s: Annotated[float, Field(gt=0.0)] = 300.0  # of one group
     wait_s: Annotated[float, Field(ge=0.0)] = 600.0  # for servers that start, or are all down
@@ -196,13 +198,18 @@ class Config(Section):
     tasks: Annotated[list[TaskConfig], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _names_agree(self) -> Config:
+    def _sections_agree(self) -> Config:
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"task names must differ, got {names}")
         order, mode = self.curriculum.order, self.curriculum.mode
         if mode == "order" and sorted(order) != sorted(names):
             raise ValueError(f"curriculum.order must name each task once: expected some order of {names}, got {order}")
+        if self.rollout.max_staleness and self.engine.kind == "local":
+            raise ValueError(
+                f"rollout.max_staleness {self.rollout.max_staleness} needs engine.kind 'sglang': the local engine shares "
+                "the policy's cores and weights, so it cannot generate while they are trained; set it to 0"
+            )
         return self
 
     def fingerprint(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,13 +29,17 @@ JUDGED = "preference"  # the part of a score that a judge gives
 
 @dataclass(slots=True)
 class Group:
-    """One prompt of a step with its samples; `advantages[k]` is None where sample k does not train."""
+    """One prompt of a step with its samples; `advantages[k]` is None where sample k does not train.
+
+    scoring: gives the seconds that the scores took, once they are there (`scoring.Scorer`).
+    """
 
     draw: Draw
     item: Item
     prompt: list[int]
     samples: list[Sample] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    scoring: Future[float] | None = None
     scores: list[Score] = field(default_factory=list)
     advantages: list[float | None] = field(default_factory=list)
 
@@ -54,6 +59,18 @@ def set_advantages(groups: Sequence[Group], tasks: Mapping[str, Task], scale: Li
             rescaled = batch_normalise([group.advantages for group in members])
             for group, advantages in zip(members, rescaled, strict=True):
                 group.advantages = advantages
+
+
+def staleness(groups: Iterable[Group], version: int) -> dict[str, float]:
+    """How many versions behind `version` the oldest token of a sample is (mean and max), and the share of samples that
+    began under one version and ended under another."""
+    spans = [sample.versions for group in groups for sample in group.samples]
+    behind = [version - min(held for held, _, _ in versions) for versions in spans]
+    return {
+        "staleness_mean": sum(behind) / len(behind),
+        "staleness_max": float(max(behind)),
+        "mixed_versions": sum(len(versions) > 1 for versions in spans) / len(spans),
+    }
 
 
 def trajectories(groups: Iterable[Group]) -> list[Trajectory]:

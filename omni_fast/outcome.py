@@ -41,7 +41,9 @@ def record_step(
 ) -> StepRow:
     """Write a step's row and add its time and tokens to the totals. clock: at the start, then after each of PARTS."""
     seconds = {part: after - before for part, (before, after) in zip(PARTS, pairwise(clock), strict=True)}
+    total = clock[-1] - clock[0]
     new_tokens = sum(len(sample.tokens) for group in groups for sample in group.samples)
+    max_staleness = run.config.rollout.max_staleness
     row = StepRow(
         event="step",
         stage=stage.name,
@@ -51,15 +53,14 @@ def record_step(
         grad_norm=update["grad_norm"],
         update=update,
         new_tokens=new_tokens,
-        tokens_per_s=new_tokens / seconds["generate"],
+        tokens_per_s=new_tokens / (total if max_staleness else seconds["generate"]),
         waited_for=max(PARTS, key=lambda part: seconds[part]),
-        seconds=seconds | {"total": clock[-1] - clock[0]},
+        seconds=seconds | {"total": total},
         scoring_s=scoring_s,
+        max_staleness=max_staleness,
     )
     part = "transfer" if stage.name.startswith("single:") else "train"
-    run.add_seconds(
-        **{part: row["seconds"]["total"]}, **{name: seconds[name] for name in ("generate", "reward", "update")}
-    )
+    run.add_seconds(**{part: total}, **{name: seconds[name] for name in ("generate", "reward", "update")})
     run.add_seconds(scoring=scoring_s)  # overlaps with `generate`
     run.add_counts(rollout_tokens=new_tokens, train_tokens=update.get("sample_tokens", 0.0))
     run.record(row)
@@ -125,7 +126,7 @@ def result(run: Run) -> Json:
         "entropy": {name: dict(found["entropy"]) for name, found in kept.items()},
         "truncated": {n: {t: row["truncated"] for t, row in f["splits"]["test"].items()} for n, f in kept.items()},
         "seconds": dict(totals["seconds"]),
-        "throughput": _throughput(totals["counts"], totals["seconds"]),
+        "throughput": _throughput(totals["counts"], totals["seconds"], config.rollout.max_staleness > 0),
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
         "machine": {"system": platform.platform(), "cores": len(os.sched_getaffinity(0))},
         "config": config.model_dump(mode="json"),
@@ -162,8 +163,11 @@ def _samples(run: Run) -> list[Json]:
     ]
 
 
-def _throughput(counts: Mapping[str, float], seconds: Mapping[str, float]) -> Json:
+def _throughput(counts: Mapping[str, float], seconds: Mapping[str, float], overlapped: bool) -> Json:
+    """Tokens per second of generating and of training; a rollout that ran ahead took the steps' whole time."""
+    generating = ("transfer", "train") if overlapped else ("generate",)
     rates: Json = {}
-    for name, tokens, part in (("rollout", "rollout_tokens", "generate"), ("train", "train_tokens", "update")):
-        rates[f"{name}_tokens_per_s"] = counts[tokens] / seconds[part] if seconds.get(part) else None
+    for name, tokens, parts in (("rollout", "rollout_tokens", generating), ("train", "train_tokens", ("update",))):
+        spent = sum(seconds.get(part, 0.0) for part in parts)
+        rates[f"{name}_tokens_per_s"] = counts[tokens] / spent if spent else None
     return rates

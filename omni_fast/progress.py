@@ -62,6 +62,11 @@ class Progress:
         self._left["step"] -= steps
         self._left["item"] -= items
 
+    def resumed(self, step: int) -> None:
+        """A stage goes on after this step."""
+        self.skip(steps=step)
+        self.say(f"  resumed after step {step}")
+
     def stage(self, name: str) -> None:
         self._stage, self._step = name, ""
         self.say(f"[bold]{name}[/bold]")
@@ -100,7 +105,7 @@ class Progress:
         if not self.console.is_terminal:
             self.say(
                 f"  {self._step}  {'; '.join(cells)}  {row['tokens_per_s']:.0f} tokens/s  "
-                f"{seconds:.1f} s ({row['waited_for']})  left {self.time_left()}"
+                f"{seconds:.1f} s ({row['waited_for']})  {_overlapped(row)}left {self.time_left()}"
             )
 
     def evaluated(self, row: EvalRow) -> None:
@@ -152,6 +157,14 @@ class Progress:
             if waited > STALL_S and not self._reported and not self.console.is_terminal:
                 self._reported = True
                 self.say(f"  still waiting for {self._waiting} ({waited:.0f} s)")
+
+
+def _overlapped(row: StepRow) -> str:
+    """Where rollouts run ahead: what the step waited for, part by part, and how many versions behind its samples were."""
+    if not row["max_staleness"]:
+        return ""
+    waits = " ".join(f"{part} {row['seconds'][part]:.1f}" for part in ("generate", "reward", "update", "sync"))
+    return f"{waits}  behind {row['update']['staleness_mean']:.1f} of {row['max_staleness']}  "
 
 
 def _few_mixed(task: str, row: TaskRow) -> str:

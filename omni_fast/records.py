@@ -87,8 +87,11 @@ class TaskRow(TypedDict):
 class StepRow(TypedDict):
     """A row of metrics.jsonl: one optimiser step.
 
-    seconds: generate, reward, update, sync, total; `reward` is what the step waited for scores after generating.
+    seconds: generate, reward, update, sync, total, each what the step waited for: `reward` is for scores after generating,
+    and where rollouts run ahead (max_staleness > 0) `generate` is what of them was not hidden behind other steps.
     scoring_s: what verifiers and judges worked, most of it while samples were still generated.
+    tokens_per_s: new tokens per second of generating; where rollouts run ahead, per second of the step.
+    update: what the optimiser step says of itself (`policy.update`), and how old its samples were (`groups.staleness`).
     """
 
     event: str
@@ -103,6 +106,7 @@ class StepRow(TypedDict):
     seconds: dict[str, float]
     scoring_s: float
     waited_for: str
+    max_staleness: int
 
 
 class EvalRow(TypedDict):

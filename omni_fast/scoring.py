@@ -28,7 +28,7 @@ STOP_S = 5.0  # a user who wants to stop waits this long for scores under way
 
 
 class Scorer:
-    """`submit` groups as they are complete, then `finish`; both from the training thread."""
+    """`submit` groups as they are complete, from any thread; `finish` a step's from the training thread."""
 
     def __init__(
         self,
@@ -39,20 +39,18 @@ class Scorer:
     ) -> None:
         self.tasks, self.limits, self.progress, self.raise_if_stopping = tasks, limits, progress, raise_if_stopping
         self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=f"score-{name}") for name in tasks}
-        self._jobs: list[tuple[Group, Future[float]]] = []
         self._down: set[str] = set()  # tasks whose later groups are not asked: they would only wait for the same server
 
     def submit(self, group: Group) -> None:
         """Score a group whose samples are complete."""
-        self._jobs.append((group, self._threads[group.draw.task].submit(self._score, group)))
+        group.scoring = self._threads[group.draw.task].submit(self._score, group)
 
-    def finish(self) -> float:
-        """Wait until every submitted group has its scores; returns the seconds that scoring took beside or after it all.
+    def finish(self, groups: Sequence[Group]) -> float:
+        """Wait until these groups, all of them submitted, have their scores; returns the seconds that scoring took.
 
         Raises RunError when too many samples stay without a score for `pause_s`, or the user stops meanwhile.
         """
-        groups, jobs = [group for group, _ in self._jobs], [job for _, job in self._jobs]
-        self._jobs = []
+        jobs = [group.scoring for group in groups if group.scoring is not None]
         self.progress.wait(f"the rewards of {sum(len(group.samples) for group in groups)} samples")
         self._wait(jobs)
         work = sum(job.result() for job in jobs) + self._outlast(groups)

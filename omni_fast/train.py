@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from omni_fast import outcome, plan, probe
+from omni_fast.ahead import Ahead
 from omni_fast.build import Parts, build
 from omni_fast.config import Config
-from omni_fast.curriculum.stages import PromptStream, Stage, StreamState
+from omni_fast.curriculum.stages import PromptStream, Stage
 from omni_fast.errors import RunError
 from omni_fast.evaluate import Evaluation
 from omni_fast.groups import set_advantages, trajectories
@@ -87,43 +88,42 @@ class Trainer:
             done = saved.state["step"]
             self.policy.load_state_dict(saved.tensors, saved.state["policy"])
             stream.load_state_dict(saved.state["stream"])
-            self.progress.skip(steps=done)
-            self.progress.say(f"  resumed after step {done}")
+            self.progress.resumed(done)
         self.parts.holds = f"{stage.name}, under way"
         self.engine.sync(self.engine.version + 1)
-        for step in range(done + 1, stage.steps + 1):
-            self.step(stage, stream, step)
-            if self.run.checkpoint_due(step, stage.steps):
-                self.checkpoint(stage, step, stream.state_dict())
-                self.run.raise_if_stopping()
+        with Ahead(self.parts, stage, stream, done) as ahead:
+            while ahead.step < stage.steps:
+                self.step(stage, ahead)
+                if self.run.checkpoint_due(ahead.step, stage.steps):
+                    self.checkpoint(stage, ahead)
+                    self.run.raise_if_stopping()
         self.parts.keep_weights(stage.name)
         self.run.finish_stage(stage.name, Trained(tasks=list(stage.own), steps=stage.steps, same_as=""))
 
-    def checkpoint(self, stage: Stage, step: int, stream: StreamState) -> None:
-        """Everything that a resume after `step` needs."""
+    def checkpoint(self, stage: Stage, ahead: Ahead) -> None:
+        """Everything that a resume after the trained steps needs."""
         tensors, numbers = self.policy.state_dict()
-        rest = {"policy": numbers, "stream": dict(stream), "monitor": self.monitor.baselines}
-        self.run.save_checkpoint(stage.name, step, tensors, rest)
+        rest = {"policy": numbers, "stream": dict(ahead.state), "monitor": self.monitor.baselines}
+        self.run.save_checkpoint(stage.name, ahead.step, tensors, rest)
 
-    def step(self, stage: Stage, stream: PromptStream, step: int) -> None:
-        """One GRPO step: sample groups and score each as it is complete, update the policy, sync, write the row."""
-        clock, before = [time.perf_counter()], stream.state_dict()
-        groups = [self.parts.group(draw) for draw in stream.draw(self.config.rollout.prompts_per_step)]
+    def step(self, stage: Stage, ahead: Ahead) -> None:
+        """One GRPO step: groups from the engine, each scored as soon as it is complete; update, sync, the step's row."""
+        clock = [time.perf_counter()]
         try:
-            self.parts.sample(groups, f"{'+'.join(stage.own)}:{step}")
+            groups = ahead.next()
             clock.append(time.perf_counter())
-            work_s = self.parts.scorer.finish()
+            work_s = self.parts.scorer.finish(groups)
         except RunError:  # no samples, no scores, or stopped meanwhile: the policy is still that of the step before
-            self.checkpoint(stage, step - 1, before)
+            self.checkpoint(stage, ahead)
             raise
         set_advantages(groups, self.tasks, self.config.loss.advantage_scale)
         clock.append(time.perf_counter())
         self.progress.wait("the policy update")
-        metrics = self.policy.update(trajectories(groups))
+        metrics = self.policy.update(trajectories(groups)) | ahead.done()
         clock.append(time.perf_counter())
         metrics |= self.engine.sync(self.engine.version + 1)
         clock.append(time.perf_counter())
-        row = outcome.record_step(self.run, stage, step, clock, groups, self.tasks, metrics, self.monitor, work_s)
+        row = outcome.record_step(self.run, stage, ahead.step, clock, groups, self.tasks, metrics, self.monitor, work_s)
         self.parts.trackers.log(row)
         self.progress.step(row, stage.steps)
 

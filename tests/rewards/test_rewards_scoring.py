@@ -98,7 +98,7 @@ def test_in_any_order_and_timing_the_scores_are_those_of_one_by_one(drawn: list[
     rng.shuffle(order)
     for one in order:
         scorer.submit(one)
-    assert scorer.finish() >= 0.0
+    assert scorer.finish(groups) >= 0.0
     scorer.close()
     for some in (groups, plain):
         set_advantages(some, tasks, "std")
@@ -112,13 +112,14 @@ def test_scoring_starts_before_the_engine_has_finished(scorer_of: Callable[..., 
     model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=128, initializer_range=0.3)).eval()
     engine = LocalEngine(model)
     prompts = [Prompt([1, 2, place + 3], place) for place in range(12)]
-    ended, scored = [], threading.Event()
+    ended, scored, groups = [], threading.Event(), []
     scorer = scorer_of(Letters("a", lambda text: scored.set()))
     running: dict[int, int] = {}
 
     def finished(place: int, samples: list[Sample]) -> None:
         ended.append(place)
-        scorer.submit(group("a", ["x" * len(sample.tokens) for sample in samples]))
+        groups.append(group("a", ["x" * len(sample.tokens) for sample in samples]))
+        scorer.submit(groups[-1])
 
     def progress(tokens: int, left: int) -> None:
         if ended and left:
@@ -131,20 +132,20 @@ def test_scoring_starts_before_the_engine_has_finished(scorer_of: Callable[..., 
     assert sorted(ended) == list(range(12)) and len(set(running.values())) > 1
     assert results == engine.generate(prompts, 3, sampling), "being watched changes nothing"
     assert all(sample.versions == [(0, 0, len(sample.tokens))] for samples in results for sample in samples)
-    scorer.finish()
+    scorer.finish(groups)
 
 
 def test_a_slow_task_does_not_hold_up_another(scorer_of: Callable[..., Scorer]) -> None:
     gate = threading.Event()
     slow, quick = Letters("slow", lambda text: gate.wait(10)), Letters("quick")  # type: ignore[arg-type,return-value]
     scorer = scorer_of(slow, quick)
-    scorer.submit(group("slow", ["a", "b"]))
-    second = group("quick", ["a", "b"])
+    first, second = group("slow", ["a", "b"]), group("quick", ["a", "b"])
+    scorer.submit(first)
     scorer.submit(second)
     while not second.scores:
         time.sleep(0.001)
     gate.set()
-    scorer.finish()
+    scorer.finish([first, second])
 
 
 def test_a_few_lost_samples_leave_their_groups_and_the_run_goes_on(
@@ -156,7 +157,7 @@ def test_a_few_lost_samples_leave_their_groups_and_the_run_goes_on(
     groups = [group("a", ["a", "bb", "a"]), group("a", ["c", "bb", "a"])]
     for one in groups:
         scorer.submit(one)
-    scorer.finish()
+    scorer.finish(groups)
     assert [score.valid for score in groups[1].scores] == [False] * 3 and said.getvalue() == ""
     set_advantages(groups, {"a": task}, "std")
     assert groups[1].advantages == [None] * 3 and groups[0].advantages != [None] * 3
@@ -171,7 +172,7 @@ def test_an_outage_pauses_says_so_and_ends_with_the_scores_it_would_have_had(
     task.before = lambda text: setattr(task, "down", 2 < task.calls < 8)
     for one in groups:
         scorer.submit(one)
-    scorer.finish()
+    scorer.finish(groups)
     assert [one.scores for one in groups] == [healthy.score([one.item] * 3, one.texts) for one in groups]
     lines = said.getvalue().splitlines()
     assert len(lines) == 2 and "paused: a:" in lines[0] and "judge_down" in lines[0] and "up to 5 s" in lines[0]
@@ -183,12 +184,13 @@ def test_after_the_limit_it_stops_and_names_what_is_missing(scorer_of: Callable[
     task = Letters("a")
     task.down = True
     scorer = scorer_of(task, pause_s=0.3)
-    for n in range(3):
-        scorer.submit(group("a", ["a", "b" * n]))
+    groups = [group("a", ["a", "b" * n]) for n in range(3)]
+    for one in groups:
+        scorer.submit(one)
     with pytest.raises(
         RunError, match="a: 6 of 6 samples could not be scored .judge_down.*same command again"
     ) as caught:
-        scorer.finish()
+        scorer.finish(groups)
     assert caught.value.exit_code == 1
 
 
@@ -203,14 +205,16 @@ def test_the_user_may_stop_a_pause(scorer_of: Callable[..., Scorer]) -> None:
     task = Letters("a")
     task.down = True
     scorer = scorer_of(task, stop=stop, pause_s=60.0)
-    scorer.submit(group("a", ["a", "b"]))
+    one = group("a", ["a", "b"])
+    scorer.submit(one)
     with pytest.raises(Stopped):
-        scorer.finish()
+        scorer.finish([one])
 
 
 def test_a_bug_in_a_task_is_not_swallowed(scorer_of: Callable[..., Scorer]) -> None:
     task = Letters("a", lambda text: 1 / 0)  # type: ignore[arg-type,return-value]
     scorer = scorer_of(task)
-    scorer.submit(group("a", ["a", "b"]))
+    one = group("a", ["a", "b"])
+    scorer.submit(one)
     with pytest.raises(ZeroDivisionError):
-        scorer.finish()
+        scorer.finish([one])
