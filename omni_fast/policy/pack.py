@@ -116,8 +116,10 @@ def _grow(trajectories: Sequence[Trajectory], members: Sequence[int], share: Sha
     return trees
 
 
-def partition(sizes: Sequence[int], budget: int) -> list[list[int]]:
+def partition(sizes: Sequence[int], budget: int, multiple: int = 1) -> list[list[int]]:
     """Indices of `sizes` in as few bins of at most `budget` as first-fit decreasing finds, then evened out.
+
+    Their number is rounded up to a multiple of `multiple`; some are empty where there are fewer sizes than that.
 
     The bins are first filled in the given number by always giving the next largest to the lightest; where that breaks
     the budget, the first-fit bins stay. Deterministic.
@@ -133,6 +135,7 @@ def partition(sizes: Sequence[int], budget: int) -> list[list[int]]:
         else:
             bins[home].append(index)
             loads[home] += sizes[index]
+    bins += [[] for _ in range(-len(bins) % multiple)]
     even: list[list[int]] = [[] for _ in bins]
     weights = [0] * len(bins)
     for index in order:
@@ -148,10 +151,14 @@ def pack(
     tokens_per_microbatch: int,
     share: Share = "tree",
     device: str | torch.device = "cpu",
+    ranks: int = 1,
+    rank: int = 0,
 ) -> list[MicroBatch]:
     """Micro-batches of at most `tokens_per_microbatch` rows that together hold each sample once.
 
     share: "tree" as described above; "prompt" shares the prompt alone; "none" gives each sample its own copy.
+    ranks: only the micro-batches of this `rank` of so many, evened out over ranks; all have the same number, if need be
+    one that trains on nothing.
     Raises UserError where one sample is larger than the budget, ValueError for an empty or inconsistent sample.
     """
     groups: dict[int, list[int]] = {}
@@ -166,8 +173,18 @@ def pack(
         if tuple(sample.prompt) != tuple(trajectories[members[0]].prompt):
             raise ValueError(f"samples {members[0]} and {index} are in group {sample.group} but have different prompts")
     trees = [tree for members in groups.values() for tree in _grow(trajectories, members, share, tokens_per_microbatch)]
-    bins = partition([len(tree.tokens) for tree in trees], tokens_per_microbatch)
-    return [_lay_out(trajectories, [trees[index] for index in sorted(bin)], torch.device(device)) for bin in bins]
+    bins = partition([len(tree.tokens) for tree in trees], tokens_per_microbatch, ranks)[rank::ranks]
+    return [
+        _lay_out(trajectories, [trees[index] for index in sorted(bin)] or [_nothing()], torch.device(device))
+        for bin in bins
+    ]
+
+
+def _nothing() -> _Tree:
+    """One row that predicts nothing: a rank without work still takes part in what the ranks do together."""
+    tree = _Tree()
+    tree.add(-1, 0)
+    return tree
 
 
 def _lay_out(trajectories: Sequence[Trajectory], trees: Sequence[_Tree], device: torch.device) -> MicroBatch:

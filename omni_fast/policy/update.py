@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from omni_fast.errors import RunError, UserError
@@ -30,7 +32,16 @@ from omni_fast.policy import tree_attention
 from omni_fast.policy.adapter import add_adapter, without_adapter
 from omni_fast.policy.norm import slim_norms
 from omni_fast.policy.pack import MicroBatch, Share, Trajectory, pack
-from omni_kernels import METRICS, LossSpec, Tokens, finalise, linear_logprob, linear_policy_loss, normaliser_count
+from omni_kernels import (
+    METRICS,
+    LossOutput,
+    LossSpec,
+    Tokens,
+    finalise,
+    linear_logprob,
+    linear_policy_loss,
+    normaliser_count,
+)
 
 ADAM_EPS = 1e-8
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
@@ -46,10 +57,14 @@ def working_dtype(device: str | torch.device = "cpu") -> torch.dtype:
 
 
 @dataclass(slots=True)
-class _Slot:
-    """A trained parameter: what the model reads, the fp32 truth, the gradient sum, AdamW's moments (None: not stepped)."""
+class Slot:
+    """A trained parameter: what the model reads, the fp32 truth, the gradient sum, AdamW's moments (None: not stepped).
+
+    shape: of the whole parameter; `master`, `grad` and the moments are this process's part of it.
+    """
 
     name: str
+    shape: torch.Size
     working: nn.Parameter
     master: Tensor
     grad: Tensor
@@ -109,7 +124,7 @@ class Policy:
             )
         _check_model(model)
         slim_norms(model)
-        self.model = model
+        self.model = self.trained = model
         self.loss = loss
         self.learning_rate = learning_rate
         self.inv_temperature = 1.0 / temperature
@@ -131,13 +146,12 @@ class Policy:
             model.train()
         else:
             model.eval()  # dropout has no place in a policy gradient
-        dtype = dtype or working_dtype(model.device)
-        self.slots = _take_over(model, dtype)
+        self.slots = self._take_over(dtype or working_dtype(model.device))
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.reference: PreTrainedModel | None = None
         if loss.beta > 0 and not self.lora:
             self.reference = copy.deepcopy(model).requires_grad_(False).eval()
-        by_parameter: dict[Tensor, _Slot] = {slot.working: slot for slot in self.slots}
+        by_parameter: dict[Tensor, Slot] = {slot.working: slot for slot in self.slots}
         embedding = model.get_input_embeddings()
         self._embedding = by_parameter.get(embedding.weight) if type(embedding) is nn.Embedding else None
         self._head = by_parameter.get(model.get_output_embeddings().weight)
@@ -164,21 +178,28 @@ class Policy:
         for slot in self.slots:
             slot.filled = False
         totals: Tensor | None = None
-        entropies: dict[str, list[Tensor]] = {}
+        counts: dict[str, float] = defaultdict(float)
         for micro in micro_batches:
             sums, entropy = self._accumulate(micro, denominator, clock)
             totals = sums if totals is None else totals + sums
             tasks = [active[index].task for index in micro.samples]
             for task in set(tasks):
                 own = torch.tensor([name == task for name in tasks], device=entropy.device)[micro.sequences]
-                entropies.setdefault(task, []).append(entropy[own])
+                counts[f"entropy/{task}"] += entropy[own].sum(dtype=torch.float64).item()
+                counts[f"tokens/{task}"] += int(own.sum())
+            counts["rows"] += micro.input_ids.numel()
+            counts["microbatches"] += 1
+        if totals is not None:
+            totals, counts = self._over_ranks(totals, counts)
         metrics = {} if totals is None else finalise(totals)
         if "reference_kl_k3" in metrics:
             metrics["kl"] = metrics["reference_kl_k3"]
-        metrics |= {f"entropy/{task}": torch.cat(parts).mean().item() for task, parts in entropies.items()}
-        metrics["rows"] = sum(micro.input_ids.numel() for micro in micro_batches)
+        for name, total in counts.items():
+            kind, _, task = name.partition("/")
+            if kind == "entropy":
+                metrics[name] = total / counts[f"tokens/{task}"]
+        metrics["rows"], metrics["microbatches"] = int(counts["rows"]), int(counts["microbatches"])
         metrics["sample_tokens"] = sum(len(sample.prompt) + len(sample.completion) for sample in active)
-        metrics["microbatches"] = len(micro_batches)
         scale = 1.0
         if deferred and totals is not None:
             scale = totals[METRICS.index("kept")].item()
@@ -189,20 +210,24 @@ class Policy:
 
     def measure(self, batch: Sequence[Trajectory]) -> list[tuple[list[float], list[float]]]:
         """Log-prob and entropy (nats, at the sampling temperature) of each completion token, for each sample in order."""
-        results: list[tuple[list[float], list[float]]] = [([], [])] * len(batch)
-        with torch.no_grad(), self._attention(self.model):
+        results: dict[int, tuple[list[float], list[float]]] = {}
+        with torch.no_grad():
             for micro in self._pack(batch):
-                logp, entropy = self._logprobs(self.model, micro, want_entropy=True)
+                logp, entropy = self._logprobs(self.trained, micro, want_entropy=True)
                 assert entropy is not None
                 for number, index in enumerate(micro.samples):
                     own = micro.sequences == number
                     results[index] = (logp[own].tolist(), entropy[own].tolist())
-        return results
+        results = self._measured(results)
+        return [results[index] for index in range(len(batch))]
 
     def _pack(self, batch: Sequence[Trajectory]) -> list[MicroBatch]:
         if not batch:
             return []
-        return pack(batch, tokens_per_microbatch=self.tokens_per_microbatch, share=self.share, device=self.model.device)
+        return pack(
+            batch, tokens_per_microbatch=self.tokens_per_microbatch, share=self.share, device=self.model.device,
+            ranks=self.ranks, rank=self.rank,
+        )  # fmt: skip
 
     def _flat(self, batch: Sequence[Trajectory]) -> Tokens:
         """All completion tokens of the step, for counting; on the CPU."""
@@ -241,11 +266,17 @@ class Policy:
             rollout=micro.rollout,
             denominator=denominator,
         )
+        output = self._loss_backward(micro, tokens, clock)
+        assert output.entropy is not None
+        return output.metrics, output.entropy
+
+    def _loss_backward(self, micro: MicroBatch, tokens: Tokens, clock: _Clock) -> LossOutput:
+        """Forward and backward pass of one micro-batch."""
         with self._attention(self.model):
             inputs = self.model.get_input_embeddings()(micro.input_ids)
             if self._embedding is not None:
                 inputs = inputs.detach().requires_grad_()
-            hidden = _body(self.model, inputs, micro)
+            hidden = body(self.model, inputs, micro)
             clock.lap("forward")
             head = self.model.get_output_embeddings()
             output = linear_policy_loss(
@@ -260,15 +291,14 @@ class Policy:
             assert inputs.grad is not None
             self._embedding.sum().index_add_(0, micro.input_ids[0], inputs.grad[0].float())
         clock.lap("backward")
-        assert output.entropy is not None
-        return output.metrics, output.entropy
+        return output
 
     def _step(self, scale: float, any_rows: bool, clock: _Clock) -> dict[str, float]:
         """Clips and applies the gradient sums, divided by `scale`; metrics of it."""
         if not any_rows:
             return {"skipped": 1.0, "grad_norm": 0.0, "learning_rate": 0.0}
         norms = torch.stack(torch._foreach_norm([slot.sum() for slot in self.slots]))
-        norm = norms.double().square().sum().sqrt().item() / scale
+        norm = self._sum(norms.double().square().sum()).sqrt().item() / scale
         if not math.isfinite(norm):
             self.bad_steps += 1
             if self.bad_steps > self.max_bad_steps:
@@ -311,6 +341,40 @@ class Policy:
             if slot.working.data_ptr() != slot.master.data_ptr():
                 slot.working.copy_(slot.master)
 
+    # -- what several processes that share a step do otherwise (sharded.py) -------------------------------------------
+
+    ranks, rank = 1, 0
+
+    def _take_over(self, dtype: torch.dtype) -> list[Slot]:
+        """Masters for the trained parameters; all parameters of the model become `dtype`, one at a time."""
+        slots = []
+        for name, parameter in self.model.named_parameters():
+            master = parameter.data.float()
+            parameter.data = master.to(dtype)  # the same tensor where dtype is fp32
+            if parameter.requires_grad:
+                slots.append(Slot(name, parameter.shape, parameter, master, torch.empty_like(master)))
+        return slots
+
+    def _over_ranks(self, totals: Tensor, counts: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
+        """Metric sums and counts of all micro-batches of the step."""
+        return totals, counts
+
+    def _measured(self, own: dict[int, tuple[list[float], list[float]]]) -> dict[int, tuple[list[float], list[float]]]:
+        """What was measured of all samples."""
+        return own
+
+    def _sum(self, part: Tensor) -> Tensor:
+        """A sum over all parameters, of the sum over this process's."""
+        return part
+
+    def _whole(self, slot: Slot, part: Tensor) -> Tensor:
+        """All of a parameter, its gradient or a moment."""
+        return part
+
+    def _part(self, slot: Slot, whole: Tensor) -> Tensor:
+        """The inverse of `_whole`."""
+        return whole
+
     # -- forward passes ----------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -324,41 +388,47 @@ class Policy:
             model.config._attn_implementation = before
 
     def _logprobs(self, model: PreTrainedModel, micro: MicroBatch, want_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        hidden = _body(model, model.get_input_embeddings()(micro.input_ids), micro).index_select(0, micro.predicts)
-        head = model.get_output_embeddings()
+        with self._attention(model):
+            hidden = body(model, model.get_input_embeddings()(micro.input_ids), micro)
+            return self._head_logprobs(hidden, model.get_output_embeddings(), micro, want_entropy)
+
+    def _head_logprobs(
+        self, hidden: Tensor, head: nn.Linear, micro: MicroBatch, want_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
         return linear_logprob(
-            hidden, head.weight, micro.targets, bias=head.bias, inv_temperature=self.inv_temperature,
-            softcap=self.softcap, want_entropy=want_entropy,
+            hidden.index_select(0, micro.predicts), head.weight, micro.targets, bias=head.bias,
+            inv_temperature=self.inv_temperature, softcap=self.softcap, want_entropy=want_entropy,
         )  # fmt: skip
 
     def _reference_logprobs(self, micro: MicroBatch) -> Tensor | None:
         """Log-probs of the frozen reference; under LoRA that is the model without its adapter."""
         if self.loss.beta == 0:
             return None
-        model = self.reference or self.model
-        with torch.no_grad(), self._attention(model), without_adapter(model):
+        model = self.reference or self.trained
+        with torch.no_grad(), without_adapter(model):
             return self._logprobs(model, micro, want_entropy=False)[0]
 
     # -- state -------------------------------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Tensor]:
         """The fp32 master weights by parameter name (under LoRA the adapter's alone); not copies."""
-        return {slot.name: slot.master for slot in self.slots}
+        return {slot.name: self._whole(slot, slot.master) for slot in self.slots}
 
-    @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Overwrites masters and working weights. Raises UserError where names or shapes are not those of this model."""
-        own = self.weights()
-        if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
-            odd = sorted(own.keys() ^ weights.keys()) or [
-                name for name in own if own[name].shape != weights[name].shape
-            ]
+        self._load_masters(weights)
+
+    @torch.no_grad()
+    def _load_masters(self, weights: Mapping[str, Tensor]) -> None:
+        shapes = {slot.name: slot.shape for slot in self.slots}
+        given = {name: weight.shape for name, weight in weights.items()}
+        if odd := sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)):
             raise UserError(
                 f"The stored weights are not of this model ({len(odd)} differ, for example {odd[0]}): "
                 "use the model, and the lora_rank, that they were trained with."
             )
-        for name, master in own.items():
-            master.copy_(weights[name])
+        for slot in self.slots:
+            slot.master.copy_(self._part(slot, weights[slot.name]))
         self._publish()
 
     def reset_optimizer(self) -> None:
@@ -378,10 +448,10 @@ class Policy:
         """Everything a resume needs: tensors (not copies) under flat names, and a few numbers."""
         tensors: dict[str, Tensor] = {}
         for slot in self.slots:
-            tensors[f"master.{slot.name}"] = slot.master
+            tensors[f"master.{slot.name}"] = self._whole(slot, slot.master)
             if slot.mean is not None and slot.square is not None:
-                tensors[f"mean.{slot.name}"] = slot.mean
-                tensors[f"square.{slot.name}"] = slot.square
+                tensors[f"mean.{slot.name}"] = self._whole(slot, slot.mean)
+                tensors[f"square.{slot.name}"] = self._whole(slot, slot.square)
         if self.reference is not None:
             tensors |= {f"reference.{name}": value.detach() for name, value in self.reference.named_parameters()}
         return tensors, {"steps": self.steps, "bad_steps": self.bad_steps}
@@ -393,11 +463,12 @@ class Policy:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-        self.load_weights(part("master."))
+        self._load_masters(part("master."))
         mean, square, reference = part("mean."), part("square."), part("reference.")
         for slot in self.slots:
-            slot.mean = mean[slot.name].to(slot.master.device, copy=True) if mean else None
-            slot.square = square[slot.name].to(slot.master.device, copy=True) if square else None
+            for name, moments in (("mean", mean), ("square", square)):
+                kept = self._part(slot, moments[slot.name]).to(slot.master.device, copy=True) if moments else None
+                setattr(slot, name, kept)
         if self.reference is not None:
             for name, value in self.reference.named_parameters():
                 value.copy_(reference[name])
@@ -423,31 +494,19 @@ class _Clock:
         return {f"seconds/{part}": value for part, value in self.parts.items()} | total
 
 
-def _body(model: PreTrainedModel, inputs: Tensor, micro: MicroBatch) -> Tensor:
+def body(model: PreTrainedModel, inputs: Tensor, micro: MicroBatch) -> Tensor:
     """Hidden states [T, H] after the final norm."""
     output = model.base_model(inputs_embeds=inputs, position_ids=micro.positions, use_cache=False, tree=micro.layout)
     return output.last_hidden_state[0]
 
 
-def _drain(slot: _Slot) -> Callable[[Tensor], None]:
+def _drain(slot: Slot) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        slot.add(parameter.grad)
+        slot.add(parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
         parameter.grad = None
 
     return hook
-
-
-@torch.no_grad()
-def _take_over(model: PreTrainedModel, dtype: torch.dtype) -> list[_Slot]:
-    """Masters for the trained parameters; all parameters of the model become `dtype`, one at a time."""
-    slots = []
-    for name, parameter in model.named_parameters():
-        master = parameter.data.float()
-        parameter.data = master.to(dtype)  # the same tensor where dtype is fp32
-        if parameter.requires_grad:
-            slots.append(_Slot(name, parameter, master, torch.empty_like(master)))
-    return slots
 
 
 def _check_model(model: PreTrainedModel) -> None:

@@ -1,0 +1,227 @@
+"""The policy over several processes (torchrun): parameters, gradients and moments in parts by FSDP2, one step together.
+
+Rank 0 drives: it samples, scores, logs and saves as a run of one process does, and sends every call of its policy to the
+other ranks, which do nothing else than `follow`. All ranks get the whole batch, cut it into the same micro-batches, as
+many for each rank and of even size, and sum gradients (never average: the loss is normalised by counts of the whole
+step). So the result is that of one process up to the order of sums. Logits are never gathered; the head's weight is,
+while a micro-batch is under way, as any layer's.
+
+The model that rank 0 was given stays whole, in the working dtype: engine and sync read it, and each step gathers the new
+weights into it, one parameter at a time. Checkpoints hold whole tensors, so they fit any number of ranks.
+
+Limits: rank 0's host needs room for that copy, and for fp32 weights and moments while it saves; a reference policy
+(beta > 0) needs LoRA.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from omni_fast.errors import RunError, UserError
+from omni_fast.policy.pack import MicroBatch, Trajectory
+from omni_fast.policy.update import Json, Policy, Slot, body
+from omni_kernels import LossOutput, Tokens, linear_policy_loss
+
+STEP_S = 600.0  # limit on one exchange between ranks within a step
+IDLE_S = 24 * 3600.0  # how long a rank waits for rank 0's next call, which samples, scores and saves meanwhile
+Head = Callable[[Tensor, nn.Linear], Any]
+Part = TypeVar("Part")
+
+
+class ShardedPolicy(Policy):
+    """`Policy` of all ranks of the default process group; the same arguments and methods. Only rank 0 calls the methods."""
+
+    def __init__(self, model: PreTrainedModel, **settings: Any) -> None:
+        if settings["loss"].beta > 0 and not settings.get("lora_rank"):
+            raise UserError(
+                "loss.beta > 0 over several ranks needs model.lora_rank > 0: its reference is then the base"
+            )
+        self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
+        self._calls = dist.new_group(backend="gloo", timeout=timedelta(seconds=IDLE_S))
+        self._failed = False
+        super().__init__(model, **settings)
+
+    # -- rank 0 calls, the others follow -------------------------------------------------------------------------------
+
+    def update(self, batch: Sequence[Trajectory]) -> dict[str, float]:
+        return self._together("update", list(batch))
+
+    def measure(self, batch: Sequence[Trajectory]) -> list[tuple[list[float], list[float]]]:
+        return self._together("measure", list(batch))
+
+    def weights(self) -> dict[str, Tensor]:
+        return self._together("weights")
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        return self._together("load_weights", weights)
+
+    def reset_optimizer(self) -> None:
+        return self._together("reset_optimizer")
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
+        return self._together("state_dict")
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Json]) -> None:
+        return self._together("load_state_dict", tensors, numbers)
+
+    def close(self) -> None:
+        """Let the other ranks go; after a failure in the middle of something torchrun has to end them."""
+        if not self._failed:
+            self._send("close", ())
+
+    def _together(self, name: str, *given: Any) -> Any:
+        """Do `Policy.name` on all ranks at once."""
+        self._send(name, given)
+        try:
+            return getattr(Policy, name)(self, *given)
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            self._failed = True
+            raise RunError(
+                f"The ranks lost each other in {name} ({str(error).splitlines()[0]}): one of them was killed, or took more "
+                f"than {STEP_S:.0f} s. The same command resumes from the last checkpoint."
+            ) from error
+
+    def _send(self, name: str, given: tuple[Any, ...]) -> None:
+        """Tensors travel later, part by part; here only their shapes."""
+        shapes = tuple(
+            {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in argument.items()}
+            if isinstance(argument, Mapping)
+            else argument
+            for argument in given
+        )
+        dist.broadcast_object_list([name, shapes], src=0, group=self._calls)
+
+    def follow(self) -> None:
+        """What a rank other than 0 does until rank 0 closes."""
+        while True:
+            call: list[Any] = [None, None]
+            dist.broadcast_object_list(call, src=0, group=self._calls)
+            name, given = call
+            if name == "close":
+                return
+            try:
+                getattr(Policy, name)(self, *given)
+            except (UserError, RunError):
+                continue  # rank 0 has the same, and says it
+
+    # -- what is done in parts -----------------------------------------------------------------------------------------
+
+    def _take_over(self, dtype: torch.dtype) -> list[Slot]:
+        self._published = {name: value for name, value in self.model.named_parameters() if self.rank == 0}
+        self.trained = copy.deepcopy(self.model) if self.rank == 0 else self.model
+        for value in self._published.values():
+            value.data = value.data.to(dtype)
+        self._decoder = _Decoder(self.trained)
+        self._mesh = _shard(self._decoder, dtype)
+        slots = []
+        for name, parameter in self.trained.named_parameters():
+            assert isinstance(parameter, DTensor)
+            if parameter.requires_grad:
+                master = parameter.to_local().detach()
+                slots.append(Slot(name, parameter.shape, parameter, master, torch.empty_like(master)))
+        return slots
+
+    def _loss_backward(self, micro: MicroBatch, tokens: Tokens, clock: Any) -> LossOutput:
+        def loss(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor, Tensor | None]:
+            found = linear_policy_loss(
+                hidden.index_select(0, micro.predicts), head.weight, tokens, self.loss, bias=head.bias,
+                inv_temperature=self.inv_temperature, softcap=self.softcap, return_tokens=True,
+            )  # fmt: skip
+            return found.loss, found.metrics, found.entropy
+
+        with self._attention(self.trained):
+            value, metrics, entropy = self._decoder(micro, loss)
+            clock.lap("forward")
+            value.backward()
+        clock.lap("backward")
+        return LossOutput(value, metrics, None, entropy)
+
+    def _logprobs(self, model: PreTrainedModel, micro: MicroBatch, want_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        with self._attention(model):
+            return self._decoder(micro, lambda hidden, head: self._head_logprobs(hidden, head, micro, want_entropy))
+
+    def _over_ranks(self, totals: Tensor, counts: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
+        merged: dict[str, float] = defaultdict(float)
+        for part in self._gathered(counts):
+            for name, count in part.items():
+                merged[name] += count
+        return self._sum(totals), merged
+
+    def _measured(self, own: dict[int, tuple[list[float], list[float]]]) -> dict[int, tuple[list[float], list[float]]]:
+        return {index: found for part in self._gathered(own) for index, found in part.items()}
+
+    def _gathered(self, own: Part) -> list[Part]:
+        parts: list[Any] = [None] * self.ranks
+        dist.all_gather_object(parts, own, group=self._calls)
+        return parts
+
+    def _sum(self, part: Tensor) -> Tensor:
+        dist.all_reduce(part)
+        return part
+
+    @torch.no_grad()
+    def _whole(self, slot: Slot, part: Tensor) -> Tensor:
+        """On the CPU of rank 0; nothing elsewhere."""
+        assert isinstance(slot.working, DTensor)
+        spread = DTensor.from_local(
+            part, self._mesh, slot.working.placements, shape=slot.shape, stride=slot.working.stride()
+        )
+        whole = spread.full_tensor()
+        return whole.cpu() if self.rank == 0 else torch.empty(0)
+
+    @torch.no_grad()
+    def _part(self, slot: Slot, whole: Tensor) -> Tensor:
+        """Rank 0's `whole`, cut; the other ranks have its shape alone."""
+        assert isinstance(slot.working, DTensor)
+        device = slot.master.device
+        given = whole.to(device, torch.float32) if self.rank == 0 else torch.empty(slot.shape, device=device)
+        return distribute_tensor(given, self._mesh, slot.working.placements).to_local()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """The new weights into rank 0's whole model, in place."""
+        for slot in self.slots:
+            whole = self._whole(slot, slot.master)
+            if self.rank == 0:
+                self._published[slot.name].copy_(whole)
+
+
+class _Decoder(nn.Module):
+    """All of the model and what is computed from its head, as one module: its hooks gather embedding, norm and head."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, micro: MicroBatch, head: Head) -> Any:
+        hidden = body(self.model, self.model.get_input_embeddings()(micro.input_ids), micro)
+        return head(hidden, self.model.get_output_embeddings())
+
+
+def _shard(decoder: _Decoder, dtype: torch.dtype) -> DeviceMesh:
+    """Each layer by itself, the rest together; computed in `dtype`, summed in fp32."""
+    device = next(decoder.parameters()).device.type
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    layers = set(decoder.model._no_split_modules or ())
+    for module in [*decoder.modules()][::-1]:
+        if type(module).__name__ in layers or module is decoder:
+            fully_shard(module, mesh=mesh, mp_policy=precision)
+            assert isinstance(module, FSDPModule)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return mesh

@@ -1,0 +1,151 @@
+"""A step shared by several processes (gloo) against one: same metrics, weights and moments; resumed on another number."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from omni_fast.errors import UserError
+from omni_fast.policy.pack import Trajectory
+from omni_fast.policy.sharded import ShardedPolicy
+from omni_fast.policy.update import Policy
+from omni_kernels import LossSpec
+
+Batches = Callable[..., list[Trajectory]]
+LOSSES = {
+    "dapo": (LossSpec.preset("dapo", rollout="truncate"), {}),
+    "gspo with entropy": (LossSpec.preset("gspo", entropy_coef=0.02), {}),
+    "grpo with KL under LoRA": (LossSpec.preset("grpo", beta=0.05), {"lora_rank": 2}),
+    "masked weights": (LossSpec.preset("dapo", rollout="mask", rollout_min=0.2, rollout_max=3.0), {}),
+}
+HOW = ("rows", "microbatches")  # a rank without work adds a row
+BUDGET = 40  # several micro-batches a step, and not a multiple of the ranks
+
+
+def settings(name: str, budget: int = BUDGET) -> dict[str, Any]:
+    loss, more = LOSSES[name]
+    return {
+        "loss": loss, "learning_rate": 1e-2, "dtype": torch.float32, "tokens_per_microbatch": budget,
+        "max_grad_norm": 0.5, "weight_decay": 0.1, **more,
+    }  # fmt: skip
+
+
+def drive(policy: Policy, batches: list[list[Trajectory]]) -> list[Any]:
+    found: list[Any] = [policy.measure(batches[0])]
+    for batch in batches:
+        metrics = policy.update(batch)
+        found.append({key: metrics[key] for key in metrics if key not in HOW and not key.startswith("seconds")})
+    return [*found, policy.measure(batches[0])]
+
+
+def tensors(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone().contiguous() for name, value in policy.state_dict()[0].items()}
+
+
+def on_rank(rank: int, world: int, port: int, body: Callable[[int], None]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    body(rank)
+    dist.barrier()  # a rank that leaves while another still talks to it can abort in gloo's threads
+    dist.destroy_process_group()
+
+
+def on_ranks(world: int, body: Callable[[int], None]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(on_rank, (world, port, body), nprocs=world)
+
+
+def same(mine: Any, theirs: Any) -> None:
+    torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-6)
+
+
+def steps_as_one(
+    folder: Path, build: Callable[[], LlamaForCausalLM], batches: list[list[Trajectory]], rank: int
+) -> None:
+    """All ranks: three steps for each loss; then the state of one process, loaded, goes on as it does there."""
+    for name in LOSSES:
+        model = build()
+        policy = ShardedPolicy(model, **settings(name))
+        whole = sum(slot.shape.numel() for slot in policy.slots)
+        assert sum(slot.master.numel() for slot in policy.slots) < 0.75 * whole, "each rank holds a part"
+        if rank:
+            policy.follow()
+            continue
+        plain_model = build()
+        plain = Policy(plain_model, **settings(name))
+        same(drive(policy, batches), drive(plain, batches))
+        same(tensors(policy), tensors(plain))
+        same(policy.weights(), plain.weights())
+        for mine, theirs in zip(model.parameters(), plain_model.parameters(), strict=True):
+            same(mine.data, theirs.data)  # what the engine reads
+        save_file(tensors(policy), folder / f"{name}.safetensors")
+        (folder / f"{name}.steps").write_text(str(policy.state_dict()[1]["steps"]))
+        policy.reset_optimizer()
+        policy.close()
+
+
+def resumed_as_one(
+    folder: Path, build: Callable[[], LlamaForCausalLM], batches: list[list[Trajectory]], rank: int
+) -> None:
+    """What two ranks saved goes on here as it does in one process."""
+    for name in LOSSES:
+        policy = ShardedPolicy(build(), **settings(name))
+        if rank:
+            policy.follow()
+            continue
+        kept = load_file(folder / f"{name}.safetensors")
+        numbers = {"steps": int((folder / f"{name}.steps").read_text()), "bad_steps": 0}
+        policy.load_state_dict(kept, numbers)
+        plain = Policy(build(), **settings(name))
+        plain.load_state_dict(kept, numbers)
+        same(tensors(policy), kept)
+        drive(policy, batches), drive(plain, batches)
+        same(tensors(policy), tensors(plain))
+        with pytest.raises(UserError, match="not of this model"):
+            policy.load_weights({"other": torch.zeros(3)})
+        policy.close()
+
+
+def mistakes_reach_rank_0(build: Callable[[], LlamaForCausalLM], batches: list[list[Trajectory]], rank: int) -> None:
+    with pytest.raises(UserError, match="needs model.lora_rank > 0"):
+        ShardedPolicy(build(), loss=LossSpec.preset("grpo", beta=0.1), learning_rate=0.1)
+    policy = ShardedPolicy(build(), **settings("dapo", budget=3), max_bad_steps=1)
+    if rank:
+        return policy.follow()
+    before = tensors(policy)
+    with pytest.raises(UserError, match="a micro-batch may hold 3"):
+        policy.update(batches[0])
+    same(tensors(policy), before)
+    policy.close()
+
+
+@pytest.fixture
+def batches(build_batch: Batches) -> list[list[Trajectory]]:
+    return [build_batch(seed, zero_groups=1) for seed in (1, 2, 3)]
+
+
+def test_the_ranks_step_as_one_process_and_any_number_goes_on(
+    build_model: Callable[..., LlamaForCausalLM], batches: list[list[Trajectory]], tmp_path: Path
+) -> None:
+    on_ranks(2, partial(steps_as_one, tmp_path, build_model, batches))
+    on_ranks(4, partial(resumed_as_one, tmp_path, build_model, batches))
+
+
+def test_a_mistake_is_raised_on_rank_0_and_leaves_the_ranks_together(
+    build_model: Callable[..., LlamaForCausalLM], batches: list[list[Trajectory]]
+) -> None:
+    on_ranks(2, partial(mistakes_reach_rank_0, build_model, batches))
