@@ -11,8 +11,10 @@ import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 SERIES = 8  # distinct colours, dashes and markers; a ninth series starts over
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 DASHES = ("", "7 4", "2 3", "10 3 2 3", "4 2", "1 2", "12 4", "6 2 1 2")
 
 
@@ -259,6 +261,40 @@ def mark_rows(
     return _figure("wide", width, height, label, "".join(parts), legend)
 
 
+def scatter_panel(title: str, points: Sequence[tuple[Mark, Mark]], *, x_label: str, y_label: str) -> str:
+    """One small panel of points with intervals in both directions, (x, y) each, and the line on which they are equal.
+
+    Intervals that are wider than most end at the panel's edge.
+    """
+    width, height, left, top, right, bottom = 460, 400, 46, 30, 14, 38
+    known = [(x, y) for x, y in points if math.isfinite(x.value) and math.isfinite(y.value)]
+    if not known:
+        return _panel(width, 80, title, f'<text x={width / 2} y=48 class="mid dim">nothing measured</text>')
+    halves = sorted((mark.high - mark.low) / 2 for pair in known for mark in pair)
+    values = [mark.value for pair in known for mark in pair]
+    usual = halves[len(halves) // 2]
+    marks = ticks(min(values) - usual, max(values) + usual, 4)
+
+    def px(v: float) -> float:
+        return left + (min(max(v, marks[0]), marks[-1]) - marks[0]) / (marks[-1] - marks[0]) * (width - left - right)
+
+    def py(v: float) -> float:
+        share = (min(max(v, marks[0]), marks[-1]) - marks[0]) / (marks[-1] - marks[0])
+        return height - bottom - share * (height - top - bottom)
+
+    parts = [_y_axis(marks, py, left, width - right)]
+    parts += [f"<text x={px(m):.1f} y={height - bottom + 15} class=mid>{short(m)}</text>" for m in marks]
+    parts.append(_path([(px(m), py(m)) for m in (marks[0], marks[-1])], 7, faint=True))
+    parts.append(f'<text x={(left + width - right) / 2:.0f} y={height - 6} class="mid dim">{text(x_label)}</text>')
+    parts.append(f'<text x={width - right} y=16 class="end dim">{text(y_label)} ↑</text>')
+    for x, y in known:
+        across = [(px(x.low), py(y.value)), (px(x.high), py(y.value))]
+        upright = [(px(x.value), py(y.low)), (px(x.value), py(y.high))]
+        parts += [_path(across, y.style, faint=True), _path(upright, y.style, faint=True)]
+    parts.extend(_marker(px(x.value), py(y.value), y.style, 3.4, y.hollow) for x, y in known)
+    return _panel(width, height, title, "".join(parts))
+
+
 @dataclass(frozen=True, slots=True)
 class Stack:
     """One horizontal stacked bar."""
@@ -365,3 +401,31 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def section(title: str, note: str, body: str) -> str:
+    """A card of the page; `body` is HTML already."""
+    small = f"<p class=note>{text(note)}</p>" if note else ""
+    return f"<section><h2>{text(title)}</h2>{small}{body}</section>"
+
+
+def tiles(facts: Sequence[tuple[str, str, str]]) -> str:
+    """Large numbers at the head of the page: (what, number, small print)."""
+    drawn = "".join(
+        f"<div class=tile><span class=what>{text(what)}</span><b>{text(big)}</b><span>{text(small)}</span></div>"
+        for what, big, small in facts
+    )
+    return f"<div class=tiles>{drawn}</div>" if facts else ""
+
+
+def frame(title: str, kicker: str, headline: str, body: str, footer: str) -> str:
+    """A whole self-contained page; `body` is HTML already."""
+    css = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    return (
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name=viewport content="width=device-width, initial-scale=1">'
+        f"<title>{text(title)}</title><style>{css}</style></head><body>{patterns()}<main>"
+        f"<header><p class=kicker>{text(kicker)}</p><h1>{text(headline)}</h1></header>"
+        f"{body}<footer>{text(footer)}</footer></main></body></html>"
+    )

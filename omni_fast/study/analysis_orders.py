@@ -55,14 +55,14 @@ class ForecastPart:
 class OrderPart:
     """All K! orders, realised. Scores are averages over the tasks.
 
-    means: order -> score.   sd: of the orders' true scores, from their covariance between seeds (0 when below 0).
+    means: order -> its score, and that minus the mean of all orders.   sd: of the orders' true scores, from their covariance between seeds (0 when below 0).
     p: of "all orders are equal", by permuting the tree of orders seed by seed.
     gap: best minus worst order, chosen on the other seeds.   solved: the order solved from seeds outside `seeds`, and
     its score minus the mean of all orders (None when there are no such seeds).
     """
 
     seeds: tuple[int, ...]
-    means: dict[Names, Estimate]
+    means: dict[Names, tuple[Estimate, Estimate]]
     sd: float
     p: float
     gap: Contrast
@@ -225,19 +225,21 @@ def order_part(study: Study, at: Realised, draws: Draws | None) -> OrderPart | N
         },
         study.tasks,
     )
-    solved = None
+    against_all = {
+        order: draws.contrast(
+            lambda x, k=k: (x[..., k, :] - x[..., leaf, :].mean(axis=-2)).mean(axis=-1)  # type: ignore[misc]
+        )
+        for k, order in zip(leaf, orders, strict=True)
+    }
     pooled = measure(single_runs(study, at.measured_on), study.tasks) if at.measured_on else None
-    if pooled is not None:
-        best = tuple(study.tasks[k] for k in orders_.exact(pooled[0].matrix_KK).order)
-        place = draws.arms.index(">".join(best))
-        solved = best, draws.contrast(lambda x: (x[..., place, :] - x[..., leaf, :].mean(axis=-2)).mean(axis=-1))
+    best = tuple(study.tasks[k] for k in orders_.exact(pooled[0].matrix_KK).order) if pooled else None
     return OrderPart(
         seeds=at.seeds,
-        means={order: draws.mean(">".join(order)) for order in orders},
+        means={order: (draws.mean(">".join(order)), gain.estimate) for order, gain in against_all.items()},
         sd=math.sqrt(max(0.0, covariance)),
         p=_order_p_value(centred_SO, orders),
         gap=gap.gain("best", "worst") if gap else UNKNOWN,
-        solved=solved,
+        solved=(best, against_all[best]) if best else None,
     )
 
 

@@ -1,0 +1,325 @@
+"""report.html and summary.md of a study: one self-contained page and its tables as text.
+
+Both come from `report_findings`; this file draws. A study that is not finished gives a report of what there is, which
+names what is missing. Drawings differ in hatch, dash and marker, not in colour alone, and follow the reader's theme.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from omni_fast.curriculum.scores import Estimate, Floats
+from omni_fast.report import charts
+from omni_fast.report.charts import Cell, Line, Mark, MarkRow, Stack, facts_table, text
+from omni_fast.report.verdict import Sentence, points
+from omni_fast.study import records
+from omni_fast.study.report_findings import (
+    Findings,
+    Table,
+    analyse,
+    arrow,
+    brief,
+    headline,
+    p_value,
+    percent,
+    span,
+    tables,
+    verdict,
+)
+
+MAX_ORDERS = 24
+MATRIX_ARMS = ("solved", "reversed", "random", "user", "refresh")
+NOTES = {
+    "What the data supports": "",
+    "Arms": (
+        "Split test, mean over seeds; intervals are 95 % over seeds and items, paired between arms. Relative gains are"
+        " ratios of average scores. One contrast was declared beforehand; p of the others are Holm-adjusted."
+    ),
+    "Cost": "Every arm trains on the same number of samples; what measuring transfer costs on top is charged apart.",
+    "Accuracy matrix": "Test score of every task after each stage, mean over the seeds that ran this order. Framed: trained.",
+    "Transfer": (
+        "How a stage of one task (rows) moves the score of another (columns), from the initial policy, split select."
+        " Hatched cells are losses; the framed diagonal is a task's own gain, which no order can change."
+    ),
+    "Orders": "Every order against the mean of all. Orders that begin alike share those stages within a seed.",
+    "Forecast against realised": (
+        "Transfer measured on some seeds (select), final scores realised on others (test). One point per order; lines"
+        " are 95 % intervals; on the diagonal forecast and realised are equal."
+    ),
+    "The two assumptions": (
+        "Spread: standard deviation between starting checkpoints with noise removed. Noise: of one measurement, over seeds."
+    ),
+    "Entropy": (
+        "Mean token entropy on a fixed probe, and the effective temperature: that at which the initial policy has the"
+        " entropy that the trained one has at 1."
+    ),
+    "Item flips": "A net change of 0 can hide many of both.",
+    "How it was measured": "",
+}
+
+
+def write_report(folder: Path) -> Path:
+    """Write report.html and summary.md into a study's folder, from what it holds so far; returns the page's path.
+
+    UserError when the folder holds no study or a damaged one, OSError when it cannot be written.
+    """
+    found = analyse(records.read(folder))
+    _write(folder / "summary.md", summary(found))
+    _write(folder / "report.html", page(found))
+    return folder / "report.html"
+
+
+def _write(path: Path, content: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content.encode("utf-8", "replace"))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def summary(found: Findings) -> str:
+    """The Markdown summary: verdict first, then every table."""
+    told = [headline(found), *verdict(found)]
+    parts = [f"# Study {found.study.name}", headline(found).text, "## What the data supports"]
+    parts.append("\n".join(f"- {sentence.text}" for sentence in told[1:]))
+    if found.missing:
+        parts.append(f"Not finished: {', '.join(found.missing)}.")
+    parts += [made.markdown() for section in tables(found).values() for made in section]
+    return "\n\n".join(parts).replace("\u00a0", " ") + "\n"
+
+
+def page(found: Findings) -> str:
+    """The whole page."""
+    made = {name: "".join(_html(each) for each in section) for name, section in tables(found).items()}
+    bodies = {
+        "What the data supports": _verdict(verdict(found)),
+        "Arms": (_gains(found) + made["arms"]) if made["arms"] else "",
+        "Cost": (_cost(found) + made["cost"]) if made["cost"] else "",
+        "Accuracy matrix": _matrices(found),
+        "Transfer": _transfer(found, made["transfer"]),
+        "Orders": _orders(found, made["orders"]),
+        "Forecast against realised": _scatter(found) + made["forecast"],
+        "The two assumptions": made["assumptions"],
+        "Entropy": _entropy(found) + made["entropy"],
+        "Item flips": _flips(found) + made["flips"],
+        "How it was measured": _setting(found),
+    }
+    drawn = "".join(charts.section(title, NOTES[title], body) for title, body in bodies.items() if body)
+    empty = [title for title, body in bodies.items() if not body]
+    if empty:
+        drawn += charts.section("Not there yet", "", f"<p>Nothing was recorded for: {text(', '.join(empty))}.</p>")
+    status = ""
+    if found.missing:
+        rest = text(", ".join(found.missing))
+        status = (
+            f"<p class=status><b>This study is not finished.</b> Missing: {rest}. The same command goes on with it.</p>"
+        )
+    study = found.study
+    return charts.frame(
+        f"omni_fast study: {study.name}",
+        f"omni_fast study · {study.name} · {', '.join(study.tasks)}",
+        headline(found).text,
+        status + charts.tiles(_tiles(found)) + drawn,
+        "Intervals are 95 %: a hierarchical bootstrap over seeds, then items, read with Student's t. Split select decides,"
+        " split test is reported. The primary contrast was declared before anything ran.",
+    )
+
+
+def _html(made: Table) -> str:
+    long = len(made.rows) > MAX_ORDERS // 2
+    drawn = charts.table(made.heads, made.rows, made.words)
+    if long:
+        return f"<details><summary>{text(made.title)}</summary>{drawn}</details>"
+    return f"<h3>{text(made.title)}</h3>{drawn}"
+
+
+def _verdict(sentences: Sequence[Sentence]) -> str:
+    return f"<ul class=verdict>{''.join(f'<li class={s.tone}>{text(s.text)}</li>' for s in sentences)}</ul>"
+
+
+def _tiles(found: Findings) -> list[tuple[str, str, str]]:
+    first, second = found.study.primary
+    out = []
+    if math.isfinite(found.primary.estimate.value):
+        out.append((f"{first} − {second}", points(found.primary.estimate.value), span(found.primary.estimate)))
+    row = next((row for row in found.rows if row.arm.name == first), None)
+    if row:
+        for what, gain in (("joint", row.relative_joint.estimate), ("merging", row.relative_merge.estimate)):
+            if math.isfinite(gain.value):
+                big, _, rest = percent(gain).partition(" (")
+                out.append((f"{first}, relative to {what}", big, rest.rstrip(")")))
+    if found.orders:
+        out.append(("orders differ by (sd)", points(found.orders.sd, False), f"p {p_value(found.orders.p)}"))
+    if found.forecast:
+        error = found.forecast.errors["additive"]
+        out.append(("forecast off by", points(error.mean_absolute, False), f"Pearson {points(error.pearson)}"))
+    return out
+
+
+def _mark(estimate: Estimate, style: int, hollow: bool = False) -> Mark:
+    return Mark(estimate.value, estimate.low, estimate.high, style, hollow)
+
+
+def _gains(found: Findings) -> str:
+    """Every arm's average score minus that of joint training; the declared contrast first and filled."""
+    first, second = found.study.primary
+    rows = [MarkRow(f"{first} − {second}", [_mark(found.primary.estimate, 0)], "declared")]
+    rows += [
+        MarkRow(f"{row.arm.name} − joint", [_mark(row.over_joint.estimate, 0, True)], f"p {p_value(row.p_holm)}")
+        for row in sorted(found.rows, key=lambda row: -row.over_joint.estimate.value)
+        if math.isfinite(row.over_joint.estimate.value) and (row.arm.name, "joint") != found.study.primary
+    ]
+    return charts.mark_rows(rows, zero=True, label="difference of the average test score")
+
+
+def _cost(found: Findings) -> str:
+    stacks = [
+        Stack(row.arm.name, {"training": row.samples / 1000, "measuring transfer": row.samples_transfer / 1000})
+        for row in found.rows
+        if row.samples > 0
+    ]
+    return charts.stacked_bars(stacks, unit="thousand samples")
+
+
+def _matrices(found: Findings) -> str:
+    tasks, out = found.study.tasks, []
+    for row in found.rows:
+        if row.arm.name not in MATRIX_ARMS or not row.orders:
+            continue
+        order, count = max(row.orders.items(), key=lambda pair: pair[1])
+        cells = [cell for cell in found.study.of(row.arm.name) if cell.order == order and cell.base is not None]
+        depth = min(len(cell.stages) for cell in cells)
+        lines = []
+        for stage in range(depth + 1):
+            nodes = [(cell.base, *cell.stages)[stage] for cell in cells]
+            own = nodes[0].tasks if stage and nodes[0] else ()
+            means = [float(np.mean([node.scores.mean("test", task) for node in nodes if node])) for task in tasks]
+            name = f"{stage}. {', '.join(own)}" if stage else "initial policy"
+            drawn = [Cell(x, points(x, False), "", task in own) for task, x in zip(tasks, means, strict=True)]
+            lines.append((name, drawn))
+        seeds = f"{count} of {len(row.seeds)} seeds"
+        table = charts.heat_table(tasks, lines, scale=1.0, corner="after \\ scored on")
+        out.append(f"<div><h3>{text(row.arm.name)} ({seeds}): {text(arrow(order))}</h3>{table}</div>")
+    return f"<div class=beside>{''.join(out)}</div>" if out else ""
+
+
+def _transfer(found: Findings, made: str) -> str:
+    part, tasks = found.transfer, found.study.tasks
+    if part is None:
+        return ""
+    rows = [(i, [_effect(part.effects[i, j].estimate, own=i == j) for j in tasks]) for i in tasks]
+    off = [abs(effect.estimate.value) for (i, j), effect in part.effects.items() if i != j]
+    body = charts.heat_table(tasks, rows, scale=1.2 * max([*off, 0.05]), corner="trained \\ scored on")
+    pairs = [
+        (
+            f"{a} first",
+            [Cell(x, f"{x:.0%}" if a != b else "") for b in tasks for x in [part.decision.pairs[a].get(b, math.nan)]],
+        )
+        for a in tasks
+    ]
+    body += "<h3>Which of two tasks is better placed right before the other (share of draws)</h3>"
+    return body + charts.heat_table([f"then {task}" for task in tasks], pairs, scale=1.0, corner="") + made
+
+
+def _effect(estimate: Estimate, own: bool) -> Cell:
+    return Cell(estimate.value, points(estimate.value), brief(estimate), own)
+
+
+def _orders(found: Findings, made: str) -> str:
+    if found.orders is None:
+        return ""
+    ranked = sorted(found.orders.means.items(), key=lambda pair: -pair[1][1].value)
+    half = MAX_ORDERS // 2
+    kept = ranked if len(ranked) <= MAX_ORDERS else [*ranked[:half], *ranked[-half:]]
+    solved = found.orders.solved[0] if found.orders.solved else None
+    rows = [
+        MarkRow(arrow(order), [_mark(gain, 0, order != solved)], "solved" if order == solved else "")
+        for order, (_, gain) in kept
+    ]
+    return charts.mark_rows(rows, zero=True, label="average test score, minus the mean of all orders") + made
+
+
+def _scatter(found: Findings) -> str:
+    if found.forecast is None:
+        return ""
+    panels = [
+        charts.scatter_panel(
+            task,
+            [(_mark(p.forecast, k), _mark(p.realised, k)) for p in found.forecast.points if p.task == task],
+            x_label="forecast",
+            y_label="realised",
+        )
+        for k, task in enumerate(found.study.tasks)
+    ]
+    part = found.forecast
+    seeds = f"Transfer of seeds {', '.join(map(str, part.measured_on))}; realised in {', '.join(map(str, part.realised_on))}."
+    return f"<p class=dim>{seeds}</p><div class=panels>{''.join(panels)}</div>"
+
+
+def _entropy(found: Findings) -> str:
+    part = found.entropy
+    if part is None:
+        return ""
+    panels = [*_by_stage(found, part.by_stage, "entropy (nats)"), *_by_stage(found, part.tau, "effective temperature")]
+    for k, task in enumerate(found.study.tasks):
+        lines = [
+            Line(name, part.temperatures, list(table[:, k]), style)
+            for style, (name, table) in enumerate(part.sweep.items())
+            if name in ("base", "joint", *MATRIX_ARMS)
+        ]
+        if lines:
+            panels.append(
+                charts.line_panel(f"{task}: score by temperature", lines, y_range=None, x_label="temperature")
+            )
+    body = f"<div class=panels>{''.join(panels)}</div>"
+    if part.single is not None:
+        names = ["initial policy", *(f"after {task}" for task in found.study.tasks)]
+        rows = [
+            (name, [Cell(float(x), points(float(x), False)) for x in row])
+            for name, row in zip(names, part.single, strict=True)
+        ]
+        title = "<h3>Entropy of the initial policy and after each task alone (nats)</h3>"
+        body += title + charts.heat_table(
+            found.study.tasks, rows, scale=float(np.nanmax(part.single)), corner="policy \\ prompts of"
+        )
+    return body
+
+
+def _by_stage(found: Findings, tables_: dict[str, Floats], what: str) -> list[str]:
+    """A panel per task, a line per arm."""
+    out = []
+    for k, task in enumerate(found.study.tasks):
+        lines = [
+            Line(name, list(range(len(table))), list(table[:, k]), style)
+            for style, (name, table) in enumerate(tables_.items())
+        ]
+        if lines:
+            out.append(charts.line_panel(f"{task}: {what}", lines, y_range=None, x_label="stages done"))
+    return out
+
+
+def _flips(found: Findings) -> str:
+    row = next((row for row in found.rows if row.arm.name == found.study.primary[0] and row.seeds), None)
+    if row is None:
+        return ""
+    return f"<h3>{text(row.arm.name)}</h3>" + charts.flip_bars([(task, *pair) for task, pair in row.flips.items()])
+
+
+def _setting(found: Findings) -> str:
+    study = found.study
+    facts = [(name, text(_said(value))) for name, value in study.facts.items()]
+    config = json.dumps(study.config, indent=2, ensure_ascii=False, default=str)
+    return facts_table(facts) + f"<details><summary>Configuration</summary><pre>{text(config)}</pre></details>"
+
+
+def _said(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_said(inner)}" for key, inner in value.items())
+    return ", ".join(map(_said, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,531 @@
+"""What a study found, as tables and plain sentences: the content of report.html and of summary.md.
+
+A sentence claims a difference only where its interval leaves out 0 (the primary contrast) or its Holm-adjusted p is
+below 0.05 (the rest); otherwise it says that the data cannot tell. No sentence knows which way a study should come out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from omni_fast.curriculum.scores import Estimate, holm
+from omni_fast.report.charts import duration
+from omni_fast.report.verdict import Sentence, Tone, points
+from omni_fast.study import analysis_entropy, analysis_orders
+from omni_fast.study.analysis import (
+    JOINT,
+    MERGE,
+    ArmRow,
+    TransferPart,
+    compare,
+    competitors,
+    missing,
+    runs,
+    table,
+    transfer_part,
+    warnings,
+)
+from omni_fast.study.analysis_draws import Contrast
+from omni_fast.study.analysis_entropy import EntropyPart
+from omni_fast.study.analysis_orders import AssumptionPart, ForecastPart, OrderPart
+from omni_fast.study.records import Study
+
+LEVEL = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Everything computed from a study; a part is None where the records do not support it (yet).
+
+    primary: the declared contrast.   pairs: (arm, over) -> contrast that the sentences need besides those of the table.
+    """
+
+    study: Study
+    rows: list[ArmRow]
+    primary: Contrast
+    pairs: dict[tuple[str, str], Contrast]
+    transfer: TransferPart | None
+    forecast: ForecastPart | None
+    orders: OrderPart | None
+    assumptions: AssumptionPart | None
+    entropy: EntropyPart | None
+    warnings: list[str]
+    missing: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of text; the first `words` columns are words, the others numbers."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: int = 1
+
+    def markdown(self) -> str:
+        rule = [":---"] * self.words + ["---:"] * (len(self.heads) - self.words)
+        lines = [f"| {' | '.join(row)} |" for row in (self.heads, rule, *self.rows)]
+        return "\n".join([f"### {self.title}", "", *lines])
+
+
+def analyse(study: Study) -> Findings:
+    """All parts of the analysis that the records allow."""
+    rows, primary = table(study)
+    finished = {arm.name: runs(study.of(arm.name)) for arm in competitors(study)}
+    first = study.primary[0]
+    pairs = {
+        (first, other): compare(finished, first, other, study.tasks)
+        for other in ("reversed", "random", MERGE)
+        if finished.get(other) and finished.get(first)
+    }
+    at = analysis_orders.realised(study)
+    draws = analysis_orders.tree(study, at.seeds) if at else None
+    return Findings(
+        study=study,
+        rows=rows,
+        primary=primary,
+        pairs=pairs,
+        transfer=transfer_part(study),
+        forecast=analysis_orders.forecast_part(study, at) if at else None,
+        orders=analysis_orders.order_part(study, at, draws) if at else None,
+        assumptions=analysis_orders.assumption_part(study, draws),
+        entropy=analysis_entropy.entropy_part(study, at, draws),
+        warnings=warnings(study),
+        missing=missing(study),
+    )
+
+
+def p_value(p: float) -> str:
+    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def span(estimate: Estimate) -> str:
+    """+0.011 to +0.083; empty where it is not known."""
+    known = math.isfinite(estimate.low) and math.isfinite(estimate.high)
+    return f"{points(estimate.low)} to {points(estimate.high)}" if known else ""
+
+
+def brief(estimate: Estimate) -> str:
+    """The interval of a difference with two decimals, for a cell of a drawing."""
+    known = math.isfinite(estimate.low) and math.isfinite(estimate.high)
+    return f"{estimate.low:+.2f} to {estimate.high:+.2f}".replace("-", "−") if known else ""
+
+
+def shown(estimate: Estimate, signed: bool = True) -> str:
+    """+0.047 (+0.011 to +0.083), or 0.711 (0.67 to 0.75) for a score; does not break inside the parentheses."""
+    low_high = span(estimate) if signed else brief(estimate).replace("+", "")
+    value = points(estimate.value, signed)
+    return f"{value} ({low_high})".replace(" to ", "\u00a0to\u00a0") if low_high else value
+
+
+def percent(estimate: Estimate) -> str:
+    if not math.isfinite(estimate.value):
+        return "–"
+    low, high = estimate.low, estimate.high
+    return f"{estimate.value:+.1%} ({low:+.1%} to {high:+.1%})".replace("-", "−").replace("%", " %")
+
+
+def arrow(order: Iterable[str]) -> str:
+    return " → ".join(order)
+
+
+def tables(found: Findings) -> dict[str, list[Table]]:
+    """Section of the report -> its tables; a section without records has none."""
+    return {
+        "arms": _arms(found),
+        "cost": _cost(found),
+        "transfer": _transfer(found.transfer),
+        "orders": _orders(found.orders),
+        "forecast": _forecast(found.forecast),
+        "assumptions": _assumptions(found.assumptions),
+        "entropy": _entropy(found.entropy),
+        "flips": _flips(found),
+    }
+
+
+def _arms(found: Findings) -> list[Table]:
+    tasks, known = found.study.tasks, [row for row in found.rows if row.seeds]
+    scores = [
+        [
+            row.arm.name,
+            str(len(row.seeds)),
+            *(shown(row.scores[task], False) for task in tasks),
+            shown(row.average, False),
+            shown(row.bwt.estimate),
+        ]
+        for row in known
+    ]
+    gains = [
+        [
+            row.arm.name,
+            shown(row.over_joint.estimate),
+            percent(row.relative_joint.estimate),
+            "primary" if (row.arm.name, JOINT) == found.study.primary else p_value(row.p_holm),
+            percent(row.relative_merge.estimate),
+        ]
+        for row in known
+    ]
+    if not known:
+        return []
+    return [
+        Table("Test scores", ["arm", "seeds", *tasks, "average", "backward transfer"], scores),
+        Table(
+            "Average score against joint training and against merging",
+            ["arm", f"minus {JOINT}", f"relative to {JOINT}", "p (Holm)", f"relative to {MERGE}"],
+            gains,
+        ),
+    ]
+
+
+def _cost(found: Findings) -> list[Table]:
+    rows = [
+        [
+            row.arm.name,
+            f"{row.samples:,.0f}",
+            f"{row.samples_transfer:,.0f}",
+            f"{row.samples + row.samples_transfer:,.0f}",
+            duration(row.seconds),
+            " / ".join(f"{arrow(order)} ({count}x)" for order, count in row.orders.items()) or "–",
+        ]
+        for row in found.rows
+        if row.seeds
+    ]
+    heads = ["arm", "training samples", "to measure transfer", "both", "training time", "order (seeds)"]
+    return [Table("Cost, mean of the seeds", heads, rows)] if rows else []
+
+
+def _transfer(part: TransferPart | None) -> list[Table]:
+    if part is None:
+        return []
+    rows = [
+        [
+            row.name,
+            f"{row.training:.0%}",
+            f"{row.evaluation:.0%}",
+            points(row.agreement.spearman),
+            points(row.agreement.kendall),
+            f"{row.agreement.pairs:.0%}",
+            points(row.agreement.regret, False),
+        ]
+        for row in part.proxies
+    ]
+    heads = ["cheap measurement", "training", "evaluation", "Spearman", "Kendall", "pairs alike", "summed score lost"]
+    effects = [
+        [f"{i} → {j}", shown(effect.estimate), p_value(effect.p)] for (i, j), effect in part.effects.items() if i != j
+    ]
+    return [
+        Table("Transfer, each effect", ["trained → scored on", "T", "p (alone)"], effects),
+        Table("Agreement of one seed's cheap measurement with the full matrix of the other seeds", heads, rows),
+    ]
+
+
+def _orders(part: OrderPart | None) -> list[Table]:
+    if part is None:
+        return []
+    ranked = sorted(part.means.items(), key=lambda pair: -pair[1][0].value)
+    rows = [[arrow(order), shown(score, False), shown(gain)] for order, (score, gain) in ranked]
+    heads = ["order", "average score", "minus the mean of all orders"]
+    return [Table(f"Every order over {len(part.seeds)} seeds", heads, rows)]
+
+
+def _forecast(part: ForecastPart | None) -> list[Table]:
+    if part is None:
+        return []
+    rows = [
+        [
+            name,
+            str(error.n),
+            points(error.mean_absolute, False),
+            points(error.bias),
+            points(error.rmse, False),
+            points(error.pearson),
+            points(error.spearman),
+        ]
+        for name, error in part.errors.items()
+    ]
+    heads = ["forecast", "points", "mean absolute", "bias", "root mean square", "Pearson", "Spearman"]
+    return [Table("Error against realised scores of new seeds (correlations within task)", heads, rows)]
+
+
+def _assumptions(part: AssumptionPart | None) -> list[Table]:
+    if part is None:
+        return []
+    out = []
+    if part.constant:
+        adjusted = holm({f"{i} → {j}": s.p for (i, j), (_, _, s) in part.constant.items() if math.isfinite(s.p)})
+        rows = [
+            [
+                f"{i} → {j}",
+                points(first),
+                shown(shift.estimate),
+                str(s.starts),
+                points(s.sd, False),
+                points(s.noise, False),
+                p_value(adjusted.get(f"{i} → {j}", math.nan)),
+            ]
+            for (i, j), (first, shift, s) in part.constant.items()
+        ]
+        heads = ["effect", "T from the start", "change once j is trained", "starts", "spread", "noise", "p (Holm)"]
+        out.append(Table("Assumption 1: is T the same from every checkpoint?", heads, rows))
+    rows = []
+    second = holm({task: c.p for task, c in part.second_pass.items() if math.isfinite(c.p)})
+    for task in dict.fromkeys([*part.saturation, *part.second_pass]):
+        twice, s = part.second_pass.get(task), part.saturation.get(task)
+        rows.append(
+            [
+                task,
+                shown(twice.estimate) if twice else "–",
+                p_value(second.get(task, math.nan)),
+                points(s.sd, False) if s else "–",
+                points(s.noise, False) if s else "–",
+                p_value(s.p) if s else "–",
+            ]
+        )
+    heads = ["task", "change by a second pass", "p (Holm)", "spread over starts", "noise", "p of the spread"]
+    return [
+        *out,
+        Table("Assumption 2: does one stage bring a task to the same score, wherever it starts?", heads, rows),
+    ]
+
+
+def _entropy(part: EntropyPart | None) -> list[Table]:
+    if part is None or not part.ablation:
+        return []
+    rows = [
+        [f"{weight:g}", arrow(order), "the same order" if gain is None else shown(gain.estimate)]
+        for weight, (order, gain) in part.ablation.items()
+    ]
+    heads = ["price, score per nat", "order", "average score against the order without it"]
+    return [Table("Entropy-aware order, looked up among the realised ones", heads, rows, words=2)]
+
+
+def _flips(found: Findings) -> list[Table]:
+    tasks = found.study.tasks
+    rows = [
+        [row.arm.name, *(f"−{row.flips[task][0]} +{row.flips[task][1]}" for task in tasks)]
+        for row in found.rows
+        if row.seeds and row.arm.kind != "base"
+    ]
+    title = "Test items lost (−) and gained (+) since the initial policy, summed over the seeds"
+    return [Table(title, ["arm", *tasks], rows)] if rows else []
+
+
+def headline(found: Findings) -> Sentence:
+    """The declared contrast, whatever it says."""
+    first, second = found.study.primary
+    contrast = found.primary
+    if not math.isfinite(contrast.estimate.value):
+        return Sentence("open", f"The declared contrast, {first} − {second}, is not measured yet.")
+    tone = _tone(contrast.estimate)
+    size = f"{points(contrast.estimate.value)} (95 % interval {span(contrast.estimate)})"
+    what = {
+        "good": f"{first} beats {second}: its average test score is ahead by",
+        "bad": f"{first} falls behind {second}: its average test score differs by",
+        "open": f"The data do not tell {first} from {second}: their average test scores differ by",
+    }[tone]
+    return Sentence(tone, f"{what} {size}, over {_seeds(contrast)}.")
+
+
+def _seeds(contrast: Contrast) -> str:
+    return f"{contrast.seeds} seeds" if contrast.seeds != 1 else "one seed, whose own noise is not in the interval"
+
+
+def verdict(found: Findings) -> list[Sentence]:
+    """What the data supports and what it does not, most important first."""
+    return [
+        *_against_the_rest(found),
+        *_does_order_matter(found),
+        *_is_it_forecast(found.forecast),
+        *_do_assumptions_hold(found.assumptions),
+        *_is_it_entropy(found.entropy),
+        *_is_it_cheap(found),
+        *(Sentence("bad", warning) for warning in found.warnings),
+    ]
+
+
+def _tone(estimate: Estimate) -> Tone:
+    """good: the whole interval above 0; bad: below 0; open: it holds 0, or is not known."""
+    return "good" if estimate.low > 0 else "bad" if estimate.high < 0 else "open"
+
+
+def _against_the_rest(found: Findings) -> list[Sentence]:
+    ahead = [r.arm.name for r in found.rows if r.p_holm < LEVEL and r.over_joint.estimate.value > 0]
+    behind = [r.arm.name for r in found.rows if r.p_holm < LEVEL and r.over_joint.estimate.value < 0]
+    open_ = [r.arm.name for r in found.rows if r.p_holm >= LEVEL]
+    out = []
+    for tone, names, what in (
+        ("good", ahead, "Ahead of"),
+        ("bad", behind, "Behind"),
+        ("open", open_, "Not told from"),
+    ):
+        if names:
+            out.append(Sentence(tone, f"{what} {JOINT} after Holm's correction: {', '.join(names)}."))  # type: ignore[arg-type]
+    first = found.study.primary[0]
+    row = next((r for r in found.rows if r.arm.name == first), None)
+    if row and math.isfinite(row.relative_joint.estimate.value):
+        merge = row.relative_merge.estimate
+        over_merge = f", over {MERGE} {percent(merge)}" if math.isfinite(merge.value) else ""
+        text = (
+            f"Relative gain of {first}'s average score over {JOINT} {percent(row.relative_joint.estimate)}{over_merge}."
+        )
+        out.append(Sentence(_tone(row.relative_joint.estimate), text))
+    return out
+
+
+def _does_order_matter(found: Findings) -> list[Sentence]:
+    out, part, first = [], found.orders, found.study.primary[0]
+    if part is not None:
+        count = f"All {len(part.means)} orders were run with {len(part.seeds)} seeds"
+        gap = f"the best and the worst, chosen on the other seeds, differ by {shown(part.gap.estimate)}"
+        if part.p < LEVEL:
+            text = f"{count}: order matters beyond noise (p {_equals(part.p)}; true standard deviation about {part.sd:.3f}; {gap})."
+            out.append(Sentence("good", text))
+        else:
+            text = f"{count}: order does not matter beyond noise (p {_equals(part.p)}; {gap})."
+            out.append(Sentence("open", text))
+        if part.solved is not None:
+            order, gain = part.solved
+            tone = _tone(gain.estimate)
+            said = {"good": "better than", "bad": "worse than", "open": "not told from"}[tone]
+            text = f"The order solved on other seeds, {arrow(order)}, is {said} the mean of all orders: {shown(gain.estimate)}."
+            out.append(Sentence(tone, text))
+    for (arm, other), contrast in found.pairs.items():
+        if other != MERGE and math.isfinite(contrast.estimate.value):
+            tone = _tone(contrast.estimate)
+            told = {"good": "ahead of", "bad": "behind", "open": "not told from"}[tone]
+            text = f"At the same budget, {arm} is {told} {other} (uncorrected): {shown(contrast.estimate)}."
+            out.append(Sentence(tone, text))
+    if found.transfer is not None and found.transfer.decision.second is not None:
+        decision = found.transfer.decision
+        settled = f"The best order by measured transfer, {arrow(decision.order)}, is the optimum in {decision.probability or 0:.0%}"
+        verdict_ = "told from" if decision.settled else "not told from"
+        text = f"{settled} of the draws over seeds and items; it is {verdict_} the second best, {arrow(decision.second or ())}."
+        out.append(Sentence("good" if decision.settled else "open", text))
+    if not out:
+        out.append(
+            Sentence("open", f"Whether order matters is not known yet: it needs {first} and its reversal, finished.")
+        )
+    return out
+
+
+def _equals(p: float) -> str:
+    return p_value(p) if p < 0.001 else f"= {p_value(p)}"
+
+
+def _is_it_forecast(part: ForecastPart | None) -> list[Sentence]:
+    if part is None:
+        return [
+            Sentence("open", "The forecast is not tested yet: it needs transfer from one seed and orders from another.")
+        ]
+    additive, ratios, none = (part.errors[k] for k in ("additive", "multiplicative", "no transfer at all"))
+    twin = part.errors.get("the same order in another seed")
+    better = "differences" if additive.mean_absolute <= ratios.mean_absolute else "ratios"
+    helps = additive.mean_absolute < none.mean_absolute and additive.pearson > 0
+    seeds = ", ".join(points(r) for r in part.by_seed)
+    text = (
+        f"On new seeds the additive forecast is off by {additive.mean_absolute:.3f} on average; forecasting no transfer at"
+        f" all is off by {none.mean_absolute:.3f}"
+    )
+    if twin is not None:
+        text += f", the same order in another seed by {twin.mean_absolute:.3f}"
+    text += f". Its correlation within task is {points(additive.pearson)} (by seed {seeds})"
+    if twin is not None:
+        text += f"; two seeds of one order agree to {points(twin.pearson)}"
+    text += f". Of the two forms, {better} came closer ({additive.mean_absolute:.3f} and {ratios.mean_absolute:.3f})."
+    return [
+        Sentence("good" if helps else "bad", text if helps else text + " It is no better than assuming no transfer.")
+    ]
+
+
+def _do_assumptions_hold(part: AssumptionPart | None) -> list[Sentence]:
+    if part is None:
+        return [Sentence("open", "Neither assumption is tested yet: no stage starts from a trained checkpoint.")]
+    out = []
+    tested = holm({str(key): s.p for key, (_, _, s) in part.constant.items() if math.isfinite(s.p)})
+    if tested:
+        broken = sum(p < LEVEL for p in tested.values())
+        spreads = [s for _, _, s in part.constant.values() if math.isfinite(s.p)]
+        sd, noise = (math.sqrt(np.mean([getattr(s, k) ** 2 for s in spreads])) for k in ("sd", "noise"))
+        told = (
+            f"rejected for {broken} of {len(tested)} effects"
+            if broken
+            else f"not rejected for any of {len(tested)} effects"
+        )
+        text = (
+            f"Assumption 1 (constant transfer) is {told}: over starting checkpoints T spreads by {sd:.3f}, noise removed, where"
+            f" one measurement has a noise of {noise:.3f} (root mean squares)."
+        )
+        out.append(Sentence("bad" if broken else "good", text))
+    second = holm({task: c.p for task, c in part.second_pass.items() if math.isfinite(c.p)})
+    if second:
+        moved = [f"{task} {points(part.second_pass[task].estimate.value)}" for task, p in second.items() if p < LEVEL]
+        largest = max(abs(part.second_pass[task].estimate.value) for task in second)
+        text = (
+            f"Assumption 2 (saturation) is rejected by a second pass for: {', '.join(moved)}."
+            if moved
+            else f"A second pass changes no task beyond noise (largest change {largest:.3f}): assumption 2 is not rejected by it."
+        )
+        out.append(Sentence("bad" if moved else "good", text))
+    starts = holm({task: s.p for task, s in part.saturation.items() if math.isfinite(s.p)})
+    if starts:
+        uneven = [f"{task} (spread {part.saturation[task].sd:.3f})" for task, p in starts.items() if p < LEVEL]
+        text = (
+            f"What a task's own stage reaches depends on where it starts for: {', '.join(uneven)}."
+            if uneven
+            else "What a task's own stage reaches does not depend on where it starts beyond noise."
+        )
+        out.append(Sentence("bad" if uneven else "good", text))
+    return out
+
+
+def _is_it_entropy(part: EntropyPart | None) -> list[Sentence]:
+    if part is None or part.residuals is None:
+        return [
+            Sentence(
+                "open",
+                "Whether temperature explains the residuals is not known: it needs sweeps of base, runs and orders.",
+            )
+        ]
+    before, after, change, left_out = part.residuals
+    tone: Tone = {"good": "bad", "bad": "good", "open": "open"}[_tone(change)]  # type: ignore[assignment]
+    what = {"good": "shrinks", "bad": "widens", "open": "does not change beyond noise"}[tone]
+    out = f" ({left_out} points lie outside the sweep)" if left_out else ""
+    text = (
+        f"Decoding each policy at its own effective temperature {what} what the forecast misses: from {before:.3f} to"
+        f" {after:.3f}, change {shown(change)}{out}."
+    )
+    moved = {weight: gain for weight, (_, gain) in part.ablation.items() if gain is not None}
+    if not part.ablation:
+        return [Sentence(tone, text)]
+    if not moved:
+        return [Sentence(tone, text), Sentence("open", "Pricing entropy changes the solved order at no weight tried.")]
+    weight, gain = max(moved.items(), key=lambda pair: abs(pair[1].estimate.value))
+    more = f"Pricing entropy changes the solved order; the largest effect is {shown(gain.estimate)} at weight {weight:g} (uncorrected)."
+    return [Sentence(tone, text), Sentence(_tone(gain.estimate), more)]
+
+
+def _is_it_cheap(found: Findings) -> list[Sentence]:
+    out = []
+    if found.transfer is not None:
+        part = found.transfer
+        text = (
+            f"Evaluating until the order is settled would save {part.saved:.0%} of one seed's transfer evaluations; it settled"
+            f" in {part.settled:.0%} of the seeds and gave the full measurement's order in {part.same_order:.0%}."
+        )
+        out.append(Sentence("open", text))
+    row = next((r for r in found.rows if r.arm.name == found.study.primary[0]), None)
+    if row and row.samples > 0 and row.samples_transfer > 0:
+        share = 1 + row.samples_transfer / row.samples
+        text = f"With the measurement of transfer charged, {row.arm.name} costs {share:.2f} times the samples of its training."
+        out.append(Sentence("open", text))
+    budgets = {
+        r.arm.name: r.samples for r in found.rows if r.arm.kind in ("joint", "order", "refresh", "online") and r.seeds
+    }
+    if budgets and max(budgets.values()) > 1.01 * min(budgets.values()):
+        listed = ", ".join(f"{name} {count:,.0f}" for name, count in budgets.items())
+        out.append(Sentence("bad", f"The budgets are not equal: {listed} training samples."))
+    return out
