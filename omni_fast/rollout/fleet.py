@@ -48,9 +48,10 @@ class ServerError(Exception):
 
 @dataclass(eq=False, slots=True)
 class Server:
-    """version: of SGLang. proven: tag of the weights it was last seen to hold. in_flight: groups it works on."""
+    """known: it has said what it is, and is fit for the policy. version: of SGLang. proven: tag of the weights it was last seen to hold. in_flight: groups it works on."""
 
     url: str
+    known: bool = False
     version: tuple[int, ...] = ()
     tensor_parallel: int = 1
     dtype: str = "auto"  # of its weights, as it was told to hold them

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import queue
 import time
 from collections.abc import Callable, Sequence
@@ -65,10 +66,12 @@ class SGLangEngine:
         wait: Callable[[str], None] = lambda what: None,
         raise_if_stopping: Callable[[], None] = lambda: None,
     ) -> None:
-        """Waits until every server answers, checks each, and gives all of them the weights as version 0.
+        """Waits for the servers, checks each, and gives all of them the weights as version 0.
 
-        request_s: limit on one group. wait_s: how long to wait for servers that start, or are all down. wait: gets
-        what is being waited for. raise_if_stopping: called all the time while waiting for servers. Raises UserError where a server is missing, too old, or of another model.
+        A server that is not there after `wait_s` joins when it comes, if others are there. request_s: limit on one group.
+        wait_s: how long to wait for servers that start, or are all down. wait: gets what is being waited for.
+        raise_if_stopping: called all the time while waiting for servers. Raises UserError where no server comes, or one
+        is too old, or of another model.
         """
         self.fleet, self.weights = fleet, weights
         self.request_s, self.wait_s = request_s, wait_s
@@ -77,37 +80,50 @@ class SGLangEngine:
         self._turns = itertools.count()
         self._connect()
         self.sync(0)
-        if len(fleet.ready) < len(fleet.servers):
+        if any(server.known and not server.ready for server in fleet.servers):
             raise UserError(f"the engine's servers did not take the policy's weights: {fleet.reasons()}")
 
     def _connect(self) -> None:
         end = time.monotonic() + self.wait_s
         for server in self.fleet.servers:
             self.wait(f"the engine server {server.url} to be ready, up to {self.wait_s:.0f} s")
-            while True:
+            while not self._answers(server) and time.monotonic() < end:
                 self.raise_if_stopping()
+                time.sleep(0.2)
+            if not server.reason:
                 try:
-                    self.fleet.run(self.fleet.ask(server, "/health"))
-                    break
+                    self._introduce(server)
                 except ServerError as error:
-                    if error.status in (401, 403):
-                        raise UserError(
-                            f"{error}; set the servers' key in the environment variable OMNI_FAST_ENGINE_KEY"
-                        ) from error
-                    if time.monotonic() > end:
-                        raise UserError(
-                            f"the engine server {server.url} is not ready after {self.wait_s:.0f} s ({error.reason}): "
-                            "start it, look into its log, or correct engine.urls"
-                        ) from error
-                    time.sleep(0.2)
-            try:
-                self._introduce(server)
-                self.weights.check(server)
-            except ServerError as error:
-                raise UserError(f"{error}; is this an SGLang server? Correct engine.urls or the key") from error
-            self.fleet.admit(server)
+                    raise UserError(f"{error}; is this an SGLang server? Correct engine.urls or the key") from error
+                self.fleet.admit(server)
+        missing = [server for server in self.fleet.servers if not server.known]
+        if missing and not self.fleet.ready:
+            raise UserError(
+                f"the engine server {missing[0].url} is not ready after {self.wait_s:.0f} s ({missing[0].reason}): start "
+                "it, look into its log, or correct engine.urls"
+            )
+        for server in missing:
+            self.fleet.say(
+                f"the engine server {server.url} is not ready after {self.wait_s:.0f} s ({server.reason}): it is left "
+                "out until it answers"
+            )
+
+    def _answers(self, server: Server) -> bool:
+        """Whether it is up; else `server.reason` says why not."""
+        try:
+            self.fleet.run(self.fleet.ask(server, "/health"))
+        except ServerError as error:
+            if error.status in (401, 403):
+                raise UserError(
+                    f"{error}; set the servers' key in the environment variable OMNI_FAST_ENGINE_KEY"
+                ) from error
+            server.reason = error.reason
+            return False
+        server.reason = ""
+        return True
 
     def _introduce(self, server: Server) -> None:
+        """Ask who it is. Raises UserError where it is not fit for the policy, ServerError where it does not answer."""
         info = self.fleet.run(self.fleet.ask(server, "/server_info"))
         server.version = parse_version(str(member(info, "version")))
         if server.version < OLDEST:
@@ -121,6 +137,8 @@ class SGLangEngine:
                 f"the engine server {server.url} has --dp-size {replicas}, whose weights cannot be updated: "
                 "start one server a replica and list them all in engine.urls"
             )
+        self.weights.check(server)
+        server.known = True
 
     def start(
         self, prompts: Sequence[Prompt], n: int, sampling: Sampling, arrived: Finished | None = None
@@ -186,6 +204,9 @@ class SGLangEngine:
                     server.reason = error.reason
                     server.next_probe = time.monotonic() + server.probe_gap
                     server.probe_gap = min(2 * server.probe_gap, MAX_PROBE_S)
+                except UserError as error:  # it comes late and is not fit
+                    server.reason, server.next_probe = str(error), math.inf
+                    self.fleet.say(f"{error}. It stays left out")
         if self.fleet.ready:
             return 0.0
         if not dark:
@@ -200,11 +221,14 @@ class SGLangEngine:
 
     def _bring_back(self, server: Server) -> None:
         self.fleet.run(self.fleet.ask(server, "/health", timeout_s=2.0))
+        how = "is back" if server.known else "has joined"
+        if not server.known:
+            self._introduce(server)
         info = self.fleet.run(self.fleet.ask(server, "/model_info", timeout_s=2.0))
         if server.proven != self.weights.tag or member(info, "weight_version") != self.weights.tag:
             self.weights.catch_up(server)
         self.fleet.admit(server)
-        self.fleet.say(f"the engine server {server.url} is back, with weight version {self.version}")
+        self.fleet.say(f"the engine server {server.url} {how}, with weight version {self.version}")
 
     # -- inside the loop ---------------------------------------------------------------------------------------------
 
