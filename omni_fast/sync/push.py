@@ -1,8 +1,10 @@
 """Weights from the trainer to SGLang servers, each sync checked: version echoed, numbers read back.
 
-Two ways. `disk`: one safetensors folder, written whole and then renamed, that every server loads; for any host that shares
-the folder. `tensor`: a flat buffer a bucket in shared memory, of which servers on this host get the handle. Either way
-servers pause between two tokens, and old keys and values are not read again, since the cache is salted by the version's tag.
+Three ways. `disk`: one safetensors folder, written whole and then renamed, that every server loads; for any host that
+shares the folder. `tensor`: a flat buffer a bucket in shared memory (of the GPU, where the policy is on one), of which
+servers on this host get the handle. `distributed`: the buffer is broadcast to all servers at once (`broadcast.py`). Fp32
+weights for servers that hold bf16 or fp16 are cast as they are packed. Any way servers pause between two tokens, and old
+keys and values are not read again, since the cache is salted by the version's tag.
 
 A server that fails at any point is drained, so that it gets no prompt while its weights are in doubt; `catch_up` loads the
 current version from disk, for it as for one that was restarted. One sync is under way at a time.
@@ -22,6 +24,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Literal
@@ -35,11 +38,12 @@ from transformers import PreTrainedModel
 
 from omni_fast.errors import RunError, UserError
 from omni_fast.rollout.fleet import BRACKETS, Fleet, Json, Server, ServerError, member
-from omni_fast.sync.plan import BUCKET_BYTES, Bucket, checksum, make_plan, tensors
+from omni_fast.sync.broadcast import LOCAL, BroadcastGroup, GroupLost
+from omni_fast.sync.plan import BUCKET_BYTES, Bucket, Plan, checksum, make_plan, tensors
 
-Transport = Literal["disk", "tensor"]
-LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
+Transport = Literal["disk", "tensor", "distributed"]
 ROWS = 16  # of a tensor that are read back in a run
+CASTS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "half": torch.float16}  # SGLang's --dtype
 HELD_AS = (torch.float32, torch.bfloat16, torch.float16)  # what a server may have rounded to
 
 
@@ -55,12 +59,13 @@ class WeightSync:
         transport: Transport = "disk",
         compared: int | None = 2,
         load_s: float = 300.0,
+        broadcast_s: float = 60.0,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         """folder: made here, for weights on disk; all servers must see it under this path.
 
         compared: how many tensors are read back after a sync, others each time; None: all of them, whole.
-        load_s: limit on one load. Raises UserError where a transport does not reach a server.
+        load_s: limit on one load. broadcast_s: on joining a group, and on the broadcast of one bucket. Raises UserError where a transport does not reach a server.
         """
         far = [server.url for server in fleet.servers if urlsplit(server.url).hostname not in LOCAL]
         if transport == "tensor" and far:
@@ -69,15 +74,25 @@ class WeightSync:
                 "folder where all hosts see it"
             )
         self.fleet, self.model, self.folder = fleet, model, folder.absolute()
-        self.transport, self.compared, self.load_s = transport, compared, load_s
-        self.plan = make_plan(model, bucket_bytes)
+        self.transport, self.compared, self.load_s, self.broadcast_s = transport, compared, load_s, broadcast_s
+        self.bucket_bytes = bucket_bytes
         self.run = uuid.uuid4().hex[:8]  # no other trainer, and no earlier process of this run, has these tags
         self.tag = f"{self.run}.none"
         self._turn = 0
-        self._shared: dict[torch.dtype, Tensor] = {}  # flat, as large as the largest bucket of the dtype
-        self._readable = [entry.name for entry in self.plan.entries if _readable(model, entry.name)]
+        self._flat: dict[torch.dtype, Tensor] = {}  # as large as the largest bucket of the dtype
+        self._group: BroadcastGroup | None = None
+        self._readable = [name for name, _ in tensors(model) if _readable(model, name)]
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Made at the first sync, when all servers have said what they hold: fp32 is cast if that is one other dtype."""
+        held = {server.dtype for server in self.fleet.servers if server.known}
+        dtype = CASTS.get(held.pop()) if len(held) == 1 else None
+        return make_plan(self.model, self.bucket_bytes, dtype)
 
     def close(self) -> None:
+        """While the fleet still runs."""
+        self._end_group()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # -- before the first step ---------------------------------------------------------------------------------------
@@ -95,7 +110,7 @@ class WeightSync:
         if size != self.model.config.vocab_size:
             self._refuse(server, f"a vocabulary of {size}", f"one of {self.model.config.vocab_size}")
         layers = self.model.config.num_hidden_layers
-        shapes = {entry.name: entry.shape for entry in self.plan.entries}
+        shapes = {name: value.shape for name, value in tensors(self.model)}
         embedding = next(name for name in shapes if "embed_tokens" in name)
         server.shows_weights = self._rows(server, embedding, 1) is not None
         if not server.shows_weights:
@@ -176,6 +191,8 @@ class WeightSync:
 
     def catch_up(self, server: Server) -> None:
         """The current version from disk to one server that is not ready. Raises ServerError."""
+        if self._group is not None and server in self._group.servers:  # if it was restarted, it knows no group
+            self._end_group()
         self._write()
         self.fleet.run(self._load_folder(server))
         self.fleet.run(self.fleet.ask(server, "/continue_generation", {}))  # it may have been left paused
@@ -217,7 +234,8 @@ class WeightSync:
             shutil.rmtree(self.folder, ignore_errors=True)
             work.mkdir(parents=True)
             self.model.config.save_pretrained(work)
-            values = {name: value.cpu().contiguous() for name, value in tensors(self.model)}
+            kinds = {entry.name: entry.dtype for entry in self.plan.entries}
+            values = {name: value.to("cpu", kinds[name]).contiguous() for name, value in tensors(self.model)}
             save_file(values, work / "model.safetensors", {"format": "pt"})
             for path in (work / "model.safetensors", work):
                 descriptor = os.open(path, os.O_RDONLY)
@@ -230,47 +248,100 @@ class WeightSync:
                 "there, and run the same command again"
             ) from error
 
-    # -- shared memory -----------------------------------------------------------------------------------------------
+    # -- buckets -----------------------------------------------------------------------------------------------------
 
     def _push_buckets(self, clock: dict[str, float]) -> float:
-        """Bucket after bucket: packed here, loaded by all servers, and only then the next, in the same memory."""
+        """Bucket after bucket: packed here, loaded by all servers, and only then the next.
+
+        When the group of a broadcast is lost, those that did not answer are drained and the others load from disk.
+        """
         values = dict(tensors(self.model))
         with _timed(clock, "pack"):
-            views = self._packed(self.plan.buckets[0], values)
+            flat = self._packed(self.plan.buckets[0], values)
         paused = self._pause()
         opened = [server for server in self.fleet.ready if server.version > BRACKETS]
         self._in_brackets(opened, "/begin_weight_update")
-        for bucket in self.plan.buckets:
-            if bucket is not self.plan.buckets[0]:
-                with _timed(clock, "pack"):
-                    views = self._packed(bucket, values)
-            tag = self.tag if bucket is self.plan.buckets[-1] else None
-
-            async def load(server: Server, views: list[tuple[str, Tensor]] = views, tag: str | None = tag) -> Json:
-                handles: list[Json] = [_handle(views) for _ in range(server.tensor_parallel)]
-                ask: dict[str, Json] = {"serialized_named_tensors": handles, "flush_cache": False}
-                if tag is not None:
-                    ask["weight_version"] = tag
-                return await self.fleet.ask(server, "/update_weights_from_tensor", ask, self.load_s)
-
-            with _timed(clock, "load"):
-                self._on_ready(load)
+        lost: GroupLost | None = None
+        try:
+            for bucket in self.plan.buckets:
+                if bucket is not self.plan.buckets[0]:
+                    with _timed(clock, "pack"):
+                        flat = self._packed(bucket, values)
+                with _timed(clock, "load"):
+                    self._load_bucket(bucket, flat, self.tag if bucket is self.plan.buckets[-1] else None)
+        except GroupLost as error:
+            lost = error
         self._in_brackets([server for server in opened if server.ready], "/end_weight_update")
+        if lost is not None:
+            self._end_group()
+            with _timed(clock, "load"):
+                self._recover(lost)
         return paused
 
-    def _packed(self, bucket: Bucket, values: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-        """The bucket's tensors as views of one flat buffer in shared memory, whatever device they are on."""
-        if bucket.dtype not in self._shared:
+    def _load_bucket(self, bucket: Bucket, flat: Tensor, tag: str | None) -> None:
+        ask: dict[str, Json] = {"flush_cache": False} | ({"weight_version": tag} if tag is not None else {})
+        if self.transport == "distributed":
+            if not self.fleet.ready:
+                return
+            if self._group is None or self._group.servers != self.fleet.ready:
+                self._end_group()
+                self._group = BroadcastGroup(self.fleet, self.fleet.ready, self.model.device, self.broadcast_s)
+            names: Json = [entry.name for entry in bucket.entries]
+            dtypes: Json = [str(entry.dtype).removeprefix("torch.") for entry in bucket.entries]
+            shapes: Json = [list(entry.shape) for entry in bucket.entries]
+            said: dict[str, Json] = {
+                "names": names,
+                "dtypes": dtypes,
+                "shapes": shapes,
+                "load_format": "flattened_bucket",
+            }
+            return self._group.broadcast(flat, ask | said)
+        views = _views(bucket, flat)
+
+        async def load(server: Server) -> Json:
+            handles: list[Json] = [_handle(views) for _ in range(server.tensor_parallel)]
+            body: Json = ask | {"serialized_named_tensors": handles}
+            return await self.fleet.ask(server, "/update_weights_from_tensor", body, self.load_s)
+
+        self._on_ready(load)
+
+    def _packed(self, bucket: Bucket, values: dict[str, Tensor]) -> Tensor:
+        """The bucket's numbers in one flat buffer, cast as they are copied; in memory that the transport can pass on.
+
+        One buffer a dtype is used again and again. But a reader of another process may still copy out of GPU memory
+        when it has answered: there each bucket has its own, which torch does not use again before the reader lets go.
+        """
+        on_gpu = self.model.device.type == "cuda"
+        flat = self._flat.get(bucket.dtype)
+        if flat is None:
             largest = max(one.count for one in self.plan.buckets if one.dtype == bucket.dtype)
-            with _named_memory():
-                self._shared[bucket.dtype] = torch.empty(largest, dtype=bucket.dtype).share_memory_()
-        flat = self._shared[bucket.dtype]
-        views = []
-        for entry in bucket.entries:
-            view = flat[entry.offset : entry.offset + entry.count].view(entry.shape)
-            view.copy_(values[entry.name])
-            views.append((entry.name, view))
-        return views
+            if on_gpu and self.transport == "tensor":
+                flat = torch.empty(bucket.count, dtype=bucket.dtype, device=self.model.device)
+            elif self.transport == "tensor":
+                with _named_memory():
+                    flat = self._flat[bucket.dtype] = torch.empty(largest, dtype=bucket.dtype).share_memory_()
+            else:
+                flat = self._flat[bucket.dtype] = torch.empty(largest, dtype=bucket.dtype, device=self.model.device)
+        for name, view in _views(bucket, flat):
+            view.copy_(values[name])
+        if on_gpu:
+            torch.cuda.synchronize(self.model.device)  # readers have streams of their own
+        return flat[: bucket.count]
+
+    def _recover(self, lost: GroupLost) -> None:
+        self.fleet.say(
+            f"the broadcast of the weights was given up ({lost}); the servers that are left load them from disk"
+        )
+        for error in lost.failed:
+            (server,) = (one for one in self.fleet.servers if one.url == error.url)
+            self.fleet.drain(server, f"weight sync: {error.path} {error.reason}")
+        self._write()
+        self._on_ready(self._load_folder)
+
+    def _end_group(self) -> None:
+        if self._group is not None:
+            self._group.close()
+            self._group = None
 
     def _in_brackets(self, servers: Sequence[Server], path: str) -> None:
         for server, result in self.fleet.each(servers, lambda server: self.fleet.ask(server, path, {}, self.load_s)):
@@ -318,6 +389,11 @@ def _readable(model: PreTrainedModel, name: str) -> bool:
     config = model.config
     plain = (getattr(config, "head_dim", None) or 0) in (0, config.hidden_size // config.num_attention_heads)
     return plain or not re.search(r"\.[qkv]_proj\.", name)
+
+
+def _views(bucket: Bucket, flat: Tensor) -> list[tuple[str, Tensor]]:
+    """The bucket's tensors as parts of its buffer."""
+    return [(entry.name, flat[entry.offset : entry.offset + entry.count].view(entry.shape)) for entry in bucket.entries]
 
 
 def _handle(views: list[tuple[str, Tensor]]) -> str:

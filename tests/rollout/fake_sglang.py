@@ -1,7 +1,7 @@
 """A real HTTP server with the wire contract of SGLang (0.5.17, or 0.5.21 with brackets) and faults on demand; not a test
 module.
 
-It holds tensors, takes them from disk or from shared memory, shows them, counts their versions, and answers prompts with
+It holds tensors, takes them from disk, from shared memory or by broadcast in a real gloo group, shows them, counts their versions, and answers prompts with
 tokens and log-probs that follow from the prompt, the sample's number and nothing else.
 """
 
@@ -17,12 +17,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed import Backend, PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed.distributed_c10d import BackendConfig
 
 Fault = Callable[["Handler", dict], bool]  # handler and request JSON; True: the fault has answered (or cut) itself
 
@@ -88,10 +91,13 @@ class FakeSGLang(ThreadingHTTPServer):
         architecture: str = "LlamaForCausalLM",
         key: str = "",
         port: int = 0,
+        dtype: str = "auto",
     ) -> None:
         self.weights = {name: value.clone() for name, value in weights.items()}
         self.version, self.vocabulary, self.architecture, self.key = version, vocabulary, architecture, key
         self.weight_version = "default"
+        self.dtype = dtype
+        self.groups: dict[str, ProcessGroupGloo] = {}
         self.paused = self.session = False
         self.faults: list[tuple[str, Fault]] = []
         self.asked: list[tuple[str, dict]] = []
@@ -118,7 +124,7 @@ class FakeSGLang(ThreadingHTTPServer):
         return 200, {"weight_version": self.weight_version, "architectures": [self.architecture]}
 
     def server_info(self, body: dict) -> tuple[int, object]:
-        return 200, {"version": self.version, "tp_size": 1, "dp_size": 1}
+        return 200, {"version": self.version, "tp_size": 1, "dp_size": 1, "dtype": self.dtype}
 
     def pause_generation(self, body: dict) -> tuple[int, object]:
         self.paused = True
@@ -153,6 +159,42 @@ class FakeSGLang(ThreadingHTTPServer):
             return 400, {"success": False, "message": message}
         pairs = pickle.loads(base64.b64decode(body["serialized_named_tensors"][0]))
         return self._take({name: value.clone() for name, value in pairs}, body)
+
+    def init_weights_update_group(self, body: dict) -> tuple[int, object]:
+        """As torch's helper does in a process of its own; here several members live in one."""
+        name, limit = body["group_name"], timedelta(seconds=20)
+        device = next(iter(BackendConfig(Backend(body["backend"])).get_device_backend_map()))
+        try:
+            store = TCPStore(body["master_address"], body["master_port"], body["world_size"], False, timeout=limit)
+            store = PrefixStore(f"{device}/", PrefixStore(f"{name}/", PrefixStore(name, store)))
+            group = ProcessGroupGloo(store, body["rank_offset"], body["world_size"], limit)
+            group._set_sequence_number_for_group()
+        except RuntimeError as error:
+            return 400, {"success": False, "message": f"Failed to initialize custom process group: {error}."}
+        self.groups[name] = group
+        return 200, {"success": True, "message": "Succeeded to initialize custom process group."}
+
+    def destroy_weights_update_group(self, body: dict) -> tuple[int, object]:
+        known = self.groups.pop(body["group_name"], None) is not None
+        return (200 if known else 400), {"success": known, "message": ""}
+
+    def update_weights_from_distributed(self, body: dict) -> tuple[int, object]:
+        if self.has_brackets and not self.session:
+            message = "must run between begin_weight_update() and end_weight_update()"
+            return 400, {"success": False, "message": message}
+        assert body["load_format"] == "flattened_bucket"
+        kinds = [getattr(torch, dtype) for dtype in body["dtypes"]]
+        sizes = [torch.Size(shape).numel() * kind.itemsize for kind, shape in zip(kinds, body["shapes"], strict=True)]
+        flat = torch.empty(sum(sizes), dtype=torch.uint8)
+        try:
+            self.groups[body["group_name"]].broadcast(flat, 0).wait()
+        except RuntimeError as error:
+            return 400, {"success": False, "message": f"Failed to update parameter online: {error}"}
+        parts = [
+            part.view(kind).view(shape)
+            for part, kind, shape in zip(flat.split(sizes), kinds, body["shapes"], strict=True)
+        ]
+        return self._take(dict(zip(body["names"], parts, strict=True)), body)
 
     def _take(self, values: dict[str, Tensor], body: dict) -> tuple[int, object]:
         assert body["flush_cache"] is False
@@ -195,6 +237,7 @@ class FakeSGLang(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def kill(self) -> None:
+        self.groups.clear()
         self.shutdown()
         self.server_close()
 

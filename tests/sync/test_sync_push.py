@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from fake_sglang import FakeSGLang, cut, random_weights, serving, status, times
+from fake_sglang import FakeSGLang, Fault, Handler, cut, random_weights, serving, status, times
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -18,14 +19,14 @@ from omni_fast.policy.adapter import add_adapter
 from omni_fast.rollout.engine import Prompt, Sampling
 from omni_fast.rollout.fleet import Fleet
 from omni_fast.rollout.sglang import SGLangEngine
-from omni_fast.sync import WeightSync
+from omni_fast.sync import WeightSync, broadcast
 from omni_fast.sync.plan import checksum, make_plan, tensors
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 48, "tie_word_embeddings": True,
 }  # fmt: skip
-TRANSPORTS = ["disk", "tensor"]
+TRANSPORTS = ["disk", "tensor", "distributed"]
 SAMPLING = Sampling(max_new_tokens=4)
 PROMPTS = [Prompt([1, 2, place], place) for place in range(6)]
 
@@ -86,9 +87,12 @@ def test_every_server_has_the_policys_weights_after_each_sync(tmp_path: Path, tr
             found = made.generate(PROMPTS, 2, SAMPLING)
             assert all(one.versions == [(step, 0, 4)] for group in found for one in group)
         assert made.said == []
-    loads = [body for body in servers[0].paths("/update_weights_from_tensor")]
-    if transport == "tensor":
+    loads = servers[0].paths("/update_weights_from_tensor")
+    loads += servers[0].paths("/update_weights_from_distributed")
+    if transport != "disk":
         assert len(loads) == 4 * len(make_plan(model, 20_000).buckets) > 8
+        assert len(servers[0].paths("/init_weights_update_group")) == (transport == "distributed"), "one group for all"
+        assert not servers[0].groups, "close ends it"
         assert len(servers[0].paths("/begin_weight_update")) == (4 if version == "0.5.21" else 0)
     assert not (tmp_path / "engine").exists(), "close takes the weights on disk away"
 
@@ -112,6 +116,19 @@ def test_a_server_that_holds_fewer_bits_is_no_difference(tmp_path: Path, transpo
     server._take = lambda values, body: take({name: value.to(dtype) for name, value in values.items()}, body)  # type: ignore[method-assign]
     with engine(model, tmp_path, server, transport=transport) as made:
         assert made.said == [] and made.fleet.ready
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_an_fp32_policy_is_cast_for_servers_that_hold_bf16(tmp_path: Path, transport: str) -> None:
+    """As the server would round itself, in half the bytes; not where servers differ or do not say."""
+    model = llama()
+    for held, kind in [(("bfloat16", "bfloat16"), torch.bfloat16), (("bfloat16", "auto"), torch.float32)]:
+        servers = [fake(model, dtype=dtype) for dtype in held]
+        with engine(model, tmp_path, *servers, transport=transport) as made:
+            assert made.said == [] and {entry.dtype for entry in made.weights.plan.entries} == {kind}
+            for server in servers:
+                assert all(value.dtype == kind for value in server.weights.values())
+                assert all(torch.equal(server.weights[name], value.to(kind)) for name, value in tensors(model))
 
 
 def test_a_bf16_policy_arrives_as_it_is(tmp_path: Path) -> None:
@@ -210,6 +227,59 @@ def test_a_server_that_fails_in_a_sync_is_drained_and_then_caught_up(tmp_path: P
         assert servers[0].weight_version == made.weights.tag == servers[1].weight_version
         assert not servers[0].paused
         assert len(made.said) == 2 and "left out" in made.said[0] and "is back" in made.said[1]
+
+
+def dies(handler: Handler, body: dict) -> bool:
+    """Its part of the group goes away in the middle, as with the process."""
+    handler.server.groups.clear()
+    return cut(handler, body)
+
+
+def frozen(handler: Handler, body: dict) -> bool:
+    """Takes no part and says nothing until long after the limit."""
+    time.sleep(3)
+    return cut(handler, body)
+
+
+LOSSES = [
+    ("/update_weights_from_distributed", dies, True),
+    ("/update_weights_from_distributed", frozen, True),
+    ("/update_weights_from_distributed", status(500), True),
+    ("/update_weights_from_distributed", status(400), False),
+    ("/init_weights_update_group", cut, True),
+    ("/init_weights_update_group", status(400), False),
+]
+
+
+@pytest.mark.parametrize(("path", "fault", "drained"), LOSSES, ids="dies frozen 500 refuses away joins-not".split())
+@pytest.mark.parametrize("version", ["0.5.17", "0.5.21"])
+def test_a_group_that_is_lost_in_mid_sync_is_bounded_and_the_weights_come_from_disk(
+    tmp_path: Path, path: str, fault: Fault, drained: bool, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broadcast, "ANSWER_S", 0.5)
+    model = llama()
+    servers = [fake(model, version=version) for _ in range(3)]
+    options = {"transport": "distributed", "bucket_bytes": 20_000, "broadcast_s": 1.0}
+    with engine(model, tmp_path, *servers, **options) as made:  # type: ignore[arg-type]
+        move(model)
+        servers[1].faults.append((path, times(1, fault)))
+        if "init" in path:
+            made.weights._end_group()
+        started = time.monotonic()
+        made.sync(1)
+        assert time.monotonic() - started < 8
+        assert [server.ready for server in made.fleet.servers] == [True, not drained, True]
+        assert "given up" in made.said[0] and all("left out" in line for line in made.said[1:])
+        for server in (servers[0], servers[2]):
+            check_equal(model, server)
+            assert server.weight_version == made.weights.tag and not server.paused and not server.session
+        made.generate(PROMPTS * 10, 2, SAMPLING)  # by now it is back
+        check_equal(model, servers[1])
+        move(model)
+        made.sync(2)
+        assert len(made.fleet.ready) == 3 and len(servers[1].groups) == 1, "a new group, with all of them"
+        for server in servers:
+            check_equal(model, server)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

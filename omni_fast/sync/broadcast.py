@@ -1,0 +1,134 @@
+"""One process group of the trainer (rank 0) and engine servers, over which weights are broadcast: gloo on CPU, NCCL on GPU.
+
+SGLang's side is `init_custom_process_group`: a TCP store under the group's name, and torch's own helper below it. Both
+sides must build it alike, which is why a private function of torch is called here. Every wait is bounded; a member that
+dies or hangs ends the group for all, and whoever owns the weights brings them another way.
+
+Limits: NCCL was written after its documentation and not run; a GPU can be in a NCCL group once, so trainer and servers
+need GPUs of their own. The store listens on all addresses of this host for as long as the group lives.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+from torch.distributed import Backend, PrefixStore, TCPStore, destroy_process_group
+from torch.distributed.distributed_c10d import _new_process_group_helper, _world
+
+from omni_fast.rollout.fleet import Fleet, Json, Server, ServerError
+
+LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
+ANSWER_S = 10.0  # for the answer of a member, after the group's own limit
+
+
+class GroupLost(Exception):
+    """The group cannot be used any more. `failed`: the members that did not answer, with what was wrong."""
+
+    def __init__(self, reason: str, failed: Sequence[ServerError] = ()) -> None:
+        super().__init__(reason)
+        self.failed = failed
+
+
+class BroadcastGroup:
+    """Joined by all `servers` when it is made; of no use after the first `GroupLost`."""
+
+    def __init__(self, fleet: Fleet, servers: Sequence[Server], device: torch.device, limit_s: float) -> None:
+        """limit_s: of joining, and of each broadcast. Raises GroupLost where a server does not join."""
+        self.fleet, self.servers, self.limit_s = fleet, list(servers), limit_s
+        self.name = f"omni-fast-{uuid.uuid4().hex[:8]}"
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        size = 1 + sum(server.tensor_parallel for server in servers)
+        address, limit = _address(servers), timedelta(seconds=limit_s)
+        store = TCPStore(address, 0, size, is_master=True, wait_for_workers=False, timeout=limit)
+        port, ranks, rank = store.port, {}, 1
+        for server in servers:
+            ranks[server.url] = rank
+            rank += server.tensor_parallel
+
+        async def join(server: Server) -> Json:
+            ask: Json = {
+                "master_address": address, "master_port": port, "rank_offset": ranks[server.url],
+                "world_size": size, "group_name": self.name, "backend": backend,
+            }  # fmt: skip
+            return await fleet.ask(server, "/init_weights_update_group", ask, limit_s + ANSWER_S)
+
+        joined = fleet.each_soon(self.servers, join)
+        try:
+            with _errors_in_wait():
+                self._group, _ = _new_process_group_helper(
+                    size, 0, [], Backend(backend), PrefixStore(self.name, store),
+                    group_name=self.name, timeout=limit,  # type: ignore[arg-type]
+                )  # fmt: skip
+            _world.pg_group_ranks[self._group] = {rank: rank for rank in range(size)}
+            reason = ""
+        except RuntimeError as error:
+            reason = str(error)
+        del store  # of a group that failed: those that wait for it give up now
+        self._settle(joined.result(), reason)
+
+    def broadcast(self, flat: Tensor, ask: Json) -> None:
+        """The buffer's bytes to all members, each asked by `/update_weights_from_distributed` to take them."""
+
+        async def take(server: Server) -> Json:
+            body: Json = ask | {"group_name": self.name} if isinstance(ask, dict) else ask
+            return await self.fleet.ask(server, "/update_weights_from_distributed", body, self.limit_s + ANSWER_S)
+
+        taken, reason = self.fleet.each_soon(self.servers, take), ""
+        try:
+            self._group.broadcast(flat.view(torch.uint8), 0).wait()
+        except RuntimeError as error:
+            reason = str(error)
+            self._leave()  # those that wait for the rest of it give up now
+        self._settle(taken.result(), reason)
+
+    def close(self) -> None:
+        """Ends the group on all members that still answer."""
+        end: Json = {"group_name": self.name}
+        self.fleet.each(self.servers, lambda server: self.fleet.ask(server, "/destroy_weights_update_group", end))
+        self._leave()
+
+    def _leave(self) -> None:
+        if hasattr(self, "_group"):
+            destroy_process_group(self._group)
+            del self._group
+
+    def _settle(self, results: Sequence[tuple[Server, Json | ServerError]], reason: str) -> None:
+        errors = [result for _, result in results if isinstance(result, ServerError)]
+        if errors or reason:
+            self._leave()
+            told = reason.split("\n")[0][:200] or str(errors[0])
+            raise GroupLost(told, [error for error in errors if error.status != 400])
+
+
+def _address(servers: Sequence[Server]) -> str:
+    """This host's address as the servers reach it: the loopback, or the one that a route to a far server starts from."""
+    for server in servers:
+        parts = urlsplit(server.url)
+        if parts.hostname not in LOCAL:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
+                probe.connect((parts.hostname, parts.port or 80))
+                return str(probe.getsockname()[0])
+    return "127.0.0.1"
+
+
+@contextmanager
+def _errors_in_wait() -> Iterator[None]:
+    """A NCCL group made inside raises its errors where it is waited for, instead of ending the process from a thread."""
+    name = "TORCH_NCCL_BLOCKING_WAIT"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
