@@ -18,13 +18,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from omni_fast import serving
+from omni_fast import ranks, serving
 from omni_fast.config import Config
 from omni_fast.curriculum.stages import Draw
 from omni_fast.evaluate import EVAL_TOKENS_FACTOR, Evaluation, evaluate, tokenise
 from omni_fast.grading import Grading, composed
 from omni_fast.groups import Group, by_task
 from omni_fast.policy.model import load, stop_tokens
+from omni_fast.policy.sharded import ShardedPolicy
 from omni_fast.policy.tiny import tiny_model
 from omni_fast.policy.update import Policy
 from omni_fast.progress import Progress
@@ -156,8 +157,9 @@ class Parts:
 @contextmanager
 def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
     """Set up everything; what has to be stopped is stopped on the way out."""
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.threads or ranks.threads())
     with ExitStack() as stack:
+        stack.enter_context(ranks.together(config.fingerprint()))
         with run.timed("setup"):
             progress.wait(f"the model {config.model.path}")
             model, tokenizer = load_model(config)
@@ -172,6 +174,8 @@ def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
             stack.callback(scorer.close)
             progress.wait("the policy's optimiser and the engine")
             policy = make_policy(config, model)
+            if isinstance(policy, ShardedPolicy):
+                stack.callback(policy.close)
             engine = make_engine(config, model, run, stack, progress)
             trackers = Trackers(config, run.folder, len(run.rows()))
             stack.callback(trackers.close)
@@ -187,7 +191,7 @@ def load_model(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     """The named model in fp32 (the policy makes its working copy), or the from-scratch one after its warm-up."""
     device = config.model.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = ranks.device()
     disable_progress_bar()  # transformers' own bars
     if config.model.path == "tiny":
         return tiny_model(tiny_corpus(config.tasks, config.seed), seed=config.seed)
@@ -218,13 +222,23 @@ def make_engine(config: Config, model: PreTrainedModel, run: Run, stack: ExitSta
     )  # fmt: skip
 
 
+def follow(config: Config) -> None:
+    """What every rank but the first does in a run that torchrun started: its part of each optimiser step."""
+    torch.set_num_threads(config.threads or ranks.threads())
+    with ranks.together(config.fingerprint()):
+        policy = make_policy(config, load_model(config)[0])
+        assert isinstance(policy, ShardedPolicy)
+        policy.follow()
+
+
 def make_policy(config: Config, model: PreTrainedModel) -> Policy:
     loss, optimizer = config.loss, config.optimizer
     spec = LossSpec.preset(loss.policy, beta=loss.beta, entropy_coef=loss.entropy_bonus)
     spec = replace(spec, eps_low=loss.eps_low, eps_high=loss.eps_high)
     if config.engine.kind != "local":  # its kernels round otherwise than the trainer's: truncated importance sampling
         spec = replace(spec, rollout="truncate")
-    return Policy(
+    kind = ShardedPolicy if ranks.world() > 1 else Policy
+    return kind(
         model,
         loss=spec,
         learning_rate=optimizer.learning_rate,

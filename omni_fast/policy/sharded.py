@@ -32,9 +32,9 @@ from transformers import PreTrainedModel
 from omni_fast.errors import RunError, UserError
 from omni_fast.policy.pack import MicroBatch, Trajectory
 from omni_fast.policy.update import Json, Policy, Slot, body
+from omni_fast.ranks import STEP_S
 from omni_kernels import LossOutput, Tokens, linear_policy_loss
 
-STEP_S = 600.0  # limit on one exchange between ranks within a step
 IDLE_S = 24 * 3600.0  # how long a rank waits for rank 0's next call, which samples, scores and saves meanwhile
 Head = Callable[[Tensor, nn.Linear], Any]
 Part = TypeVar("Part")
