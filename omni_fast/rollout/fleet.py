@@ -48,7 +48,8 @@ class ServerError(Exception):
 
 @dataclass(eq=False, slots=True)
 class Server:
-    """known: it has said what it is, and is fit for the policy. version: of SGLang. proven: tag of the weights it was last seen to hold. in_flight: groups it works on."""
+    """known: it has said what it is, and is fit for the policy. version: of SGLang. proven: tag of the weights it was
+    last seen to hold. in_flight: groups it works on."""
 
     url: str
     known: bool = False
