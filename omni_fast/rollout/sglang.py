@@ -31,6 +31,7 @@ from omni_fast.rollout.engine import Finished, Progress, Prompt, Sample, Samplin
 from omni_fast.rollout.fleet import MAX_PROBE_S, OLDEST, Fleet, Json, Server, ServerError, member, parse_version
 
 ATTEMPTS = 4  # of one group
+NO_ADAPTER = "never been loaded"  # says a server that was started again meanwhile
 LOOK_S = 0.05  # between two looks at drained servers, and at what has come back
 Done = tuple[int, list[Sample]]
 
@@ -63,18 +64,20 @@ class SGLangEngine:
         *,
         request_s: float = 300.0,
         wait_s: float = 600.0,
+        adapter: bool = False,
         wait: Callable[[str], None] = lambda what: None,
         raise_if_stopping: Callable[[], None] = lambda: None,
     ) -> None:
         """Waits for the servers, checks each, and gives all of them the weights as version 0.
 
         A server that is not there after `wait_s` joins when it comes, if others are there. request_s: limit on one group.
-        wait_s: how long to wait for servers that start, or are all down. wait: gets what is being waited for.
+        wait_s: how long to wait for servers that start, or are all down. adapter: each version is a LoRA adapter of its
+        tag's name, which requests ask for. wait: gets what is being waited for.
         raise_if_stopping: called all the time while waiting for servers. Raises UserError where no server comes, or one
         is too old, or of another model.
         """
         self.fleet, self.weights = fleet, weights
-        self.request_s, self.wait_s = request_s, wait_s
+        self.request_s, self.wait_s, self.adapter = request_s, wait_s, adapter
         self.wait, self.raise_if_stopping = wait, raise_if_stopping
         self.version, self._tag = 0, ""  # what every ready server holds, or newer
         self._turns = itertools.count()
@@ -254,12 +257,13 @@ class SGLangEngine:
                 self._tag,
             )  # a sync may come before the answer, and servers hold its weights first
             try:
-                data = await self.fleet.ask(server, "/generate", request(tokens, n, sampling, tag), self.request_s)
+                body = request(tokens, n, sampling, tag, self.adapter)
+                data = await self.fleet.ask(server, "/generate", body, self.request_s)
                 return read(server, data, n, version, tag)
             except Aborted as error:
                 told.append(str(error))
             except ServerError as error:
-                if error.own_fault:
+                if error.own_fault and NO_ADAPTER not in error.reason:
                     raise UserError(
                         f"an engine server refuses prompt {place} of {len(tokens)} tokens: {error}"
                     ) from error
@@ -316,8 +320,8 @@ class Aborted(ServerError):
     """The server ended the request itself; it is otherwise well."""
 
 
-def request(tokens: Sequence[int], n: int, sampling: Sampling, tag: str) -> Json:
-    """The body of /generate. All that has a default on the server and matters is said."""
+def request(tokens: Sequence[int], n: int, sampling: Sampling, tag: str, adapter: bool = False) -> Json:
+    """The body of /generate, by the adapter `tag` or by the weights. All that has a default and matters is said."""
     draw: dict[str, Json] = {
         "n": n,
         "max_new_tokens": sampling.max_new_tokens,  # the server's default is 128
@@ -332,6 +336,7 @@ def request(tokens: Sequence[int], n: int, sampling: Sampling, tag: str) -> Json
         "sampling_params": draw,
         "return_logprob": True,
         "extra_key": tag,
+        "lora_path": tag if adapter else None,
         "stream": False,
     }
 
