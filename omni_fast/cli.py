@@ -7,6 +7,7 @@ traceback; a traceback is a bug of ours.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +18,8 @@ from rich.console import Console
 
 from omni_fast import config as configs
 from omni_fast.cli_engine import engine_app
+from omni_fast.cli_scale import scale_app
+from omni_fast.cli_study import study
 from omni_fast.errors import RunError, UserError
 
 app = typer.Typer(
@@ -33,6 +36,8 @@ app.add_typer(data_app, name="data")
 app.add_typer(sandbox_app, name="sandbox")
 app.add_typer(judge_app, name="judge")
 app.add_typer(engine_app, name="engine")
+app.command()(study)
+app.add_typer(scale_app)
 
 console = Console(highlight=False)
 
@@ -87,6 +92,8 @@ def transfer(
 
     resolved = configs.load(config, tuple(overrides or ()))
     folder = run or Path("runs") / Path(config).stem
+    if _followed(resolved):
+        return
     with Progress(console) as progress:
         driver.measure(resolved, folder, progress)
     plan(folder)
@@ -253,12 +260,24 @@ def _train(config: str, overrides: list[str] | None, folder: Path, dry_run: bool
 
         console.print(describe(resolved, folder), markup=False, soft_wrap=True)
         return
+    if _followed(resolved):
+        return
     from omni_fast import train as driver
     from omni_fast.progress import Progress
 
     with Progress(console) as progress:
         report_path = driver.train(resolved, folder, progress)
     console.print(f"result: {folder / 'result.json'}\nreport: {report_path}", soft_wrap=True)
+
+
+def _followed(config: configs.Config) -> bool:
+    """Under torchrun every rank but the first only helps with the optimiser steps; whether this was one."""
+    if os.environ.get("RANK", "0") == "0":
+        return False
+    from omni_fast.build import follow
+
+    follow(config)
+    return True
 
 
 def main() -> None:

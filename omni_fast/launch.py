@@ -1,0 +1,203 @@
+"""What starts a run on one host, a Slurm cluster or Kubernetes: a script or a manifest, rendered from the run's config.
+
+One process trains, on one GPU of the first node; every other GPU holds SGLang servers, each a replica of its own. A server that
+dies is started again; a run that stops goes on when the same thing is submitted again. Nothing else is promised: a trainer of
+several GPUs is not rendered. All nodes must see the run folder under the same path.
+
+The template engine itself quotes every value that a template prints, so that no name, path or override can become a command.
+Keys are never rendered: they come from the environment, on Kubernetes from a Secret.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import Literal
+from urllib.parse import urlsplit
+
+import jinja2
+import yaml
+
+from omni_fast import config as configs
+from omni_fast.config import Config
+from omni_fast.errors import UserError
+from omni_fast.serving.launch import KEY_VARIABLE, Launch, command, launches
+
+Kind = Literal["slurm", "k8s", "local"]
+PORT = 30000  # of a node's first server
+JUDGE_KEY_VARIABLE = "OMNI_FAST_JUDGE_KEY"
+TENSOR_PARALLEL = ("--tp", "--tp-size", "--tensor-parallel-size")
+UNPACKED_HERE = ("tiny", "smollm2-135m-instruct")  # model names that become a folder of this host's cache
+MOUNT = "/data"  # of the claim, in every pod
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where to run.
+
+    run: the run folder; "": runs/NAME of the config, on Kubernetes below /data. lines: Slurm options such as --account=NAME.
+    Kubernetes only: image, with omni_fast; server_image, with SGLang; claim, a PersistentVolumeClaim that many pods can write.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    run: str = ""
+    lines: tuple[str, ...] = ()
+    image: str = ""
+    server_image: str = ""
+    claim: str = ""
+
+
+def render(kind: Kind, source: str, overrides: Sequence[str], place: Place) -> str:
+    """The script (slurm, local) or manifest (k8s) of the config `source`, a file or a recipe. UserError if it could not run."""
+    config = configs.load(source, tuple(overrides))
+    _refuse_secrets(config)
+    _refuse_options(kind, place)
+    width = _server_gpus(config, place)
+    servers = _servers(width, place)
+    name = _name(source)
+    values: dict[str, object] = {
+        "name": name,
+        "source": source,
+        "overrides": list(overrides),
+        "run": place.run or f"runs/{name}",
+        "nodes": place.nodes,
+        "gpus": place.gpus_per_node,
+        "width": width,
+        "servers": servers,
+        "port": PORT,
+        "key": KEY_VARIABLE,
+        "judge_key": JUDGE_KEY_VARIABLE,
+    }
+    if servers and config.engine.sync == "tensor" and (place.nodes > 1 or kind == "k8s"):
+        raise UserError("engine.sync = 'tensor' reaches servers on the trainer's host alone: give engine.sync=disk")
+    if kind == "k8s":
+        return _fill("k8s.yaml", _yaml, values | _pods(source, config, overrides, place, servers))
+    # The list of flags stays open: the script adds host and port of each server.
+    flags = "engine.flags=[" + "".join(f"{json.dumps(flag)}, " for flag in config.engine.flags)
+    return _fill(f"{kind}.sh", _shell, values | {"flags": flags, "lines": list(place.lines)})
+
+
+def _refuse_secrets(config: Config) -> None:
+    """Keys have their variables; what stands in the config is printed."""
+    launches("policy", config.model.path, "cuda", config.engine.dtype, config.engine.flags, 1)  # says no to --api-key
+    urls = [(config.judge.url, "judge.url", JUDGE_KEY_VARIABLE)]
+    urls += [(url, "engine.urls", KEY_VARIABLE) for url in config.engine.urls]
+    for url, where, variable in urls:
+        if "@" in urlsplit(url).netloc:
+            raise UserError(
+                f"{where} holds a user or a password, and what is rendered is stored: give a key in the environment as {variable}"
+            )
+
+
+def _refuse_options(kind: Kind, place: Place) -> None:
+    if any(not re.fullmatch(r"--?[\x21-\x7e]+", line) for line in place.lines):
+        raise UserError("a --line is one Slurm option such as --account=NAME: ASCII, no space, no line break")
+    if place.lines and kind != "slurm":
+        raise UserError("--line adds a Slurm option, so it goes with --print slurm alone")
+    pods = {"--image": place.image, "--server-image": place.server_image, "--claim": place.claim}
+    wrong = [option for option, value in pods.items() if bool(value) != (kind == "k8s")]
+    if wrong:
+        raise UserError(
+            f"{', '.join(wrong)}: --print k8s needs --image, --server-image and --claim, the others take none"
+        )
+    if kind == "local" and place.nodes > 1:
+        raise UserError(f"--print local is for one host, got --nodes {place.nodes}: use slurm or k8s")
+
+
+def _server_gpus(config: Config, place: Place) -> int:
+    """GPUs of one server; 0 where none is to be started here: the run generates itself, has URLs, or there is no GPU."""
+    if config.engine.kind == "local" or config.engine.urls or place.gpus_per_node == 0:
+        return 0
+    width = 1
+    for number, flag in enumerate(config.engine.flags):
+        option, equals, value = flag.partition("=")
+        if option in ("--host", "--port", "--base-gpu-id"):
+            raise UserError(f"engine.flags holds {option}, which differs from server to server: leave it to the script")
+        if option in TENSOR_PARALLEL:
+            value = value if equals else "".join(config.engine.flags[number + 1 : number + 2])
+            if not re.fullmatch("[1-9][0-9]{0,3}", value):
+                raise UserError(f"engine.flags: {option} '{value}' is no number of GPUs")
+            width = int(value)
+    return width
+
+
+def _servers(width: int, place: Place) -> int:
+    """Of all nodes; the first node's first GPU trains."""
+    if not width:
+        if place.nodes > 1:
+            raise UserError(
+                f"--nodes {place.nodes}: a run uses several nodes through the servers it starts there, and this one starts none: "
+                "set engine.kind=sglang without engine.urls, and --gpus-per-node"
+            )
+        return 0
+    first, other = (place.gpus_per_node - 1) // width, place.gpus_per_node // width
+    if not first and place.nodes == 1 or not other:
+        raise UserError(
+            f"--gpus-per-node {place.gpus_per_node} has no room for a server of {width} GPU(s) beside the one GPU that trains"
+        )
+    return first + other * (place.nodes - 1)
+
+
+def _pods(source: str, config: Config, overrides: Sequence[str], place: Place, servers: int) -> dict[str, object]:
+    """What the manifest has in the place of the script's values. Pods share nothing but the claim."""
+    name = _name(source)
+    run = PurePosixPath(place.run or f"{MOUNT}/runs/{name}")
+    if run.parts[:2] != ("/", MOUNT[1:]) or ".." in run.parts or len(run.parts) < 3:
+        raise UserError(f"--run {run}: on Kubernetes the run folder is below {MOUNT}, where the claim is mounted")
+    if servers and config.model.path in UNPACKED_HERE:
+        raise UserError(
+            f"model.path = '{config.model.path}' is unpacked into the trainer's own cache, which other pods do not see: "
+            f"give a folder below {MOUNT} or a Hugging Face id"
+        )
+    urls = [f"http://{name}-policy-{number}.{name}-policy:{PORT}" for number in range(servers)]
+    engine = [f"engine.urls={json.dumps(urls)}"] if servers else []
+    file = Path(source)
+    launch = Launch("policy", config.model.path, "cuda", config.engine.dtype, tuple(config.engine.flags), "0.0.0.0")
+    return {
+        "config": file.read_text(encoding="utf-8") if file.is_file() else "",
+        "train": _words("omni-fast", "train", "--run", str(run), "--", *([f"/etc/omni-fast/{name}.toml"] if file.is_file() else [source]), *overrides, *engine),
+        "serve": _words(*command(launch, Path("python3"), PORT, None)),
+        "mount": MOUNT,
+        "image": place.image,
+        "server_image": place.server_image,
+        "claim": place.claim,
+    }  # fmt: skip
+
+
+def _words(*words: str) -> list[str]:
+    """Of a container's command: Kubernetes would replace $(NAME), keys too, and takes $$ for a plain $."""
+    return [word.replace("$", "$$") for word in words]
+
+
+def _name(source: str) -> str:
+    """A name that Slurm, DNS and a file system take: lower case letters, digits and dashes, at most 40."""
+    return re.sub("[^a-z0-9]+", "-", Path(source).stem.lower())[:40].strip("-") or "run"
+
+
+def _fill(template: str, quoted: Callable[[object], object], values: Mapping[str, object]) -> str:
+    environment = jinja2.Environment(
+        finalize=quoted,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    text = resources.files("omni_fast.templates").joinpath(template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(values)
+
+
+def _shell(value: object) -> object:
+    return value if isinstance(value, int) else shlex.quote(str(value))
+
+
+def _yaml(value: object) -> object:
+    """A number, or a double-quoted scalar (a flow list of them) on one line."""
+    if isinstance(value, list):
+        return f"[{', '.join(str(_yaml(item)) for item in value)}]"
+    return value if isinstance(value, int) else yaml.safe_dump(str(value), default_style='"', width=2**31).rstrip("\n")
