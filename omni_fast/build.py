@@ -163,8 +163,10 @@ def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
         with run.timed("setup"):
             progress.wait(f"the model {config.model.path}")
             model, tokenizer = load_model(config)
+            urls = engine_urls(config, model, run, stack, progress)
             progress.wait("the tasks, their verifiers and the judge")
-            grading = Grading(config, stack, run.folder, model, tokenizer, progress.warn)
+            judged = with_judge(config, urls, str(model.name_or_path))
+            grading = Grading(judged, stack, run.folder, model, tokenizer, progress.warn)
             plain = build_tasks(config.tasks, seed=config.seed, resources=grading.resources())
             for task in plain.values():
                 if isinstance(task, FileTask) and task.report.dropped:
@@ -176,7 +178,7 @@ def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
             policy = make_policy(config, model)
             if isinstance(policy, ShardedPolicy):
                 stack.callback(policy.close)
-            engine = make_engine(config, model, run, stack, progress)
+            engine = make_engine(config, urls, model, run, stack, progress)
             trackers = Trackers(config, run.folder, len(run.rows()))
             stack.callback(trackers.close)
             parts = Parts(config, run, progress, model, tokenizer, tasks, policy, engine, scorer, trackers)
@@ -198,27 +200,43 @@ def load_model(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     return load(config.model.path, dtype=torch.float32, device=device)
 
 
-def make_engine(config: Config, model: PreTrainedModel, run: Run, stack: ExitStack, progress: Progress) -> Engine:
+def engine_urls(config: Config, model: PreTrainedModel, run: Run, stack: ExitStack, progress: Progress) -> list[str]:
+    """Of the engine's servers, which are started where the config names none, and stopped with `stack`."""
+    if config.engine.kind == "local" or config.engine.urls:
+        return config.engine.urls
+    progress.wait("the engine's servers to start")
+    folder, rank = run.folder / "engine", config.adapter_rank
+    urls = serving.up(config.engine, str(model.name_or_path), folder, adapter_rank=rank, say=progress.say)
+    stack.callback(partial(serving.down, folder, say=progress.say))
+    stack.enter_context(serving.watched(folder, say=progress.warn))
+    return urls
+
+
+def with_judge(config: Config, urls: Sequence[str], model: str) -> Config:
+    """The config with the frozen base on the first of the engine's servers as its judge, where it asks for that."""
+    if config.judge.backend not in ("openai", "sglang") or config.judge.url:
+        return config
+    found = {"url": f"{urls[0].rstrip('/').removesuffix('/v1')}/v1", "model": config.judge.model or model}
+    return config.model_copy(update={"judge": config.judge.model_copy(update=found)})
+
+
+def make_engine(
+    config: Config, urls: Sequence[str], model: PreTrainedModel, run: Run, stack: ExitStack, progress: Progress
+) -> Engine:
     """What the config's [engine] names, with the model's weights; stopped with `stack`."""
     wanted = config.engine
     if wanted.kind == "local":
         local = LocalEngine(model, max_rows=config.rollout.max_rows)
         stack.callback(local.close)
         return local
-    urls, folder = wanted.urls, run.folder / "engine"
-    if not urls:
-        progress.wait("the engine's servers to start")
-        urls = serving.up(wanted, str(model.name_or_path), folder, say=progress.say)
-        stack.callback(partial(serving.down, folder, say=progress.say))
-        stack.enter_context(serving.watched(folder, say=progress.warn))
     key = os.environ.get(serving.KEY_VARIABLE, "")
     fleet = Fleet(urls, api_key=key, in_flight=wanted.in_flight, say=progress.warn)
     stack.callback(fleet.close)
-    weights = WeightSync(fleet, model, folder / "weights", transport=wanted.sync)
+    weights = WeightSync(fleet, model, run.folder / "engine" / "weights", transport=wanted.sync)
     stack.callback(weights.close)
     return SGLangEngine(
-        fleet, weights, request_s=wanted.request_timeout_s, wait_s=wanted.wait_s, wait=progress.wait,
-        raise_if_stopping=run.raise_if_stopping,
+        fleet, weights, request_s=wanted.request_timeout_s, wait_s=wanted.wait_s, adapter=config.adapter_rank > 0,
+        wait=progress.wait, raise_if_stopping=run.raise_if_stopping,
     )  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def up(
 
     resolved = configs.load(config, tuple(overrides or ()))
     model = _model_folder(resolved.model.path, resolved)
-    urls = serving.up(resolved.engine, model, folder, say=_say)
+    urls = serving.up(resolved.engine, model, folder, adapter_rank=resolved.adapter_rank, say=_say)
     console.print(f"engine.urls={json.dumps(urls)}", markup=False, soft_wrap=True)
     if judge:
         one = resolved.engine.model_copy(update={"servers": 1})

@@ -49,8 +49,9 @@ class EngineConfig(Section):
 
     kind: Literal["local", "sglang"] = "local"
     urls: list[str] = []  # for example ["http://127.0.0.1:30000"]; none: the run starts `servers` of its own
-    # tensor: through shared memory, servers on this host only; distributed: broadcast, by gloo or (GPU) NCCL
-    sync: Literal["disk", "tensor", "distributed"] = "disk"
+    # tensor: through shared memory, servers on this host only; distributed: broadcast, by gloo or (GPU) NCCL;
+    # adapter: the LoRA adapter alone, beside the frozen base, which can then be the judge
+    sync: Literal["disk", "tensor", "distributed", "adapter"] = "disk"
     in_flight: Positive = 32  # groups a server works on at a time
     request_timeout_s: Annotated[float, Field(gt=0.0)] = 300.0  # of one group
     wait_s: Annotated[float, Field(ge=0.0)] = 600.0  # for servers that start, or are all down
@@ -152,7 +153,8 @@ class TaskConfig(Section):
 class JudgeConfig(Section):
     # openai: any OpenAI-compatible URL; sglang: /v1/score of an SGLang server, label probabilities instead of text
     backend: Literal["embedded", "rubric", "openai", "sglang"] = "embedded"
-    url: str = ""  # openai, sglang: for example http://127.0.0.1:30000/v1
+    # openai, sglang: for example http://127.0.0.1:30000/v1; none: the engine's own server, whose base model judges
+    url: str = ""
     model: str = ""  # as the server knows it; sglang: also where its tokenizer is found (folder or Hugging Face id)
     timeout_s: Annotated[float, Field(gt=0.0)] = 60.0  # of one request, all in
 
@@ -210,7 +212,21 @@ class Config(Section):
                 f"rollout.max_staleness {self.rollout.max_staleness} needs engine.kind 'sglang': the local engine shares "
                 "the policy's cores and weights, so it cannot generate while they are trained; set it to 0"
             )
+        if self.engine.kind == "sglang" and self.engine.sync == "adapter" and not self.model.lora_rank:
+            raise ValueError(
+                "engine.sync 'adapter' brings servers a LoRA adapter and model.lora_rank is 0: set the rank, or another sync"
+            )
+        if self.judge.backend in ("openai", "sglang") and not self.judge.url and not self.adapter_rank:
+            raise ValueError(
+                f"judge.backend '{self.judge.backend}' needs judge.url; without one the engine's own server judges, whose "
+                "base stays as it is only with engine.kind 'sglang', engine.sync 'adapter' and model.lora_rank > 0"
+            )
         return self
+
+    @property
+    def adapter_rank(self) -> int:
+        """Of the adapter that the engine's servers hold beside the frozen base; 0: they hold the policy whole."""
+        return self.model.lora_rank if (self.engine.kind, self.engine.sync) == ("sglang", "adapter") else 0
 
     def fingerprint(self) -> dict[str, Any]:
         """All that the result depends on: neither logging nor checkpoints, nor where servers stand and how they are waited for."""

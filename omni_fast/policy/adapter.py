@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from omni_fast.errors import UserError
@@ -20,6 +24,27 @@ def add_adapter(model: PreTrainedModel, rank: int, alpha: float) -> None:
     settings = LoraConfig(r=rank, target_modules="all-linear")
     settings.lora_alpha = alpha  # type: ignore[assignment]  # declared int, used as a number
     inject_adapter_in_model(settings, model)
+
+
+def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """The adapter alone in an existing folder, in peft's layout, as SGLang loads it."""
+    kept = {
+        f"base_model.model.{name.replace('.default.', '.')}": value.detach().cpu().contiguous()
+        for name, value in model.named_parameters()
+        if ".lora_" in name
+    }
+    save_file(kept, folder / "adapter_model.safetensors", {"format": "pt"})
+    settings: Any = model.peft_config["default"]  # peft's LoraConfig, which transformers declares narrower
+    said = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.name_or_path,
+        "r": settings.r,
+        "lora_alpha": settings.lora_alpha,
+        "target_modules": sorted(settings.target_modules),
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(said, indent=1), encoding="utf-8")
 
 
 @contextmanager

@@ -24,6 +24,9 @@ CPU_FLAGS = """--device cpu --attention-backend torch_native --sampling-backend 
 --max-total-tokens 8192""".split()
 
 
+TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()  # every linear layer but the head
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """One server. Equal launches are interchangeable.
@@ -59,6 +62,14 @@ def launches(role: str, model: str, device: Device, dtype: str, flags: Sequence[
         )
         for i in range(servers)
     ]  # fmt: skip
+
+
+def adapter_flags(rank: int, device: Device) -> list[str]:
+    """What makes a server take LoRA adapters of that rank at any time; none for rank 0."""
+    if not rank:
+        return []
+    backend = ["--lora-backend", "torch_native"] if device == "cpu" else []
+    return ["--enable-lora", "--max-lora-rank", str(rank), "--lora-target-modules", *TARGETS, *backend]
 
 
 def command(launch: Launch, python: Path, port: int, key_file: Path | None) -> list[str]:

@@ -28,7 +28,7 @@ from typing import Literal, Protocol
 from omni_fast.errors import RunError, UserError
 from omni_fast.serving import process
 from omni_fast.serving.install import VERSION, Say, default_device, python
-from omni_fast.serving.launch import KEY_VARIABLE, Launch, command, environment, launches, write_key
+from omni_fast.serving.launch import KEY_VARIABLE, Launch, adapter_flags, command, environment, launches, write_key
 
 STATE = "servers.json"
 START_TIMEOUT_S = 600.0
@@ -100,13 +100,21 @@ class Status:
 
 
 def up(
-    section: Section, model_folder: Path | str, folder: Path, *, role: str = "policy", say: Say | None = None
+    section: Section,
+    model_folder: Path | str,
+    folder: Path,
+    *,
+    role: str = "policy",
+    adapter_rank: int = 0,
+    say: Say | None = None,
 ) -> list[str]:
     """Start `section.servers` servers of one model and wait until all answer; their URLs, in order.
 
-    folder: logs and state. Raises UserError for what the config can mend, RunError otherwise; nothing is left running then.
+    folder: logs and state. adapter_rank: of the LoRA adapters that they shall take. Raises UserError for what the config can mend, RunError otherwise; nothing is left running then.
     """
-    wanted = launches(role, str(model_folder), default_device(), section.dtype, section.flags, section.servers)
+    device = default_device()
+    flags = [*adapter_flags(adapter_rank, device), *section.flags]
+    wanted = launches(role, str(model_folder), device, section.dtype, flags, section.servers)
     started = start(wanted, folder, role=role, timeout_s=section.start_timeout_s, say=say)
     return [server.url for server in started]
 

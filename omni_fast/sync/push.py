@@ -1,10 +1,11 @@
 """Weights from the trainer to SGLang servers, each sync checked: version echoed, numbers read back.
 
-Three ways. `disk`: one safetensors folder, written whole and then renamed, that every server loads; for any host that
+Four ways. `disk`: one safetensors folder, written whole and then renamed, that every server loads; for any host that
 shares the folder. `tensor`: a flat buffer a bucket in shared memory (of the GPU, where the policy is on one), of which
 servers on this host get the handle. `distributed`: the buffer is broadcast to all servers at once (`broadcast.py`). Fp32
-weights for servers that hold bf16 or fp16 are cast as they are packed. Any way servers pause between two tokens, and old
-keys and values are not read again, since the cache is salted by the version's tag.
+weights for servers that hold bf16 or fp16 are cast as they are packed. These three pause the servers between two tokens. `adapter`: only the LoRA adapter, as a folder; a
+server holds the frozen base, loads each version as an adapter of the tag's name beside the one before, and never stops.
+Any way old keys and values are not read again, since the cache is salted by the version's tag.
 
 A server that fails at any point is drained, so that it gets no prompt while its weights are in doubt; `catch_up` loads the
 current version from disk, for it as for one that was restarted. One sync is under way at a time.
@@ -37,11 +38,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from omni_fast.errors import RunError, UserError
+from omni_fast.policy.adapter import save_adapter
 from omni_fast.rollout.fleet import BRACKETS, Fleet, Json, Server, ServerError, member
 from omni_fast.sync.broadcast import LOCAL, BroadcastGroup, GroupLost
 from omni_fast.sync.plan import BUCKET_BYTES, Bucket, Plan, checksum, make_plan, tensors
 
-Transport = Literal["disk", "tensor", "distributed"]
+Transport = Literal["disk", "tensor", "distributed", "adapter"]
+KEPT = 3  # adapters on a server: the current one, and earlier ones that requests may still be under way with
 ROWS = 16  # of a tensor that are read back in a run
 CASTS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "half": torch.float16}  # SGLang's --dtype
 HELD_AS = (torch.float32, torch.bfloat16, torch.float16)  # what a server may have rounded to
@@ -81,7 +84,9 @@ class WeightSync:
         self._turn = 0
         self._flat: dict[torch.dtype, Tensor] = {}  # as large as the largest bucket of the dtype
         self._group: BroadcastGroup | None = None
-        self._readable = [name for name, _ in tensors(model) if _readable(model, name)]
+        self._adapters: dict[str, list[str]] = {}  # of each server, oldest first
+        whole = transport != "adapter"  # beside an adapter the server shows the base alone, which does not change
+        self._readable = [name for name, _ in tensors(model) if whole and _readable(model, name)]
 
     @cached_property
     def plan(self) -> Plan:
@@ -175,10 +180,10 @@ class WeightSync:
         self.tag = f"{self.run}.{version}"
         clock = {"pack": 0.0, "load": 0.0, "verify": 0.0, "paused": 0.0}
         started = time.perf_counter()
-        work = self._push_folder if self.transport == "disk" else self._push_buckets
-        paused = work(clock)
-        self._on_ready(lambda server: self.fleet.ask(server, "/continue_generation", {}))
-        clock["paused"] = time.perf_counter() - paused
+        work = self._push_folder if self.transport in ("disk", "adapter") else self._push_buckets
+        if (paused := work(clock)) is not None:
+            self._on_ready(lambda server: self.fleet.ask(server, "/continue_generation", {}))
+            clock["paused"] = time.perf_counter() - paused
         with _timed(clock, "verify"):
             self._verify(self.fleet.ready)
         return clock | {"total": time.perf_counter() - started}
@@ -203,21 +208,43 @@ class WeightSync:
             if isinstance(result, ServerError):
                 self.fleet.drain(server, f"weight sync: {result.path} {result.reason}")
 
-    def _push_folder(self, clock: dict[str, float]) -> float:
+    def _push_folder(self, clock: dict[str, float]) -> float | None:
         with _timed(clock, "pack"):
             self._write()
-        paused = self._pause()
+        paused = None if self.transport == "adapter" else self._pause()
         with _timed(clock, "load"):
             self._on_ready(self._load_folder)
         return paused
 
     async def _load_folder(self, server: Server) -> Json:
+        if self.transport == "adapter":
+            return await self._load_adapter(server)
         return await self.fleet.ask(
             server,
             "/update_weights_from_disk",
             {"model_path": str(self._folder), "weight_version": self.tag, "flush_cache": False},
             self.load_s,
         )
+
+    async def _load_adapter(self, server: Server) -> Json:
+        """The version beside those before it, then the oldest away, which its requests may hold up."""
+        loaded = self._adapters.setdefault(server.url, [])
+        body: Json = {"lora_name": self.tag, "lora_path": str(self._folder)}
+        try:
+            await self.fleet.ask(server, "/load_lora_adapter", body, self.load_s)
+        except ServerError as error:
+            if "already loaded" not in error.reason:
+                raise
+        loaded.append(self.tag)
+        named: Json = {"new_version": self.tag, "abort_all_requests": False}
+        await self.fleet.ask(server, "/update_weight_version", named)
+        while len(loaded) > KEPT:
+            try:
+                await self.fleet.ask(server, "/unload_lora_adapter", {"lora_name": loaded.pop(0)}, self.load_s)
+            except ServerError as error:
+                if error.status != 400:  # it was started again and knows none of them
+                    raise
+        return None
 
     # -- disk --------------------------------------------------------------------------------------------------------
 
@@ -233,11 +260,14 @@ class WeightSync:
         try:
             shutil.rmtree(self.folder, ignore_errors=True)
             work.mkdir(parents=True)
-            self.model.config.save_pretrained(work)
-            kinds = {entry.name: entry.dtype for entry in self.plan.entries}
-            values = {name: value.to("cpu", kinds[name]).contiguous() for name, value in tensors(self.model)}
-            save_file(values, work / "model.safetensors", {"format": "pt"})
-            for path in (work / "model.safetensors", work):
+            if self.transport == "adapter":
+                save_adapter(self.model, work)
+            else:
+                self.model.config.save_pretrained(work)
+                kinds = {entry.name: entry.dtype for entry in self.plan.entries}
+                values = {name: value.to("cpu", kinds[name]).contiguous() for name, value in tensors(self.model)}
+                save_file(values, work / "model.safetensors", {"format": "pt"})
+            for path in (*work.glob("*.safetensors"), work):
                 descriptor = os.open(path, os.O_RDONLY)
                 os.fsync(descriptor)
                 os.close(descriptor)

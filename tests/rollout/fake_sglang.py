@@ -92,11 +92,13 @@ class FakeSGLang(ThreadingHTTPServer):
         key: str = "",
         port: int = 0,
         dtype: str = "auto",
+        lora_rank: int = 0,
     ) -> None:
         self.weights = {name: value.clone() for name, value in weights.items()}
         self.version, self.vocabulary, self.architecture, self.key = version, vocabulary, architecture, key
         self.weight_version = "default"
-        self.dtype = dtype
+        self.dtype, self.lora_rank = dtype, lora_rank
+        self.adapters: dict[str, dict[str, Tensor]] = {}
         self.groups: dict[str, ProcessGroupGloo] = {}
         self.paused = self.session = False
         self.faults: list[tuple[str, Fault]] = []
@@ -196,6 +198,25 @@ class FakeSGLang(ThreadingHTTPServer):
         ]
         return self._take(dict(zip(body["names"], parts, strict=True)), body)
 
+    def load_lora_adapter(self, body: dict) -> tuple[int, object]:
+        if not self.lora_rank:
+            return 400, {"success": False, "error_message": "LoRA is not enabled. Please set `--enable-lora`."}
+        if body["lora_name"] in self.adapters:
+            return 400, {"success": False, "error_message": "Failed to load LoRA adapter: it is already loaded"}
+        folder = Path(body["lora_path"])
+        if json.loads((folder / "adapter_config.json").read_text())["r"] > self.lora_rank:
+            return 400, {"success": False, "error_message": "rank is not within the configured `--max-lora-rank`"}
+        self.adapters[body["lora_name"]] = load_file(folder / "adapter_model.safetensors")
+        return 200, {"success": True, "error_message": None, "loaded_adapters": dict.fromkeys(self.adapters, "")}
+
+    def unload_lora_adapter(self, body: dict) -> tuple[int, object]:
+        known = self.adapters.pop(body["lora_name"], None) is not None
+        return (200 if known else 400), {"success": known, "error_message": None}
+
+    def update_weight_version(self, body: dict) -> tuple[int, object]:
+        self.weight_version = body["new_version"]
+        return 200, {"success": True, "message": f"Weight version updated to {self.weight_version}"}
+
     def _take(self, values: dict[str, Tensor], body: dict) -> tuple[int, object]:
         assert body["flush_cache"] is False
         for name, value in values.items():
@@ -215,6 +236,8 @@ class FakeSGLang(ThreadingHTTPServer):
             message = f"token_ids_logprob contains out-of-vocabulary token id; valid range is [0, {self.vocabulary})."
             return 400, {"error": {"message": message}}
         assert not self.paused, "a prompt while paused"
+        if (name := body.get("lora_path")) is not None and name not in self.adapters:
+            return 400, {"error": {"message": f"Got LoRA adapter that has never been loaded: {name}"}}
         draw = body["sampling_params"]
         rows = [sample(body["input_ids"], k, draw, self.weight_version) for k in range(draw.get("n", 1))]
         return 200, rows if len(rows) > 1 else rows[0]

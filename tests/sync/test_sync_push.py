@@ -51,7 +51,7 @@ def engine(
         stack.callback(fleet.close)
         weights = WeightSync(fleet, model, folder / "engine", transport=transport, **{"compared": None} | options)  # type: ignore[arg-type]
         stack.callback(weights.close)
-        made = SGLangEngine(fleet, weights, request_s=5, wait_s=5)
+        made = SGLangEngine(fleet, weights, request_s=5, wait_s=5, adapter=transport == "adapter")
         made.said = said  # type: ignore[attr-defined]
         yield made
 
@@ -153,6 +153,65 @@ def test_lora_arrives_merged(tmp_path: Path, transport: str) -> None:
         merged = layer.base_layer.weight + layer.lora_B["default"].weight @ layer.lora_A["default"].weight * 2.0
         torch.testing.assert_close(server.weights[f"{name}.weight"], merged)
         assert server.weights.keys() == dict(plain.named_parameters()).keys() and made.said == []
+
+
+def check_adapter(model: LlamaForCausalLM, server: FakeSGLang, tag: str) -> None:
+    held = server.adapters[tag]
+    own = {name: value for name, value in model.named_parameters() if ".lora_" in name}
+    assert len(held) == len(own) == 2 * 2 * 7
+    for name, value in own.items():
+        assert torch.equal(held[f"base_model.model.{name.replace('.default', '')}"], value), name
+
+
+def test_an_adapter_travels_alone_and_the_base_stays(tmp_path: Path) -> None:
+    model = llama()
+    add_adapter(model, rank=4, alpha=8.0)
+    servers = [fake(llama(), lora_rank=8), fake(llama(), lora_rank=4)]
+    before = {name: value.clone() for name, value in servers[0].weights.items()}
+    with engine(model, tmp_path, *servers, transport="adapter") as made:
+        for step in range(1, 7):
+            move(model)
+            assert made.sync(step)["seconds/sync_paused"] == 0.0
+            for server in servers:
+                check_adapter(model, server, made.weights.tag)
+                assert len(server.adapters) <= 3, "older ones are taken away"
+            found = made.generate(PROMPTS, 2, SAMPLING)
+            assert all(one.versions == [(step, 0, 4)] for group in found for one in group)
+            assert servers[0].paths("/generate")[-1]["lora_path"] == made.weights.tag
+        assert made.said == [] and servers[0].weights.keys() == before.keys()
+    assert all(torch.equal(servers[0].weights[name], value) for name, value in before.items())
+    assert not servers[0].paths("/pause_generation"), "requests go on under way"
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_a_server_started_again_gets_the_adapter_before_it_gets_prompts(tmp_path: Path, noticed: bool) -> None:
+    model = llama()
+    add_adapter(model, rank=4, alpha=8.0)
+    server = fake(llama(), lora_rank=8)
+    with engine(model, tmp_path, server, transport="adapter") as made:
+        for step in range(1, 5):
+            made.sync(step)
+        server.adapters.clear()
+        server.weight_version = "default"
+        if noticed:
+            made.fleet.drain(made.fleet.servers[0], "died")
+        made.generate(PROMPTS, 2, SAMPLING)
+        check_adapter(model, server, made.weights.tag)
+        made.sync(5)
+        assert made.fleet.ready
+
+
+@pytest.mark.parametrize(("rank", "told"), [(0, "LoRA is not enabled"), (2, "max-lora-rank")])
+def test_a_server_that_cannot_take_the_adapter_is_told_before_the_first_step(
+    tmp_path: Path, rank: int, told: str
+) -> None:
+    model = llama()
+    add_adapter(model, rank=4, alpha=8.0)
+    with (
+        pytest.raises(UserError, match=f"did not take the policy's weights.*{told}"),
+        engine(model, tmp_path, fake(llama(), lora_rank=rank), transport="adapter"),
+    ):
+        pass
 
 
 # -- what is refused before the first step -------------------------------------------------------------------------------
