@@ -1,0 +1,86 @@
+"""`omni-fast study`: all arms of a comparison by one resumable command."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from omni_fast.errors import RunError, UserError
+
+console = Console(highlight=False)
+
+
+def study(
+    config: Annotated[str, typer.Argument(help="TOML file or recipe with a section [study]; or: status.")],
+    rest: Annotated[
+        list[str] | None, typer.Argument(help="Overrides, for example study.seeds=2; of status: a folder.")
+    ] = None,
+    run: Annotated[Path | None, typer.Option("--run", help="Study folder; the same folder resumes.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Seeds that run side by side.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print arms, policies, samples and cost; start nothing.")
+    ] = False,
+) -> None:
+    """Train all arms with all seeds, score them, and compare: base, single tasks, merges, joint, orders, online.
+
+    `omni-fast study status FOLDER` says where a study stands.
+    Examples: `omni-fast study study-tiny --jobs 2`, `omni-fast study my.toml --run runs/my study.seeds=3`
+    """
+    if config == "status":
+        return status(rest or [])
+    from omni_fast.study import config as configs
+    from omni_fast.study.arms import Design
+    from omni_fast.study.plan import describe
+
+    resolved, own = configs.load(config, rest or [])
+    design = Design(Path(config).stem, resolved, own)
+    folder = run or Path("runs") / design.name
+    for line in describe(design, folder, jobs) if dry_run else ():
+        console.print(line, markup=False, soft_wrap=True)
+    if dry_run:
+        return
+    from omni_fast.study import driver
+
+    finished = driver.run(design, folder, jobs, console)
+    counts = Counter[str](cell.status for cell in finished.cells)
+    console.print(f"study: {folder}, {_counted(counts)}", soft_wrap=True)
+    if counts["failed"]:
+        raise RunError(
+            f"{counts['failed']} of {len(finished.cells)} cells failed; `omni-fast study status {folder}` says why, the "
+            "same command tries them again"
+        )
+
+
+def status(arguments: list[str]) -> None:
+    """Every arm: how many of its seeds are finished, failed or pending, and why they failed."""
+    if len(arguments) != 1:
+        raise UserError("give the folder of one study: omni-fast study status FOLDER")
+    from omni_fast.study import records
+
+    found = records.read(Path(arguments[0]))
+    table = Table(box=None, padding=(0, 2))
+    for column in ("arm", "finished", "failed", "pending"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    orders = Counter[str]()
+    for arm in found.arms:
+        counts = Counter[str](cell.status for cell in found.cells if cell.arm == arm.name)
+        if arm.every:
+            orders += counts
+        else:
+            table.add_row(arm.name, *(str(counts[kind] or "") for kind in ("finished", "failed", "pending")))
+    if orders:
+        table.add_row("every order", *(str(orders[kind] or "") for kind in ("finished", "failed", "pending")))
+    console.print(table)
+    console.print(f"{len(found.cells)} cells: {_counted(Counter[str](cell.status for cell in found.cells))}")
+    reasons = Counter((cell.arm, cell.reason) for cell in found.cells if cell.status == "failed")
+    for (name, reason), times in reasons.items():
+        console.print(f"failed: {name} ({times} seeds): {reason}", markup=False, soft_wrap=True)
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{counts[kind]} {kind}" for kind in ("finished", "failed", "pending") if counts[kind])

@@ -1,0 +1,131 @@
+"""A study's configuration: a training configuration and a section `study`.
+
+Of `curriculum` a study reads `steps_per_stage` (of every stage of one task), `order` (the arm "user") and
+`refresh_steps` (the arm "refresh"); the arms are its modes. Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, ValidationError, model_validator
+
+from omni_fast import config as configs
+from omni_fast.config import Config, NonNegative, Positive, Section
+from omni_fast.errors import UserError
+
+Family = Literal[
+    "base", "single", "joint", "solved", "reversed", "random", "user", "merge", "sft", "online", "refresh", "repeat",
+    "probe", "every_order",
+]  # fmt: skip
+Method = Literal["linear", "task_arithmetic", "ties", "dare", "dare_ties"]
+Online = Literal["sec", "dump", "pac", "tac"]
+RESERVED = ("base", "joint", "sft", "merge", "online")  # as names of tasks: they name stages
+
+
+class StudyConfig(Section):
+    arms: list[Family] = ["base", "single", "joint", "solved", "reversed", "random", "merge", "sft", "online"]
+    primary: list[str] = ["solved", "joint"]  # the one contrast declared beforehand, first minus second
+    seeds: Positive = 5  # of base, single, joint, solved, reversed, merge
+    other_seeds: Positive = 2  # of all other arms
+    merges: list[Method] = ["linear", "task_arithmetic", "ties", "dare"]
+    merge_scales: list[float] = [1.0, 2.0, 3.0, 4.0]  # of the merged task vector, the best one on `select` is taken
+    merge_density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5  # ties, dare: share of a task vector that is kept
+    online: list[Online] = ["sec", "dump", "pac", "tac"]
+    probe_steps: NonNegative = 0  # of the arm "probe": short single-task runs as a proxy of transfer
+    temperatures: list[Annotated[float, Field(gt=0.0)]] = [0.5, 0.7, 1.0, 1.3]  # every arm's last policy is sampled at
+    keep_weights: bool = False  # of every policy of the tree; else those that further stages start from, while they do
+
+    @model_validator(mode="after")
+    def _sensible(self) -> StudyConfig:
+        if len(self.primary) != 2:
+            raise ValueError("primary names two arms, the second of which is subtracted from the first")
+        if "merge" in self.arms and not (self.merges and self.merge_scales):
+            raise ValueError("the arm merge needs at least one of merges and of merge_scales")
+        if "probe" in self.arms and not self.probe_steps:
+            raise ValueError("the arm probe needs probe_steps, the length of its runs")
+        return self
+
+
+def load(source: str, overrides: Sequence[str] = ()) -> tuple[Config, StudyConfig]:
+    """As `omni_fast.config.load`, with a section `study`. Raises UserError naming the file, the key and the remedy."""
+    path = Path(source)
+    if path.is_file():
+        text = configs._read(path)
+    elif source in configs.recipes():
+        text = resources.files("omni_fast.recipes").joinpath(f"{source}.toml").read_text(encoding="utf-8")
+    else:
+        studies = [name for name in configs.recipes() if name.startswith("study-")]
+        raise UserError(f"no config file or recipe '{source}'; recipes of studies: {', '.join(studies)}")
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{source} is not valid TOML: {error}") from None
+    for override in overrides:
+        configs._apply_override(data, override)
+    own = data.pop("study", {})
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(configs._explain(item) for item in error.errors())) from None
+    study = _study(source, own)
+    check(config, study)
+    return config, study
+
+
+def _study(source: str, data: Mapping[str, Any]) -> StudyConfig:
+    try:
+        return StudyConfig.model_validate(data)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            where = ".".join(str(part) for part in item["loc"])
+            words = list(StudyConfig.model_fields) if item["type"] == "extra_forbidden" else _choices(item["loc"])
+            close = difflib.get_close_matches(
+                str(item["input"] if words and len(item["loc"]) > 1 else where), words, n=1
+            )
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            said = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+            problems.append(f"'study{'.' if where else ''}{where}': {said}{hint}")
+        raise UserError(f"{source}: " + "; ".join(problems)) from None
+
+
+def _choices(location: tuple[int | str, ...]) -> list[str]:
+    """The names that a list of the section takes."""
+    names = {"arms": Family, "merges": Method, "online": Online}
+    return list(get_args(names[str(location[0])])) if location and location[0] in names else []
+
+
+def check(config: Config, study: StudyConfig) -> None:
+    """UserError for what a study cannot be made of."""
+    names = [task.name for task in config.tasks]
+    if len(names) < 2:
+        raise UserError(
+            f"a study compares orders of tasks and has one task, {names[0]}: give at least two, or use `omni-fast train`"
+        )
+    for name in names:
+        if name in RESERVED or set(name) & set(":>/\\"):
+            raise UserError(f"a study uses '{name}' for a stage, or one of its signs (: > /); rename the task")
+    curriculum = config.curriculum
+    if curriculum.replay_fraction:
+        raise UserError(
+            "curriculum.replay_fraction has no place in a study: its stages are shared between orders; drop it"
+        )
+    if "user" in study.arms and sorted(curriculum.order) != sorted(names):
+        raise UserError(f"the arm user needs curriculum.order to name each task once: {', '.join(names)}")
+    if "refresh" in study.arms:
+        rest = curriculum.refresh_steps % len(names)
+        if not 0 < curriculum.refresh_steps < len(names) * curriculum.steps_per_stage or rest:
+            raise UserError(
+                f"the arm refresh takes curriculum.refresh_steps from its stages in equal parts, so it has to be a multiple"
+                f" of the number of tasks ({len(names)}) and less than all steps, got {curriculum.refresh_steps}"
+            )
+    if "every_order" in study.arms and len(names) > 5:
+        raise UserError(
+            f"every_order of {len(names)} tasks is too much (more than 120 orders); take it out of study.arms"
+        )

@@ -1,0 +1,332 @@
+"""`omni-fast study`: every arm with every seed, resumable at any moment, side by side in processes where asked.
+
+A seed is one run folder and one process at a time. Seeds share the initial policy and the items, which come from the
+configuration's own seed; a training seed draws the order of the prompts and the samples. Finished policies are found by
+name, so nothing finished is done again, and arms or seeds may be added to a study later. An arm that fails is written
+down with its reason and the others go on; the same command tries it again.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from omni_fast.build import build
+from omni_fast.checkpoint import run_lock, write_json
+from omni_fast.config import Config
+from omni_fast.curriculum import scores
+from omni_fast.curriculum.decide import decide
+from omni_fast.curriculum.stages import refresh_stage
+from omni_fast.curriculum.transfer import measure
+from omni_fast.errors import RunError, UserError
+from omni_fast.run import Interrupted
+from omni_fast.study import records, tiny
+from omni_fast.study.arms import SOLVED, Design
+from omni_fast.study.arms import Path as Stages
+from omni_fast.study.progress import StudyProgress
+from omni_fast.study.records import Arm
+from omni_fast.study.seed_run import SeedRun
+from omni_fast.study.tree import Tree
+
+EVALUATION_WORK = 10.0  # steps that scoring a policy counts for, in the time left
+PACKAGES = ("omni-fast", "torch", "transformers", "numpy")
+AGAIN = "the same command goes on where it was"
+
+
+def run(design: Design, folder: Path, jobs: int, console: Console) -> records.Study:
+    """Run what is not finished and return the study as it then stands.
+
+    Raises RunError when a process of seeds was lost, Interrupted when the user asked to stop; all that is finished is kept.
+    """
+    folder = folder.expanduser()
+    with run_lock(folder):
+        _describe(design, folder)
+        shares = _share(design, jobs)
+        try:
+            if len(shares) == 1:
+                work(design, folder, shares[0], 0, console)
+            else:
+                _side_by_side(design, folder, shares, console)
+        finally:
+            _describe(design, folder)
+    return records.read(folder)
+
+
+def work(design: Design, folder: Path, seeds: Sequence[int], threads: int, console: Console) -> None:
+    """Run some seeds one after the other in this process. threads: 0 leaves it to the configuration."""
+    config = resolved(design.config)
+    if threads:
+        workers = config.sandbox.workers or threads
+        sandbox = config.sandbox.model_copy(update={"workers": workers})
+        config = config.model_copy(update={"threads": threads, "sandbox": sandbox})
+    progress = StudyProgress(console)
+    progress.left = sum(_work(design, seed) for seed in seeds)
+    with progress:
+        for seed in seeds:
+            with SeedRun.open(folder / "seeds" / str(seed), design.run_config(seed)) as run:
+                assert isinstance(run, SeedRun)
+                with build(config, run, progress) as parts:
+                    _Seed(folder, Tree(design, seed, run, parts, progress)).run()
+
+
+def resolved(config: Config) -> Config:
+    """With the study's own from-scratch model in its place."""
+    if config.model.path != tiny.NAME:
+        return config
+    tiny.check_tasks([task.cls for task in config.tasks])
+    model = config.model.model_copy(update={"path": str(tiny.model_folder(config.seed))})
+    return config.model_copy(update={"model": model})
+
+
+class _Seed:
+    """All arms of one seed."""
+
+    def __init__(self, folder: Path, tree: Tree) -> None:
+        self.folder, self.tree = folder, tree
+        self.design, self.seed, self.progress = tree.design, tree.seed, tree.progress
+        self.order: tuple[str, ...] | None = None  # once solved
+        self.statement = ""
+        self.told: set[Stages] = set()  # policies that the time left has been told of
+        self.arms = [arm for arm in self.design.arms() if self.seed in arm.seeds]
+
+    def run(self) -> None:
+        for number, arm in enumerate(self.arms):
+            self.tree.run.raise_if_stopping()
+            try:
+                path = self._path(arm)
+                self._reach(arm, path, self.design.study.temperatures)
+                self._write(arm, path, "finished", "")
+            except Interrupted:
+                raise
+            except Exception as error:  # whatever ends one arm must not end the others; its trace is kept
+                self._fail(arm, error)
+            if not self.design.study.keep_weights:
+                later = [self.design.path(other.name, self.seed, self.order) for other in self.arms[number + 1 :]]
+                starts = None in later or any(other.kind == "merge" for other in self.arms[number + 1 :])
+                self.tree.prune([path for path in later if path] + (list(self._singles().values()) if starts else []))
+
+    def _path(self, arm: Arm) -> Stages:
+        if arm.name in SOLVED and self.order is None:
+            self._solve(arm)
+        if arm.kind == "merge":
+            for single in self._singles().values():
+                self._reach(arm, single)
+        path = self.design.path(arm.name, self.seed, self.order)
+        assert path is not None
+        return self._refreshed(arm, path) if arm.kind == "refresh" else path
+
+    def _solve(self, arm: Arm) -> None:
+        """The order from this seed's own single-task runs, on `select`."""
+        for single in self._singles().values():
+            self._reach(arm, single)
+        base = self.tree.scores((), "select")
+        single_scores = {task: self.tree.scores(path, "select") for task, path in self._singles().items()}
+        for task in self.design.tasks:
+            columns = [base[task], *(row[task] for row in single_scores.values())]
+            if all(np.array_equal(column, columns[0], equal_nan=True) for column in columns):
+                self.progress.warn(
+                    f"{task}: every policy has the same score ({scores.score(columns[0]).value:.3f}), so nothing is known of"
+                    " what other tasks do to it; look at its prompts and its verifier"
+                )
+        draws = self.design.config.evaluation.bootstrap_draws
+        decision = decide(measure(base, single_scores, draws=draws, seed=self.design.config.seed))
+        self.order, self.statement = decision.order, decision.statement
+        self.progress.say(f"seed {self.seed}  {decision.statement}")
+
+    def _refreshed(self, arm: Arm, path: Stages) -> Stages:
+        """The path with a last short stage on the task that fell furthest since its own stage, on `select`."""
+        self._reach(arm, path)
+        own = {
+            stage.partition(":")[0]: self.tree.scores(path[: place + 1], "select") for place, stage in enumerate(path)
+        }
+        final = self.tree.scores(path, "select")
+        after = {task: scores.score(found[task]) for task, found in own.items()}
+        now = {task: scores.score(final[task]) for task in own}
+        steps = self.design.config.curriculum.refresh_steps
+        stage = refresh_stage(after, now, steps)
+        task = stage.own[0] if stage else path[0].partition(":")[0]  # nothing fell: the oldest, for an equal budget
+        return (*path, f"{task}:{steps}")
+
+    def _reach(self, arm: Arm, path: Stages, temperatures: Sequence[float] = ()) -> None:
+        """Every policy of the path, with its place among all of them in the seed."""
+        known = self.design.nodes(self.seed, self.order)
+        for length in range(len(path) + 1):
+            part = path[:length]
+            done = sum(self.tree.run.file(self.tree.name(other)).is_file() for other in known if "?" not in other[-1])
+            label = " > ".join(part) or "the initial policy"
+            self.progress.head = f"seed {self.seed}  {arm.name}  node {done + 1} of {len(known) + 1}  {label}"
+            before = self.tree.run.file(self.tree.name(part)).is_file()
+            self.tree.reach(part, temperatures if length == len(path) else ())
+            if part not in self.told:
+                self.told.add(part)
+                self.progress.advance(self.design.trained(part)[1] + EVALUATION_WORK, before)
+
+    def _singles(self) -> dict[str, Stages]:
+        return {task: (f"{task}:{self.design.steps}",) for task in self.design.tasks}
+
+    def _write(self, arm: Arm, path: Stages, status: str, reason: str) -> None:
+        run, design = self.tree.run, self.design
+        parts = [path[: length + 1] for length in range(len(path))]
+        nodes = [node for part in parts if (node := run.node(self.tree.name(part))) is not None]
+        singles = self._singles()
+        made_of = list(singles.values()) if arm.kind == "merge" else []
+        passed = [node for part in made_of if (node := run.node(self.tree.name(part))) is not None]
+        measured = [one for one in singles.values() if one not in parts] if arm.name in SOLVED else []
+        extra = [node for part in measured if (node := run.node(self.tree.name(part))) is not None]
+        items = sum(len(found["select"]) for found in self.tree.parts.items.values())
+        groups = run.counted(self.tree.name(path)) if arm.kind == "online" else {}
+        records.write_cell(
+            self.folder,
+            {
+                "arm": arm.name,
+                "kind": arm.kind,
+                "seed": self.seed,
+                "status": status,
+                "reason": reason,
+                "order": list(design.order(arm.name, self.seed, self.order) or ()),
+                "base": self.tree.name(()),
+                "stages": [node["id"] for node in nodes],
+                "samples_train": sum(node["samples"] for node in (*nodes, *passed)),
+                "samples_transfer": sum(node["samples"] for node in extra),
+                "completions_transfer": items * (1 + len(singles)) if arm.name in SOLVED else 0,
+                "seconds": sum(node["seconds"] for node in (*nodes, *passed)),
+                "statement": self.statement if arm.name in SOLVED else "",
+                "mixture": {task: n / sum(groups.values()) for task, n in groups.items()},
+            },
+        )
+
+    def _fail(self, arm: Arm, error: Exception) -> None:
+        reason = str(error) or type(error).__name__
+        if not isinstance(error, RunError | UserError):
+            reason = f"{type(error).__name__}: {reason}"
+            with (self.tree.run.folder / "failures.log").open("a", encoding="utf-8") as log:
+                log.write(f"{arm.name}\n{''.join(traceback.format_exception(error))}\n")
+        self.progress.warn(f"seed {self.seed}  {arm.name} failed, the others go on: {reason}")
+        path = self.design.path(arm.name, self.seed, self.order) or ()
+        self._write(arm, path, "failed", reason)
+
+
+def _work(design: Design, seed: int) -> float:
+    """What a seed has to do, in steps."""
+    nodes = design.nodes(seed)
+    return sum(nodes.values()) + EVALUATION_WORK * (len(nodes) + 1)
+
+
+def _share(design: Design, jobs: int) -> list[list[int]]:
+    """The seeds of each process, the one with the most work first, each to whom has least."""
+    shares: list[list[int]] = [[] for _ in range(max(1, min(jobs, len(design.seeds()))))]
+    for seed in sorted(design.seeds(), key=lambda seed: (-_work(design, seed), seed)):
+        min(shares, key=lambda own: sum(_work(design, one) for one in own)).append(seed)
+    return shares
+
+
+def _side_by_side(design: Design, folder: Path, shares: Sequence[Sequence[int]], console: Console) -> None:
+    resolved(design.config)  # what all of them load is made once
+    threads = max(1, (design.config.threads or len(os.sched_getaffinity(0))) // len(shares))
+    spawn = multiprocessing.get_context("spawn")
+    workers: list[BaseProcess] = [
+        spawn.Process(target=_process, args=(design, folder, list(seeds), threads), name=f"seeds {seeds}")
+        for seeds in shares
+    ]
+    stopping = 0
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping += 1
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when the processes start
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for worker in workers:
+            worker.start()
+        while any(worker.is_alive() for worker in workers):
+            for worker in workers:
+                worker.join(0.5)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+    if stopping:
+        raise Interrupted(f"stopped; {AGAIN}")
+    if UserError.exit_code in {worker.exitcode for worker in workers}:
+        raise UserError("the study could not start, for the reason told above")
+    if lost := [worker for worker in workers if worker.exitcode]:
+        told = "; ".join(f"the process of {worker.name} ended with code {worker.exitcode}" for worker in lost)
+        raise RunError(f"{told} (its reason is told above, if it had time for one); {AGAIN}")
+
+
+def _process(design: Design, folder: Path, seeds: list[int], threads: int) -> None:
+    """A process of seeds: stops by itself, saving, when the one that started it is gone."""
+    os.setpgrp()  # Ctrl-C reaches the parent alone, which tells each process once
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        work(design, folder, seeds, threads, Console(highlight=False, force_terminal=False, width=200))
+    except (UserError, RunError) as error:
+        if not isinstance(error, Interrupted):
+            print(f"error: seeds {seeds}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+
+
+def _describe(design: Design, folder: Path) -> None:
+    """study.json. UserError when the folder holds another study."""
+    path = folder / "study.json"
+    if path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))["config"]
+        del stored["study"]
+        before, now = Config.model_validate(stored).fingerprint(), design.config.fingerprint()
+        changed = [key for key in now if key != "threads" and before.get(key) != now[key]]
+        if changed:
+            raise UserError(
+                f"{folder} holds a study of another configuration ({', '.join(changed)} differ): give another folder with "
+                "--run, or the old settings"
+            )
+    seconds = 0.0
+    facts: dict[str, Any] = {}
+    for state_path in sorted(folder.glob("seeds/*/state.json")):
+        state = json.loads(state_path.read_text(encoding="utf-8"))
+        seconds += state["totals"]["seconds"].get("total", 0.0)
+        facts |= state["facts"]
+    whole: dict[str, Any] = {
+        "name": design.name,
+        "config": design.config.model_dump(mode="json") | {"study": design.study.model_dump(mode="json")},
+        "tasks": design.tasks,
+        "primary": list(design.study.primary),
+        "temperatures": list(design.study.temperatures),
+        "arms": records.arm_dicts(tuple(design.arms())),
+        "facts": facts
+        | {
+            "seconds": seconds,
+            "machine": {"system": platform.platform(), "cores": len(os.sched_getaffinity(0))},
+            "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        },
+    }
+    write_json(path, whole)

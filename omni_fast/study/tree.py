@@ -1,0 +1,197 @@
+"""The policies of one seed: each is trained from the one before it on its path, scored once, and shared by all arms.
+
+Whatever is finished in the seed's run folder is never done again; weights are kept while a further stage starts from
+them, and trained again if one turns up after they were dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from omni_fast import outcome, probe
+from omni_fast.build import Parts
+from omni_fast.checkpoint import write_json
+from omni_fast.curriculum.merge import merge
+from omni_fast.curriculum.scores import Floats, score
+from omni_fast.curriculum.sketch import gradient_sketch
+from omni_fast.errors import RunError
+from omni_fast.evaluate import Evaluation
+from omni_fast.records import Trained
+from omni_fast.run import BASE, Interrupted
+from omni_fast.study.arms import Design
+from omni_fast.study.arms import Path as Stages
+from omni_fast.study.progress import StudyProgress
+from omni_fast.study.seed_run import SeedRun
+from omni_fast.study.stages import imitate, schedule
+from omni_fast.train import Trainer
+
+SKETCH = 256  # numbers: the cosine of two tasks' gradients is then known to about 0.06
+
+
+class Tree:
+    """Reaches policies by their path. Failures are remembered: what starts from a failed policy fails at once."""
+
+    def __init__(self, design: Design, seed: int, run: SeedRun, parts: Parts, progress: StudyProgress) -> None:
+        """parts: built with the study's own seed, so that items and initial policy are those of every seed."""
+        self.design, self.seed, self.run, self.progress = design, seed, run, progress
+        given = {field.name: getattr(parts, field.name) for field in fields(parts)}
+        self.parts = Parts(**{**given, "config": design.run_config(seed)})
+        self.trainer = Trainer(design.run_config(seed), run, self.parts, progress)
+        self.failed: dict[Stages, str] = {}
+        self.paths: dict[str, Stages] = {}
+        self.names: dict[Stages, str] = {}
+        run.describe = self._describe
+        run.on_first_step = self._keep_sketch
+
+    def name(self, path: Stages) -> str:
+        if path not in self.names:
+            self.names[path] = self.design.node(path, self.seed)
+            self.paths[self.names[path]] = path
+        return self.names[path]
+
+    def reach(self, path: Stages, temperatures: Sequence[float] = ()) -> str:
+        """Train and score the policy at the end of a path, as far as it is not done; returns its name.
+
+        temperatures: of sampled evaluations besides the greedy one. Raises RunError with what went wrong on the way.
+        """
+        name = self.name(path)
+        for length in range(len(path) + 1):
+            part = path[:length]
+            if part in self.failed:
+                raise RunError(f"it starts from {' > '.join(part)}, which failed: {self.failed[part]}")
+            if self.run.evaluated(self.name(part)) is None:
+                self._attempt(part, self._finish)
+        node = self.run.node(name)
+        missing = [t for t in temperatures if node is None or repr(t) not in node["sweep"]]
+        if missing:
+            self._attempt(path, lambda path: self._sweep(path, missing))
+        return name
+
+    def scores(self, path: Stages, split: str) -> dict[str, Floats]:
+        """Task -> item scores of a policy that is scored already."""
+        evaluated = self.run.evaluated(self.name(path))
+        assert evaluated is not None, f"{path} is not scored yet"
+        return {task: np.array(row["values"], dtype=np.float64) for task, row in evaluated["splits"][split].items()}
+
+    def prune(self, wanted: Iterable[Stages]) -> None:
+        """Drop the weights of all policies but the initial one and those that a wanted path passes through."""
+        keep = {self.name(path[:length]) for path in wanted for length in range(len(path) + 1)}
+        for name in list(self.paths):
+            if name != BASE and name not in keep and self.run.has_weights(name):
+                self.run.drop_weights(name)
+
+    def _attempt(self, path: Stages, work: Callable[[Stages], None]) -> None:
+        try:
+            work(path)
+        except Interrupted:
+            raise
+        except Exception as error:
+            self.failed[path] = str(error) or type(error).__name__
+            raise
+
+    def _finish(self, path: Stages) -> None:
+        self.run.raise_if_stopping()
+        self._train(path)
+        self.trainer.evaluate(self.name(path), "select", "test")
+
+    def _train(self, path: Stages) -> None:
+        """The policy's weights, from those of the one before it."""
+        name = self.name(path)
+        if self.run.has_weights(name) and (not path or self.run.trained(name)):
+            return
+        if not path:
+            return self.parts.keep_weights(BASE)
+        self.run.state["trained"].pop(name, None)  # its weights were dropped
+        self._train(path[:-1])
+        start, what = self.name(path[:-1]), path[-1].partition(":")[0]
+        if what.startswith("merge."):
+            self._merge(path, what.removeprefix("merge."))
+        elif what.startswith("online."):
+            schedule(self.trainer, self.design.stage(path, self.seed), start, what.removeprefix("online."))
+        elif what == "sft":
+            imitate(self.trainer, self.run, self.design.stage(path, self.seed), start)
+        else:
+            self.trainer.train_stage(self.design.stage(path, self.seed), start)
+
+    def _merge(self, path: Stages, method: str) -> None:
+        """Merge the single-task policies; the scale of the merged task vector is the best one on `select`."""
+        start, study, name = time.perf_counter(), self.design.study, self.name(path)
+        if self.parts.policy.lora:
+            raise RunError("adapters are not merged (a sum of products is no product of sums); train all weights")
+        singles = [(f"{task}:{self.design.steps}",) for task in self.design.tasks]
+        for single in singles:
+            self._train(single)
+        models = [self.run.weights(self.name(single)) for single in singles]
+        base, best = self.run.weights(BASE), (-np.inf, 0.0)
+        for scale in [1.0] if method == "linear" else study.merge_scales:
+            merged = merge(method, base, models, scale=scale, density=study.merge_density, seed=self.seed)  # type: ignore[arg-type]  # checked by the config
+            self._hold(merged, name)
+            found = {task: self.parts.evaluate(task, items["select"]) for task, items in self.parts.items.items()}
+            best = max(best, (float(np.mean([score(result.values).value for result in found.values()])), -scale))
+        scale = -best[1]
+        merged = merge(method, base, models, scale=scale, density=study.merge_density, seed=self.seed)  # type: ignore[arg-type]
+        self._hold(merged, name)
+        self.progress.note = f"scale {scale:g}"
+        self.parts.keep_weights(name)
+        self.run.add_seconds(**{f"node:{name}": time.perf_counter() - start})
+        self.run.finish_stage(name, Trained(tasks=self.design.tasks, steps=0, same_as=""))
+
+    def _hold(self, weights: Mapping[str, Tensor], name: str) -> None:
+        self.parts.policy.load_weights(weights)
+        self.parts.holds = f"{name}, under way"
+        self.parts.engine.sync(self.parts.engine.version + 1)
+
+    def _sweep(self, path: Stages, temperatures: Sequence[float]) -> None:
+        """Sampled evaluations on `test`, with the entropy that the probe's tokens have at each temperature."""
+        name, parts = self.name(path), self.parts
+        if parts.holds != name:
+            self._train(path)
+            parts.load_weights(name)
+            parts.engine.sync(parts.engine.version + 1)
+        node = self.run.node(name)
+        assert node is not None
+        kept = parts.policy.inv_temperature
+        for temperature in temperatures:
+            found: dict[str, Evaluation] = {
+                task: parts.evaluate(task, items["test"], temperature) for task, items in parts.items.items()
+            }
+            parts.policy.inv_temperature = 1.0 / temperature
+            entropy = probe.entropies(self.run, parts)
+            parts.policy.inv_temperature = kept
+            node["sweep"][repr(temperature)] = outcome.evaluated({"test": found}, entropy)
+        self.run.write_node(name, node)
+
+    def _describe(self, name: str) -> dict[str, Any]:
+        path = self.paths[name]
+        tasks, steps = self.design.trained(path)
+        sketch = self._sketch_file(name)
+        return {
+            "id": name,
+            "seed": self.seed,
+            "path": list(path),
+            "tasks": list(tasks),
+            "steps": steps,
+            "samples": sum(self.run.counted(name).values()) * self.design.config.rollout.samples_per_prompt,
+            "seconds": self.run.state["totals"]["seconds"].get(f"node:{name}", 0.0),
+            "weights": self.run.weights_hash(name),
+            "sketch": json.loads(sketch.read_text(encoding="utf-8")) if sketch.is_file() else None,
+        }
+
+    def _keep_sketch(self, stage: str) -> None:
+        """The gradient of a task at the initial policy, projected: the first step of its single-task run."""
+        path = self.paths.get(stage, ())
+        if len(path) == 1 and path[0].partition(":")[0] in self.design.tasks:
+            gradients = ((slot.name, slot.grad) for slot in self.parts.policy.slots)
+            sketch = gradient_sketch(gradients, size=SKETCH)
+            write_json(self._sketch_file(stage), [float(f"{x:.6g}") for x in sketch])
+
+    def _sketch_file(self, name: str) -> Path:
+        return self.run.folder / f"sketch-{name}.json"
