@@ -183,12 +183,37 @@ class SGLangEngine:
 
     def sync(self, version: int) -> dict[str, float]:
         """The policy's weights to every server as `version`; seconds/sync_PHASE. A server that fails is drained."""
+        self._wake("weights")
         seconds = self.weights.push(version)
+        self._wake("kv_cache")
         self.version, self._tag = version, self.weights.tag
         ready = {"engine_servers": float(len(self.fleet.ready))}
         return {f"seconds/sync_{phase}": value for phase, value in seconds.items()} | ready
 
+    def sleep(self) -> None:
+        """Until the next `sync` the servers' GPU memory is free for others. Nothing may be under way."""
+        tags: tuple[str, ...] = ("kv_cache",) if self.adapter else ("kv_cache", "weights")  # no sync brings a base back
+        for server in self.fleet.ready:
+            server.asleep = tags
+        self._memory("/release_memory_occupation", self.fleet.ready, tags)
+
+    def _wake(self, tag: str) -> None:
+        """Memory again for what a sync fills, or for the cache."""
+        sleepers = [server for server in self.fleet.ready if tag in server.asleep]
+        self._memory("/resume_memory_occupation", sleepers, (tag,))
+        for server in sleepers:
+            server.asleep = tuple(other for other in server.asleep if other != tag)
+
+    def _memory(self, path: str, servers: Sequence[Server], tags: tuple[str, ...]) -> None:
+        for server, result in self.fleet.each(
+            servers, lambda server: self.fleet.ask(server, path, {"tags": list(tags)}, self.request_s)
+        ):
+            if isinstance(result, ServerError):
+                self.fleet.drain(server, f"{path} {result.reason}")
+
     def close(self) -> None:
+        for tag in ("weights", "kv_cache"):
+            self._wake(tag)
         self.fleet.close()
 
     # -- servers that went away --------------------------------------------------------------------------------------
@@ -228,6 +253,10 @@ class SGLangEngine:
         if not server.known:
             self._introduce(server)
         info = self.fleet.run(self.fleet.ask(server, "/model_info", timeout_s=2.0))
+        if server.asleep and member(info, "weight_version") == server.proven:  # the process that fell asleep
+            self.fleet.run(self.fleet.ask(server, "/resume_memory_occupation", {"tags": list(server.asleep)}))
+            server.proven = ""
+        server.asleep = ()
         if server.proven != self.weights.tag or member(info, "weight_version") != self.weights.tag:
             self.weights.catch_up(server)
         self.fleet.admit(server)
@@ -252,14 +281,11 @@ class SGLangEngine:
         told: list[str] = []
         for _ in range(ATTEMPTS):
             server = await self.fleet.take(turn)
-            version, tag = (
-                self.version,
-                self._tag,
-            )  # a sync may come before the answer, and servers hold its weights first
+            version, tag = self.version, self._tag  # before the answer, servers may come to hold newer ones
             try:
                 body = request(tokens, n, sampling, tag, self.adapter)
                 data = await self.fleet.ask(server, "/generate", body, self.request_s)
-                return read(server, data, n, version, tag)
+                return read(server, data, n, version, tag, self.adapter)
             except Aborted as error:
                 told.append(str(error))
             except ServerError as error:
@@ -341,7 +367,7 @@ def request(tokens: Sequence[int], n: int, sampling: Sampling, tag: str, adapter
     }
 
 
-def read(server: Server, data: Json, n: int, version: int, tag: str) -> list[Sample]:
+def read(server: Server, data: Json, n: int, version: int, tag: str, adapter: bool = False) -> list[Sample]:
     """The samples of an answer to what was asked under the weights `version`, whose tag is `tag`.
 
     Raises ServerError for anything else, a token of older weights or of another engine's among it.
@@ -373,6 +399,8 @@ def read(server: Server, data: Json, n: int, version: int, tag: str) -> list[Sam
         spans = _spans(meta, len(tokens), version, tag)
         if isinstance(spans, str):
             raise wrong(spans)
+        if adapter:  # the request named it, whatever the server has come to hold since
+            spans = [(version, 0, len(tokens))]
         samples.append(Sample(tokens, logprobs, "stop" if kind == "stop" else "length", spans))
     return samples
 

@@ -67,6 +67,8 @@ class TimedSGLang(FakeSGLang):
     def generate(self, body: dict) -> tuple[int, object]:
         if "token_ids_logprob" in body:
             return super().generate(body)
+        salt, held = (int(tag.rpartition(".")[2]) for tag in (body["extra_key"], self.weight_version))
+        assert salt <= held, "a cache entry of these weights would be read under newer ones"
         draw = dict(body["sampling_params"])
         draw["max_new_tokens"] = self.length(body["input_ids"], draw["max_new_tokens"])
         rows = [sample(body["input_ids"], k, draw, "") for k in range(draw.get("n", 1))]
