@@ -237,13 +237,13 @@ def order_part(study: Study, at: Realised, draws: Draws | None) -> OrderPart | N
         seeds=at.seeds,
         means={order: (draws.mean(">".join(order)), gain.estimate) for order, gain in against_all.items()},
         sd=math.sqrt(max(0.0, covariance)),
-        p=_order_p_value(centred_SO, orders),
+        p=order_p_value(centred_SO, orders),
         gap=gap.gain("best", "worst") if gap else UNKNOWN,
         solved=(best, against_all[best]) if best else None,
     )
 
 
-def _order_p_value(centred_SO: Floats, orders: Sequence[Names]) -> float:
+def order_p_value(centred_SO: Floats, orders: Sequence[Names], permutations: int = PERMUTATIONS) -> float:
     """p-value of the spread of the orders' means against that after relabelling the tree of orders, seed by seed.
 
     Orders share the stages of their common start, so plain permutation would call shared noise an effect. A relabelling
@@ -262,10 +262,10 @@ def _order_p_value(centred_SO: Floats, orders: Sequence[Names]) -> float:
     aligned = centred_SO[:, [place[order] for order in itertools.permutations(canonical)]]
     observed = float(np.var(aligned.mean(axis=0)))
     larger = 0
-    for _ in range(PERMUTATIONS):
+    for _ in range(permutations):
         moved = [aligned[0], *(row[shuffled((), canonical)] for row in centred_SO[1:])]
         larger += float(np.var(np.mean(moved, axis=0))) >= observed - 1e-15
-    return (larger + 1) / (PERMUTATIONS + 1)
+    return (larger + 1) / (permutations + 1)
 
 
 def spread(values_SP: Floats) -> Spread:

@@ -1,0 +1,160 @@
+"""report.html and summary.md of finished, partial and damaged studies."""
+
+import copy
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from synthetic_study import Builder, World, planted, write
+
+from omni_fast.errors import UserError
+from omni_fast.study import records
+from omni_fast.study.report import write_report
+from omni_fast.study.report_findings import analyse, headline, verdict
+
+SMALL = dict(tasks=("math", "code", "qa"), items=80, noise=0.015, seeds=(0, 1, 2, 3, 4), order_seeds=(0, 1, 2))
+EFFECT = World(base=0.5, own=0.75, matrix=planted(3) / 2, joint=0.55, merge=0.5, **SMALL)
+NULL = World(base=0.5, own=0.7, matrix=np.zeros((3, 3)), joint=0.7, merge=0.7, **SMALL)
+
+
+class Outline(HTMLParser):
+    """The headings and the kinds of elements of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.heads, self.tags, self.inside = [], set(), None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag in ("h1", "h2"):
+            self.inside = tag
+            self.heads.append("")
+
+    def handle_data(self, data):
+        if self.inside:
+            self.heads[-1] += data
+
+    def handle_endtag(self, tag):
+        if tag == self.inside:
+            self.inside = None
+
+
+def _report(folder, whole):
+    path = write_report(write(folder, whole))
+    assert path == folder / "report.html" and not list(folder.glob(".*"))
+    return path.read_text(encoding="utf-8"), (folder / "summary.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return Builder(EFFECT).whole()
+
+
+@pytest.fixture(scope="module")
+def made(whole, tmp_path_factory):
+    return _report(tmp_path_factory.mktemp("effect"), whole)
+
+
+def _without(whole, keep):
+    """The study with only the cells that `keep` likes, and the nodes those pass through."""
+    part = copy.deepcopy(whole)
+    part["cells"] = [cell for cell in part["cells"] if keep(cell)]
+    used = {(cell["seed"], node) for cell in part["cells"] for node in [*cell["stages"], cell["base"]]}
+    part["nodes"] = [node for node in part["nodes"] if (node["seed"], node["id"]) in used]
+    return part
+
+
+def test_the_page_is_self_contained_and_whole(made):
+    page, _ = made
+    outline = Outline(page)
+    assert outline.heads[0].startswith("solved beats joint")
+    assert "script" not in outline.tags and "img" not in outline.tags and "link" not in outline.tags
+    assert not re.search(r"https?://|url\((?!#)", page) and "default-src 'none'" in page
+    for head in ("Arms", "Cost", "Accuracy matrix", "Transfer", "Orders", "Forecast against realised", "Entropy"):
+        assert head in outline.heads
+    assert "Not there yet" not in outline.heads and "prefers-color-scheme: dark" in page
+    assert "nan" not in re.sub(r"<style>.*?</style>", "", page, flags=re.S).lower().replace("finance", "")
+
+
+def test_colours_come_from_the_theme(made):
+    body = made[0].split("</style>")[1]
+    assert not re.search(r"(fill|stroke|color)\s*[:=]\s*[\"']?#[0-9a-fA-F]{3}", body), (
+        "a fixed colour ignores dark mode"
+    )
+
+
+def test_the_summary_has_the_verdict_and_every_table(made):
+    _, summary = made
+    assert summary.startswith("# Study synthetic\n\nsolved beats joint")
+    for title in ("Test scores", "Average score against joint", "Cost", "Assumption 1", "Assumption 2", "Every order"):
+        assert f"### {title}" in summary
+    for block in re.findall(r"(?:^\|.*\n)+", summary, flags=re.M):
+        assert len({line.count("|") for line in block.splitlines()}) == 1, block
+    assert "order matters beyond noise" in summary and "not finished" not in summary.lower()
+
+
+def test_nothing_is_claimed_where_there_is_nothing(tmp_path):
+    _, summary = _report(tmp_path, Builder(NULL, seed=2).whole())
+    assert "The data do not tell solved from joint" in summary
+    assert "order does not matter beyond noise" in summary and "order matters beyond noise" not in summary
+    assert "It is no better than assuming no transfer" in summary
+    assert (
+        "Ahead of joint" not in summary.replace("Not told", "")
+        or "solved" not in summary.split("Ahead of joint")[1][:80]
+    )
+
+
+def test_a_worse_primary_arm_is_called_worse(whole, tmp_path):
+    turned = copy.deepcopy(whole) | {"primary": ["joint", "solved"]}
+    study = records.read(write(tmp_path, turned))
+    told = headline(analyse(study))
+    assert told.tone == "bad" and "falls behind" in told.text and "−0." in told.text
+
+
+@pytest.mark.parametrize(
+    ("keep", "there", "absent"),
+    [
+        (lambda c: False, "not measured yet", "Arms"),
+        (lambda c: c["arm"] == "base" and c["seed"] == 0, "Not finished", "Transfer"),
+        (lambda c: c["kind"] in ("base", "single") and c["seed"] == 0, "is not tested yet", "Orders"),
+        (lambda c: c["seed"] == 0, "one seed, whose own noise", "Orders"),
+        (lambda c: c["kind"] not in ("joint", "order"), "not measured yet", "Orders"),
+    ],
+    ids=["nothing", "base", "singles", "one-seed", "no-orders"],
+)
+def test_a_partial_study_gives_a_partial_report(whole, tmp_path, keep, there, absent):
+    page, summary = _report(tmp_path, _without(whole, keep))
+    outline = Outline(page)
+    assert "This study is not finished." in page and there in summary
+    assert absent not in outline.heads
+
+
+def test_failures_are_told_and_text_is_escaped(whole, tmp_path):
+    broken = copy.deepcopy(whole)
+    for cell in broken["cells"]:
+        if cell["arm"] == "online:sec":
+            cell |= {"status": "failed", "reason": "<script>alert(1)</script> the loss is not finite"}
+        if cell["arm"] == "sft":
+            cell["samples_train"] = 17
+    page, summary = _report(tmp_path, broken)
+    assert "the loss is not finite" in page and "<script>" not in page
+    assert "Arm online:sec failed with seed 0" in summary
+
+
+def test_unequal_budgets_are_told(whole, tmp_path):
+    uneven = copy.deepcopy(whole)
+    for cell in uneven["cells"]:
+        if cell["arm"] == "joint":
+            cell["samples_train"] *= 2
+    study = records.read(write(tmp_path, uneven))
+    assert any("budgets are not equal" in sentence.text for sentence in verdict(analyse(study)))
+
+
+def test_no_study_and_a_damaged_one(tmp_path):
+    with pytest.raises(UserError, match="holds no study"):
+        write_report(tmp_path)
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        write_report(tmp_path)
