@@ -16,8 +16,7 @@ from fake_sglang import FakeSGLang, serving, slow, status
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from test_rollout_sglang import NamedWeights
-from timed_sglang import Letters, TimedSGLang, config_for, small_model, timed
+from timed_sglang import Letters, NamedWeights, TimedSGLang, config_for, nameless, small_model, timed
 from transformers import AutoTokenizer
 
 from omni_fast import train as driver
@@ -174,26 +173,6 @@ class Slowly(Letters):
         return super().score(items, completions)
 
 
-class Names(NamedWeights):
-    """Pauses around the load and drains what fails, as `WeightSync` does."""
-
-    def _set(self, server: Server) -> None:
-        for path in ("/pause_generation", "", "/continue_generation"):
-            if path:
-                self.fleet.run(self.fleet.ask(server, path, {}))
-            else:
-                super()._set(server)
-
-    def push(self, version: int) -> dict[str, float]:
-        self.tag = f"named.{version}"
-        for server in self.fleet.ready:
-            try:
-                self._set(server)
-            except ServerError as error:
-                self.fleet.drain(server, error.reason)
-        return {}
-
-
 class Rig:
     """An engine, a scorer and a prompt stream; `step` is a training step that trains nothing."""
 
@@ -202,7 +181,7 @@ class Rig:
     ) -> None:
         self.said: list[str] = []
         self.fleet = Fleet(urls, in_flight=in_flight, say=self.said.append)
-        self.engine = SGLangEngine(self.fleet, Names(self.fleet), **{"request_s": 5.0, "wait_s": 5.0} | limits)
+        self.engine = SGLangEngine(self.fleet, NamedWeights(self.fleet), **{"request_s": 5.0, "wait_s": 5.0} | limits)
         self.config = config_for(folder, made.folder, urls, staleness, rollout__prompts_per_step=3)
         self.task = Slowly(lambda: 0.0)
         tasks: dict[str, Any] = {"letters": self.task}
@@ -245,13 +224,6 @@ def rig(made: Made, folder: Path, servers: Sequence[FakeSGLang], staleness: int,
             yield found
         finally:
             found.close()
-
-
-def nameless(**options: Any) -> TimedSGLang:
-    """Its weights are only a name (`Names`)."""
-    server = TimedSGLang({}, **options)
-    server.update_weights_from_disk = lambda body: server._take({}, body)  # type: ignore[method-assign]
-    return server
 
 
 def in_order(groups: Sequence[Group]) -> bool:

@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from fake_sglang import FakeSGLang, random_weights, sample
@@ -22,6 +23,7 @@ from omni_fast.config import Config, load
 from omni_fast.policy.tiny import tiny_model
 from omni_fast.rewards.compose import Composition
 from omni_fast.rewards.score import Part, Score
+from omni_fast.rollout.fleet import Fleet, Server, ServerError
 from omni_fast.tasks.base import Item
 
 Length = Callable[[list[int], int], int]  # a prompt and max_new_tokens -> tokens of its longest sample
@@ -100,6 +102,38 @@ class TimedSGLang(FakeSGLang):
                         spans.append({"version": held, "start": spans[-1]["end"] if spans else 0, "end": end})
             self.busy -= 1
         return spans
+
+
+class NamedWeights:
+    """Weights that are only a name, for servers made by `nameless`; pauses and drains as `WeightSync` does."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet, self.tag = fleet, ""
+
+    def check(self, server: Server) -> None:
+        pass
+
+    def push(self, version: int) -> dict[str, float]:
+        self.tag = f"named.{version}"
+        for server in self.fleet.ready:
+            try:
+                self.catch_up(server)
+            except ServerError as error:
+                self.fleet.drain(server, error.reason)
+        return {}
+
+    def catch_up(self, server: Server) -> None:
+        load = {"model_path": "", "weight_version": self.tag, "flush_cache": False}
+        for path, body in (("pause_generation", {}), ("update_weights_from_disk", load), ("continue_generation", {})):
+            self.fleet.run(self.fleet.ask(server, f"/{path}", body))
+        server.proven = self.tag
+
+
+def nameless(**options: Any) -> TimedSGLang:
+    """A server without numbers, of which only the version changes."""
+    server = TimedSGLang({}, **options)
+    server.update_weights_from_disk = lambda body: server._take({}, body)  # type: ignore[method-assign]
+    return server
 
 
 class Letters:
