@@ -62,7 +62,7 @@ class OrderPart:
     """
 
     seeds: tuple[int, ...]
-    means: dict[Names, tuple[Estimate, Estimate]]
+    means: dict[Names, tuple[Estimate, Contrast]]
     sd: float
     p: float
     gap: Contrast
@@ -235,7 +235,7 @@ def order_part(study: Study, at: Realised, draws: Draws | None) -> OrderPart | N
     best = tuple(study.tasks[k] for k in orders_.exact(pooled[0].matrix_KK).order) if pooled else None
     return OrderPart(
         seeds=at.seeds,
-        means={order: (draws.mean(">".join(order)), gain.estimate) for order, gain in against_all.items()},
+        means={order: (draws.mean(">".join(order)), gain) for order, gain in against_all.items()},
         sd=math.sqrt(max(0.0, covariance)),
         p=order_p_value(centred_SO, orders),
         gap=gap.gain("best", "worst") if gap else UNKNOWN,

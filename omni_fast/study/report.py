@@ -24,7 +24,6 @@ from omni_fast.study.report_findings import (
     Table,
     analyse,
     arrow,
-    brief,
     headline,
     p_value,
     percent,
@@ -134,7 +133,7 @@ def page(found: Findings) -> str:
 
 def _html(made: Table) -> str:
     long = len(made.rows) > MAX_ORDERS // 2
-    drawn = charts.table(made.heads, made.rows, made.words)
+    drawn = charts.table(made.heads, made.cells(), made.words)
     if long:
         return f"<details><summary>{text(made.title)}</summary>{drawn}</details>"
     return f"<h3>{text(made.title)}</h3>{drawn}"
@@ -151,8 +150,8 @@ def _tiles(found: Findings) -> list[tuple[str, str, str]]:
         out.append((f"{first} − {second}", points(found.primary.estimate.value), span(found.primary.estimate)))
     row = next((row for row in found.rows if row.arm.name == first), None)
     if row:
-        for what, gain in (("joint", row.relative_joint.estimate), ("merging", row.relative_merge.estimate)):
-            if math.isfinite(gain.value):
+        for what, gain in (("joint", row.relative_joint), ("merging", row.relative_merge)):
+            if math.isfinite(gain.estimate.value):
                 big, _, rest = percent(gain).partition(" (")
                 out.append((f"{first}, relative to {what}", big, rest.rstrip(")")))
     if found.orders:
@@ -229,18 +228,18 @@ def _transfer(found: Findings, made: str) -> str:
 
 
 def _effect(estimate: Estimate, own: bool) -> Cell:
-    return Cell(estimate.value, points(estimate.value), brief(estimate), own)
+    return Cell(estimate.value, points(estimate.value), span(estimate, digits=2), own)
 
 
 def _orders(found: Findings, made: str) -> str:
     if found.orders is None:
         return ""
-    ranked = sorted(found.orders.means.items(), key=lambda pair: -pair[1][1].value)
+    ranked = sorted(found.orders.means.items(), key=lambda pair: -pair[1][0].value)
     half = MAX_ORDERS // 2
     kept = ranked if len(ranked) <= MAX_ORDERS else [*ranked[:half], *ranked[-half:]]
     solved = found.orders.solved[0] if found.orders.solved else None
     rows = [
-        MarkRow(arrow(order), [_mark(gain, 0, order != solved)], "solved" if order == solved else "")
+        MarkRow(arrow(order), [_mark(gain.estimate, 0, order != solved)], "solved" if order == solved else "")
         for order, (_, gain) in kept
     ]
     return charts.mark_rows(rows, zero=True, label="average test score, minus the mean of all orders") + made

@@ -57,18 +57,24 @@ class Findings:
     missing: list[str]
 
 
+Value = str | int | float | Estimate | Contrast
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of text; the first `words` columns are words, the others numbers."""
+    """A table; the first `words` columns are words, the others numbers. Text form of a value: `cell`."""
 
     title: str
     heads: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[Value]]
     words: int = 1
+
+    def cells(self) -> list[list[str]]:
+        return [[cell(value) for value in row] for row in self.rows]
 
     def markdown(self) -> str:
         rule = [":---"] * self.words + ["---:"] * (len(self.heads) - self.words)
-        lines = [f"| {' | '.join(row)} |" for row in (self.heads, rule, *self.rows)]
+        lines = [f"| {' | '.join(row)} |" for row in (self.heads, rule, *self.cells())]
         return "\n".join([f"### {self.title}", "", *lines])
 
 
@@ -103,30 +109,30 @@ def p_value(p: float) -> str:
     return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def span(estimate: Estimate) -> str:
+def span(estimate: Estimate, digits: int = 3) -> str:
     """+0.011 to +0.083; empty where it is not known."""
     known = math.isfinite(estimate.low) and math.isfinite(estimate.high)
-    return f"{points(estimate.low)} to {points(estimate.high)}" if known else ""
+    return f"{estimate.low:+.{digits}f} to {estimate.high:+.{digits}f}".replace("-", "−") if known else ""
 
 
-def brief(estimate: Estimate) -> str:
-    """The interval of a difference with two decimals, for a cell of a drawing."""
-    known = math.isfinite(estimate.low) and math.isfinite(estimate.high)
-    return f"{estimate.low:+.2f} to {estimate.high:+.2f}".replace("-", "−") if known else ""
-
-
-def shown(estimate: Estimate, signed: bool = True) -> str:
-    """+0.047 (+0.011 to +0.083), or 0.711 (0.67 to 0.75) for a score; does not break inside the parentheses."""
-    low_high = span(estimate) if signed else brief(estimate).replace("+", "")
-    value = points(estimate.value, signed)
+def cell(value: Value) -> str:
+    """A contrast as +0.047 (+0.011 to +0.083), a score as 0.711 (0.67 to 0.75), other numbers plainly."""
+    if isinstance(value, Contrast):
+        value, low_high = points(value.estimate.value), span(value.estimate)
+    elif isinstance(value, Estimate):
+        value, low_high = points(value.value, signed=False), span(value, digits=2).replace("+", "")
+    elif isinstance(value, float):
+        return points(value, signed=False).replace("-", "−")
+    else:
+        return value if isinstance(value, str) else f"{value:,}"
     return f"{value} ({low_high})".replace(" to ", "\u00a0to\u00a0") if low_high else value
 
 
-def percent(estimate: Estimate) -> str:
-    if not math.isfinite(estimate.value):
+def percent(contrast: Contrast) -> str:
+    found = contrast.estimate
+    if not math.isfinite(found.value):
         return "–"
-    low, high = estimate.low, estimate.high
-    return f"{estimate.value:+.1%} ({low:+.1%} to {high:+.1%})".replace("-", "−").replace("%", " %")
+    return f"{found.value:+.1%} ({found.low:+.1%} to {found.high:+.1%})".replace("-", "−").replace("%", "\u00a0%")
 
 
 def arrow(order: Iterable[str]) -> str:
@@ -134,184 +140,107 @@ def arrow(order: Iterable[str]) -> str:
 
 
 def tables(found: Findings) -> dict[str, list[Table]]:
-    """Section of the report -> its tables; a section without records has none."""
-    return {
+    """Section of the report -> its tables; those without a row are left out."""
+    made = {
         "arms": _arms(found),
         "cost": _cost(found),
-        "transfer": _transfer(found.transfer),
-        "orders": _orders(found.orders),
-        "forecast": _forecast(found.forecast),
-        "assumptions": _assumptions(found.assumptions),
-        "entropy": _entropy(found.entropy),
+        "transfer": _transfer(found.transfer) if found.transfer else [],
+        "orders": _orders(found.orders) if found.orders else [],
+        "forecast": _forecast(found.forecast) if found.forecast else [],
+        "assumptions": _assumptions(found.assumptions) if found.assumptions else [],
+        "entropy": _entropy(found.entropy) if found.entropy else [],
         "flips": _flips(found),
     }
+    return {name: [each for each in section if each.rows] for name, section in made.items()}
 
 
 def _arms(found: Findings) -> list[Table]:
     tasks, known = found.study.tasks, [row for row in found.rows if row.seeds]
-    scores = [
-        [
-            row.arm.name,
-            str(len(row.seeds)),
-            *(shown(row.scores[task], False) for task in tasks),
-            shown(row.average, False),
-            shown(row.bwt.estimate),
-        ]
-        for row in known
-    ]
-    gains = [
-        [
-            row.arm.name,
-            shown(row.over_joint.estimate),
-            percent(row.relative_joint.estimate),
-            "primary" if (row.arm.name, JOINT) == found.study.primary else p_value(row.p_holm),
-            percent(row.relative_merge.estimate),
-        ]
-        for row in known
-    ]
-    if not known:
-        return []
+    scores = [(row.arm.name, len(row.seeds), *row.scores.values(), row.average, row.bwt) for row in known]
+    gains = []
+    for row in known:
+        p = "primary" if (row.arm.name, JOINT) == found.study.primary else p_value(row.p_holm)
+        gains.append((row.arm.name, row.over_joint, percent(row.relative_joint), p, percent(row.relative_merge)))
+    heads = ["arm", f"minus {JOINT}", f"relative to {JOINT}", "p (Holm)", f"relative to {MERGE}"]
     return [
         Table("Test scores", ["arm", "seeds", *tasks, "average", "backward transfer"], scores),
-        Table(
-            "Average score against joint training and against merging",
-            ["arm", f"minus {JOINT}", f"relative to {JOINT}", "p (Holm)", f"relative to {MERGE}"],
-            gains,
-        ),
+        Table("Average score against joint training and against merging", heads, gains),
     ]
 
 
 def _cost(found: Findings) -> list[Table]:
-    rows = [
-        [
-            row.arm.name,
-            f"{row.samples:,.0f}",
-            f"{row.samples_transfer:,.0f}",
-            f"{row.samples + row.samples_transfer:,.0f}",
-            duration(row.seconds),
-            " / ".join(f"{arrow(order)} ({count}x)" for order, count in row.orders.items()) or "–",
-        ]
-        for row in found.rows
-        if row.seeds
-    ]
+    rows = []
+    for row in found.rows:
+        orders = " / ".join(f"{arrow(order)} ({count}x)" for order, count in row.orders.items()) or "–"
+        samples = [round(n) for n in (row.samples, row.samples_transfer, row.samples + row.samples_transfer) if n == n]
+        if row.seeds:
+            rows.append((row.arm.name, *samples, duration(row.seconds), orders))
     heads = ["arm", "training samples", "to measure transfer", "both", "training time", "order (seeds)"]
-    return [Table("Cost, mean of the seeds", heads, rows)] if rows else []
+    return [Table("Cost, mean of the seeds", heads, rows)]
 
 
-def _transfer(part: TransferPart | None) -> list[Table]:
-    if part is None:
-        return []
-    rows = [
-        [
-            row.name,
-            f"{row.training:.0%}",
-            f"{row.evaluation:.0%}",
-            points(row.agreement.spearman),
-            points(row.agreement.kendall),
-            f"{row.agreement.pairs:.0%}",
-            points(row.agreement.regret, False),
-        ]
-        for row in part.proxies
-    ]
+def _transfer(part: TransferPart) -> list[Table]:
+    effects = [(f"{i} → {j}", effect, p_value(effect.p)) for (i, j), effect in part.effects.items() if i != j]
+    rows = []
+    for row in part.proxies:
+        a = row.agreement
+        shares = [f"{share:.0%}" for share in (row.training, row.evaluation, a.pairs)]
+        rows.append((row.name, *shares[:2], a.spearman, a.kendall, shares[2], a.regret))
     heads = ["cheap measurement", "training", "evaluation", "Spearman", "Kendall", "pairs alike", "summed score lost"]
-    effects = [
-        [f"{i} → {j}", shown(effect.estimate), p_value(effect.p)] for (i, j), effect in part.effects.items() if i != j
-    ]
     return [
         Table("Transfer, each effect", ["trained → scored on", "T", "p (alone)"], effects),
         Table("Agreement of one seed's cheap measurement with the full matrix of the other seeds", heads, rows),
     ]
 
 
-def _orders(part: OrderPart | None) -> list[Table]:
-    if part is None:
-        return []
+def _orders(part: OrderPart) -> list[Table]:
     ranked = sorted(part.means.items(), key=lambda pair: -pair[1][0].value)
-    rows = [[arrow(order), shown(score, False), shown(gain)] for order, (score, gain) in ranked]
-    heads = ["order", "average score", "minus the mean of all orders"]
-    return [Table(f"Every order over {len(part.seeds)} seeds", heads, rows)]
-
-
-def _forecast(part: ForecastPart | None) -> list[Table]:
-    if part is None:
-        return []
-    rows = [
-        [
-            name,
-            str(error.n),
-            points(error.mean_absolute, False),
-            points(error.bias),
-            points(error.rmse, False),
-            points(error.pearson),
-            points(error.spearman),
-        ]
-        for name, error in part.errors.items()
+    rows = [(arrow(order), score, gain) for order, (score, gain) in ranked]
+    return [
+        Table(f"Every order over {len(part.seeds)} seeds", ["order", "average score", "minus the mean of all"], rows)
     ]
+
+
+def _forecast(part: ForecastPart) -> list[Table]:
+    rows = [(name, e.n, e.mean_absolute, e.bias, e.rmse, e.pearson, e.spearman) for name, e in part.errors.items()]
     heads = ["forecast", "points", "mean absolute", "bias", "root mean square", "Pearson", "Spearman"]
     return [Table("Error against realised scores of new seeds (correlations within task)", heads, rows)]
 
 
-def _assumptions(part: AssumptionPart | None) -> list[Table]:
-    if part is None:
-        return []
-    out = []
-    if part.constant:
-        adjusted = holm({f"{i} → {j}": s.p for (i, j), (_, _, s) in part.constant.items() if math.isfinite(s.p)})
-        rows = [
-            [
-                f"{i} → {j}",
-                points(first),
-                shown(shift.estimate),
-                str(s.starts),
-                points(s.sd, False),
-                points(s.noise, False),
-                p_value(adjusted.get(f"{i} → {j}", math.nan)),
-            ]
-            for (i, j), (first, shift, s) in part.constant.items()
-        ]
-        heads = ["effect", "T from the start", "change once j is trained", "starts", "spread", "noise", "p (Holm)"]
-        out.append(Table("Assumption 1: is T the same from every checkpoint?", heads, rows))
-    rows = []
+def _assumptions(part: AssumptionPart) -> list[Table]:
+    adjusted = holm({i + j: s.p for (i, j), (_, _, s) in part.constant.items() if math.isfinite(s.p)})
+    constant = [
+        (f"{i} → {j}", first, shift, s.starts, s.sd, s.noise, p_value(adjusted.get(i + j, math.nan)))
+        for (i, j), (first, shift, s) in part.constant.items()
+    ]
     second = holm({task: c.p for task, c in part.second_pass.items() if math.isfinite(c.p)})
+    saturation = []
     for task in dict.fromkeys([*part.saturation, *part.second_pass]):
-        twice, s = part.second_pass.get(task), part.saturation.get(task)
-        rows.append(
-            [
-                task,
-                shown(twice.estimate) if twice else "–",
-                p_value(second.get(task, math.nan)),
-                points(s.sd, False) if s else "–",
-                points(s.noise, False) if s else "–",
-                p_value(s.p) if s else "–",
-            ]
-        )
-    heads = ["task", "change by a second pass", "p (Holm)", "spread over starts", "noise", "p of the spread"]
+        s = part.saturation.get(task)
+        spread: list[Value] = [s.sd, s.noise, p_value(s.p)] if s else ["–"] * 3
+        saturation.append((task, part.second_pass.get(task, "–"), p_value(second.get(task, math.nan)), *spread))
+    heads = ["effect", "T from the start", "change once j is trained", "starts", "spread", "noise", "p (Holm)"]
+    again = ["task", "change by a second pass", "p (Holm)", "spread over starts", "noise", "p of the spread"]
     return [
-        *out,
-        Table("Assumption 2: does one stage bring a task to the same score, wherever it starts?", heads, rows),
+        Table("Assumption 1: is T the same from every checkpoint?", heads, constant),
+        Table("Assumption 2: does one stage bring a task to the same score, wherever it starts?", again, saturation),
     ]
 
 
-def _entropy(part: EntropyPart | None) -> list[Table]:
-    if part is None or not part.ablation:
-        return []
-    rows = [
-        [f"{weight:g}", arrow(order), "the same order" if gain is None else shown(gain.estimate)]
-        for weight, (order, gain) in part.ablation.items()
-    ]
+def _entropy(part: EntropyPart) -> list[Table]:
+    rows = [(f"{w:g}", arrow(order), gain or "the same order") for w, (order, gain) in part.ablation.items()]
     heads = ["price, score per nat", "order", "average score against the order without it"]
     return [Table("Entropy-aware order, looked up among the realised ones", heads, rows, words=2)]
 
 
 def _flips(found: Findings) -> list[Table]:
-    tasks = found.study.tasks
     rows = [
-        [row.arm.name, *(f"−{row.flips[task][0]} +{row.flips[task][1]}" for task in tasks)]
+        (row.arm.name, *(f"−{lost} +{gained}" for lost, gained in row.flips.values()))
         for row in found.rows
         if row.seeds and row.arm.kind != "base"
     ]
     title = "Test items lost (−) and gained (+) since the initial policy, summed over the seeds"
-    return [Table(title, ["arm", *tasks], rows)] if rows else []
+    return [Table(title, ["arm", *found.study.tasks], rows)]
 
 
 def headline(found: Findings) -> Sentence:
@@ -368,10 +297,8 @@ def _against_the_rest(found: Findings) -> list[Sentence]:
     row = next((r for r in found.rows if r.arm.name == first), None)
     if row and math.isfinite(row.relative_joint.estimate.value):
         merge = row.relative_merge.estimate
-        over_merge = f", over {MERGE} {percent(merge)}" if math.isfinite(merge.value) else ""
-        text = (
-            f"Relative gain of {first}'s average score over {JOINT} {percent(row.relative_joint.estimate)}{over_merge}."
-        )
+        over_merge = f", over {MERGE} {percent(row.relative_merge)}" if math.isfinite(merge.value) else ""
+        text = f"Relative gain of {first}'s average score over {JOINT} {percent(row.relative_joint)}{over_merge}."
         out.append(Sentence(_tone(row.relative_joint.estimate), text))
     return out
 
@@ -380,7 +307,7 @@ def _does_order_matter(found: Findings) -> list[Sentence]:
     out, part, first = [], found.orders, found.study.primary[0]
     if part is not None:
         count = f"All {len(part.means)} orders were run with {len(part.seeds)} seeds"
-        gap = f"the best and the worst, chosen on the other seeds, differ by {shown(part.gap.estimate)}"
+        gap = f"the best and the worst, chosen on the other seeds, differ by {cell(part.gap)}"
         if part.p < LEVEL:
             text = f"{count}: order matters beyond noise (p {_equals(part.p)}; true standard deviation about {part.sd:.3f}; {gap})."
             out.append(Sentence("good", text))
@@ -391,13 +318,13 @@ def _does_order_matter(found: Findings) -> list[Sentence]:
             order, gain = part.solved
             tone = _tone(gain.estimate)
             said = {"good": "better than", "bad": "worse than", "open": "not told from"}[tone]
-            text = f"The order solved on other seeds, {arrow(order)}, is {said} the mean of all orders: {shown(gain.estimate)}."
+            text = f"The order solved on other seeds, {arrow(order)}, is {said} the mean of all orders: {cell(gain)}."
             out.append(Sentence(tone, text))
     for (arm, other), contrast in found.pairs.items():
         if other != MERGE and math.isfinite(contrast.estimate.value):
             tone = _tone(contrast.estimate)
             told = {"good": "ahead of", "bad": "behind", "open": "not told from"}[tone]
-            text = f"At the same budget, {arm} is {told} {other} (uncorrected): {shown(contrast.estimate)}."
+            text = f"At the same budget, {arm} is {told} {other} (uncorrected): {cell(contrast)}."
             out.append(Sentence(tone, text))
     if found.transfer is not None and found.transfer.decision.second is not None:
         decision = found.transfer.decision
@@ -496,7 +423,7 @@ def _is_it_entropy(part: EntropyPart | None) -> list[Sentence]:
     out = f" ({left_out} points lie outside the sweep)" if left_out else ""
     text = (
         f"Decoding each policy at its own effective temperature {what} what the forecast misses: from {before:.3f} to"
-        f" {after:.3f}, change {shown(change)}{out}."
+        f" {after:.3f}, change {points(change.value)} ({span(change)}){out}."
     )
     moved = {weight: gain for weight, (_, gain) in part.ablation.items() if gain is not None}
     if not part.ablation:
@@ -504,7 +431,7 @@ def _is_it_entropy(part: EntropyPart | None) -> list[Sentence]:
     if not moved:
         return [Sentence(tone, text), Sentence("open", "Pricing entropy changes the solved order at no weight tried.")]
     weight, gain = max(moved.items(), key=lambda pair: abs(pair[1].estimate.value))
-    more = f"Pricing entropy changes the solved order; the largest effect is {shown(gain.estimate)} at weight {weight:g} (uncorrected)."
+    more = f"Pricing entropy changes the solved order; the largest effect is {cell(gain)} at weight {weight:g} (uncorrected)."
     return [Sentence(tone, text), Sentence(_tone(gain.estimate), more)]
 
 
