@@ -133,6 +133,11 @@ class Parts:
         )
         return evaluate(self.engine, self.tokenizer, self.tasks[task], items, sampling, limit, interruptible)
 
+    def sleep(self) -> None:
+        """Let the engine's servers give their GPU memory to the policy until the next sync, where the config says so."""
+        if self.config.engine.sleep and isinstance(self.engine, SGLangEngine):
+            self.engine.sleep()
+
     def load_weights(self, name: str) -> None:
         """Put the weights `name` into the policy."""
         if self.holds != name:
@@ -234,10 +239,12 @@ def make_engine(
     stack.callback(fleet.close)
     weights = WeightSync(fleet, model, run.folder / "engine" / "weights", transport=wanted.sync)
     stack.callback(weights.close)
-    return SGLangEngine(
+    engine = SGLangEngine(
         fleet, weights, request_s=wanted.request_timeout_s, wait_s=wanted.wait_s, adapter=config.adapter_rank > 0,
         wait=progress.wait, raise_if_stopping=run.raise_if_stopping,
     )  # fmt: skip
+    stack.callback(engine.wake, "weights", "kv_cache")
+    return engine
 
 
 def follow(config: Config) -> None:

@@ -56,6 +56,7 @@ class EngineConfig(Section):
     request_timeout_s: Annotated[float, Field(gt=0.0)] = 300.0  # of one group
     wait_s: Annotated[float, Field(ge=0.0)] = 600.0  # for servers that start, or are all down
     servers: Positive = 1
+    sleep: bool = False  # servers share the trainer's GPU: they give its memory back while the policy is updated
     dtype: str = "auto"  # SGLang's --dtype
     flags: list[str] = []  # SGLang's own, passed on as they are
     start_timeout_s: Annotated[float, Field(gt=0.0)] = 600.0
@@ -215,6 +216,11 @@ class Config(Section):
         if self.engine.kind == "sglang" and self.engine.sync == "adapter" and not self.model.lora_rank:
             raise ValueError(
                 "engine.sync 'adapter' brings servers a LoRA adapter and model.lora_rank is 0: set the rank, or another sync"
+            )
+        if self.engine.sleep and (self.engine.kind == "local" or self.rollout.max_staleness):
+            raise ValueError(
+                "engine.sleep needs engine.kind 'sglang' and rollout.max_staleness 0: servers that sleep while the policy is "
+                "updated cannot generate meanwhile"
             )
         if self.judge.backend in ("openai", "sglang") and not self.judge.url and not self.adapter_rank:
             raise ValueError(

@@ -119,6 +119,7 @@ class Trainer:
         set_advantages(groups, self.tasks, self.config.loss.advantage_scale)
         clock.append(time.perf_counter())
         self.progress.wait("the policy update")
+        self.parts.sleep()
         metrics = self.policy.update(trajectories(groups)) | ahead.done()
         clock.append(time.perf_counter())
         metrics |= self.engine.sync(self.engine.version + 1)

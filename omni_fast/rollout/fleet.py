@@ -61,6 +61,7 @@ class Server:
     ready: bool = False
     reason: str = "not asked yet"
     in_flight: int = 0
+    asleep: tuple[str, ...] = ()  # what of its memory it has given back, as SGLang names it
     next_probe: float = 0.0
     probe_gap: float = PROBE_S
 

@@ -183,9 +183,9 @@ class SGLangEngine:
 
     def sync(self, version: int) -> dict[str, float]:
         """The policy's weights to every server as `version`; seconds/sync_PHASE. A server that fails is drained."""
-        self._wake("weights")
+        self.wake("weights")
         seconds = self.weights.push(version)
-        self._wake("kv_cache")
+        self.wake("kv_cache")
         self.version, self._tag = version, self.weights.tag
         ready = {"engine_servers": float(len(self.fleet.ready))}
         return {f"seconds/sync_{phase}": value for phase, value in seconds.items()} | ready
@@ -197,12 +197,15 @@ class SGLangEngine:
             server.asleep = tags
         self._memory("/release_memory_occupation", self.fleet.ready, tags)
 
-    def _wake(self, tag: str) -> None:
-        """Memory again for what a sync fills, or for the cache."""
-        sleepers = [server for server in self.fleet.ready if tag in server.asleep]
-        self._memory("/resume_memory_occupation", sleepers, (tag,))
-        for server in sleepers:
-            server.asleep = tuple(other for other in server.asleep if other != tag)
+    def wake(self, *tags: str) -> None:
+        """Memory again for the "weights", of which the next sync makes sense, or the "kv_cache", where it was given back."""
+        for tag in tags:
+            sleepers = [server for server in self.fleet.ready if tag in server.asleep]
+            if sleepers:
+                self._memory("/resume_memory_occupation", sleepers, (tag,))
+            for server in sleepers:
+                if server.ready:
+                    server.asleep = tuple(other for other in server.asleep if other != tag)
 
     def _memory(self, path: str, servers: Sequence[Server], tags: tuple[str, ...]) -> None:
         for server, result in self.fleet.each(
@@ -212,8 +215,6 @@ class SGLangEngine:
                 self.fleet.drain(server, f"{path} {result.reason}")
 
     def close(self) -> None:
-        for tag in ("weights", "kv_cache"):
-            self._wake(tag)
         self.fleet.close()
 
     # -- servers that went away --------------------------------------------------------------------------------------
@@ -253,10 +254,11 @@ class SGLangEngine:
         if not server.known:
             self._introduce(server)
         info = self.fleet.run(self.fleet.ask(server, "/model_info", timeout_s=2.0))
-        if server.asleep and member(info, "weight_version") == server.proven:  # the process that fell asleep
-            self.fleet.run(self.fleet.ask(server, "/resume_memory_occupation", {"tags": list(server.asleep)}))
+        tags: list[Json] = [*server.asleep]
+        server.asleep = ()  # asked once: one that was not asleep any more would die of it again and again
+        if tags and member(info, "weight_version") == server.proven:  # the process that fell asleep
             server.proven = ""
-        server.asleep = ()
+            self.fleet.run(self.fleet.ask(server, "/resume_memory_occupation", {"tags": tags}))
         if server.proven != self.weights.tag or member(info, "weight_version") != self.weights.tag:
             self.weights.catch_up(server)
         self.fleet.admit(server)

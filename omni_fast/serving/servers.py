@@ -70,6 +70,8 @@ class Section(Protocol):
     @property
     def dtype(self) -> str: ...
     @property
+    def sleep(self) -> bool: ...
+    @property
     def start_timeout_s(self) -> float: ...
 
 
@@ -113,7 +115,8 @@ def up(
     folder: logs and state. adapter_rank: of the LoRA adapters that they shall take. Raises UserError for what the config can mend, RunError otherwise; nothing is left running then.
     """
     device = default_device()
-    flags = [*adapter_flags(adapter_rank, device), *section.flags]
+    saver = ["--enable-memory-saver"] if section.sleep else []
+    flags = [*adapter_flags(adapter_rank, device), *saver, *section.flags]
     wanted = launches(role, str(model_folder), device, section.dtype, flags, section.servers)
     started = start(wanted, folder, role=role, timeout_s=section.start_timeout_s, say=say)
     return [server.url for server in started]

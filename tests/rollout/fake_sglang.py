@@ -101,6 +101,7 @@ class FakeSGLang(ThreadingHTTPServer):
         self.adapters: dict[str, dict[str, Tensor]] = {}
         self.groups: dict[str, ProcessGroupGloo] = {}
         self.paused = self.session = False
+        self.asleep: set[str] = set()
         self.faults: list[tuple[str, Fault]] = []
         self.asked: list[tuple[str, dict]] = []
         self.lock = threading.Lock()
@@ -198,6 +199,17 @@ class FakeSGLang(ThreadingHTTPServer):
         ]
         return self._take(dict(zip(body["names"], parts, strict=True)), body)
 
+    def release_memory_occupation(self, body: dict) -> tuple[int, object]:
+        self.asleep |= set(body["tags"])
+        if "weights" in body["tags"]:
+            self.weights = {name: torch.full_like(value, torch.nan) for name, value in self.weights.items()}
+        return 200, None
+
+    def resume_memory_occupation(self, body: dict) -> tuple[int, object]:
+        assert set(body["tags"]) <= self.asleep, "resumed what was not asleep"
+        self.asleep -= set(body["tags"])
+        return 200, None
+
     def load_lora_adapter(self, body: dict) -> tuple[int, object]:
         if not self.lora_rank:
             return 400, {"success": False, "error_message": "LoRA is not enabled. Please set `--enable-lora`."}
@@ -222,6 +234,7 @@ class FakeSGLang(ThreadingHTTPServer):
         for name, value in values.items():
             if name not in self.weights or self.weights[name].shape != value.shape:
                 return 400, {"success": False, "message": f"Failed to update weights: {name}"}
+        assert "weights" not in self.asleep, "loaded into memory that was given back"
         self.weights |= values
         self.weight_version = body.get("weight_version", self.weight_version)
         return 200, {"success": True, "message": "Succeeded to update model weights."}
@@ -235,7 +248,7 @@ class FakeSGLang(ThreadingHTTPServer):
         if any(token >= self.vocabulary for token in body.get("token_ids_logprob", [])):
             message = f"token_ids_logprob contains out-of-vocabulary token id; valid range is [0, {self.vocabulary})."
             return 400, {"error": {"message": message}}
-        assert not self.paused, "a prompt while paused"
+        assert not self.paused and not self.asleep, "a prompt while paused or asleep"
         if (name := body.get("lora_path")) is not None and name not in self.adapters:
             return 400, {"error": {"message": f"Got LoRA adapter that has never been loaded: {name}"}}
         draw = body["sampling_params"]

@@ -44,6 +44,13 @@ def test_a_judge_whose_weights_would_move_is_refused(without: str, told: str) ->
         config(*ONE_SERVER, without)
 
 
+@pytest.mark.parametrize("without", ["engine.kind=local", "rollout.max_staleness=1"])
+def test_servers_that_would_sleep_while_they_are_needed_are_refused(without: str) -> None:
+    assert config("engine.kind=sglang", "engine.sleep=true").engine.sleep
+    with pytest.raises(UserError, match=r"engine\.sleep needs engine\.kind 'sglang' and rollout\.max_staleness 0"):
+        config("engine.kind=sglang", "engine.sleep=true", without)
+
+
 def test_servers_are_started_for_adapters_of_the_rank_and_the_users_flags_win() -> None:
     assert adapter_flags(0, "cpu") == []
     flags = [*adapter_flags(8, "cpu"), "--max-lora-rank", "64"]

@@ -214,6 +214,40 @@ def test_a_server_that_cannot_take_the_adapter_is_told_before_the_first_step(
         pass
 
 
+@pytest.mark.parametrize("transport", [*TRANSPORTS, "adapter"])
+def test_servers_that_slept_have_all_weights_after_the_next_sync(tmp_path: Path, transport: str) -> None:
+    """A base that no sync brings back keeps its memory. One server is restarted asleep, one fails to wake."""
+    model = llama()
+    if transport == "adapter":
+        add_adapter(model, rank=4, alpha=8.0)
+    servers = [fake(llama(), lora_rank=8) for _ in range(3)]
+    with engine(model, tmp_path, *servers, transport=transport) as made:
+        for step in range(1, 4):
+            move(model)
+            made.sleep()
+            asleep = {"kv_cache"} if transport == "adapter" else {"kv_cache", "weights"}
+            assert all(server.asleep == asleep for server in servers)
+            if step == 2:
+                servers[1].faults.append(("/resume_memory_occupation", times(1, status(500))))
+                servers[2].faults.append(("/resume_memory_occupation", times(1, cut)))
+                servers[2].asleep, servers[2].weight_version = set(), "default"
+                servers[2].adapters.clear()
+            made.sync(step)
+            until = time.monotonic() + 5
+            while len(made.fleet.ready) < 3 and time.monotonic() < until:
+                made.generate(PROMPTS, 2, SAMPLING)
+            for server in servers:
+                assert not server.asleep
+                if transport == "adapter":
+                    check_adapter(model, server, made.weights.tag)
+                    assert not any(value.isnan().any() for value in server.weights.values())
+                else:
+                    check_equal(model, server)
+        made.sleep()
+        made.wake("weights", "kv_cache")
+        assert not any(server.asleep for server in servers)
+
+
 # -- what is refused before the first step -------------------------------------------------------------------------------
 
 
