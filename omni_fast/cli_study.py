@@ -45,10 +45,11 @@ def study(
     if dry_run:
         return
     from omni_fast.study import driver
+    from omni_fast.study.report import write_report
 
     finished = driver.run(design, folder, jobs, console)
     counts = Counter[str](cell.status for cell in finished.cells)
-    console.print(f"study: {folder}, {_counted(counts)}", soft_wrap=True)
+    console.print(f"study: {folder}, {_counted(counts)}\nreport: {write_report(folder)}", soft_wrap=True)
     if counts["failed"]:
         raise RunError(
             f"{counts['failed']} of {len(finished.cells)} cells failed; `omni-fast study status {folder}` says why, the "

@@ -168,7 +168,7 @@ class _Seed:
         known = self.design.nodes(self.seed, self.order)
         for length in range(len(path) + 1):
             part = path[:length]
-            done = sum(self.tree.run.file(self.tree.name(other)).is_file() for other in known if "?" not in other[-1])
+            done = len(list(self.tree.run.folder.glob("nodes/*.json")))
             label = " > ".join(part) or "the initial policy"
             self.progress.head = f"seed {self.seed}  {arm.name}  node {done + 1} of {len(known) + 1}  {label}"
             before = self.tree.run.file(self.tree.name(part)).is_file()
@@ -241,7 +241,7 @@ def _side_by_side(design: Design, folder: Path, shares: Sequence[Sequence[int]],
     threads = max(1, (design.config.threads or len(os.sched_getaffinity(0))) // len(shares))
     spawn = multiprocessing.get_context("spawn")
     workers: list[BaseProcess] = [
-        spawn.Process(target=_process, args=(design, folder, list(seeds), threads), name=f"seeds {seeds}")
+        spawn.Process(target=_process, args=(design, folder, list(seeds), threads, os.getpid()), name=f"seeds {seeds}")
         for seeds in shares
     ]
     stopping = 0
@@ -277,10 +277,9 @@ def _side_by_side(design: Design, folder: Path, shares: Sequence[Sequence[int]],
         raise RunError(f"{told} (its reason is told above, if it had time for one); {AGAIN}")
 
 
-def _process(design: Design, folder: Path, seeds: list[int], threads: int) -> None:
+def _process(design: Design, folder: Path, seeds: list[int], threads: int, parent: int) -> None:
     """A process of seeds: stops by itself, saving, when the one that started it is gone."""
     os.setpgrp()  # Ctrl-C reaches the parent alone, which tells each process once
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

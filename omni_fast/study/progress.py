@@ -19,10 +19,10 @@ class StudyProgress(Progress):
     """left: units of work that are left, one for each step and some for each evaluation, over all seeds of this process."""
 
     def __init__(self, console: Console) -> None:
-        super().__init__(console)
         self.head = self.note = ""
         self.left = self.done = 0.0
         self.began = time.monotonic()
+        super().__init__(console)
 
     def plan(self, *, steps: int, items: int) -> None:
         """The study counts for itself."""
