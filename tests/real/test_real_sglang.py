@@ -266,8 +266,8 @@ def engine(url: str, policy: LlamaForCausalLM, folder: Path, transport: str = "d
     try:
         yield made
     finally:
-        made.close()
         weights.close()
+        made.close()
 
 
 def some_prompts(count: int, tokens: int = 10) -> list[Prompt]:
@@ -297,7 +297,7 @@ def assert_of_the_policy(
 
 
 @pytest.mark.usefixtures("original")
-@pytest.mark.parametrize("transport", ["disk", "tensor"])
+@pytest.mark.parametrize("transport", ["disk", "tensor", "distributed"])
 def test_after_each_sync_the_engine_samples_from_the_policy(url: str, tmp_path: Path, transport: str) -> None:
     policy, prompts = tiny_llama(0), some_prompts(6)
     with engine(url, policy, tmp_path, transport) as made:
@@ -334,9 +334,12 @@ def test_a_kill_in_mid_rollout_loses_and_doubles_nothing(url: str, engine_folder
 
 
 @pytest.mark.usefixtures("original")
-def test_a_kill_in_mid_sync_leaves_no_old_weights_behind(url: str, engine_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["disk", "distributed"])
+def test_a_kill_in_mid_sync_leaves_no_old_weights_behind(
+    url: str, engine_folder: Path, tmp_path: Path, transport: str
+) -> None:
     policy, prompts = tiny_llama(0), some_prompts(4)
-    with engine(url, policy, tmp_path) as made:
+    with engine(url, policy, tmp_path, transport) as made:
         server = serving.status(engine_folder)[0].server
         train_a_little(policy, 6)
         killer = threading.Timer(0.02, os.kill, (server.pid, signal.SIGKILL))
