@@ -9,6 +9,7 @@ Limits: SiLU, and a plain linear layer without bias at the end; other MLPs (an a
 from __future__ import annotations
 
 import types
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class _GatedDown(torch.autograd.Function):
         return torch.ops.aten.silu_backward(inner.mul_(up), gate), dup, dw
 
 
-def _forward(self: nn.Module, x: Tensor) -> Tensor:
+def _forward(self: Any, x: Tensor) -> Tensor:
     gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
     if type(down) is not nn.Linear or down.bias is not None:
         return down(self.act_fn(gate) * up)

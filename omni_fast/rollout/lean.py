@@ -83,8 +83,8 @@ class _Layer:
         query = straight[:, : self.heads] + turned[:, : self.heads]
         key = (straight[:, self.heads :], turned[:, self.heads :])
         if wave.prefilling:
-            states = (part.transpose(0, 1)[None] for part in (query, key[0] + key[1], value))
-            mixed = wave.prefill(self.number, *states, self.scaling)
+            q, k, v = (part.transpose(0, 1)[None] for part in (query, key[0] + key[1], value))
+            mixed = wave.prefill(self.number, q, k, v, self.scaling)
         else:
             keys, values = wave.places(self.number)
             torch.add(*key, out=keys)
