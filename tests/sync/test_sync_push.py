@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_sglang import FakeSGLang, Fault, Handler, cut, random_weights, serving, status, times
+from fake_sglang import FakeSGLang, Fault, Handler, cut, random_weights, serving, silent, status, times
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -296,20 +296,27 @@ def test_a_model_whose_weights_sglang_does_not_show_is_told_once_and_works(tmp_p
 # -- a sync that goes wrong --------------------------------------------------------------------------------------------
 
 
+def half(handler: Handler, body: dict) -> bool:
+    handler.reply(200, {"success": True, "message": "Succeeded to update model weights."}, cut=20)
+    return True
+
+
 FAULTY = [
     ("/update_weights_from_disk", status(500)),
     ("/update_weights_from_disk", cut),
+    ("/update_weights_from_disk", half),
+    ("/update_weights_from_disk", silent),
     ("/pause_generation", status(503)),
     ("/continue_generation", cut),
     ("/model_info", status(500)),
 ]
 
 
-@pytest.mark.parametrize(("path", "fault"), FAULTY, ids="load cut pause continue info".split())
+@pytest.mark.parametrize(("path", "fault"), FAULTY, ids="load cut half silent pause continue info".split())
 def test_a_server_that_fails_in_a_sync_is_drained_and_then_caught_up(tmp_path: Path, path: str, fault: object) -> None:
     model = llama()
     servers = [fake(model), fake(model)]
-    with engine(model, tmp_path, *servers) as made:
+    with engine(model, tmp_path, *servers, load_s=0.7) as made:
         move(model)
         servers[0].faults.append((path, times(1, fault)))  # type: ignore[arg-type]
         made.sync(1)
@@ -320,6 +327,56 @@ def test_a_server_that_fails_in_a_sync_is_drained_and_then_caught_up(tmp_path: P
         assert servers[0].weight_version == made.weights.tag == servers[1].weight_version
         assert not servers[0].paused
         assert len(made.said) == 2 and "left out" in made.said[0] and "is back" in made.said[1]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_server_that_comes_late_gets_the_weights_from_disk_and_takes_part_from_then_on(
+    tmp_path: Path, transport: str
+) -> None:
+    model = llama()
+    early, late = fake(model), fake(model)
+    said: list[str] = []
+    with ExitStack() as stack:
+        stack.enter_context(serving(early))
+        stack.callback(late.server_close)
+        late.socket.close()  # nothing listens there yet
+        fleet = Fleet([early.url, late.url], say=said.append)
+        stack.callback(fleet.close)
+        weights = WeightSync(fleet, model, tmp_path / "engine", transport=transport, compared=None)  # type: ignore[arg-type]
+        stack.callback(weights.close)
+        made = SGLangEngine(fleet, weights, request_s=5, wait_s=0.5)
+        assert "is left out until it answers" in said[0]
+        for step in range(1, 3):
+            move(model)
+            assert made.sync(step)["engine_servers"] == 1
+        again = fake(model, port=late.server_address[1])
+        stack.enter_context(serving(again))
+        until = time.monotonic() + 5
+        while len(fleet.ready) < 2 and time.monotonic() < until:
+            made.generate(PROMPTS, 2, SAMPLING)
+        assert "has joined, with weight version 2" in said[-1] and again.weight_version == weights.tag
+        assert len(again.paths("/update_weights_from_disk")) == 1
+        check_equal(model, again)
+        move(model)
+        assert made.sync(3)["engine_servers"] == 2
+        for server in (early, again):
+            check_equal(model, server)
+
+
+def test_nothing_depends_on_the_wall_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It jumps by hours with every look, as the clocks of two hosts may differ."""
+    hours, real = iter(range(0, 10**9, 7)), time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 3600 * (next(hours) % 48 - 24))
+    model = llama()
+    server = fake(model)
+    with engine(model, tmp_path, server) as made:
+        for step in range(1, 4):
+            move(model)
+            made.sync(step)
+            found = made.generate(PROMPTS, 2, SAMPLING)
+            assert all(one.versions == [(step, 0, 4)] for group in found for one in group)
+        check_equal(model, server)
+        assert made.said == []
 
 
 def dies(handler: Handler, body: dict) -> bool:
