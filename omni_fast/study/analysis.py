@@ -32,7 +32,8 @@ class ArmRow:
 
     unfinished: seed -> why it is not there.   bwt: backward transfer, for arms of several stages.
     flips: task -> items (lost, gained) from the initial to the final policy, summed over the seeds.
-    samples, samples_transfer, seconds: means over the finished seeds.   orders: realised order -> seeds.
+    samples, samples_transfer, completions (on `select`, to measure transfer), seconds: means over the finished seeds.
+    orders: realised order -> seeds.
     """
 
     arm: Arm
@@ -48,6 +49,7 @@ class ArmRow:
     flips: dict[str, tuple[int, int]]
     samples: float
     samples_transfer: float
+    completions: float
     seconds: float
     orders: dict[Names, int]
 
@@ -148,6 +150,7 @@ def _row(study: Study, arm: Arm, finished: Mapping[str, Runs]) -> ArmRow:
         flips={task: _flips(cells, task) for task in tasks},
         samples=mean("samples_train"),
         samples_transfer=mean("samples_transfer"),
+        completions=mean("completions_transfer"),
         seconds=mean("seconds"),
         orders=dict(Counter(cell.order for cell in cells if cell.order)),
     )
@@ -302,9 +305,13 @@ def warnings(study: Study) -> list[str]:
             )
         if 0 < valid.size < items.size:
             out.append(f"Task {task}: {items.size - valid.size} of {items.size} item scores failed and are left out.")
+    failed: dict[str, list[str]] = {}
     for cell in study.cells:
         if cell.status == "failed":
-            out.append(f"Arm {cell.arm} failed with seed {cell.seed}: {cell.reason or 'no reason was recorded'}")
+            failed.setdefault(cell.reason or "no reason was recorded", []).append(f"{cell.arm} (seed {cell.seed})")
+    for reason, cells in failed.items():
+        more = f" and {len(cells) - 3} more" if len(cells) > 3 else ""
+        out.append(f"Failed: {', '.join(cells[:3])}{more}: {reason}")
     names = [arm.name for arm in competitors(study)]
     few = [f"{name} ({n})" for name in names if 0 < (n := len(study.of(name))) < FEW_SEEDS]
     if few:
@@ -313,11 +320,12 @@ def warnings(study: Study) -> list[str]:
 
 
 def missing(study: Study) -> list[str]:
-    """Cells that were planned and are not finished, by arm."""
-    out = []
+    """Cells that were planned and are not finished, by arm; those of all orders as one."""
+    out, orders = [], 0
     for arm in study.arms:
         done = {cell.seed for cell in study.of(arm.name)}
         left = [str(seed) for seed in arm.seeds if seed not in done]
-        if left:
+        orders += len(left) if arm.every else 0
+        if left and not arm.every:
             out.append(f"{arm.name} (seed {', '.join(left)})")
-    return out
+    return [*out, *([f"{orders} runs of all orders"] if orders else [])]

@@ -7,7 +7,7 @@ seed is in the seeds' spread and in the items' spread: items drawn together for 
 much of the latter is the items' own, and the rest is counted once. A spread estimated from S seeds is itself uncertain:
 the standard error is read with Student's t, its degrees of freedom after Satterthwaite 1946.
 
-Limits: with one seed the intervals hold the items' noise only. With two, a null is rejected at 0.05 in about a
+Limits: with one seed the intervals hold the items' noise only, and there is no p-value. With two, a null is rejected at 0.05 in about a
 tenth of the cases; from three on in about 0.05 of them (simulated). Sources: Davison and Hinkley 1997, section 3.8;
 Owen 2007 (two crossed factors); Satterthwaite 1946.
 """
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from omni_fast.curriculum.scores import DRAWS, Estimate, Floats, ItemScores, resample
+from omni_fast.curriculum.scores import DRAWS, Estimate, Floats, ItemScores, resample, wilson
 
 Runs = Mapping[int, ItemScores]  # seed -> task -> item scores [n_items], NaN where the infrastructure failed
 Names = tuple[str, ...]
@@ -31,7 +31,7 @@ NOT_KNOWN = Estimate(math.nan, 0, math.nan, math.nan)
 
 @dataclass(frozen=True, slots=True)
 class Contrast:
-    """An estimate, the seeds behind it and the two-sided p-value of 0; NaN where nothing was measured."""
+    """An estimate, the seeds behind it and the two-sided p-value of 0; p is NaN with one seed, all where nothing was measured."""
 
     estimate: Estimate
     seeds: int
@@ -39,6 +39,17 @@ class Contrast:
 
 
 UNKNOWN = Contrast(NOT_KNOWN, 0, math.nan)
+
+
+def over_seeds(values_S: Floats) -> Contrast:
+    """Mean of one number a seed, with Student's interval; no interval with one seed."""
+    count, value = len(values_S), float(np.mean(values_S))
+    if count < 2:
+        return Contrast(Estimate(value, count, math.nan, math.nan), count, math.nan)
+    error = float(np.std(values_S, ddof=1)) / math.sqrt(count)
+    half = float(stats.t.ppf(0.975, count - 1)) * error
+    p = 2.0 * float(stats.t.sf(abs(value) / error, count - 1)) if error > 0 else float(value == 0)
+    return Contrast(Estimate(value, count, value - half, value + half), count, p)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +86,13 @@ class Draws:
         of_items = max(0.0, together - apart) * count / (count - 1) if count > 1 else together
         weight = of_seeds**2 / max(count - 1, 1) + of_items**2 / max(n - 1, 1)
         if weight < 1e-36:  # every item agrees in every draw
-            return Contrast(Estimate(value, n, value, value), count, 1.0 if abs(value) < 1e-9 else 0.0)
+            return Contrast(
+                Estimate(value, n, value, value), count, float(abs(value) < 1e-9) if count > 1 else math.nan
+            )
         freedom = max(1.0, (of_seeds + of_items) ** 2 / weight)
         error = math.sqrt(of_seeds + of_items)
         half = float(stats.t.ppf(0.975, freedom)) * error
-        p = 2.0 * float(stats.t.sf(abs(value) / error, freedom))
+        p = 2.0 * float(stats.t.sf(abs(value) / error, freedom)) if count > 1 else math.nan
         return Contrast(Estimate(value, n, value - half, value + half), count, p)
 
     def mean(self, arm: str, task: str | None = None) -> Estimate:
@@ -87,6 +100,8 @@ class Draws:
         a = self.arms.index(arm)
         columns = slice(None) if task is None else [self.tasks.index(task)]
         found = self.contrast(lambda x: x[..., a, columns].mean(axis=-1)).estimate
+        if found.n and found.low == found.high:  # every item agrees: a bootstrap sees no noise where there is some
+            return Estimate(found.value, found.n, *wilson(found.value, found.n))
         return Estimate(found.value, found.n, max(0.0, found.low), min(1.0, found.high))
 
     def gain(self, arm: str, over: str, task: str | None = None) -> Contrast:

@@ -14,15 +14,26 @@ from dataclasses import dataclass
 import numpy as np
 
 from omni_fast.curriculum import order as orders_
-from omni_fast.curriculum.entropy import effective_temperature, entropy_aware, residual_change
+from omni_fast.curriculum.entropy import effective_temperature, entropy_aware
 from omni_fast.curriculum.predict import additive_rows
-from omni_fast.curriculum.scores import Estimate, Floats
+from omni_fast.curriculum.scores import Floats
 from omni_fast.study.analysis import competitors, measure, single_runs
-from omni_fast.study.analysis_draws import Contrast, Draws, Names
+from omni_fast.study.analysis_draws import UNKNOWN, Contrast, Draws, Names, over_seeds
 from omni_fast.study.analysis_orders import Realised
 from omni_fast.study.records import Node, Study
 
+ALL = "all tasks"
 WEIGHTS = (0.02, 0.05, 0.1, 0.2, 0.5)  # score per nat
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """Mean |realised - forecast| at temperature 1 and corrected; the change over seeds; points outside the sweep."""
+
+    before: float
+    after: float
+    change: Contrast
+    left_out: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +41,7 @@ class EntropyPart:
     """Means over seeds. H and tau by stage: [stages + 1, K] per arm, row 0 the initial policy; NaN tau: not in the sweep.
 
     single: H [K + 1, K] of the initial policy and after each single-task run.   sweep: policy -> test scores [T, K].
-    residuals: (mean |residual| at temperature 1, the same corrected, change with interval, points left out).
+    residuals: task, or ALL of them -> what the forecast misses; {} without the sweeps.
     ablation: weight -> (order, its score minus that of the order solved on transfer alone; None: the same order).
     """
 
@@ -39,7 +50,7 @@ class EntropyPart:
     by_stage: dict[str, Floats]
     tau: dict[str, Floats]
     sweep: dict[str, Floats]
-    residuals: tuple[float, float, Estimate, int] | None
+    residuals: dict[str, Residual]
     ablation: dict[float, tuple[Names, Contrast | None]]
 
 
@@ -69,7 +80,7 @@ def entropy_part(study: Study, at: Realised | None, draws: Draws | None) -> Entr
         by_stage,
         known,
         {name: np.mean(tables, axis=0) for name, tables in sweep.items()},
-        _correction(study, at) if at else None,
+        _correction(study, at) if at else {},
         _ablation(study, at, draws) if at and draws else {},
     )
 
@@ -111,32 +122,42 @@ def _single(study: Study, seeds: list[int]) -> Floats | None:
     return _mean(tables) if tables else None
 
 
-def _correction(study: Study, at: Realised) -> tuple[float, float, Estimate, int] | None:
+def _correction(study: Study, at: Realised) -> dict[str, Residual]:
     index = {task: k for k, task in enumerate(study.tasks)}
     measured = [nodes for seed in at.measured_on if (nodes := _singles(study, seed)) and all(n.sweep for n in nodes)]
     leaves = {key: node for key, node in at.leaves.items() if node.sweep}
     if not measured or not leaves:
-        return None
+        return {}
 
     def scored(base: Node, node: Node, corrected: bool) -> list[float]:
         temperatures = [1.0 / tau for tau in _taus(base, node, study.tasks)] if corrected else [1.0] * len(study.tasks)
         return [_at(node, task, t) for task, t in zip(study.tasks, temperatures, strict=True)]
 
-    residuals = []
+    off_PNK = []  # at temperature 1 and corrected; per leaf and task
     for corrected in (False, True):
         scores_MK = _mean([[scored(nodes[0], node, corrected) for node in nodes] for nodes in measured])
-        off = []
+        rows = []
         for (seed, order), node in leaves.items():
             base, stages = study.pair(seed), [index[task] for task in order]
             assert base is not None  # every run of a seed starts from it
             told = additive_rows(scores_MK[0], np.diagonal(scores_MK[1:]), scores_MK[1:] - scores_MK[0], stages)[-1]
-            off.append(np.array(scored(base, node, corrected)) - np.clip(told, 0.0, 1.0))
-        residuals.append(np.concatenate(off))
-    both = np.isfinite(residuals[0]) & np.isfinite(residuals[1])
-    if not both.any():
-        return None
-    before, after = (residual[both] for residual in residuals)
-    return float(np.abs(before).mean()), float(np.abs(after).mean()), residual_change(before, after), int((~both).sum())
+            rows.append(np.abs(np.array(scored(base, node, corrected)) - np.clip(told, 0.0, 1.0)))
+        off_PNK.append(np.stack(rows))
+    seed_N = np.array([seed for seed, _ in leaves])
+    columns = {task: [k] for task, k in index.items()} | {ALL: list(index.values())}
+    return {name: _residual(off_PNK[0][:, k], off_PNK[1][:, k], seed_N) for name, k in columns.items()}
+
+
+def _residual(before_NK: Floats, after_NK: Floats, seed_N: Floats) -> Residual:
+    """Compared on points known both ways; the seeds are what the interval is over, orders of one seed share stages."""
+    known = np.isfinite(before_NK) & np.isfinite(after_NK)
+    before, after = (np.where(known, x, np.nan) for x in (before_NK, after_NK))
+    by_seed = [(after - before)[seed_N == seed] for seed in np.unique(seed_N)]
+    changes = np.array([np.nanmean(x) for x in by_seed if np.isfinite(x).any()])
+    left_out = int((~known).sum())
+    if not known.any():
+        return Residual(math.nan, math.nan, UNKNOWN, left_out)
+    return Residual(float(np.nanmean(before)), float(np.nanmean(after)), over_seeds(changes), left_out)
 
 
 def _ablation(study: Study, at: Realised, draws: Draws) -> dict[float, tuple[Names, Contrast | None]]:

@@ -74,7 +74,9 @@ def load(source: str, overrides: Sequence[str] = ()) -> tuple[Config, StudyConfi
     except ValidationError as error:
         raise UserError(f"{source}: " + "; ".join(configs._explain(item) for item in error.errors())) from None
     study = _study(source, own)
-    check(config, study)
+    problem = check(config, study)
+    if problem:
+        raise UserError(f"{source}: {problem}")
     return config, study
 
 
@@ -101,31 +103,26 @@ def _choices(location: tuple[int | str, ...]) -> list[str]:
     return list(get_args(names[str(location[0])])) if location and location[0] in names else []
 
 
-def check(config: Config, study: StudyConfig) -> None:
-    """UserError for what a study cannot be made of."""
+def check(config: Config, study: StudyConfig) -> str:
+    """What a study cannot be made of, and the remedy; "" if nothing."""
     names = [task.name for task in config.tasks]
     if len(names) < 2:
-        raise UserError(
-            f"a study compares orders of tasks and has one task, {names[0]}: give at least two, or use `omni-fast train`"
-        )
+        return f"a study compares orders of tasks and has one task, {names[0]}: give at least two, or use `omni-fast train`"
     for name in names:
         if name in RESERVED or set(name) & set(":>/\\"):
-            raise UserError(f"a study uses '{name}' for a stage, or one of its signs (: > /); rename the task")
+            return f"a study uses '{name}' for a stage, or one of its signs (: > /); rename the task"
     curriculum = config.curriculum
     if curriculum.replay_fraction:
-        raise UserError(
-            "curriculum.replay_fraction has no place in a study: its stages are shared between orders; drop it"
-        )
+        return "curriculum.replay_fraction has no place in a study: its stages are shared between orders; drop it"
     if "user" in study.arms and sorted(curriculum.order) != sorted(names):
-        raise UserError(f"the arm user needs curriculum.order to name each task once: {', '.join(names)}")
+        return f"the arm user needs curriculum.order to name each task once: {', '.join(names)}"
     if "refresh" in study.arms:
         rest = curriculum.refresh_steps % len(names)
         if not 0 < curriculum.refresh_steps < len(names) * curriculum.steps_per_stage or rest:
-            raise UserError(
+            return (
                 f"the arm refresh takes curriculum.refresh_steps from its stages in equal parts, so it has to be a multiple"
                 f" of the number of tasks ({len(names)}) and less than all steps, got {curriculum.refresh_steps}"
             )
     if "every_order" in study.arms and len(names) > 5:
-        raise UserError(
-            f"every_order of {len(names)} tasks is too much (more than 120 orders); take it out of study.arms"
-        )
+        return f"every_order of {len(names)} tasks is too much (more than 120 orders); take it out of study.arms"
+    return ""

@@ -30,7 +30,7 @@ from omni_fast.study.analysis import (
     warnings,
 )
 from omni_fast.study.analysis_draws import Contrast
-from omni_fast.study.analysis_entropy import EntropyPart
+from omni_fast.study.analysis_entropy import ALL, EntropyPart
 from omni_fast.study.analysis_orders import AssumptionPart, ForecastPart, OrderPart
 from omni_fast.study.records import Study
 
@@ -172,10 +172,18 @@ def _cost(found: Findings) -> list[Table]:
     rows = []
     for row in found.rows:
         orders = " / ".join(f"{arrow(order)} ({count}x)" for order, count in row.orders.items()) or "–"
-        samples = [round(n) for n in (row.samples, row.samples_transfer, row.samples + row.samples_transfer) if n == n]
+        counts = (row.samples, row.samples_transfer, row.samples + row.samples_transfer, row.completions)
         if row.seeds:
-            rows.append((row.arm.name, *samples, duration(row.seconds), orders))
-    heads = ["arm", "training samples", "to measure transfer", "both", "training time", "order (seeds)"]
+            rows.append((row.arm.name, *map(round, counts), duration(row.seconds), orders))
+    heads = [
+        "arm",
+        "training samples",
+        "to measure transfer",
+        "both",
+        "select items scored",
+        "training time",
+        "order (seeds)",
+    ]
     return [Table("Cost, mean of the seeds", heads, rows)]
 
 
@@ -189,7 +197,11 @@ def _transfer(part: TransferPart) -> list[Table]:
     heads = ["cheap measurement", "training", "evaluation", "Spearman", "Kendall", "pairs alike", "summed score lost"]
     return [
         Table("Transfer, each effect", ["trained → scored on", "T", "p (alone)"], effects),
-        Table("Agreement of one seed's cheap measurement with the full matrix of the other seeds", heads, rows),
+        Table(
+            "Agreement of one seed's cheap measurement with the full matrix of the other seeds (its own where it is alone)",
+            heads,
+            rows,
+        ),
     ]
 
 
@@ -230,7 +242,12 @@ def _assumptions(part: AssumptionPart) -> list[Table]:
 def _entropy(part: EntropyPart) -> list[Table]:
     rows = [(f"{w:g}", arrow(order), gain or "the same order") for w, (order, gain) in part.ablation.items()]
     heads = ["price, score per nat", "order", "average score against the order without it"]
-    return [Table("Entropy-aware order, looked up among the realised ones", heads, rows, words=2)]
+    residuals = [(name, r.before, r.after, r.change, r.left_out) for name, r in part.residuals.items()]
+    title = "What the forecast misses, sampled at temperature 1 and at 1 / the effective temperature"
+    return [
+        Table(title, ["task", "at 1", "corrected", "change", "points outside the sweep"], residuals),
+        Table("Entropy-aware order, looked up among the realised ones", heads, rows, words=2),
+    ]
 
 
 def _flips(found: Findings) -> list[Table]:
@@ -249,18 +266,18 @@ def headline(found: Findings) -> Sentence:
     contrast = found.primary
     if not math.isfinite(contrast.estimate.value):
         return Sentence("open", f"The declared contrast, {first} − {second}, is not measured yet.")
-    tone = _tone(contrast.estimate)
     size = f"{points(contrast.estimate.value)} (95 % interval {span(contrast.estimate)})"
+    if contrast.seeds < 2:
+        return Sentence(
+            "open", f"With one seed {first} − {second} is {size}; the seed's own noise is not in it: no claim."
+        )
+    tone = _tone(contrast)
     what = {
         "good": f"{first} beats {second}: its average test score is ahead by",
         "bad": f"{first} falls behind {second}: its average test score differs by",
         "open": f"The data do not tell {first} from {second}: their average test scores differ by",
     }[tone]
-    return Sentence(tone, f"{what} {size}, over {_seeds(contrast)}.")
-
-
-def _seeds(contrast: Contrast) -> str:
-    return f"{contrast.seeds} seeds" if contrast.seeds != 1 else "one seed, whose own noise is not in the interval"
+    return Sentence(tone, f"{what} {size}, over {contrast.seeds} seeds.")
 
 
 def verdict(found: Findings) -> list[Sentence]:
@@ -276,9 +293,10 @@ def verdict(found: Findings) -> list[Sentence]:
     ]
 
 
-def _tone(estimate: Estimate) -> Tone:
-    """good: the whole interval above 0; bad: below 0; open: it holds 0, or is not known."""
-    return "good" if estimate.low > 0 else "bad" if estimate.high < 0 else "open"
+def _tone(contrast: Contrast) -> Tone:
+    """good: the whole interval above 0; bad: below 0; open: it holds 0, is not known, or rests on one seed."""
+    low, high = contrast.estimate.low, contrast.estimate.high
+    return "open" if contrast.seeds < 2 else "good" if low > 0 else "bad" if high < 0 else "open"
 
 
 def _against_the_rest(found: Findings) -> list[Sentence]:
@@ -299,7 +317,7 @@ def _against_the_rest(found: Findings) -> list[Sentence]:
         merge = row.relative_merge.estimate
         over_merge = f", over {MERGE} {percent(row.relative_merge)}" if math.isfinite(merge.value) else ""
         text = f"Relative gain of {first}'s average score over {JOINT} {percent(row.relative_joint)}{over_merge}."
-        out.append(Sentence(_tone(row.relative_joint.estimate), text))
+        out.append(Sentence(_tone(row.relative_joint), text))
     return out
 
 
@@ -316,13 +334,13 @@ def _does_order_matter(found: Findings) -> list[Sentence]:
             out.append(Sentence("open", text))
         if part.solved is not None:
             order, gain = part.solved
-            tone = _tone(gain.estimate)
+            tone = _tone(gain)
             said = {"good": "better than", "bad": "worse than", "open": "not told from"}[tone]
             text = f"The order solved on other seeds, {arrow(order)}, is {said} the mean of all orders: {cell(gain)}."
             out.append(Sentence(tone, text))
     for (arm, other), contrast in found.pairs.items():
         if other != MERGE and math.isfinite(contrast.estimate.value):
-            tone = _tone(contrast.estimate)
+            tone = _tone(contrast)
             told = {"good": "ahead of", "bad": "behind", "open": "not told from"}[tone]
             text = f"At the same budget, {arm} is {told} {other} (uncorrected): {cell(contrast)}."
             out.append(Sentence(tone, text))
@@ -410,29 +428,30 @@ def _do_assumptions_hold(part: AssumptionPart | None) -> list[Sentence]:
 
 
 def _is_it_entropy(part: EntropyPart | None) -> list[Sentence]:
-    if part is None or part.residuals is None:
-        return [
-            Sentence(
-                "open",
-                "Whether temperature explains the residuals is not known: it needs sweeps of base, runs and orders.",
-            )
-        ]
-    before, after, change, left_out = part.residuals
-    tone: Tone = {"good": "bad", "bad": "good", "open": "open"}[_tone(change)]  # type: ignore[assignment]
-    what = {"good": "shrinks", "bad": "widens", "open": "does not change beyond noise"}[tone]
-    out = f" ({left_out} points lie outside the sweep)" if left_out else ""
+    whole = part.residuals.get(ALL) if part else None
+    if part is None or whole is None or whole.change.seeds == 0:
+        text = "Whether temperature explains the residuals is not known: it needs sweeps of base, runs and orders."
+        return [Sentence("open", text)]
+    told: dict[Tone, tuple[Tone, str]] = {
+        "bad": ("good", "shrinks"),
+        "good": ("bad", "widens"),
+        "open": ("open", "does not change beyond noise"),
+    }
+    tone, what = told[_tone(whole.change)]
+    outside = f" ({whole.left_out} points lie outside the sweep)" if whole.left_out else ""
     text = (
-        f"Decoding each policy at its own effective temperature {what} what the forecast misses: from {before:.3f} to"
-        f" {after:.3f}, change {points(change.value)} ({span(change)}){out}."
+        f"Decoding each policy at its own effective temperature {what} what the forecast misses: from {whole.before:.3f} to"
+        f" {whole.after:.3f}, change {cell(whole.change)}{outside}."
     )
+    out = [Sentence(tone, text)]
     moved = {weight: gain for weight, (_, gain) in part.ablation.items() if gain is not None}
-    if not part.ablation:
-        return [Sentence(tone, text)]
-    if not moved:
-        return [Sentence(tone, text), Sentence("open", "Pricing entropy changes the solved order at no weight tried.")]
-    weight, gain = max(moved.items(), key=lambda pair: abs(pair[1].estimate.value))
-    more = f"Pricing entropy changes the solved order; the largest effect is {cell(gain)} at weight {weight:g} (uncorrected)."
-    return [Sentence(tone, text), Sentence(_tone(gain.estimate), more)]
+    if moved:
+        weight, gain = max(moved.items(), key=lambda pair: abs(pair[1].estimate.value))
+        text = f"Pricing entropy changes the solved order; at weight {weight:g} the change is worth {cell(gain)} (uncorrected)."
+        out.append(Sentence(_tone(gain), text))
+    elif part.ablation:
+        out.append(Sentence("open", "Pricing entropy changes the solved order at no weight tried."))
+    return out
 
 
 def _is_it_cheap(found: Findings) -> list[Sentence]:

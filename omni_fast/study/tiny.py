@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import random
+import sys
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -130,13 +131,15 @@ def _items(function: str, name: str, seed: int) -> dict[Split, tuple[Item, ...]]
 def model_folder(seed: int) -> Path:
     """The warmed-up model (fp32) and its tokenizer as transformers loads them; built at the first call with this seed."""
     key = hashlib.sha256(json.dumps([RECIPE, seed]).encode()).hexdigest()[:16]
+    return cached(f"{NAME}-{key}", lambda folder: save_model(folder, seed))
 
-    def build(folder: Path) -> None:
-        tokenizer = _tokenizer()
-        _warm_up(tokenizer, seed).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
 
-    return cached(f"{NAME}-{key}", build)
+def save_model(folder: Path, seed: int, steps: int = STEPS) -> None:
+    """Build the model with so many steps of warm-up, of about 20 ms on one core each."""
+    print(f"preparing the model {NAME} (once): {steps} warm-up steps", file=sys.stderr, flush=True)
+    tokenizer = _tokenizer()
+    _warm_up(tokenizer, seed, steps).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def check_tasks(classes: Sequence[str]) -> None:
@@ -158,8 +161,8 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _warm_up(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """Next-token learning on replies of which some are another task's. Seeded; one thread, for the same bits anywhere."""
+def _warm_up(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> LlamaForCausalLM:
+    """Next-token learning on replies of which some are another task's."""
     end = tokenizer.vocab[END]
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
@@ -178,7 +181,7 @@ def _warm_up(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     }
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, weight_decay=0.01, betas=(0.9, 0.98))
     vocabulary = tokenizer.vocab
-    for step in range(STEPS):
+    for step in range(steps):
         rows = []
         for place in range(BATCH):
             function = list(MARKS)[place % len(MARKS)]
@@ -190,7 +193,7 @@ def _warm_up(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
         inputs = torch.tensor(rows)
         labels = inputs.clone()
         labels[:, : -LENGTH - 1] = -100  # the prompts, which are equally long
-        ramp, decay = (step + 1) / RAMP, 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        ramp, decay = (step + 1) / RAMP, 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = PEAK_RATE * min(ramp, decay)
         optimizer.zero_grad()
         model(input_ids=inputs, labels=labels).loss.backward()

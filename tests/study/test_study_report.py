@@ -119,7 +119,7 @@ def test_a_worse_primary_arm_is_called_worse(whole, tmp_path):
         (lambda c: False, "not measured yet", "Arms"),
         (lambda c: c["arm"] == "base" and c["seed"] == 0, "Not finished", "Transfer"),
         (lambda c: c["kind"] in ("base", "single") and c["seed"] == 0, "is not tested yet", "Orders"),
-        (lambda c: c["seed"] == 0, "one seed, whose own noise", "Orders"),
+        (lambda c: c["seed"] == 0, "With one seed solved − joint is", "Orders"),
         (lambda c: c["kind"] not in ("joint", "order"), "not measured yet", "Orders"),
     ],
     ids=["nothing", "base", "singles", "one-seed", "no-orders"],
@@ -140,7 +140,7 @@ def test_failures_are_told_and_text_is_escaped(whole, tmp_path):
             cell["samples_train"] = 17
     page, summary = _report(tmp_path, broken)
     assert "the loss is not finite" in page and "<script>" not in page
-    assert "Arm online:sec failed with seed 0" in summary
+    assert "Failed: online:sec (seed 0), online:sec (seed 1)" in summary
 
 
 def test_unequal_budgets_are_told(whole, tmp_path):
