@@ -38,7 +38,7 @@ def study(
     from omni_fast.study.plan import describe
 
     resolved, own = configs.load(config, rest or [])
-    design = Design(Path(config).stem, resolved, own)
+    design = Design(Path(config).name.removesuffix(".toml"), resolved, own)
     folder = run or Path("runs") / design.name
     for line in describe(design, folder, jobs) if dry_run else ():
         console.print(line, markup=False, soft_wrap=True)
