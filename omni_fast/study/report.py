@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -322,3 +323,9 @@ def _said(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_said(inner)}" for key, inner in value.items())
     return ", ".join(map(_said, value)) if isinstance(value, list) else str(value)
+
+
+if (
+    __name__ == "__main__"
+):  # python -m omni_fast.study.report FOLDER: a study's folder, or one that holds a packed study
+    print(write_report(Path(sys.argv[1])))
