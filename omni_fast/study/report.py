@@ -20,6 +20,7 @@ from omni_fast.report import charts
 from omni_fast.report.charts import Cell, Line, Mark, MarkRow, Stack, facts_table, text
 from omni_fast.report.verdict import Sentence, points
 from omni_fast.study import records
+from omni_fast.study.analysis import ArmRow
 from omni_fast.study.report_findings import (
     Findings,
     Table,
@@ -41,7 +42,7 @@ NOTES = {
         "Split test, mean over seeds; intervals are 95 % over seeds and items, paired between arms. Relative gains are"
         " ratios of average scores. One contrast was declared beforehand; p of the others are Holm-adjusted."
     ),
-    "Cost": "Every arm trains on the same number of samples; what measuring transfer costs on top is charged apart.",
+    "Cost": "Every full arm trains on the same number of samples; what measuring transfer costs on top is charged apart.",
     "Accuracy matrix": "Test score of every task after each stage, mean over the seeds that ran this order. Framed: trained.",
     "Transfer": (
         "How a stage of one task (rows) moves the score of another (columns), from the initial policy, split select."
@@ -133,9 +134,8 @@ def page(found: Findings) -> str:
 
 
 def _html(made: Table) -> str:
-    long = len(made.rows) > MAX_ORDERS // 2
     drawn = charts.table(made.heads, made.cells(), made.words)
-    if long:
+    if made.folded:
         return f"<details><summary>{text(made.title)}</summary>{drawn}</details>"
     return f"<h3>{text(made.title)}</h3>{drawn}"
 
@@ -172,11 +172,15 @@ def _gains(found: Findings) -> str:
     first, second = found.study.primary
     rows = [MarkRow(f"{first} − {second}", [_mark(found.primary.estimate, 0)], "declared")]
     rows += [
-        MarkRow(f"{row.arm.name} − joint", [_mark(row.over_joint.estimate, 0, True)], f"p {p_value(row.p_holm)}")
+        MarkRow(f"{row.arm.name} − joint", [_mark(row.over_joint.estimate, 0, True)], _p(row))
         for row in sorted(found.rows, key=lambda row: -row.over_joint.estimate.value)
         if math.isfinite(row.over_joint.estimate.value) and (row.arm.name, "joint") != found.study.primary
     ]
     return charts.mark_rows(rows, zero=True, label="difference of the average test score")
+
+
+def _p(row: ArmRow) -> str:
+    return f"p {p_value(row.p_holm)}" if math.isfinite(row.p_holm) else "one seed"
 
 
 def _cost(found: Findings) -> str:
@@ -185,7 +189,7 @@ def _cost(found: Findings) -> str:
         for row in found.rows
         if row.samples > 0
     ]
-    return charts.stacked_bars(stacks, unit="thousand samples")
+    return charts.stacked_bars(stacks, unit="k samples")
 
 
 def _matrices(found: Findings) -> str:

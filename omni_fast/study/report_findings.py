@@ -62,12 +62,13 @@ Value = str | int | float | Estimate | Contrast
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table; the first `words` columns are words, the others numbers. Text form of a value: `cell`."""
+    """A table; the first `words` columns are words, the others numbers. folded: a drawing above it shows the same."""
 
     title: str
     heads: Sequence[str]
     rows: Sequence[Sequence[Value]]
     words: int = 1
+    folded: bool = False
 
     def cells(self) -> list[list[str]]:
         return [[cell(value) for value in row] for row in self.rows]
@@ -196,7 +197,7 @@ def _transfer(part: TransferPart) -> list[Table]:
         rows.append((row.name, *shares[:2], a.spearman, a.kendall, shares[2], a.regret))
     heads = ["cheap measurement", "training", "evaluation", "Spearman", "Kendall", "pairs alike", "summed score lost"]
     return [
-        Table("Transfer, each effect", ["trained → scored on", "T", "p (alone)"], effects),
+        Table("Transfer, each effect", ["trained → scored on", "T", "p (alone)"], effects, folded=True),
         Table(
             "Agreement of one seed's cheap measurement with the full matrix of the other seeds (its own where it is alone)",
             heads,
@@ -208,9 +209,8 @@ def _transfer(part: TransferPart) -> list[Table]:
 def _orders(part: OrderPart) -> list[Table]:
     ranked = sorted(part.means.items(), key=lambda pair: -pair[1][0].value)
     rows = [(arrow(order), score, gain) for order, (score, gain) in ranked]
-    return [
-        Table(f"Every order over {len(part.seeds)} seeds", ["order", "average score", "minus the mean of all"], rows)
-    ]
+    heads = ["order", "average score", "minus the mean of all"]
+    return [Table(f"Every order over {len(part.seeds)} seeds", heads, rows, folded=True)]
 
 
 def _forecast(part: ForecastPart) -> list[Table]:
