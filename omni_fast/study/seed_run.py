@@ -7,6 +7,7 @@ which go through checkpoints, so that a killed stage is counted once.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,6 +40,8 @@ class SeedRun(Run):
         return found["evaluated"] if found else None
 
     def finish_evaluation(self, name: str, evaluated: Evaluated) -> None:
+        if bad := [task for task, entropy in evaluated["entropy"].items() if not math.isfinite(entropy)]:
+            raise RunError(f"{name} diverged: the entropy of its tokens is not finite on {', '.join(bad)}")
         self._save_state()  # first: what the rows count is known before the file says that they are complete
         self.write_node(name, self.describe(name) | {"evaluated": evaluated, "sweep": {}})
 

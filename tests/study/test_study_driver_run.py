@@ -1,0 +1,242 @@
+"""Small studies on two digit tasks: to the end, stopped and killed on the way, with arms that fail."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from omni_fast.curriculum.decide import decide
+from omni_fast.curriculum.transfer import measure
+from omni_fast.errors import UserError
+from omni_fast.study import config as configs
+from omni_fast.study import driver, records, tiny
+from omni_fast.study.arms import Design
+from omni_fast.study.records import Study
+
+pytestmark = pytest.mark.timeout(600)
+
+PROGRAM = str(Path(sys.executable).with_name("omni-fast"))
+CONFIG = """
+threads = 1
+model = {{ path = "{model}", dtype = "float32" }}
+rollout = {{ prompts_per_step = 4, samples_per_prompt = 4, max_prompt_tokens = 16 }}
+optimizer = {{ learning_rate = {rate} }}
+curriculum = {{ steps_per_stage = 3, refresh_steps = 2, order = ["sort", "scramble"] }}
+evaluation = {{ select_items = 12, test_items = 16, probe_items = 2, bootstrap_draws = 100 }}
+checkpoint = {{ every_steps = 2 }}
+judge = {{ backend = "rubric" }}
+study = {{ seeds = 1, other_seeds = 1, probe_steps = 1, temperatures = [1.0], merge_scales = [1.0, 2.0], arms = {arms} }}
+[[tasks]]
+name = "sort"
+kind = "python"
+cls = "omni_fast.study.tiny:Sort"
+max_new_tokens = 6
+[[tasks]]
+name = "scramble"
+kind = "python"
+cls = "omni_fast.study.tiny:Scramble"
+max_new_tokens = 6
+"""
+ALL = [
+    "base", "single", "joint", "solved", "reversed", "random", "user", "merge", "sft", "online", "refresh", "repeat",
+    "probe", "every_order",
+]  # fmt: skip
+FEW = ["base", "single", "joint", "solved", "merge"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.save_model(folder, 0, steps=600)
+    return folder
+
+
+def written(folder: Path, model: Path, arms: list[str], rate: float = 1e-3) -> Path:
+    path = folder / "small.toml"
+    path.write_text(CONFIG.format(model=model, rate=rate, arms=str(arms).replace("'", '"')))
+    return path
+
+
+def run(path: Path, folder: Path, *overrides: str) -> tuple[Study, str]:
+    told = Console(file=io.StringIO(), width=200)
+    study = driver.run(Design("small", *configs.load(str(path), overrides)), folder, 1, told)
+    return study, told.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Study]:
+    """config, folder, study: every arm, left alone."""
+    place = tmp_path_factory.mktemp("whole")
+    config = written(place, model, ALL)
+    return config, place / "run", run(config, place / "run")[0]
+
+
+def test_every_arm_is_finished_and_complete(whole: tuple[Path, Path, Study]) -> None:
+    study = whole[2]
+    assert [(cell.arm, cell.reason) for cell in study.cells if cell.status != "finished"] == []
+    assert len(study.cells) == 1 + 2 + 1 + 4 + 4 + 1 + 4 + 1 + 2 + 2 + 2
+    for cell in study.cells:
+        assert cell.base is not None and cell.final is not None
+        for node in (cell.base, *cell.stages):
+            assert {task: v.size for task, v in node.scores.values["select"].items()} == {"sort": 12, "scramble": 12}
+            assert {task: v.size for task, v in node.scores.values["test"].items()} == {"sort": 16, "scramble": 16}
+            assert set(node.scores.entropy) == {"sort", "scramble"} and len(node.weights) == 64
+        assert set(cell.final.sweep) == {1.0} and cell.final.sweep[1.0].values["test"]["sort"].size == 16
+
+
+def test_full_arms_have_equal_budgets_and_transfer_is_charged_apart(whole: tuple[Path, Path, Study]) -> None:
+    study = whole[2]
+    budget, single = 2 * 3 * 16, 3 * 16
+    for arm in (
+        "joint",
+        "solved",
+        "reversed",
+        "random",
+        "user",
+        "refresh",
+        "sft",
+        "merge:ties",
+        "online:sec",
+        "online:tac",
+    ):
+        (cell,) = study.of(arm)
+        assert cell.samples_train == budget, arm
+        charged = {"solved": single, "reversed": single, "refresh": 2 * single}.get(arm, 0)  # the other single-task run
+        assert cell.samples_transfer == charged, arm
+        assert cell.completions_transfer == (3 * 24 if charged else 0)
+    (base,) = study.of("base")
+    assert base.samples_train == 0 and base.final is base.base
+    (online,) = study.of("online:sec")
+    assert sum(online.mixture.values()) == pytest.approx(1.0)
+
+
+def test_arms_that_begin_alike_share_their_policies(whole: tuple[Path, Path, Study]) -> None:
+    study = whole[2]
+    (user,), (same,) = study.of("user"), study.of("order:sort>scramble")
+    assert user.stages == same.stages
+    assert study.of("single:sort")[0].final is user.stages[0] is study.pair(0, "sort")
+    assert study.pair(0, "sort", "sort") is study.of("repeat:sort")[0].final
+
+
+def test_the_solved_order_is_that_of_the_select_scores(whole: tuple[Path, Path, Study]) -> None:
+    study = whole[2]
+    (solved,), (reverse,) = study.of("solved"), study.of("reversed")
+    assert solved.base is not None
+    single = {}
+    for task in study.tasks:
+        node = study.pair(0, task)
+        assert node is not None
+        single[task] = node.scores.values["select"]
+    decision = decide(measure(solved.base.scores.values["select"], single, draws=100, seed=0))
+    assert solved.order == decision.order == tuple(reversed(reverse.order))
+    assert solved.statement == decision.statement
+
+
+def test_sketches_are_kept_of_the_first_gradients(whole: tuple[Path, Path, Study]) -> None:
+    for task in ("sort", "scramble"):
+        node = whole[2].pair(0, task)
+        assert node is not None and node.sketch is not None and node.sketch.shape == (256,)
+
+
+def test_a_packed_study_reads_the_same(whole: tuple[Path, Path, Study], tmp_path: Path) -> None:
+    _, folder, study = whole
+    packed = records.read(records.pack(folder, tmp_path))
+    assert packed.arms == study.arms and len(packed.cells) == len(study.cells)
+    for a, b in zip(packed.cells, study.cells, strict=True):
+        assert (
+            a.final is not None and b.final is not None and (a.arm, a.order, a.seconds) == (b.arm, b.order, b.seconds)
+        )
+        np.testing.assert_array_equal(a.final.scores.values["test"]["sort"], b.final.scores.values["test"]["sort"])
+
+
+def test_the_same_command_again_trains_nothing(whole: tuple[Path, Path, Study]) -> None:
+    config, folder, _ = whole
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("seeds/*/nodes/*.json")}
+    metrics = (folder / "seeds/0/metrics.jsonl").read_bytes()
+    again, told = run(config, folder)
+    assert {path: path.stat().st_mtime_ns for path in before} == before and "node" not in told
+    assert (folder / "seeds/0/metrics.jsonl").read_bytes() == metrics
+    assert {cell.status for cell in again.cells} == {"finished"}
+    with pytest.raises(UserError, match="another configuration .optimizer differ"):
+        run(config, folder, "optimizer.learning_rate=1e-5")
+
+
+def test_a_study_that_is_stopped_and_killed_ends_as_one_left_alone(
+    whole: tuple[Path, Path, Study], tmp_path: Path
+) -> None:
+    """Ctrl-C in the middle of an online stage, kill -9 in the middle of the imitation, then to the end."""
+    config, _, study = whole
+    folder = tmp_path / "run"
+    code, output = stopped(config, folder, signal.SIGKILL, lambda: any(folder.glob("seeds/0/checkpoints/sft*/*")))
+    assert code == -signal.SIGKILL
+    first = {path: path.read_bytes() for path in folder.glob("seeds/0/nodes/*.json")}
+    code, output = stopped(config, folder, signal.SIGINT, lambda: any(folder.glob("seeds/0/checkpoints/online.tac*/*")))
+    assert code == 130 and "the same command resumes" in output, output
+    resumed, _ = run(config, folder)
+    assert first and all(path.read_bytes() == text for path, text in first.items())
+    assert {cell.status for cell in resumed.cells} == {"finished"}
+    for a, b in zip(resumed.cells, study.cells, strict=True):
+        assert (a.arm, a.order, a.samples_train, a.mixture) == (b.arm, b.order, b.samples_train, b.mixture)
+        assert [node.weights for node in a.stages] == [node.weights for node in b.stages], a.arm
+
+
+def stopped(config: Path, folder: Path, number: signal.Signals, reached: Callable[[], bool]) -> tuple[int, str]:
+    """Start or resume, and send the signal as soon as `reached` holds."""
+    process = subprocess.Popen(
+        [PROGRAM, "study", str(config), "--run", str(folder)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )  # fmt: skip
+    give_up = time.monotonic() + 300
+    while not reached():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < give_up
+        time.sleep(0.002)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def test_an_arm_that_diverges_is_reported_and_the_others_go_on(model: Path, tmp_path: Path) -> None:
+    study, told = run(written(tmp_path, model, FEW, rate=1e39), tmp_path / "run")
+    assert [cell.arm for cell in study.cells if cell.status == "finished"] == ["base"]
+    failed = {cell.arm: cell.reason for cell in study.cells if cell.status == "failed"}
+    assert set(failed) == {arm.name for arm in study.arms} - {"base"} and "diverged" in failed["joint"]
+    assert "joint failed, the others go on" in told
+
+
+def test_a_task_that_nothing_scores_fails_what_needs_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny.Sort, "metric", lambda self, items, completions: [None] * len(items))
+    study, _ = run(written(tmp_path, model, FEW), tmp_path / "run")
+    by_arm = {cell.arm: cell for cell in study.cells}
+    assert by_arm["solved"].status == "failed" and "no item that every checkpoint scored" in by_arm["solved"].reason
+    assert by_arm["joint"].status == by_arm["merge:linear"].status == "finished"
+    assert by_arm["joint"].final is not None and np.isnan(by_arm["joint"].final.scores.mean("test", "sort"))
+
+
+def test_a_constant_score_is_told(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny.Sort, "metric", lambda self, items, completions: [1.0] * len(items))
+    study, told = run(written(tmp_path, model, ["base", "single", "solved"]), tmp_path / "run")
+    assert "sort: every policy has the same score (1.000)" in told
+    assert {cell.status for cell in study.cells} == {"finished"}
+
+
+def test_status_tells_what_is_missing(
+    cli: Callable[..., subprocess.CompletedProcess[str]], whole: tuple[Path, Path, Study], tmp_path: Path
+) -> None:
+    done = cli("study", "status", str(whole[1]))
+    assert done.returncode == 0 and "24 cells: 24 finished" in done.stdout, done.stdout + done.stderr
+    nothing = cli("study", "status", str(tmp_path))
+    assert nothing.returncode == 2 and "holds no study" in nothing.stderr
