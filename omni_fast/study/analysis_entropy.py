@@ -2,7 +2,7 @@
 
 The formulas are `curriculum.entropy`'s. Correction: base, single-task runs and final policies are all scored by sampling,
 once at temperature 1 and once each at 1 / its own effective temperature (between swept temperatures the score is
-interpolated); the forecast is made anew from either, and the residuals are compared. Entropy-aware order: solved with a
+interpolated, beyond them the last one is taken); the forecast is made anew from either, and the residuals are compared. Entropy-aware order: solved with a
 price on collapsing entropy, looked up in the tree of realised orders.
 """
 
@@ -28,12 +28,15 @@ WEIGHTS = (0.02, 0.05, 0.1, 0.2, 0.5)  # score per nat
 
 @dataclass(frozen=True, slots=True)
 class Residual:
-    """Mean |realised - forecast| at temperature 1 and corrected; the change over seeds; points outside the sweep."""
+    """Mean |realised - forecast| at temperature 1 and corrected; the change over seeds.
+
+    at_edge: share of the final scores that are corrected only as far as the sweep reaches.
+    """
 
     before: float
     after: float
     change: Contrast
-    left_out: int
+    at_edge: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,39 +128,53 @@ def _single(study: Study, seeds: list[int]) -> Floats | None:
 def _correction(study: Study, at: Realised) -> dict[str, Residual]:
     index = {task: k for k, task in enumerate(study.tasks)}
     measured = [nodes for seed in at.measured_on if (nodes := _singles(study, seed)) and all(n.sweep for n in nodes)]
-    leaves = {key: node for key, node in at.leaves.items() if node.sweep}
+    bases = {seed: base for seed in at.seeds if (base := study.pair(seed)) and base.sweep}
+    leaves = {key: node for key, node in at.leaves.items() if node.sweep and key[0] in bases}
     if not measured or not leaves:
         return {}
 
-    def scored(base: Node, node: Node, corrected: bool) -> list[float]:
-        temperatures = [1.0 / tau for tau in _taus(base, node, study.tasks)] if corrected else [1.0] * len(study.tasks)
-        return [_at(node, task, t) for task, t in zip(study.tasks, temperatures, strict=True)]
-
     off_PNK = []  # at temperature 1 and corrected; per leaf and task
     for corrected in (False, True):
-        scores_MK = _mean([[scored(nodes[0], node, corrected) for node in nodes] for nodes in measured])
+        scores_MK = _mean([[_decoded(nodes[0], node, study.tasks, corrected) for node in nodes] for nodes in measured])
         rows = []
         for (seed, order), node in leaves.items():
-            base, stages = study.pair(seed), [index[task] for task in order]
-            assert base is not None  # every run of a seed starts from it
+            base, stages = bases[seed], [index[task] for task in order]
             told = additive_rows(scores_MK[0], np.diagonal(scores_MK[1:]), scores_MK[1:] - scores_MK[0], stages)[-1]
-            rows.append(np.abs(np.array(scored(base, node, corrected)) - np.clip(told, 0.0, 1.0)))
+            rows.append(np.abs(np.array(_decoded(base, node, study.tasks, corrected)) - np.clip(told, 0.0, 1.0)))
         off_PNK.append(np.stack(rows))
     seed_N = np.array([seed for seed, _ in leaves])
+    edge_NK = np.array(
+        [[_correcting(bases[seed], node, task)[1] for task in study.tasks] for (seed, _), node in leaves.items()]
+    )
     columns = {task: [k] for task, k in index.items()} | {ALL: list(index.values())}
-    return {name: _residual(off_PNK[0][:, k], off_PNK[1][:, k], seed_N) for name, k in columns.items()}
+    return {name: _residual(off_PNK[0][:, k], off_PNK[1][:, k], edge_NK[:, k], seed_N) for name, k in columns.items()}
 
 
-def _residual(before_NK: Floats, after_NK: Floats, seed_N: Floats) -> Residual:
+def _decoded(base: Node, node: Node, tasks: Names, corrected: bool) -> list[float]:
+    """Score of each task, sampled at temperature 1 or at the one that undoes the policy's own."""
+    return [_at(node, task, _correcting(base, node, task)[0] if corrected else 1.0) for task in tasks]
+
+
+def _correcting(base: Node, node: Node, task: str) -> tuple[float, bool]:
+    """1 / the effective temperature, as far as both sweeps reach, and whether it lies beyond them."""
+    grid, own = sorted(base.sweep), sorted(node.sweep)
+    tau = _taus(base, node, (task,))[0]
+    target, coldest = _entropies(node, (task,))[0], base.sweep[grid[0]].entropy.get(task, math.nan)
+    known = tau if math.isfinite(tau) else grid[0] if target < coldest else grid[-1] if target >= coldest else math.nan
+    inside = float(np.clip(1.0 / known, own[0], own[-1]))
+    return inside, not (math.isfinite(tau) and inside == 1.0 / tau)
+
+
+def _residual(before_NK: Floats, after_NK: Floats, edge_NK: Floats, seed_N: Floats) -> Residual:
     """Compared on points known both ways; the seeds are what the interval is over, orders of one seed share stages."""
     known = np.isfinite(before_NK) & np.isfinite(after_NK)
     before, after = (np.where(known, x, np.nan) for x in (before_NK, after_NK))
     by_seed = [(after - before)[seed_N == seed] for seed in np.unique(seed_N)]
     changes = np.array([np.nanmean(x) for x in by_seed if np.isfinite(x).any()])
-    left_out = int((~known).sum())
     if not known.any():
-        return Residual(math.nan, math.nan, UNKNOWN, left_out)
-    return Residual(float(np.nanmean(before)), float(np.nanmean(after)), over_seeds(changes), left_out)
+        return Residual(math.nan, math.nan, UNKNOWN, math.nan)
+    edge = float(edge_NK[known].mean())
+    return Residual(float(np.nanmean(before)), float(np.nanmean(after)), over_seeds(changes), edge)
 
 
 def _ablation(study: Study, at: Realised, draws: Draws) -> dict[float, tuple[Names, Contrast | None]]:

@@ -242,10 +242,10 @@ def _assumptions(part: AssumptionPart) -> list[Table]:
 def _entropy(part: EntropyPart) -> list[Table]:
     rows = [(f"{w:g}", arrow(order), gain or "the same order") for w, (order, gain) in part.ablation.items()]
     heads = ["price, score per nat", "order", "average score against the order without it"]
-    residuals = [(name, r.before, r.after, r.change, r.left_out) for name, r in part.residuals.items()]
+    residuals = [(name, r.before, r.after, r.change, f"{r.at_edge:.0%}") for name, r in part.residuals.items()]
     title = "What the forecast misses, sampled at temperature 1 and at 1 / the effective temperature"
     return [
-        Table(title, ["task", "at 1", "corrected", "change", "points outside the sweep"], residuals),
+        Table(title, ["task", "at 1", "corrected", "change", "beyond the sweep"], residuals),
         Table("Entropy-aware order, looked up among the realised ones", heads, rows, words=2),
     ]
 
@@ -438,7 +438,7 @@ def _is_it_entropy(part: EntropyPart | None) -> list[Sentence]:
         "open": ("open", "does not change beyond noise"),
     }
     tone, what = told[_tone(whole.change)]
-    outside = f" ({whole.left_out} points lie outside the sweep)" if whole.left_out else ""
+    outside = f" ({whole.at_edge:.0%} of the scores only as far as the sweep reaches)" if whole.at_edge > 0 else ""
     text = (
         f"Decoding each policy at its own effective temperature {what} what the forecast misses: from {whole.before:.3f} to"
         f" {whole.after:.3f}, change {cell(whole.change)}{outside}."

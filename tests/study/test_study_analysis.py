@@ -237,11 +237,21 @@ def test_temperature_correction_helps_where_heat_was_the_cause(effect, null):
     assert part.tau["solved"].shape == (5, 4) and part.tau["solved"][0] == pytest.approx(1.0)
     assert part.tau["reversed"][1] == pytest.approx(0.85), "the first stage of the reversed order is math"
     whole = part.residuals["all tasks"]
-    assert len(part.residuals) == 5 and whole.left_out == 0 and whole.after < 0.9 * whole.before
+    assert len(part.residuals) == 5 and whole.at_edge == 0 and whole.after < 0.9 * whole.before
     assert whole.change.estimate.value == pytest.approx(whole.after - whole.before)
     assert set(part.ablation) == {0.02, 0.05, 0.1, 0.2, 0.5}
     at = analysis_orders.realised(null)
     assert abs(entropy_part(null, at, None).residuals["all tasks"].change.estimate.value) < 0.01
+
+
+def test_a_short_sweep_corrects_as_far_as_it_reaches(whole, tmp_path):
+    short = copy.deepcopy(whole)
+    for node in short["nodes"]:
+        node["sweep"] = {t: found for t, found in node["sweep"].items() if float(t) in (0.75, 1.0)}
+    study = records.read(write(tmp_path, short))
+    found = entropy_part(study, analysis_orders.realised(study), None).residuals["all tasks"]
+    assert found.at_edge == 1.0, "every policy ends colder than the initial one, and nothing above 1 was swept"
+    assert found.after == found.before and found.change.estimate.value == 0.0
 
 
 def test_a_constant_task_failed_arms_and_missing_seeds_are_named(whole, tmp_path):
