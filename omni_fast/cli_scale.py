@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from omni_fast import config as configs
+from omni_fast.errors import UserError
 from omni_fast.launch import Kind, Place, render
+
+if TYPE_CHECKING:
+    from omni_fast.predict_plan import Fleet, Plan
+    from omni_fast.predict_step import Work
 
 scale_app = typer.Typer()
 
@@ -35,3 +45,127 @@ def launch(
     """
     place = Place(nodes, gpus_per_node, run, tuple(line or ()), image, server_image, claim)
     typer.echo(render(kind, config, overrides or (), place), nl=False)
+
+
+@scale_app.command()
+def predict(
+    config: Annotated[
+        str, typer.Argument(help="TOML file or recipe: prompts, samples and longest completion are its.")
+    ] = "",
+    overrides: Overrides = None,
+    model_shape: Annotated[
+        str, typer.Option(help="A folder with config.json, or a name such as qwen2.5-7b.")
+    ] = "qwen2.5-7b",
+    gpus: Annotated[int, typer.Option(min=1)] = 8,
+    machine: Annotated[str, typer.Option(help="h100, h200, b200, or cpu: the one this was fitted on.")] = "h100",
+    trainer_gpus: Annotated[
+        int, typer.Option(min=0, help="0: find the best split; all: train and generate in turns.")
+    ] = 0,
+    server_gpus: Annotated[int, typer.Option(min=0, help="Of one replica; 0: the fewest that do.")] = 0,
+    prompts: Annotated[int, typer.Option(min=1)] = 128,
+    samples: Annotated[int, typer.Option(min=2)] = 8,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Mean.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Mean.")] = 1500,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where a completion is cut.")] = 8192,
+    spread: Annotated[float, typer.Option(min=0.0, help="Standard deviation / mean of the lengths.")] = 0.7,
+    mixed: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the groups whose rewards differ.")] = 1.0,
+    staleness: Annotated[int, typer.Option(min=0)] = 0,
+    sync_gb_s: Annotated[float, typer.Option(min=0.0, help="Of the weights to all servers; 0: as published.")] = 0.0,
+    sync_share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Of the weights that travels; deltas are small.")
+    ] = 1.0,
+    hours_between_failures: Annotated[float, typer.Option(min=0.0, help="Of one server; 0: none fails.")] = 0.0,
+    price: Annotated[float, typer.Option(min=0.0, help="Dollars a GPU and hour.")] = 0.0,
+    study: Annotated[
+        int, typer.Option(min=0, help="Steps a stage of a whole study of four tasks and three seeds.")
+    ] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Write the splits as PNG, for this staleness and for 0.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Predict a step before buying it: seconds by part, memory, what limits it, and the best split of the GPUs.
+
+    A roofline and a simulation. On GPUs nothing of it was measured by us: see docs/scale.md for what the figures rest on.
+    Examples: `omni-fast predict --gpus 64 --staleness 1`, `omni-fast predict --gpus 8 --study 100 --price 2.5`
+    """
+    from omni_fast.predict_machines import MACHINES, read_shape
+    from omni_fast.predict_plan import Fleet, draw, plan, splits
+    from omni_fast.predict_step import Work
+
+    if machine not in MACHINES:
+        raise UserError(f"--machine {machine} is not known; known: {', '.join(MACHINES)}")
+    if config:
+        resolved = configs.load(config, tuple(overrides or ()))
+        prompts, samples = resolved.rollout.prompts_per_step, resolved.rollout.samples_per_prompt
+        max_new_tokens = max(task.max_new_tokens for task in resolved.tasks)
+        new_tokens, prompt_tokens = (
+            min(new_tokens, max_new_tokens),
+            min(prompt_tokens, resolved.rollout.max_prompt_tokens),
+        )
+    if new_tokens > max_new_tokens:
+        raise UserError(f"--new-tokens {new_tokens}, the mean, is above --max-new-tokens {max_new_tokens}, the cut")
+    fleet = Fleet(
+        read_shape(model_shape),
+        machine,
+        gpus,
+        server_gpus,
+        staleness,
+        sync_gb_s * 1e9,
+        sync_share,
+        hours_between_failures,
+    )
+    work = Work(prompts, samples, prompt_tokens, new_tokens, max_new_tokens, spread, mixed=mixed)
+    if trainer_gpus > gpus:
+        raise UserError(f"--trainer-gpus {trainer_gpus} is more than --gpus {gpus}")
+    if plot and (trainer_gpus or gpus == 1):
+        raise UserError("--plot shows all splits: leave out --trainer-gpus, and give two GPUs or more")
+    found = [plan(fleet, work, trainer_gpus)] if trainer_gpus else splits(fleet, work)
+    best = min(found, key=lambda one: one.timing.step)
+    if as_json:
+        typer.echo(json.dumps({"best": asdict(best), "splits": [asdict(one) for one in found]}))
+    else:
+        typer.echo(_table(found, best, work, fleet, price, study))
+    if plot:
+        series = {f"staleness {staleness}": found}
+        if staleness:
+            series["staleness 0"] = splits(replace(fleet, staleness=0), work)
+        draw(series, f"{model_shape} on {gpus} x {machine}, {prompts} x {samples} samples of {new_tokens} tokens", plot)
+
+
+def _table(found: Sequence[Plan], best: Plan, work: Work, fleet: Fleet, price: float, study: int) -> str:
+    from omni_fast.predict_machines import MACHINES
+    from omni_fast.predict_plan import study_steps
+
+    columns: list[tuple[str, Callable[[Plan], str]]] = [
+        ("train", lambda one: str(one.trainer_gpus) if one.trainer_gpus < fleet.gpus else "turns"),
+        ("servers", lambda one: f"{one.servers} x {one.server_gpus}"),
+        ("step s", lambda one: f"{one.timing.step:.1f}"),
+        ("wait", lambda one: f"{one.timing.waiting:.1f}"),
+        ("update", lambda one: f"{one.timing.update:.1f}"),
+        ("sync", lambda one: f"{one.timing.sync:.1f}"),
+        ("tail", lambda one: f"{one.timing.tail:.1f}"),
+        ("idle", lambda one: f"{one.timing.idle:.0%}"),
+        ("stale", lambda one: f"{one.timing.staleness:.1f}"),
+        ("GB", lambda one: f"{one.trainer_memory / 1e9:.0f}"),
+        ("tok/s/GPU", lambda one: f"{work.tokens / one.timing.step / fleet.gpus:.0f}"),
+        ("limit", lambda one: one.limit),
+    ]
+    rows = [[name for name, _ in columns], *([cell(one) for _, cell in columns] for one in found)]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(columns))]
+    marks = [" ", *("*" if one is best else " " for one in found)]
+    lines = [
+        f"{mark} {'  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))}".rstrip()
+        for mark, row in zip(marks, rows, strict=True)
+    ]
+    if best.timing.lost_tokens:
+        lines.append(f"failures lose {best.timing.lost_tokens / fleet.steps:,.0f} tokens a step")
+    lines.append(f"predicted; {MACHINES[fleet.machine].source}; {fleet.share.source}")
+    if fleet.machine != "cpu" and best.trainer_gpus > 1:
+        lines.append("a trainer on several GPUs: see docs/scale.md for what of it exists")
+    if study:
+        steps = study_steps(4, study, 3)
+        hours = steps * best.timing.step / 3600
+        cost = f", {hours * fleet.gpus * price:,.0f} dollars" if price else ""
+        lines.append(
+            f"study: {steps:,} steps, {hours:,.0f} h, {hours * fleet.gpus:,.0f} GPU hours{cost}, evaluation not counted"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,152 @@
+"""How many GPUs should train and how many generate, how long a step then takes, what limits it, and what a study costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from omni_fast.errors import UserError
+from omni_fast.predict_fleet import Timing, simulate
+from omni_fast.predict_machines import CPU, CPU_SYNC_BYTES_S, DENSE, EXPERTS, MACHINES, SYNC_BYTES_S, Efficiency, Shape
+from omni_fast.predict_step import (
+    NETWORK_SHARE,
+    USABLE,
+    WEIGHT,
+    Server,
+    Trainer,
+    Work,
+    smallest_server,
+    smallest_trainer,
+)
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What there is. machine: of `MACHINES`. server_gpus: of one replica, 0: the fewest that do. sync_share: of the weights'
+    bytes that travel at a sync, at sync_bytes_s (0: as fast as published, or measured on the CPU); servers stand still meanwhile. hours_between_failures: of one replica, 0: none."""
+
+    shape: Shape
+    machine: str
+    gpus: int
+    server_gpus: int = 0
+    staleness: int = 0
+    sync_bytes_s: float = 0.0
+    sync_share: float = 1.0
+    hours_between_failures: float = 0.0
+    steps: int = 8
+
+    @property
+    def share(self) -> Efficiency:
+        return CPU if self.machine == "cpu" else EXPERTS if self.shape.experts else DENSE
+
+    @property
+    def server(self) -> Server:
+        machine = MACHINES[self.machine]
+        return Server(self.shape, machine, self.share, self.server_gpus or smallest_server(self.shape, machine))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to use a fleet. trainer_gpus == the fleet's: its GPUs generate and train in turns. Memory in bytes of a GPU."""
+
+    trainer_gpus: int
+    servers: int
+    server_gpus: int
+    update: dict[str, float]
+    timing: Timing
+    trainer_memory: float
+    slots: int
+    limit: str
+
+
+def plan(fleet: Fleet, work: Work, trainer_gpus: int) -> Plan:
+    """The fleet with so many GPUs training; all of them: in turns with generating. UserError where it cannot fit."""
+    machine, server = MACHINES[fleet.machine], fleet.server
+    turns = trainer_gpus == fleet.gpus
+    trainer = Trainer(fleet.shape, machine, fleet.share, trainer_gpus)
+    servers = (fleet.gpus if turns else fleet.gpus - trainer_gpus) // server.gpus
+    slots = server.slots(work)
+    if slots < 1:
+        raise UserError(
+            f"a server of {server.gpus} x {fleet.machine} has no room for one sample of {work.max_new_tokens} tokens beside "
+            f"{WEIGHT * fleet.shape.parameters / 1e9:.0f} GB of weights: give more --server-gpus"
+        )
+    if trainer.memory > USABLE * machine.memory:
+        raise UserError(
+            f"training needs {trainer.memory / 1e9:.0f} GB on each of {trainer_gpus} x {fleet.machine}, which have "
+            f"{USABLE * machine.memory / 1e9:.0f} GB to use: {smallest_trainer(fleet.shape, machine)} GPUs are the fewest"
+        )
+    if servers < 1:
+        raise UserError(f"{fleet.gpus - trainer_gpus} GPUs are left for servers of {server.gpus}: give more --gpus")
+    update = trainer.update_s(work)
+    # In turns every server collects its own part of the weights, all at once.
+    rate = fleet.sync_bytes_s or (CPU_SYNC_BYTES_S if fleet.machine == "cpu" else SYNC_BYTES_S)
+    if turns and fleet.machine != "cpu":
+        rate = server.gpus * NETWORK_SHARE * machine.network
+    sync = WEIGHT * fleet.shape.parameters * fleet.sync_share / rate
+    failures = 1 / (3600 * fleet.hours_between_failures) if fleet.hours_between_failures else 0.0
+    timing = simulate(
+        server, servers, work, sum(update.values()), sync,
+        staleness=0 if turns else fleet.staleness, failures_per_s=failures, steps=fleet.steps,
+    )  # fmt: skip
+    limit = _limit(server, work, update, timing, (fleet.staleness + 1) * work.batch / servers)
+    return Plan(trainer_gpus, servers, server.gpus, update, timing, trainer.memory, slots, limit)
+
+
+def splits(fleet: Fleet, work: Work) -> list[Plan]:
+    """About a dozen ways to split the GPUs between training and generating, and that of taking turns, last."""
+    first, width = smallest_trainer(fleet.shape, MACHINES[fleet.machine]), fleet.server.gpus
+    stride = max(width, fleet.gpus // 16 // width * width)
+    counts = [count for count in range(stride, fleet.gpus, stride) if count >= first and fleet.gpus - count >= width]
+    return [plan(fleet, work, count) for count in [*counts, fleet.gpus]]
+
+
+def study_steps(tasks: int, steps_per_stage: int, seeds: int) -> int:
+    """Of a study that measures transfer and compares curriculum, reversed, random and joint: per seed one run per task, three
+    orders (each begins with a run that exists), and joint training as long as an order."""
+    return seeds * steps_per_stage * (tasks + 3 * (tasks - 1) + tasks)
+
+
+def _limit(server: Server, work: Work, update: dict[str, float], timing: Timing, in_flight: float) -> str:
+    """The largest part of the step, and of that the largest reason. in_flight: samples of a server that staleness allows."""
+    part = max(("waiting", "update", "sync"), key=lambda name: float(getattr(timing, name)))
+    if part == "sync":
+        return "weight sync"
+    if part == "update":
+        reason = max(update, key=lambda name: update[name])
+        return {"compute": "arithmetic of the update", "gather": "network of the trainer", "optimiser": "optimiser"}[
+            reason
+        ]
+    if timing.idle > 0.3:
+        return "the longest samples"
+    rows = server.slots(work)
+    if in_flight < rows:
+        return "samples in flight (staleness)"
+    context = rows * (work.prompt_tokens / (work.samples if work.shared else 1) + work.new_tokens / 2)
+    free = replace(server, share=replace(server.share, decode_bytes=float("inf")))
+    bandwidth = 1 - free.decode_s(rows, context) / server.decode_s(rows, context)
+    return "memory bandwidth of the servers" if bandwidth > 0.5 else "arithmetic of the servers"
+
+
+def draw(plans: Mapping[str, Sequence[Plan]], title: str, path: Path) -> None:
+    """Seconds a step against the trainer's GPUs, a line for each series; what takes turns is a dashed line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, found in plans.items():
+        *apart, turns = found
+        line = axes.plot(
+            [one.trainer_gpus for one in apart], [one.timing.step for one in apart], marker="o", label=name
+        )
+        best = min(apart, key=lambda one: one.timing.step)
+        axes.annotate(f"{best.timing.step:.0f} s", (best.trainer_gpus, best.timing.step), xytext=(0, -14),
+                      textcoords="offset points", ha="center", color=line[0].get_color())  # fmt: skip
+    axes.axhline(turns.timing.step, linestyle="--", color="grey", label="all GPUs in turns")
+    axes.set(xlabel="GPUs that train", ylabel="seconds a step (predicted)", title=title, ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
