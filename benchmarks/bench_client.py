@@ -5,8 +5,9 @@
 Client: groups of n = 8 samples of 64 tokens with log-probs, asked and read as in training, from a server that computes
 nothing (tests/rollout/fake_sglang.py, in a process of its own, answering from memory), so that client and server have a
 core each. The peers are the parts that no client of this contract is without: parsing the same answers (`json.loads`), and
-the same requests through httpx alone. Sync: SmolLM2's shapes with 6 of its 30 layers (49 M weights, fp32), random, both
-transports against the same server; `verify` reads two tensors back.
+the same requests through httpx alone. Sync: SmolLM2's shapes with 6 of its 30 layers (49 M weights, fp32), random, by each
+transport to the same server; `verify` reads two tensors back. `as bf16`: cast on the way, for servers that hold bf16. The
+cast's peer is a plain copy of the same numbers, both in one thread.
 Contenders take turns in every round; medians over rounds, with the spread.
 """
 
@@ -25,6 +26,7 @@ import time
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import get_args
 
 import httpx
 import torch
@@ -33,7 +35,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from omni_fast.rollout.engine import Prompt, Sampling
 from omni_fast.rollout.fleet import Fleet
 from omni_fast.rollout.sglang import SGLangEngine, read, request
-from omni_fast.sync import WeightSync
+from omni_fast.sync import Transport, WeightSync
+from omni_fast.sync.plan import make_plan
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "rollout"))
 from fake_sglang import FakeSGLang, sample
@@ -105,20 +108,35 @@ def main() -> None:
     url = here.recv()
     policy = model()
     seen: dict[str, list[float]] = {}
+    numbers = torch.randn(sum(value.numel() for value in policy.parameters()))
+    casts = {
+        "copy fp32": torch.empty_like(numbers),
+        "cast fp32 to bf16": torch.empty_like(numbers, dtype=torch.bfloat16),
+    }
+    for into in casts.values():
+        into.zero_()  # touch the pages
 
     def note(name: str, value: float) -> None:
         seen.setdefault(name, []).append(value)
 
     with tempfile.TemporaryDirectory() as folder:
         fleet = Fleet([url], in_flight=IN_FLIGHT, say=print)
-        syncs = {kind: WeightSync(fleet, policy, Path(folder), transport=kind) for kind in ("disk", "tensor")}
+        syncs = {kind: WeightSync(fleet, policy, Path(folder), transport=kind) for kind in get_args(Transport)[:3]}
+        for kind in ("tensor", "distributed"):
+            syncs[f"{kind}, as bf16"] = WeightSync(fleet, policy, Path(folder), transport=kind)
+            syncs[f"{kind}, as bf16"].plan = make_plan(policy, dtype=torch.bfloat16)
         engine = SGLangEngine(fleet, syncs["tensor"])
         engine.generate(PROMPTS[:50], N, SAMPLING)  # opens the connections
         bytes_ = answer(syncs["tensor"].tag)
         for round_ in range(options.rounds):
-            for kind, sync in syncs.items():
-                for phase, seconds in sync.push(2 * round_ + (kind == "tensor")).items():
+            for version, (kind, sync) in enumerate(syncs.items(), 1 + round_ * 9):
+                for phase, seconds in sync.push(version).items():
                     note(f"sync {kind} {phase} ms", 1e3 * seconds)
+            engine.sync(9 + round_ * 9)
+            for name, into in casts.items():
+                started = time.perf_counter()
+                into.copy_(numbers)
+                note(f"{name}, GB/s", numbers.numel() * (4 + into.itemsize) / (time.perf_counter() - started) / 1e9)
             started, busy = time.perf_counter(), time.process_time()
             found = engine.generate(PROMPTS, N, SAMPLING)
             took, busy = time.perf_counter() - started, time.process_time() - busy

@@ -1,45 +1,65 @@
-"""Runs when the engine's Python starts on a CPU: lets a torchvision wheel built for CUDA load beside a CPU torch.
+"""Runs when the engine's Python starts on a CPU: prepares torch just before two modules load that need it otherwise.
 
-The wheel registers fakes for two operators that only its compiled CUDA library defines, and fails where they are not
-known. Declaring both just before it loads is enough: nothing calls them. A stub torchvision would not do, because
-transformers imports real names from it.
+A torchvision wheel built for CUDA registers fakes for two operators that only its compiled CUDA library defines, and fails
+where they are not known. Declaring both is enough: nothing calls them. A stub torchvision would not do, because
+transformers imports real names from it. SGLang's LoRA keeps small tables in pinned memory, which only a CUDA driver can
+give; on a CPU plain memory is the same.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 OPERATORS = ("nms", "qnms")
+KEPT: list[object] = []  # declarations live as long as a reference to them
 
 
-class DeclareBeforeTorchvision(MetaPathFinder):
-    """Finds torchvision as usual, and declares its operators when it is executed."""
+def declare_operators() -> None:
+    import torch
 
-    library: object  # the declarations live as long as this reference
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in OPERATORS:
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    KEPT.append(library)
+
+
+def pin_nothing() -> None:
+    import torch
+
+    def plain(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *args, pin_memory=False, **options: make(*args, **options)
+
+    torch.tensor, torch.zeros = plain(torch.tensor), plain(torch.zeros)
+    torch.Tensor.pin_memory = lambda self, device=None: self  # type: ignore[method-assign,assignment]
+
+
+BEFORE: dict[str, Callable[[], None]] = {
+    "torchvision": declare_operators,
+    "sglang.srt.lora.lora_manager": pin_nothing,
+}
+
+
+class Prepare(MetaPathFinder):
+    """Finds these modules as usual, and prepares torch when they are executed."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path) if name == "torchvision" else None
+        spec = PathFinder.find_spec(name, path) if name in BEFORE else None
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
-        def declare_and_execute(module: ModuleType) -> None:
-            import torch
-
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            for operator in OPERATORS:
-                library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            self.library = library
+        def prepare_and_execute(module: ModuleType) -> None:
+            BEFORE[name]()
             execute(module)
 
-        spec.loader.exec_module = declare_and_execute  # type: ignore[method-assign]
+        spec.loader.exec_module = prepare_and_execute  # type: ignore[method-assign]
         return spec
 
 
-sys.meta_path.insert(0, DeclareBeforeTorchvision())
+sys.meta_path.insert(0, Prepare())

@@ -1,0 +1,262 @@
+"""How fast do weights reach a real SGLang server, does it then sample from the policy, how fast, and how quickly does it sleep?
+
+    python benchmarks/bench_engine_gpu.py [--output FILE] [--budget-s 540]     on a GPU
+    python benchmarks/bench_engine_gpu.py --small                              a tiny model, on any machine: shows that it runs
+
+Random weights in the shapes of a 0.6B and a 7B model; the policy and its server share the GPU. A server starts without
+weights and gets them from the policy, so nothing is downloaded. Measured: the seconds of a weight sync by phase, each
+transport in turn, medians over rounds; the mismatch of log-probs between server and policy (bf16 on both sides); tokens a
+second; how long the server's memory is given back and taken again, and how much that is.
+A part that fails is written down with its reason and costs no other part; the file is written after each; parts for which
+no time is left are named. SGLang is taken from `omni-fast engine install`, or from OMNI_FAST_ENGINE_PYTHON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from omni_fast import serving
+from omni_fast.rollout.engine import Prompt, Sample, Sampling
+from omni_fast.rollout.fleet import Fleet
+from omni_fast.rollout.sglang import SGLangEngine
+from omni_fast.sync import Transport, WeightSync
+
+SHAPES: dict[str, dict[str, int | bool]] = {
+    "small": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "intermediate_size": 128, "vocab_size": 512, "tie_word_embeddings": True},
+    "0.6B": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+             "intermediate_size": 3072, "vocab_size": 151936, "tie_word_embeddings": True},
+    "7B": {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+           "intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False},
+}  # fmt: skip
+TARGETS = {"0.6B sync": 0.2, "7B sync": 1.0, "pause": 0.1}  # seconds on one H200
+DUMMY = ("--load-format", "dummy", "--skip-tokenizer-init", "--log-level", "warning")
+CUDA = ("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none",
+        "--mem-fraction-static", "0.4")  # fmt: skip
+Spread = dict[str, float]
+Numbers = dict[str, float | str | Spread]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked of each server."""
+
+    rounds: int
+    prompts: int
+    n: int
+    tokens: int
+    on_gpu: bool
+
+
+@dataclass
+class Served:
+    """A server, and the policy whose weights it gets."""
+
+    url: str
+    model: LlamaForCausalLM
+    folder: Path
+    started_s: float
+
+    @contextmanager
+    def engine(self, transport: Transport) -> Iterator[SGLangEngine]:
+        fleet = Fleet([self.url], in_flight=256, say=print)
+        weights = WeightSync(fleet, self.model, self.folder / "weights", transport=transport)
+        try:
+            yield SGLangEngine(fleet, weights, request_s=120, wait_s=10)
+        finally:
+            weights.close()
+            fleet.close()
+
+
+@contextmanager
+def served(size: str, case: Case, *flags: str) -> Iterator[Served]:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        config = LlamaConfig(
+            **SHAPES[size], max_position_embeddings=4096, dtype="bfloat16" if case.on_gpu else "float32"
+        )
+        config.architectures = ["LlamaForCausalLM"]
+        config.save_pretrained(folder)
+        torch.manual_seed(0)
+        with torch.device("cuda" if case.on_gpu else "cpu"):
+            model = LlamaForCausalLM(config).to(torch.bfloat16 if case.on_gpu else torch.float32).eval()
+        device = serving.install.default_device() if not case.on_gpu else "cuda"
+        dtype = "bfloat16" if case.on_gpu else "float32"
+        launch = serving.Launch(
+            "policy-0", str(folder), device, dtype, (*DUMMY, *(CUDA if device == "cuda" else ()), *flags)
+        )
+        started = time.perf_counter()
+        stack.callback(serving.down, folder / "servers")
+        (server,) = serving.start([launch], folder / "servers", timeout_s=200, say=print)
+        yield Served(server.url, model, folder, time.perf_counter() - started)
+
+
+def spread(seen: list[float]) -> Spread:
+    return {name: round(of(seen), 5) for name, of in (("median", statistics.median), ("low", min), ("high", max))}
+
+
+def sync(place: Served, case: Case, transport: Transport) -> Numbers:
+    """Seconds by phase; the first one, with what is made once, apart."""
+    seen: dict[str, list[float]] = {}
+    with place.engine(transport) as engine:
+        for version in range(1, case.rounds + 1):
+            with torch.no_grad():
+                for parameter in place.model.parameters():
+                    parameter.mul_(1.001)
+            for phase, seconds in engine.sync(version).items():
+                seen.setdefault(phase, []).append(seconds)
+        if not engine.fleet.ready:
+            raise RuntimeError(engine.fleet.reasons())
+    size = sum(value.numel() * value.element_size() for value in place.model.parameters())
+    total = statistics.median(seen["seconds/sync_total"])
+    return {phase: spread(values) for phase, values in seen.items()} | {
+        "GB": round(size / 1e9, 2), "GB/s": round(size / total / 1e9, 2), "checked": "version and 2 tensors each time",
+    }  # fmt: skip
+
+
+def asked(case: Case, vocabulary: int) -> list[Prompt]:
+    draw = torch.Generator().manual_seed(1)
+    return [
+        Prompt(torch.randint(3, vocabulary, (64,), generator=draw).tolist(), place) for place in range(case.prompts)
+    ]
+
+
+@torch.no_grad()
+def parity(place: Served, case: Case) -> Numbers:
+    """The server's log-probs of its samples less the policy's own, in nats."""
+    prompts = asked(case, place.model.config.vocab_size)[:8]
+    gaps: list[torch.Tensor] = []
+    with place.engine("tensor") as engine:
+        groups = engine.generate(prompts, 2, Sampling(max_new_tokens=min(case.tokens, 64)))
+    for prompt, group in zip(prompts, groups, strict=True):
+        for sample in group:
+            gaps.append(torch.tensor(sample.logprobs) - own(place.model, prompt, sample))
+    gap = torch.cat(gaps)
+    k3 = (gap.neg().exp() - 1 + gap).mean()
+    return {"tokens": float(len(gap)), "mean |gap|": float(gap.abs().mean()), "max |gap|": float(gap.abs().max()), "k3": float(k3)}  # fmt: skip
+
+
+def own(model: LlamaForCausalLM, prompt: Prompt, sample: Sample) -> torch.Tensor:
+    tokens = torch.tensor([[*prompt.tokens, *sample.tokens]], device=model.device)
+    rows = model(input_ids=tokens).logits[0, len(prompt.tokens) - 1 : -1].float().log_softmax(-1)
+    return rows.gather(1, tokens[0, len(prompt.tokens) :, None])[:, 0].cpu()
+
+
+def speed(place: Served, case: Case) -> Numbers:
+    prompts, sampling = asked(case, place.model.config.vocab_size), Sampling(max_new_tokens=case.tokens)
+    seen = []
+    with place.engine("tensor") as engine:
+        for _ in range(3):  # the first one compiles
+            started = time.perf_counter()
+            groups = engine.generate(prompts, case.n, sampling)
+            tokens = sum(len(sample.tokens) for group in groups for sample in group)
+            seen.append(tokens / (time.perf_counter() - started))
+    return {"tokens/s": round(max(seen)), "first round": round(seen[0]), "samples": float(case.prompts * case.n)}
+
+
+def sleep(place: Served, case: Case) -> Numbers:
+    """Seconds and memory; samples after it are of the policy again, or it fails."""
+    seen: dict[str, list[float]] = {"sleep_s": [], "wake_and_sync_s": []}
+    freed = 0
+    with place.engine("tensor") as engine:
+        for version in range(1, case.rounds + 1):
+            before = torch.cuda.mem_get_info()[0] if case.on_gpu else 0
+            started = time.perf_counter()
+            engine.sleep()
+            seen["sleep_s"].append(time.perf_counter() - started)
+            freed = (torch.cuda.mem_get_info()[0] if case.on_gpu else 0) - before
+            started = time.perf_counter()
+            engine.sync(version)
+            seen["wake_and_sync_s"].append(time.perf_counter() - started)
+        if not engine.fleet.ready:
+            raise RuntimeError(engine.fleet.reasons())
+    found = parity(place, case)
+    return {name: spread(values) for name, values in seen.items()} | {"freed GB": round(freed / 1e9, 2)} | found
+
+
+class Record:
+    """Parts by name, in the file after each."""
+
+    def __init__(self, output: Path | None, budget_s: float) -> None:
+        self.output, self.end = output, time.monotonic() + budget_s
+        card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+        self.content: dict[str, object] = {
+            "machine": card, "versions": {"torch": torch.__version__, "python": platform.python_version()}, "targets": TARGETS,
+        }  # fmt: skip
+
+    def part(self, name: str, work: Callable[[], Numbers], needs_s: float = 20.0) -> bool:
+        """Whether it was measured."""
+        found: Numbers
+        if time.monotonic() + needs_s > self.end:
+            found = {"left out": "no time"}
+        else:
+            try:
+                found = work()
+            except Exception as error:  # whatever it is, the other parts are still worth measuring
+                found = {"error": f"{type(error).__name__}: {error}"[:1500]}
+        print(f"{name}: {json.dumps(found)}", flush=True)
+        self.content[name] = found
+        if self.output is not None:
+            self.output.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
+        return not {"error", "left out"} & found.keys()
+
+
+def measure(record: Record, size: str, case: Case, label: str, flags: tuple[str, ...], full: bool) -> None:
+    """All parts that one server serves; a server that does not start is a part of its own."""
+    with ExitStack() as stack:
+        place: list[Served] = []
+
+        def start() -> Numbers:
+            place.append(stack.enter_context(served(size, case, *flags)))
+            return {"seconds": round(place[0].started_s, 1)}
+
+        if not record.part(f"{label} start", start, needs_s=90):
+            return
+        if "--enable-memory-saver" in flags:
+            record.part(f"{label} sleep", lambda: sleep(place[0], case))
+            return
+        if full:
+            alone = case.on_gpu and torch.cuda.device_count() < 2  # NCCL takes a GPU once: not for trainer and server
+            transports: tuple[Transport, ...] = ("tensor", "disk") if alone else ("tensor", "disk", "distributed")
+            for transport in transports:
+                record.part(f"{label} sync {transport}", lambda by=transport: sync(place[0], case, by))  # type: ignore[misc]
+            record.part(f"{label} parity", lambda: parity(place[0], case))
+        record.part(f"{label} speed", lambda: speed(place[0], case))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--budget-s", type=float, default=540.0)
+    parser.add_argument("--small", action="store_true")
+    options = parser.parse_args()
+    record = Record(options.output, options.budget_s)
+    if options.small:
+        case = Case(rounds=2, prompts=4, n=2, tokens=16, on_gpu=torch.cuda.is_available())
+        plain = ("--disable-cuda-graph",) if case.on_gpu else ()
+        measure(record, "small", case, "small", plain, full=True)
+        measure(record, "small", case, "small, saver", (*plain, "--enable-memory-saver"), full=True)
+    else:
+        case = Case(rounds=7, prompts=64, n=8, tokens=256, on_gpu=True)
+        eager = ("--disable-cuda-graph",)  # first what is least likely to fail
+        measure(record, "0.6B", case, "0.6B", eager, full=True)
+        measure(record, "7B", case, "7B", eager, full=True)
+        measure(record, "0.6B", case, "0.6B, saver", (*eager, "--enable-memory-saver"), full=True)
+        measure(record, "0.6B", case, "0.6B, CUDA graphs", (), full=False)
+        measure(record, "7B", case, "7B, CUDA graphs", (), full=False)
+
+
+if __name__ == "__main__":
+    main()
