@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill at any moment, and the run folder they live in.
 
-A checkpoint is a folder `000012-NAME` (numbered in the order of writing) with `tensors.safetensors`, `state.json` and
-`manifest.json`, which holds size and SHA-256 of the others. It is written under a temporary name, brought to disk
+A checkpoint is a folder `000012-NAME` (numbered in the order of writing) with `tensors.safetensors` (of several ranks,
+a file each), `state.json` and `manifest.json`, which holds size and SHA-256 of the others. It is written under a temporary name, brought to disk
 (fsync of files, folder and parent) and renamed: under its own name it is complete. Older ones go only after that.
 Reading checks every byte against the manifest; a checkpoint that fails is reported and the one before is taken.
 Nothing is ever pickled.
@@ -35,6 +35,7 @@ TENSORS = "tensors.safetensors"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 
+Contents = Mapping[str, Tensor] | Callable[[Path], None]
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
@@ -55,10 +56,10 @@ def _warn(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def save(folder: Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Json], *, keep_last: int) -> Path:
+def save(folder: Path, name: str, tensors: Contents, state: Mapping[str, Json], *, keep_last: int) -> Path:
     """Writes a new checkpoint into `folder` (made when missing), then removes all but the newest `keep_last`.
 
-    `name` is for people; order is that of writing. RunError, with everything older untouched, if the disk is full or
+    tensors: by name, or a function that writes safetensors files into the folder it is given. `name` is for people; order is that of writing. RunError, with everything older untouched, if the disk is full or
     the folder cannot be written.
     """
     if keep_last < 1:
@@ -116,13 +117,16 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / TENSORS)
 
 
-def _publish(target: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Json]) -> None:
+def _publish(target: Path, tensors: Contents, state: Mapping[str, Json]) -> None:
     """Writes a whole folder and gives it its name when it is on disk."""
     work = target.with_name(f".writing-{target.name}")
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir()
-        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, work / TENSORS)
+        if isinstance(tensors, Mapping):
+            save_file({key: value.detach().contiguous() for key, value in tensors.items()}, work / TENSORS)
+        else:
+            tensors(work)
         (work / STATE).write_text(json.dumps(state), encoding="utf-8")
         files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in work.iterdir()}
         (work / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
@@ -187,7 +191,7 @@ def _problem(path: Path) -> str | None:
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is unreadable"
-    if files.keys() != {STATE, TENSORS}:
+    if STATE not in files or len(files) < 2:
         return f"{MANIFEST} lists {sorted(files)}"
     for name, (size, digest) in files.items():
         file = path / name

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from omni_fast.errors import UserError
 
@@ -54,7 +55,11 @@ def together(fingerprint: dict[str, Any]) -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=STEP_S))
+    limit = timedelta(seconds=STEP_S)
+    store, own, count = next(iter(rendezvous("env://", timeout=limit)))
+    # torchrun may hand restarted ranks the store of the attempt before, in which the addresses of dead ranks still are
+    attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=attempt, rank=own, world_size=count, timeout=limit)
     try:
         parts: list[Any] = [None] * world()
         dist.all_gather_object(parts, fingerprint)

@@ -166,7 +166,7 @@ class Run:
 
     # The stage under way, and the weights at the end of stages.
 
-    def save_checkpoint(self, stage: str, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+    def save_checkpoint(self, stage: str, step: int, tensors: checkpoint.Contents, state: dict[str, Any]) -> None:
         """Everything a resume needs, published by one rename; also counts the metrics rows it covers."""
         everything = {"step": step, "totals": self._totals(), **state}
         keep = self.config.checkpoint.keep_last

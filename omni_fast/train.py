@@ -86,7 +86,7 @@ class Trainer:
             self.policy.reset_optimizer()
         else:
             done = saved.state["step"]
-            self.policy.load_state_dict(saved.tensors, saved.state["policy"])
+            self.policy.load(saved.path, saved.state["policy"])
             stream.load_state_dict(saved.state["stream"])
             self.progress.resumed(done)
         self.parts.holds = f"{stage.name}, under way"
@@ -102,9 +102,8 @@ class Trainer:
 
     def checkpoint(self, stage: Stage, ahead: Ahead) -> None:
         """Everything that a resume after the trained steps needs."""
-        tensors, numbers = self.policy.state_dict()
-        rest = {"policy": numbers, "stream": dict(ahead.state), "monitor": self.monitor.baselines}
-        self.run.save_checkpoint(stage.name, ahead.step, tensors, rest)
+        rest = {"policy": self.policy.numbers(), "stream": dict(ahead.state), "monitor": self.monitor.baselines}
+        self.run.save_checkpoint(stage.name, ahead.step, self.policy.save, rest)
 
     def step(self, stage: Stage, ahead: Ahead) -> None:
         """One GRPO step: groups from the engine, each scored as soon as it is complete; update, sync, the step's row."""

@@ -7,10 +7,10 @@ step). So the result is that of one process up to the order of sums. Logits are 
 while a micro-batch is under way, as any layer's.
 
 The model that rank 0 was given stays whole, in the working dtype: engine and sync read it, and each step gathers the new
-weights into it, one parameter at a time. Checkpoints hold whole tensors, so they fit any number of ranks.
+weights into it, one parameter at a time. A checkpoint is a file a rank, which any number of ranks can read (shards.py).
 
-Limits: rank 0's host needs room for that copy, and for fp32 weights and moments while it saves; a reference policy
-(beta > 0) needs LoRA.
+Limits: rank 0's host needs room for that copy, and for fp32 weights at the end of a stage; the run folder is on a file
+system that all hosts share; a reference policy (beta > 0) needs LoRA.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +32,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from omni_fast.errors import RunError, UserError
+from omni_fast.policy import shards
 from omni_fast.policy.pack import MicroBatch, Trajectory
 from omni_fast.policy.update import Json, Policy, Slot, body
 from omni_fast.ranks import STEP_S
@@ -70,11 +73,19 @@ class ShardedPolicy(Policy):
     def reset_optimizer(self) -> None:
         return self._together("reset_optimizer")
 
+    def save(self, folder: Path) -> None:
+        self._together("save", folder)
+        if len(list(folder.iterdir())) < self.ranks:
+            raise RunError(
+                f"{folder} has not the files of all {self.ranks} ranks: the run folder has to be on a file system that all "
+                "hosts share"
+            )
+
+    def load(self, folder: Path, numbers: Mapping[str, Json]) -> None:
+        return self._together("load", folder, numbers)
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
         return self._together("state_dict")
-
-    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Json]) -> None:
-        return self._together("load_state_dict", tensors, numbers)
 
     def close(self) -> None:
         """Let the other ranks go; after a failure in the middle of something torchrun has to end them."""
@@ -83,9 +94,9 @@ class ShardedPolicy(Policy):
 
     def _together(self, name: str, *given: Any) -> Any:
         """Do `Policy.name` on all ranks at once."""
-        self._send(name, given)
         try:
-            return getattr(Policy, name)(self, *given)
+            self._send(name, given)
+            return self._own(name)(*given)
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
@@ -114,9 +125,14 @@ class ShardedPolicy(Policy):
             if name == "close":
                 return
             try:
-                getattr(Policy, name)(self, *given)
+                self._own(name)(*given)
             except (UserError, RunError):
                 continue  # rank 0 has the same, and says it
+
+    def _own(self, name: str) -> Callable[..., Any]:
+        """This rank's share of a call."""
+        own: dict[str, Callable[..., Any]] = {"save": self._save, "load": self._load}
+        return own[name] if name in own else partial(getattr(Policy, name), self)
 
     # -- what is done in parts -----------------------------------------------------------------------------------------
 
@@ -173,14 +189,39 @@ class ShardedPolicy(Policy):
         dist.all_reduce(part)
         return part
 
+    def _save(self, folder: Path) -> None:
+        parts = {f"master.{slot.name}": self._spread(slot, slot.master) for slot in self.slots}
+        for slot in self.slots:
+            if slot.mean is not None and slot.square is not None:
+                parts[f"mean.{slot.name}"] = self._spread(slot, slot.mean)
+                parts[f"square.{slot.name}"] = self._spread(slot, slot.square)
+        shards.write(folder, parts)
+
+    def _load(self, folder: Path, numbers: Mapping[str, Json]) -> None:
+        kept = shards.shapes(folder)
+        self._check_shapes({name[7:]: shape for name, shape in kept.items() if name.startswith("master.")})
+        parts = {f"master.{slot.name}": self._spread(slot, slot.master) for slot in self.slots}
+        for slot in self.slots:
+            slot.mean = slot.square = None
+            if f"mean.{slot.name}" in kept:
+                slot.mean, slot.square = torch.zeros_like(slot.master), torch.zeros_like(slot.master)
+                parts[f"mean.{slot.name}"] = self._spread(slot, slot.mean)
+                parts[f"square.{slot.name}"] = self._spread(slot, slot.square)
+        shards.read(folder, parts)
+        self._load_numbers(numbers)
+        self._publish()
+
+    def _spread(self, slot: Slot, part: Tensor) -> DTensor:
+        """All ranks' parts as one tensor."""
+        assert isinstance(slot.working, DTensor)
+        return DTensor.from_local(
+            part, self._mesh, slot.working.placements, shape=slot.shape, stride=slot.working.stride()
+        )
+
     @torch.no_grad()
     def _whole(self, slot: Slot, part: Tensor) -> Tensor:
         """On the CPU of rank 0; nothing elsewhere."""
-        assert isinstance(slot.working, DTensor)
-        spread = DTensor.from_local(
-            part, self._mesh, slot.working.placements, shape=slot.shape, stride=slot.working.stride()
-        )
-        whole = spread.full_tensor()
+        whole = self._spread(slot, part).full_tensor()
         return whole.cpu() if self.rank == 0 else torch.empty(0)
 
     @torch.no_grad()

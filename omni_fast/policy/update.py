@@ -23,13 +23,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from omni_fast.checkpoint import TENSORS
 from omni_fast.errors import RunError, UserError
-from omni_fast.policy import tree_attention
+from omni_fast.policy import shards, tree_attention
 from omni_fast.policy.adapter import add_adapter, without_adapter
+from omni_fast.policy.gate import slim_gates
 from omni_fast.policy.norm import slim_norms
 from omni_fast.policy.pack import MicroBatch, Share, Trajectory, pack
 from omni_kernels import (
@@ -124,6 +127,7 @@ class Policy:
             )
         _check_model(model)
         slim_norms(model)
+        slim_gates(model)
         self.model = self.trained = model
         self.loss = loss
         self.learning_rate = learning_rate
@@ -420,16 +424,18 @@ class Policy:
 
     @torch.no_grad()
     def _load_masters(self, weights: Mapping[str, Tensor]) -> None:
+        self._check_shapes({name: weight.shape for name, weight in weights.items()})
+        for slot in self.slots:
+            slot.master.copy_(self._part(slot, weights[slot.name]))
+        self._publish()
+
+    def _check_shapes(self, given: Mapping[str, torch.Size]) -> None:
         shapes = {slot.name: slot.shape for slot in self.slots}
-        given = {name: weight.shape for name, weight in weights.items()}
         if odd := sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)):
             raise UserError(
                 f"The stored weights are not of this model ({len(odd)} differ, for example {odd[0]}): "
                 "use the model, and the lora_rank, that they were trained with."
             )
-        for slot in self.slots:
-            slot.master.copy_(self._part(slot, weights[slot.name]))
-        self._publish()
 
     def reset_optimizer(self) -> None:
         """Forgets AdamW's moments and starts the warm-up again."""
@@ -454,7 +460,23 @@ class Policy:
                 tensors[f"square.{slot.name}"] = self._whole(slot, slot.square)
         if self.reference is not None:
             tensors |= {f"reference.{name}": value.detach() for name, value in self.reference.named_parameters()}
-        return tensors, {"steps": self.steps, "bad_steps": self.bad_steps}
+        return tensors, self.numbers()
+
+    def numbers(self) -> dict[str, Json]:
+        """What a resume needs besides tensors."""
+        return {"steps": self.steps, "bad_steps": self.bad_steps}
+
+    def save(self, folder: Path) -> None:
+        """The tensors of `state_dict` as safetensors in an existing folder."""
+        save_file({name: value.contiguous() for name, value in self.state_dict()[0].items()}, folder / TENSORS)
+
+    def load(self, folder: Path, numbers: Mapping[str, Json]) -> None:
+        """Restores what `save` wrote on any number of ranks; `numbers` as they were then."""
+        if (folder / TENSORS).is_file():
+            return self.load_state_dict(load_file(folder / TENSORS), numbers)
+        whole = {name: torch.empty(shape) for name, shape in shards.shapes(folder).items()}
+        shards.read(folder, whole)
+        self.load_state_dict(whole, numbers)
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Json]) -> None:
@@ -472,6 +494,9 @@ class Policy:
         if self.reference is not None:
             for name, value in self.reference.named_parameters():
                 value.copy_(reference[name])
+        self._load_numbers(numbers)
+
+    def _load_numbers(self, numbers: Mapping[str, Json]) -> None:
         steps, bad_steps = numbers["steps"], numbers["bad_steps"]
         assert isinstance(steps, int) and isinstance(bad_steps, int)
         self.steps, self.bad_steps = steps, bad_steps
