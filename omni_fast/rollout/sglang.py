@@ -81,6 +81,7 @@ class SGLangEngine:
         self.wait, self.raise_if_stopping = wait, raise_if_stopping
         self.version, self._tag = 0, ""  # what every ready server holds, or newer
         self._turns = itertools.count()
+        self._ends: set[int] = set()  # tokens that were told of
         self._connect()
         self.sync(0)
         if any(server.known and not server.ready for server in fleet.servers):
@@ -217,6 +218,16 @@ class SGLangEngine:
     def close(self) -> None:
         self.fleet.close()
 
+    def _look_at_ends(self, server: Server, samples: Sequence[Sample], sampling: Sampling) -> None:
+        """Say once of each token that a server ends at and the policy's tokenizer does not."""
+        ends = {sample.tokens[-1] for sample in samples if sample.finish_reason == "stop"} - {*sampling.stop_token_ids}
+        for token in ends - self._ends:
+            self.fleet.say(
+                f"the engine server {server.url} ends samples at token {token}, which is no end to the policy: has it another "
+                "tokenizer or generation_config.json? Start it with the policy's model folder"
+            )
+        self._ends |= ends
+
     # -- servers that went away --------------------------------------------------------------------------------------
 
     def tend(self, dark: float) -> float:
@@ -287,7 +298,9 @@ class SGLangEngine:
             try:
                 body = request(tokens, n, sampling, tag, self.adapter)
                 data = await self.fleet.ask(server, "/generate", body, self.request_s)
-                return read(server, data, n, version, tag, self.adapter)
+                samples = read(server, data, n, version, tag, self.adapter)
+                self._look_at_ends(server, samples, sampling)
+                return samples
             except Aborted as error:
                 told.append(str(error))
             except ServerError as error:

@@ -374,3 +374,16 @@ def test_a_user_who_stops_does_not_wait_for_servers() -> None:
         with pytest.raises(RunError, match="stopped"):
             made.generate(prompts(3), 2, SAMPLING)
         assert looks
+
+
+def test_a_server_with_another_tokenizer_is_told_once_by_where_it_ends() -> None:
+    server = fake()
+
+    def other_end(row: dict) -> None:
+        row["output_ids"][-1] = row["meta_info"]["output_token_logprobs"][-1][1] = 7
+        row["meta_info"]["finish_reason"] = {"type": "stop", "matched": 7}
+
+    server.faults.append(("/generate", edited(other_end)))
+    with engine(server) as made:
+        made.generate(prompts(6), 2, SAMPLING)
+        assert len(made.said) == 1 and "ends samples at token 7, which is no end to the policy" in made.said[0]
