@@ -25,6 +25,7 @@ from omni_fast.study.analysis_draws import UNKNOWN, Contrast, Draws, Names, join
 from omni_fast.study.records import Node, Study
 
 PERMUTATIONS = 2000
+NO_TRANSFER, TWIN, AVERAGE = "no transfer at all", "the same order in another seed", ", average of the tasks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Point:
 class ForecastPart:
     """Forecast against realised scores of seeds that measured nothing of it.
 
-    errors: name -> measures over all (seed, order, task).   by_seed: the additive forecast's Pearson, seed by seed.
+    errors: name -> measures over all (seed, order, task); with AVERAGE over (seed, order), of the average score.   by_seed: the additive forecast's Pearson, seed by seed.
     """
 
     measured_on: tuple[int, ...]
@@ -142,7 +143,7 @@ def predicted(transfer: Transfer, order: Names) -> dict[str, Floats]:
     out = {
         "additive": predict.additive_rows(base, own, transfer.matrix_KK, stages)[-1],
         "multiplicative": predict.multiplicative_rows(base, own, ratios, stages)[-1],
-        "no transfer at all": own,
+        NO_TRANSFER: own,
     }
     return {name: np.clip(scores, 0.0, 1.0) for name, scores in out.items()}
 
@@ -155,9 +156,10 @@ def forecast_part(study: Study, at: Realised) -> ForecastPart | None:
     transfer, keys = pooled[0], sorted(at.leaves)
     score_of = {key: np.array([at.leaves[key].scores.mean("test", task) for task in study.tasks]) for key in keys}
     told = {order: predicted(transfer, order) for order in {order for _, order in keys}}
-    errors = {
-        form: forecast_error(np.stack([told[o][form] for _, o in keys]), np.stack([score_of[key] for key in keys]))
-        for form in ("additive", "multiplicative", "no transfer at all")
+    scores_NK = np.stack([score_of[key] for key in keys])
+    sides = {
+        form: (np.stack([told[o][form] for _, o in keys]), scores_NK)
+        for form in ("additive", "multiplicative", NO_TRANSFER)
     }
     twins = [
         (score_of[a, order], score_of[b, order])
@@ -166,9 +168,11 @@ def forecast_part(study: Study, at: Realised) -> ForecastPart | None:
         if (a, order) in score_of and (b, order) in score_of
     ]
     if twins:
-        errors["the same order in another seed"] = forecast_error(
-            *(np.stack(side) for side in zip(*twins, strict=True))
-        )
+        sides[TWIN] = (np.stack([a for a, _ in twins]), np.stack([b for _, b in twins]))
+    errors = {name: forecast_error(*pair) for name, pair in sides.items()}
+    errors |= {
+        f"{name}{AVERAGE}": forecast_error(*(x.mean(axis=1)[:, None] for x in pair)) for name, pair in sides.items()
+    }
     by_seed = [
         forecast_error(
             np.stack([told[o]["additive"] for s, o in keys if s == seed]),

@@ -31,7 +31,7 @@ from omni_fast.study.analysis import (
 )
 from omni_fast.study.analysis_draws import Contrast
 from omni_fast.study.analysis_entropy import ALL, EntropyPart
-from omni_fast.study.analysis_orders import AssumptionPart, ForecastPart, OrderPart
+from omni_fast.study.analysis_orders import AVERAGE, NO_TRANSFER, TWIN, AssumptionPart, ForecastPart, OrderPart
 from omni_fast.study.records import Study
 
 LEVEL = 0.05
@@ -366,24 +366,25 @@ def _is_it_forecast(part: ForecastPart | None) -> list[Sentence]:
         return [
             Sentence("open", "The forecast is not tested yet: it needs transfer from one seed and orders from another.")
         ]
-    additive, ratios, none = (part.errors[k] for k in ("additive", "multiplicative", "no transfer at all"))
-    twin = part.errors.get("the same order in another seed")
-    better = "differences" if additive.mean_absolute <= ratios.mean_absolute else "ratios"
-    helps = additive.mean_absolute < none.mean_absolute and additive.pearson > 0
-    seeds = ", ".join(points(r) for r in part.by_seed)
+    additive, ratios, none = (part.errors[k] for k in ("additive", "multiplicative", NO_TRANSFER))
+    twin, level = part.errors.get(TWIN), additive.mean_absolute < none.mean_absolute
+    ranks = all(r > 0 for r in part.by_seed)
     text = (
-        f"On new seeds the additive forecast is off by {additive.mean_absolute:.3f} on average; forecasting no transfer at"
-        f" all is off by {none.mean_absolute:.3f}"
+        f"On new seeds the additive forecast is off by {additive.mean_absolute:.3f} on average, that of ratios by"
+        f" {ratios.mean_absolute:.3f}, no transfer at all by {none.mean_absolute:.3f}"
     )
-    if twin is not None:
-        text += f", the same order in another seed by {twin.mean_absolute:.3f}"
-    text += f". Its correlation within task is {points(additive.pearson)} (by seed {seeds})"
-    if twin is not None:
-        text += f"; two seeds of one order agree to {points(twin.pearson)}"
-    text += f". Of the two forms, {better} came closer ({additive.mean_absolute:.3f} and {ratios.mean_absolute:.3f})."
-    return [
-        Sentence("good" if helps else "bad", text if helps else text + " It is no better than assuming no transfer.")
-    ]
+    text += f", the same order in another seed by {twin.mean_absolute:.3f}." if twin else "."
+    text += "" if level else " In level it is no better than assuming no transfer."
+    seeds = ", ".join(points(r) for r in part.by_seed)
+    more = f"The additive forecast correlates with realised scores: {points(additive.pearson)} within task (by seed {seeds})"
+    more += (
+        f", and {points(part.errors[f'additive{AVERAGE}'].pearson)} for the average over tasks, which decides the order"
+    )
+    if twin:
+        average = part.errors[f"{TWIN}{AVERAGE}"]
+        more += f"; two seeds of one order agree to {points(twin.pearson)} and {points(average.pearson)}"
+    more += "." if ranks else ". Its sign is not the same in every seed."
+    return [Sentence("good" if level else "bad", text), Sentence("good" if ranks else "open", more)]
 
 
 def _do_assumptions_hold(part: AssumptionPart | None) -> list[Sentence]:

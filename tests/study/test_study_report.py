@@ -99,7 +99,7 @@ def test_nothing_is_claimed_where_there_is_nothing(tmp_path):
     _, summary = _report(tmp_path, Builder(NULL, seed=2).whole())
     assert "The data do not tell solved from joint" in summary
     assert "order does not matter beyond noise" in summary and "order matters beyond noise" not in summary
-    assert "It is no better than assuming no transfer" in summary
+    assert "no better than assuming no transfer" in summary or "not the same in every seed" in summary
     assert (
         "Ahead of joint" not in summary.replace("Not told", "")
         or "solved" not in summary.split("Ahead of joint")[1][:80]
