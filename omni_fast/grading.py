@@ -14,8 +14,7 @@ from omni_fast.config import Config, RewardConfig, TaskConfig, recipes
 from omni_fast.config import load as load_config
 from omni_fast.errors import UserError
 from omni_fast.policy import smollm2
-from omni_fast.policy.model import load
-from omni_fast.policy.update import working_dtype
+from omni_fast.policy.model import load, working_dtype
 from omni_fast.rewards.code import CodeVerifier
 from omni_fast.rewards.compose import Composition
 from omni_fast.rewards.judge.audit import Audit, audit

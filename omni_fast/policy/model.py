@@ -23,6 +23,15 @@ NO_TEMPLATE = (
 )
 
 
+def working_dtype(device: str | torch.device = "cpu") -> torch.dtype:
+    """bf16 on GPUs and on processors that multiply it in hardware (AMX, AVX512-BF16, Arm BF16); else fp32."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16
+    path = Path("/proc/cpuinfo")
+    flags = set(path.read_text().split()) if path.is_file() else set()
+    return torch.bfloat16 if flags & {"amx_bf16", "avx512_bf16", "bf16"} else torch.float32
+
+
 def load(
     name_or_path: str, *, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

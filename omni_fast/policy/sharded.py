@@ -34,7 +34,8 @@ from transformers import PreTrainedModel
 from omni_fast.errors import RunError, UserError
 from omni_fast.policy import shards
 from omni_fast.policy.pack import MicroBatch, Trajectory
-from omni_fast.policy.update import Json, Policy, Slot, body
+from omni_fast.policy.slots import Slot
+from omni_fast.policy.update import Json, Policy, body
 from omni_fast.ranks import STEP_S
 from omni_kernels import LossOutput, Tokens, linear_policy_loss
 

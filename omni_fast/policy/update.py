@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from omni_fast.checkpoint import TENSORS
@@ -33,8 +31,10 @@ from omni_fast.errors import RunError, UserError
 from omni_fast.policy import shards, tree_attention
 from omni_fast.policy.adapter import add_adapter, without_adapter
 from omni_fast.policy.gate import slim_gates
+from omni_fast.policy.model import working_dtype
 from omni_fast.policy.norm import slim_norms
 from omni_fast.policy.pack import MicroBatch, Share, Trajectory, pack
+from omni_fast.policy.slots import Clock, Slot
 from omni_kernels import (
     METRICS,
     LossOutput,
@@ -48,46 +48,6 @@ from omni_kernels import (
 
 ADAM_EPS = 1e-8
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
-
-
-def working_dtype(device: str | torch.device = "cpu") -> torch.dtype:
-    """bf16 on GPUs and on processors that multiply it in hardware (AMX, AVX512-BF16, Arm BF16); else fp32."""
-    if torch.device(device).type == "cuda":
-        return torch.bfloat16
-    path = Path("/proc/cpuinfo")
-    flags = set(path.read_text().split()) if path.is_file() else set()
-    return torch.bfloat16 if flags & {"amx_bf16", "avx512_bf16", "bf16"} else torch.float32
-
-
-@dataclass(slots=True)
-class Slot:
-    """A trained parameter: what the model reads, the fp32 truth, the gradient sum, AdamW's moments (None: not stepped).
-
-    shape: of the whole parameter; `master`, `grad` and the moments are this process's part of it.
-    """
-
-    name: str
-    shape: torch.Size
-    working: nn.Parameter
-    master: Tensor
-    grad: Tensor
-    filled: bool = False  # whether `grad` holds anything of this step
-    mean: Tensor | None = None
-    square: Tensor | None = None
-
-    def add(self, grad: Tensor) -> None:
-        if self.filled:
-            self.grad.add_(grad)
-        else:
-            self.grad.copy_(grad)
-            self.filled = True
-
-    def sum(self) -> Tensor:
-        """The gradient sum, to be added to."""
-        if not self.filled:
-            self.grad.zero_()
-            self.filled = True
-        return self.grad
 
 
 class Policy:
@@ -160,7 +120,7 @@ class Policy:
         self._embedding = by_parameter.get(embedding.weight) if type(embedding) is nn.Embedding else None
         self._head = by_parameter.get(model.get_output_embeddings().weight)
         for slot in self.slots:
-            slot.working.register_post_accumulate_grad_hook(_drain(slot))
+            slot.working.register_post_accumulate_grad_hook(slot.drain)
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -172,7 +132,7 @@ class Policy:
         step was made, because no sample had an advantage or the gradient was not finite), entropy/TASK, seconds/PART.
         Raises UserError where a sample exceeds the token budget, RunError after `max_bad_steps` non-finite gradients.
         """
-        clock = _Clock()
+        clock = Clock()
         deferred = self._count_is_deferred()
         denominator = 1.0 if deferred else float(normaliser_count(self._flat(batch), self.loss))
         passive = self.loss.beta == self.loss.entropy_coef == self.loss.z_loss == 0 and not deferred
@@ -257,7 +217,7 @@ class Policy:
             return True
         return False
 
-    def _accumulate(self, micro: MicroBatch, denominator: float, clock: _Clock) -> tuple[Tensor, Tensor]:
+    def _accumulate(self, micro: MicroBatch, denominator: float, clock: Clock) -> tuple[Tensor, Tensor]:
         """Adds one micro-batch to the gradient sums; its metric sums and the entropies of its tokens."""
         reference = self._reference_logprobs(micro)
         clock.lap("reference")
@@ -274,7 +234,7 @@ class Policy:
         assert output.entropy is not None
         return output.metrics, output.entropy
 
-    def _loss_backward(self, micro: MicroBatch, tokens: Tokens, clock: _Clock) -> LossOutput:
+    def _loss_backward(self, micro: MicroBatch, tokens: Tokens, clock: Clock) -> LossOutput:
         """Forward and backward pass of one micro-batch."""
         with self._attention(self.model):
             inputs = self.model.get_input_embeddings()(micro.input_ids)
@@ -297,7 +257,7 @@ class Policy:
         clock.lap("backward")
         return output
 
-    def _step(self, scale: float, any_rows: bool, clock: _Clock) -> dict[str, float]:
+    def _step(self, scale: float, any_rows: bool, clock: Clock) -> dict[str, float]:
         """Clips and applies the gradient sums, divided by `scale`; metrics of it."""
         if not any_rows:
             return {"skipped": 1.0, "grad_norm": 0.0, "learning_rate": 0.0}
@@ -502,36 +462,10 @@ class Policy:
         self.steps, self.bad_steps = steps, bad_steps
 
 
-class _Clock:
-    """Seconds by part of the step."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, float] = {}
-        self.started = self.last = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        now = time.perf_counter()
-        self.parts[part] = self.parts.get(part, 0.0) + now - self.last
-        self.last = now
-
-    def seconds(self) -> dict[str, float]:
-        total = {"seconds/update": time.perf_counter() - self.started}
-        return {f"seconds/{part}": value for part, value in self.parts.items()} | total
-
-
 def body(model: PreTrainedModel, inputs: Tensor, micro: MicroBatch) -> Tensor:
     """Hidden states [T, H] after the final norm."""
     output = model.base_model(inputs_embeds=inputs, position_ids=micro.positions, use_cache=False, tree=micro.layout)
     return output.last_hidden_state[0]
-
-
-def _drain(slot: Slot) -> Callable[[Tensor], None]:
-    def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        slot.add(parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
-        parameter.grad = None
-
-    return hook
 
 
 def _check_model(model: PreTrainedModel) -> None:

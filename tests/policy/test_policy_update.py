@@ -15,8 +15,9 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import LlamaForCausalLM
 
 from omni_fast.errors import RunError, UserError
+from omni_fast.policy.model import working_dtype
 from omni_fast.policy.pack import Share, Trajectory
-from omni_fast.policy.update import Policy, working_dtype
+from omni_fast.policy.update import Policy
 from omni_kernels import LossSpec, Tokens, policy_loss
 
 Models = Callable[..., LlamaForCausalLM]

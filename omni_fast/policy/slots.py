@@ -1,0 +1,63 @@
+"""A trained parameter with its fp32 truth, gradient sum and moments; and the clock of a step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from torch import Size, Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(slots=True)
+class Slot:
+    """A trained parameter: what the model reads, the fp32 truth, the gradient sum, AdamW's moments (None: not stepped).
+
+    shape: of the whole parameter; `master`, `grad` and the moments are this process's part of it.
+    """
+
+    name: str
+    shape: Size
+    working: nn.Parameter
+    master: Tensor
+    grad: Tensor
+    filled: bool = False  # whether `grad` holds anything of this step
+    mean: Tensor | None = None
+    square: Tensor | None = None
+
+    def add(self, grad: Tensor) -> None:
+        if self.filled:
+            self.grad.add_(grad)
+        else:
+            self.grad.copy_(grad)
+            self.filled = True
+
+    def sum(self) -> Tensor:
+        """The gradient sum, to be added to."""
+        if not self.filled:
+            self.grad.zero_()
+            self.filled = True
+        return self.grad
+
+    def drain(self, parameter: nn.Parameter) -> None:
+        """A hook: takes the gradient that autograd has just given the parameter."""
+        assert parameter.grad is not None
+        self.add(parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
+        parameter.grad = None
+
+
+class Clock:
+    """Seconds by part of the step."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+        self.started = self.last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self.last
+        self.last = now
+
+    def seconds(self) -> dict[str, float]:
+        total = {"seconds/update": time.perf_counter() - self.started}
+        return {f"seconds/{part}": value for part, value in self.parts.items()} | total
