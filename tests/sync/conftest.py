@@ -1,6 +1,6 @@
-"""Makes the fake SGLang server importable by the tests of the weight sync."""
+"""Makes the fake SGLang server and what these tests share importable."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "rollout"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "rollout"), str(Path(__file__).parent)]

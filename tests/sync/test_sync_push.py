@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,60 +11,15 @@ import torch
 from fake_sglang import FakeSGLang, Fault, Handler, cut, random_weights, serving, silent, status, times
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from syncing import PROMPTS, SAMPLING, SHAPE, TRANSPORTS, check_equal, engine, fake, llama, move
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from omni_fast.errors import RunError, UserError
 from omni_fast.policy.adapter import add_adapter
-from omni_fast.rollout.engine import Prompt, Sampling
 from omni_fast.rollout.fleet import Fleet
 from omni_fast.rollout.sglang import SGLangEngine
 from omni_fast.sync import WeightSync, broadcast
 from omni_fast.sync.plan import checksum, make_plan, tensors
-
-SHAPE = {
-    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 48, "tie_word_embeddings": True,
-}  # fmt: skip
-TRANSPORTS = ["disk", "tensor", "distributed"]
-SAMPLING = Sampling(max_new_tokens=4)
-PROMPTS = [Prompt([1, 2, place], place) for place in range(6)]
-
-
-def llama(**changes: object) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE | changes))  # type: ignore[arg-type]
-
-
-def fake(model: torch.nn.Module, **options: object) -> FakeSGLang:
-    return FakeSGLang(random_weights(model), vocabulary=64, **options)  # type: ignore[arg-type]
-
-
-@contextmanager
-def engine(
-    model: LlamaForCausalLM, folder: Path, *fakes: FakeSGLang, transport: str = "disk", **options: object
-) -> Iterator[SGLangEngine]:
-    with ExitStack() as stack:
-        stack.enter_context(serving(*fakes))
-        said: list[str] = []
-        fleet = Fleet([one.url for one in fakes], say=said.append)
-        stack.callback(fleet.close)
-        weights = WeightSync(fleet, model, folder / "engine", transport=transport, **{"compared": None} | options)  # type: ignore[arg-type]
-        stack.callback(weights.close)
-        made = SGLangEngine(fleet, weights, request_s=5, wait_s=5, adapter=transport == "adapter")
-        made.said = said  # type: ignore[attr-defined]
-        yield made
-
-
-def move(model: torch.nn.Module) -> None:
-    """An optimiser step, as far as the sync can tell."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter))
-
-
-def check_equal(model: torch.nn.Module, server: FakeSGLang) -> None:
-    for name, value in tensors(model):  # type: ignore[arg-type]
-        assert torch.equal(server.weights[name], value), name
 
 
 @pytest.mark.parametrize("version", ["0.5.17", "0.5.21"])
@@ -153,99 +107,6 @@ def test_lora_arrives_merged(tmp_path: Path, transport: str) -> None:
         merged = layer.base_layer.weight + layer.lora_B["default"].weight @ layer.lora_A["default"].weight * 2.0
         torch.testing.assert_close(server.weights[f"{name}.weight"], merged)
         assert server.weights.keys() == dict(plain.named_parameters()).keys() and made.said == []
-
-
-def check_adapter(model: LlamaForCausalLM, server: FakeSGLang, tag: str) -> None:
-    held = server.adapters[tag]
-    own = {name: value for name, value in model.named_parameters() if ".lora_" in name}
-    assert len(held) == len(own) == 2 * 2 * 7
-    for name, value in own.items():
-        assert torch.equal(held[f"base_model.model.{name.replace('.default', '')}"], value), name
-
-
-def test_an_adapter_travels_alone_and_the_base_stays(tmp_path: Path) -> None:
-    model = llama()
-    add_adapter(model, rank=4, alpha=8.0)
-    servers = [fake(llama(), lora_rank=8), fake(llama(), lora_rank=4)]
-    before = {name: value.clone() for name, value in servers[0].weights.items()}
-    with engine(model, tmp_path, *servers, transport="adapter") as made:
-        for step in range(1, 7):
-            move(model)
-            assert made.sync(step)["seconds/sync_paused"] == 0.0
-            for server in servers:
-                check_adapter(model, server, made.weights.tag)
-                assert len(server.adapters) <= 3, "older ones are taken away"
-            found = made.generate(PROMPTS, 2, SAMPLING)
-            assert all(one.versions == [(step, 0, 4)] for group in found for one in group)
-            assert servers[0].paths("/generate")[-1]["lora_path"] == made.weights.tag
-        assert made.said == [] and servers[0].weights.keys() == before.keys()
-    assert all(torch.equal(servers[0].weights[name], value) for name, value in before.items())
-    assert not servers[0].paths("/pause_generation"), "requests go on under way"
-
-
-@pytest.mark.parametrize("noticed", [True, False])
-def test_a_server_started_again_gets_the_adapter_before_it_gets_prompts(tmp_path: Path, noticed: bool) -> None:
-    model = llama()
-    add_adapter(model, rank=4, alpha=8.0)
-    server = fake(llama(), lora_rank=8)
-    with engine(model, tmp_path, server, transport="adapter") as made:
-        for step in range(1, 5):
-            made.sync(step)
-        server.adapters.clear()
-        server.weight_version = "default"
-        if noticed:
-            made.fleet.drain(made.fleet.servers[0], "died")
-        made.generate(PROMPTS, 2, SAMPLING)
-        check_adapter(model, server, made.weights.tag)
-        made.sync(5)
-        assert made.fleet.ready
-
-
-@pytest.mark.parametrize(("rank", "told"), [(0, "LoRA is not enabled"), (2, "max-lora-rank")])
-def test_a_server_that_cannot_take_the_adapter_is_told_before_the_first_step(
-    tmp_path: Path, rank: int, told: str
-) -> None:
-    model = llama()
-    add_adapter(model, rank=4, alpha=8.0)
-    with (
-        pytest.raises(UserError, match=f"did not take the policy's weights.*{told}"),
-        engine(model, tmp_path, fake(llama(), lora_rank=rank), transport="adapter"),
-    ):
-        pass
-
-
-@pytest.mark.parametrize("transport", [*TRANSPORTS, "adapter"])
-def test_servers_that_slept_have_all_weights_after_the_next_sync(tmp_path: Path, transport: str) -> None:
-    """A base that no sync brings back keeps its memory. One server is restarted asleep, one fails to wake."""
-    model = llama()
-    if transport == "adapter":
-        add_adapter(model, rank=4, alpha=8.0)
-    servers = [fake(llama(), lora_rank=8) for _ in range(3)]
-    with engine(model, tmp_path, *servers, transport=transport) as made:
-        for step in range(1, 4):
-            move(model)
-            made.sleep()
-            asleep = {"kv_cache"} if transport == "adapter" else {"kv_cache", "weights"}
-            assert all(server.asleep == asleep for server in servers)
-            if step == 2:
-                servers[1].faults.append(("/resume_memory_occupation", times(1, status(500))))
-                servers[2].faults.append(("/resume_memory_occupation", times(1, cut)))
-                servers[2].asleep, servers[2].weight_version = set(), "default"
-                servers[2].adapters.clear()
-            made.sync(step)
-            until = time.monotonic() + 5
-            while len(made.fleet.ready) < 3 and time.monotonic() < until:
-                made.generate(PROMPTS, 2, SAMPLING)
-            for server in servers:
-                assert not server.asleep
-                if transport == "adapter":
-                    check_adapter(model, server, made.weights.tag)
-                    assert not any(value.isnan().any() for value in server.weights.values())
-                else:
-                    check_equal(model, server)
-        made.sleep()
-        made.wake("weights", "kv_cache")
-        assert not any(server.asleep for server in servers)
 
 
 # -- what is refused before the first step -------------------------------------------------------------------------------
