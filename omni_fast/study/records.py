@@ -225,9 +225,16 @@ def _study(whole: dict[str, Any]) -> Study:
         nodes.setdefault(node.seed, {})[node.path] = node
         by_id[node.seed, node.id] = node
     arms = tuple(Arm(arm["name"], arm["kind"], tuple(arm["seeds"]), arm["every"]) for arm in whole["arms"])
-    cells = []
+    cells = [
+        Cell(arm.name, arm.kind, seed, "pending", "", (), None, (), 0, 0, 0, 0.0)
+        for arm in arms
+        for seed in sorted(set(arm.seeds) - {data["seed"] for data in whole["cells"] if data["arm"] == arm.name})
+    ]
+    declared = {(arm.name, seed) for arm in arms for seed in arm.seeds}
     for data in whole["cells"]:
         seed = data["seed"]
+        if (data["arm"], seed) not in declared:
+            continue  # of an arm or a seed that was taken out of the study again
         stages = tuple(by_id[seed, node] for node in data["stages"])
         base = by_id.get((seed, data["base"]))
         cells.append(Cell(**{**data, "order": tuple(data["order"]), "stages": stages, "base": base}))

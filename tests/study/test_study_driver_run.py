@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,5 +239,9 @@ def test_status_tells_what_is_missing(
 ) -> None:
     done = cli("study", "status", str(whole[1]))
     assert done.returncode == 0 and "24 cells: 24 finished" in done.stdout, done.stdout + done.stderr
+    part = shutil.copytree(whole[1], tmp_path / "part", ignore=shutil.ignore_patterns("weights"))
+    (part / "cells" / "joint-s0.json").unlink()
+    missing = cli("study", "status", str(part))
+    assert "24 cells: 23 finished, 1 pending" in missing.stdout, missing.stdout + missing.stderr
     nothing = cli("study", "status", str(tmp_path))
     assert nothing.returncode == 2 and "holds no study" in nothing.stderr
