@@ -68,7 +68,8 @@ class WeightSync:
         """folder: made here, for weights on disk; all servers must see it under this path.
 
         compared: how many tensors are read back after a sync, others each time; None: all of them, whole.
-        load_s: limit on one load. broadcast_s: on joining a group, and on the broadcast of one bucket. Raises UserError where a transport does not reach a server.
+        load_s: limit on one load. broadcast_s: on joining a group, and on the broadcast of one bucket. Raises
+        UserError where a transport does not reach a server.
         """
         far = [server.url for server in fleet.servers if urlsplit(server.url).hostname not in LOCAL]
         if transport == "tensor" and far:
