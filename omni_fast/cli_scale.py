@@ -75,6 +75,7 @@ def predict(
         float, typer.Option(min=0.0, max=1.0, help="Of the weights that travels; deltas are small.")
     ] = 1.0,
     hours_between_failures: Annotated[float, typer.Option(min=0.0, help="Of one server; 0: none fails.")] = 0.0,
+    experts_stay: Annotated[bool, typer.Option(help="A trainer with expert parallelism; omni_fast has none.")] = False,
     price: Annotated[float, typer.Option(min=0.0, help="Dollars a GPU and hour.")] = 0.0,
     study: Annotated[
         int, typer.Option(min=0, help="Steps a stage of a whole study of four tasks and three seeds.")
@@ -157,7 +158,7 @@ def _table(found: Sequence[Plan], best: Plan, work: Work, fleet: Fleet, price: f
         for mark, row in zip(marks, rows, strict=True)
     ]
     if best.timing.lost_tokens:
-        lines.append(f"failures lose {best.timing.lost_tokens / fleet.steps:,.0f} tokens a step")
+        lines.append(f"failures lose {best.timing.lost_tokens:,.0f} tokens a step")
     lines.append(f"predicted; {MACHINES[fleet.machine].source}; {fleet.share.source}")
     if fleet.machine != "cpu" and best.trainer_gpus > 1:
         lines.append("a trainer on several GPUs: see docs/scale.md for what of it exists")

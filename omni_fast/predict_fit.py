@@ -114,7 +114,9 @@ def fit(cases: Sequence[Case], shape: Shape, machine: Machine) -> tuple[Efficien
     decode = _solve([_decode(case, shape, machine) for case in cases], [case.generate_s for case in cases])
     update = _solve([_update(case, shape, machine) for case in updates], [case.update_s for case in updates])
     inverse = [float(f"{1 / value:.2g}") if value > 0 else float("inf") for value in (*decode[:2], *update)]
-    return Efficiency(inverse[0], inverse[1], 0.0, inverse[2], inverse[3], f"{len(cases)} kinds of step"), float(decode[2])
+    return Efficiency(inverse[0], inverse[1], 0.0, inverse[2], inverse[3], f"{len(cases)} kinds of step"), float(
+        decode[2]
+    )
 
 
 def error(case: Case, found: tuple[Efficiency, float], shape: Shape, machine: Machine) -> float:

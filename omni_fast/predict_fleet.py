@@ -1,12 +1,11 @@
 """A run of some steps, event by event: servers that decode samples of unequal length, one trainer, a bound on staleness, failures.
 
 All samples of a server advance together, one token a decoding step, whose time follows from the rows and cache it has then. A
-sample waits in one queue until a server has a slot. A group may start only while `staleness` bounds the versions it will be
-behind: groups admitted < (staleness + version + 1) x prompts per step (AReaL, arXiv 2505.24298). The trainer takes the groups that
-are complete first. A sync pauses every server. A server that fails loses its samples, which start again elsewhere, and is back
+sample waits in one queue until a server has a slot. As in `omni_fast.ahead`, the samples of a step are asked for when the step
+`staleness` before it begins, and a step trains its own samples, when all of them are there. A sync pauses every server. A server that fails loses its samples, which start again elsewhere, and is back
 after `REPAIR_S`. GPUs that generate and train in turns are servers on all of them with staleness 0.
 
-Limits: rewards take no time; a group's samples may land on several servers, its prompt is charged once; cache that runs out in the
+Limits: rewards take no time; a group's samples may land on several servers and its prompt is charged once; cache that runs out in the
 middle (retraction) is not modelled, the slots are what fits at mean length.
 """
 
@@ -26,7 +25,7 @@ REPAIR_S = 300.0  # a server that failed: found, started, loaded
 
 @dataclass(frozen=True)
 class Timing:
-    """Means over the simulated steps but the first. waiting: the trainer had too few complete groups. generate: from a step's
+    """Means over the steps that count. lost_tokens: a step's, by failures. waiting: the trainer had not all samples of its step. generate: from a step's
     first sample to the last it needs. tail: from nine tenths of its samples done to all. idle: share of the servers' time."""
 
     step: float
@@ -82,7 +81,8 @@ def simulate(
     steps: int = 6,
     seed: int = 0,
 ) -> Timing:
-    """`steps` optimiser steps on `servers` replicas. failures_per_s: of one replica. Same arguments, same result."""
+    """`steps` optimiser steps on `servers` replicas, after some that fill the fleet and do not count. failures_per_s: of one
+    replica. Same arguments, same result."""
     assert server.slots(work) > 0
     return _Simulation(server, servers, work, update_s, sync_s, staleness, failures_per_s, steps, seed).run()
 
@@ -94,24 +94,24 @@ class _Simulation:
     ) -> None:  # fmt: skip
         self.server, self.work, self.slots = server, work, server.slots(work)
         self.update_s, self.sync_s, self.staleness = update_s, sync_s, staleness
-        self.failures_per_s, self.steps, self.draw = failures_per_s, steps, random.Random(seed)
-        count = (steps + staleness + 1) * work.batch
+        self.failures_per_s, self.draw = failures_per_s, random.Random(seed)
+        self.uncounted = 1 + 2 * staleness
+        self.steps = self.uncounted + steps
+        count = (self.steps + staleness + 1) * work.batch
         self.length = lengths(work, count, self.draw)
         self.started_version = [0] * count
         self.started_at = [math.inf] * count
         self.finished_at = [math.inf] * count
-        self.left = [work.samples] * (count // work.samples)  # unfinished samples of each group
+        self.left = [work.batch] * (count // work.batch)  # unfinished samples of each step
         self.fleet = [_Busy() for _ in range(servers)]
         self.queue: deque[int] = deque()
         self.events: list[tuple[float, int, str, int, int]] = []
         self.number = self.admitted = self.version = 0
-        self.complete: deque[int] = deque()
         self.now = self.trainer_free = self.lost = 0.0
         self.training = False
 
     def run(self) -> Timing:
         done: list[tuple[float, float, float, float, float]] = []  # at, waited, generate, tail, staleness
-        batch: list[int] = []
         if self.failures_per_s:
             for place in range(len(self.fleet)):
                 self._at(self.now + self.draw.expovariate(self.failures_per_s), "fail", place)
@@ -134,24 +134,23 @@ class _Simulation:
                 self.training = False
                 self.version += 1
                 self._pause()
-                samples = sorted(self.finished_at[s] for group in batch for s in self._samples(group))
-                start = min(self.started_at[s] for group in batch for s in self._samples(group))
-                late = [self.version - 1 - self.started_version[s] for group in batch for s in self._samples(group)]
+                batch = self._samples(self.version - 1)
+                samples = sorted(self.finished_at[sample] for sample in batch)
+                start = min(self.started_at[sample] for sample in batch)
+                late = [self.version - 1 - self.started_version[sample] for sample in batch]
                 done.append((self.now + self.sync_s, begun - self.trainer_free, samples[-1] - start,
                              samples[-1] - samples[int(0.9 * (len(samples) - 1))], fmean(late)))  # fmt: skip
                 self.trainer_free = self.now + self.sync_s
                 self._at(self.trainer_free, "synced", 0)
             elif what == "synced":
                 self._admit()
-            ready = not self.training and self.now >= self.trainer_free and len(self.complete) >= self.work.prompts
-            if ready and len(done) < self.steps:
+            if not self.training and self.now >= self.trainer_free and not self.left[self.version]:
                 self.training, begun = True, self.now
-                batch = [self.complete.popleft() for _ in range(self.work.prompts)]
                 self._at(self.now + self.update_s, "trained", 0)
         for place in range(len(self.fleet)):
             self._advance(self.fleet[place])
-        counted = done[1:] or done
-        span = counted[-1][0] - (done[0][0] if len(done) > 1 else 0.0)
+        counted = done[self.uncounted :]
+        span = done[-1][0] - done[self.uncounted - 1][0]
         return Timing(
             step=span / len(counted),
             waiting=fmean(row[1] for row in counted),
@@ -161,19 +160,19 @@ class _Simulation:
             tail=fmean(row[3] for row in counted),
             idle=1 - sum(busy.busy_s for busy in self.fleet) / (len(self.fleet) * self.now),
             staleness=fmean(row[4] for row in counted),
-            lost_tokens=self.lost,
+            lost_tokens=self.lost / len(done),
         )
 
-    def _samples(self, group: int) -> range:
-        return range(group * self.work.samples, (group + 1) * self.work.samples)
+    def _samples(self, step: int) -> range:
+        return range(step * self.work.batch, (step + 1) * self.work.batch)
 
     def _at(self, time: float, what: str, place: int, epoch: int = 0) -> None:
         self.number += 1
         heapq.heappush(self.events, (time, self.number, what, place, epoch))
 
     def _admit(self) -> None:
-        """Groups up to the bound on staleness."""
-        limit = min((self.staleness + self.version + 1) * self.work.prompts, len(self.left))
+        """Steps up to the bound on staleness."""
+        limit = min(self.staleness + self.version + 1, len(self.left))
         while self.admitted < limit:
             self.queue.extend(self._samples(self.admitted))
             self.admitted += 1
@@ -231,10 +230,7 @@ class _Simulation:
         _, sample = heapq.heappop(busy.running)
         busy.context -= self._prompt + self.length[sample]
         self.finished_at[sample] = self.now
-        group = sample // self.work.samples
-        self.left[group] -= 1
-        if not self.left[group]:
-            self.complete.append(group)
+        self.left[sample // self.work.batch] -= 1
 
     def _pause(self) -> None:
         for place, busy in enumerate(self.fleet):

@@ -166,7 +166,7 @@ class Efficiency:
 # 192 H100, `predict_fit.PUBLISHED`). The update of a dense model: assumed, between prime-rl's published 11 and 22 % of an H100
 # (benchmarks/baselines) and the 40 % that pretraining reaches. call_s, optimiser: assumed.
 DENSE = Efficiency(
-    0.5, 0.5, 0.006, 0.3, 0.7, "shares from published steps of NeMo RL and prime-rl; nothing measured by us"
+    0.55, 0.55, 0.006, 0.3, 0.7, "shares from published steps of NeMo RL and prime-rl; nothing measured by us"
 )
 EXPERTS = replace(DENSE, update=0.1)
 SYNC_BYTES_S = 8.25e9  # of a broadcast over NCCL to 30 receivers: verl, checkpoint_engine/README.md

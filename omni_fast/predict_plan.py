@@ -35,10 +35,16 @@ class Fleet:
     sync_share: float = 1.0
     hours_between_failures: float = 0.0
     steps: int = 8
+    experts_stay: bool = False
 
     @property
     def share(self) -> Efficiency:
         return CPU if self.machine == "cpu" else EXPERTS if self.shape.experts else DENSE
+
+    @property
+    def trainer(self) -> Trainer:
+        """On one GPU."""
+        return Trainer(self.shape, MACHINES[self.machine], self.share, 1, self.experts_stay)
 
     @property
     def server(self) -> Server:
@@ -64,7 +70,7 @@ def plan(fleet: Fleet, work: Work, trainer_gpus: int) -> Plan:
     """The fleet with so many GPUs training; all of them: in turns with generating. UserError where it cannot fit."""
     machine, server = MACHINES[fleet.machine], fleet.server
     turns = trainer_gpus == fleet.gpus
-    trainer = Trainer(fleet.shape, machine, fleet.share, trainer_gpus)
+    trainer = replace(fleet.trainer, gpus=trainer_gpus)
     servers = (fleet.gpus if turns else fleet.gpus - trainer_gpus) // server.gpus
     slots = server.slots(work)
     if slots < 1:
@@ -75,7 +81,7 @@ def plan(fleet: Fleet, work: Work, trainer_gpus: int) -> Plan:
     if trainer.memory > USABLE * machine.memory:
         raise UserError(
             f"training needs {trainer.memory / 1e9:.0f} GB on each of {trainer_gpus} x {fleet.machine}, which have "
-            f"{USABLE * machine.memory / 1e9:.0f} GB to use: {smallest_trainer(fleet.shape, machine)} GPUs are the fewest"
+            f"{USABLE * machine.memory / 1e9:.0f} GB to use: {_fewest(trainer)}"
         )
     if servers < 1:
         raise UserError(f"{fleet.gpus - trainer_gpus} GPUs are left for servers of {server.gpus}: give more --gpus")
@@ -94,9 +100,14 @@ def plan(fleet: Fleet, work: Work, trainer_gpus: int) -> Plan:
     return Plan(trainer_gpus, servers, server.gpus, update, timing, trainer.memory, slots, limit)
 
 
+def _fewest(trainer: Trainer) -> str:
+    fewest = smallest_trainer(trainer)
+    return f"{fewest} GPUs are the fewest" if fewest else "a gathered layer alone is too large (--experts-stay)"
+
+
 def splits(fleet: Fleet, work: Work) -> list[Plan]:
     """About a dozen ways to split the GPUs between training and generating, and that of taking turns, last."""
-    first, width = smallest_trainer(fleet.shape, MACHINES[fleet.machine]), fleet.server.gpus
+    first, width = smallest_trainer(fleet.trainer) or fleet.gpus, fleet.server.gpus
     stride = max(width, fleet.gpus // 16 // width * width)
     counts = [count for count in range(stride, fleet.gpus, stride) if count >= first and fleet.gpus - count >= width]
     return [plan(fleet, work, count) for count in [*counts, fleet.gpus]]
@@ -143,7 +154,7 @@ def draw(plans: Mapping[str, Sequence[Plan]], title: str, path: Path) -> None:
             [one.trainer_gpus for one in apart], [one.timing.step for one in apart], marker="o", label=name
         )
         best = min(apart, key=lambda one: one.timing.step)
-        axes.annotate(f"{best.timing.step:.0f} s", (best.trainer_gpus, best.timing.step), xytext=(0, -14),
+        axes.annotate(f"{best.timing.step:.0f} s", (best.trainer_gpus, best.timing.step), xytext=(0, 7),
                       textcoords="offset points", ha="center", color=line[0].get_color())  # fmt: skip
     axes.axhline(turns.timing.step, linestyle="--", color="grey", label="all GPUs in turns")
     axes.set(xlabel="GPUs that train", ylabel="seconds a step (predicted)", title=title, ylim=(0, None))

@@ -7,7 +7,7 @@ with `curriculum.predict`, which forecasts scores.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from omni_fast.predict_machines import Efficiency, Machine, Shape
 
@@ -15,7 +15,8 @@ WEIGHT = 2  # bytes of a working weight
 STATE = 18  # bytes a trained weight: fp32 master, gradient sum, two moments, bf16 copy (docs/training.md)
 OPTIMISER_TRAFFIC = 30  # bytes a trained weight: AdamW reads four fp32 numbers and writes three, and the bf16 copy
 ACTIVATION = 52  # bytes a row, layer and hidden unit (docs/training.md: 30 KB for SmolLM2-135M)
-ROWS_PER_MICROBATCH = 16384  # of a trainer GPU
+# Rows of a micro-batch of one GPU, and whether its activations are computed again instead of kept: the first that fits.
+MICROBATCHES = ((16384, False), (8192, False), (16384, True), (4096, True), (1024, True))
 USABLE = 0.88  # of a GPU's memory
 GPUS_PER_NODE = 8
 NETWORK_SHARE = 0.7  # of a link's sheet that collectives reach
@@ -107,14 +108,15 @@ class Trainer:
     def update_s(self, work: Work) -> dict[str, float]:
         """compute, gather (what communication is not hidden behind it), optimiser."""
         shape, machine = self.shape, self.machine
-        passes = 6 + 2 * work.forwards
+        micro_rows, again = self.microbatch
+        passes = 6 + 2 * work.forwards + 2 * again
         context = work.prompt_tokens + work.new_tokens / 2  # that a completion token sees, on average
         flops = passes * (
             (shape.active_body + shape.attention_flops / 2 * context) * work.rows + shape.head * work.tokens
         )
         compute = flops / (self.gpus * machine.flops * self.share.update)
         rate = NETWORK_SHARE * (machine.link if self.gpus <= GPUS_PER_NODE else machine.network)
-        micro_batches = max(1.0, work.rows / self.gpus / ROWS_PER_MICROBATCH)
+        micro_batches = max(1.0, work.rows / self.gpus / micro_rows)
         away = 1 - 1 / self.gpus
         moved = (
             away * shape.parameters * (2 * WEIGHT * micro_batches + 4)
@@ -127,28 +129,36 @@ class Trainer:
         }
 
     @property
+    def _gathered_weights(self) -> int:
+        return self.shape.parameters - (self.shape.expert_weights if self.experts_stay else 0)
+
+    @property
+    def microbatch(self) -> tuple[int, bool]:
+        """The first of `MICROBATCHES` that fits; the smallest where none does."""
+        room = USABLE * self.machine.memory
+        return next((choice for choice in MICROBATCHES if self._bytes(*choice) <= room), MICROBATCHES[-1])
+
+    @property
     def memory(self) -> float:
-        """Bytes a GPU: state, one micro-batch with the layers' inputs kept, one layer's activations and its gathered weights."""
+        """Bytes a GPU: state, a micro-batch's activations, one layer's gathered weights and gradients."""
+        return self._bytes(*self.microbatch)
+
+    def _bytes(self, rows: int, again: bool) -> float:
         shape = self.shape
-        layer = (shape.body + shape.expert_weights) / shape.layers
-        rows = ROWS_PER_MICROBATCH * shape.hidden
-        return STATE * shape.parameters / self.gpus + rows * (WEIGHT * shape.layers + ACTIVATION) + 2 * WEIGHT * layer
+        layer = self._gathered_weights / shape.layers if self.gpus > 1 else 0.0
+        kept = WEIGHT * shape.layers + ACTIVATION if again else ACTIVATION * shape.layers
+        return STATE * shape.parameters / self.gpus + rows * shape.hidden * kept + 3 * WEIGHT * layer
 
 
 def smallest_server(shape: Shape, machine: Machine) -> int:
-    """GPUs of the smallest replica (a power of two) that has half of its memory or more for the cache."""
+    """GPUs of the smallest replica (a power of two) that has a third of its memory or more for the cache."""
     gpus = 1
-    while WEIGHT * shape.parameters > USABLE * gpus * machine.memory / 2:
+    while WEIGHT * shape.parameters > USABLE * gpus * machine.memory * 2 / 3:
         gpus *= 2
     return gpus
 
 
-def smallest_trainer(shape: Shape, machine: Machine) -> int:
-    """GPUs of the smallest trainer (a power of two) whose state and activations fit."""
-    gpus = 1
-    while gpus <= 1 << 16 and Trainer(shape, machine, _NOTHING, gpus).memory > USABLE * machine.memory:
-        gpus *= 2
-    return gpus
-
-
-_NOTHING = Efficiency(1, 1, 0, 1, 1, "")
+def smallest_trainer(trainer: Trainer) -> int:
+    """GPUs of the smallest such trainer (a power of two) whose state and activations fit; 0: none of up to 65,536."""
+    sizes = (replace(trainer, gpus=1 << power) for power in range(17))
+    return next((one.gpus for one in sizes if one.memory <= USABLE * one.machine.memory), 0)
