@@ -113,8 +113,9 @@ def _address(servers: Sequence[Server]) -> str:
     for server in servers:
         parts = urlsplit(server.url)
         if parts.hostname not in LOCAL:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
-                probe.connect((parts.hostname, parts.port or 80))
+            family, kind, *_, there = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind) as probe:  # sends nothing
+                probe.connect(there)
                 return str(probe.getsockname()[0])
     return "127.0.0.1"
 

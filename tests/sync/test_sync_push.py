@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from omni_fast.errors import RunError, UserError
 from omni_fast.policy.adapter import add_adapter
-from omni_fast.rollout.fleet import Fleet
+from omni_fast.rollout.fleet import Fleet, Server
 from omni_fast.rollout.sglang import SGLangEngine
 from omni_fast.sync import WeightSync, broadcast
 from omni_fast.sync.plan import checksum, make_plan, tensors
@@ -368,3 +369,10 @@ def test_a_checksum_sees_one_bit(place: int, bit: int) -> None:
     other.view(torch.int32)[place] ^= 1 << bit
     assert checksum(value) != checksum(other) and checksum(value) == checksum(value.clone())
     assert checksum(value.expand(2, 31).t()[:, 0]) == checksum(value)
+
+
+def test_the_trainers_address_is_the_one_that_servers_reach() -> None:
+    assert broadcast._address([Server("http://localhost:1"), Server("http://127.0.0.1:2")]) == "127.0.0.1"
+    far = Server(f"http://{socket.gethostbyname(socket.gethostname())}:1")
+    with socket.create_server((broadcast._address([Server("http://127.0.0.1:2"), far]), 0)) as here:  # an own one
+        assert here.getsockname()[0] != "0.0.0.0"
