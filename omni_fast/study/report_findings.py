@@ -336,7 +336,9 @@ def _does_order_matter(found: Findings) -> list[Sentence]:
             order, gain = part.solved
             tone = _tone(gain)
             said = {"good": "better than", "bad": "worse than", "open": "not told from"}[tone]
-            text = f"The order solved on other seeds, {arrow(order)}, is {said} the mean of all orders: {cell(gain)}."
+            place = 1 + sum(other.estimate.value > gain.estimate.value for _, other in part.means.values())
+            text = f"The order solved on other seeds, {arrow(order)}, is {said} the mean of all orders: {cell(gain)}; it is"
+            text += f" number {place} of {len(part.means)}."
             out.append(Sentence(tone, text))
     for (arm, other), contrast in found.pairs.items():
         if other != MERGE and math.isfinite(contrast.estimate.value):
@@ -368,7 +370,7 @@ def _is_it_forecast(part: ForecastPart | None) -> list[Sentence]:
         ]
     additive, ratios, none = (part.errors[k] for k in ("additive", "multiplicative", NO_TRANSFER))
     twin, level = part.errors.get(TWIN), additive.mean_absolute < none.mean_absolute
-    ranks = all(r > 0 for r in part.by_seed)
+    ranks, orders = all(r > 0 for r in part.by_seed), part.errors[f"additive{AVERAGE}"].pearson
     text = (
         f"On new seeds the additive forecast is off by {additive.mean_absolute:.3f} on average, that of ratios by"
         f" {ratios.mean_absolute:.3f}, no transfer at all by {none.mean_absolute:.3f}"
@@ -377,14 +379,14 @@ def _is_it_forecast(part: ForecastPart | None) -> list[Sentence]:
     text += "" if level else " In level it is no better than assuming no transfer."
     seeds = ", ".join(points(r) for r in part.by_seed)
     more = f"The additive forecast correlates with realised scores: {points(additive.pearson)} within task (by seed {seeds})"
-    more += (
-        f", and {points(part.errors[f'additive{AVERAGE}'].pearson)} for the average over tasks, which decides the order"
-    )
+    more += f", and {points(orders)} for the average over tasks, which decides the order"
     if twin:
         average = part.errors[f"{TWIN}{AVERAGE}"]
         more += f"; two seeds of one order agree to {points(twin.pearson)} and {points(average.pearson)}"
-    more += "." if ranks else ". Its sign is not the same in every seed."
-    return [Sentence("good" if level else "bad", text), Sentence("good" if ranks else "open", more)]
+    more += "." if ranks else ". The sign within task is not the same in every seed."
+    more += " It does not tell good orders from bad ones." if orders <= 0 else ""
+    tone: Tone = "bad" if orders <= 0 else "good" if ranks else "open"
+    return [Sentence("good" if level else "bad", text), Sentence(tone, more)]
 
 
 def _do_assumptions_hold(part: AssumptionPart | None) -> list[Sentence]:
