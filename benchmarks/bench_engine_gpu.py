@@ -134,11 +134,11 @@ def asked(case: Case, vocabulary: int) -> list[Prompt]:
 
 
 @torch.no_grad()
-def parity(place: Served, case: Case) -> Numbers:
+def parity(place: Served, case: Case, by: Transport) -> Numbers:
     """The server's log-probs of its samples less the policy's own, in nats."""
     prompts = asked(case, place.model.config.vocab_size)[:8]
     gaps: list[torch.Tensor] = []
-    with place.engine("tensor") as engine:
+    with place.engine(by) as engine:
         groups = engine.generate(prompts, 2, Sampling(max_new_tokens=min(case.tokens, 64)))
     for prompt, group in zip(prompts, groups, strict=True):
         for sample in group:
@@ -154,10 +154,10 @@ def own(model: LlamaForCausalLM, prompt: Prompt, sample: Sample) -> torch.Tensor
     return rows.gather(1, tokens[0, len(prompt.tokens) :, None])[:, 0].cpu()
 
 
-def speed(place: Served, case: Case) -> Numbers:
+def speed(place: Served, case: Case, by: Transport) -> Numbers:
     prompts, sampling = asked(case, place.model.config.vocab_size), Sampling(max_new_tokens=case.tokens)
     seen = []
-    with place.engine("tensor") as engine:
+    with place.engine(by) as engine:
         for _ in range(3):  # the first one compiles
             started = time.perf_counter()
             groups = engine.generate(prompts, case.n, sampling)
@@ -166,11 +166,11 @@ def speed(place: Served, case: Case) -> Numbers:
     return {"tokens/s": round(max(seen)), "first round": round(seen[0]), "samples": float(case.prompts * case.n)}
 
 
-def sleep(place: Served, case: Case) -> Numbers:
+def sleep(place: Served, case: Case, by: Transport) -> Numbers:
     """Seconds and memory; samples after it are of the policy again, or it fails."""
     seen: dict[str, list[float]] = {"sleep_s": [], "wake_and_sync_s": []}
     freed = 0
-    with place.engine("tensor") as engine:
+    with place.engine(by) as engine:
         for version in range(1, case.rounds + 1):
             before = torch.cuda.mem_get_info()[0] if case.on_gpu else 0
             started = time.perf_counter()
@@ -182,7 +182,7 @@ def sleep(place: Served, case: Case) -> Numbers:
             seen["wake_and_sync_s"].append(time.perf_counter() - started)
         if not engine.fleet.ready:
             raise RuntimeError(engine.fleet.reasons())
-    found = parity(place, case)
+    found = parity(place, case, by)
     return {name: spread(values) for name, values in seen.items()} | {"freed GB": round(freed / 1e9, 2)} | found
 
 
@@ -191,6 +191,7 @@ class Record:
 
     def __init__(self, output: Path | None, budget_s: float) -> None:
         self.output, self.end = output, time.monotonic() + budget_s
+        self.by: Transport = "tensor"  # how the other parts bring the weights: "disk" where memory cannot be shared
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
         self.content: dict[str, object] = {
             "machine": card, "versions": {"torch": torch.__version__, "python": platform.python_version()}, "targets": TARGETS,
@@ -225,15 +226,17 @@ def measure(record: Record, size: str, case: Case, label: str, flags: tuple[str,
         if not record.part(f"{label} start", start, needs_s=90):
             return
         if "--enable-memory-saver" in flags:
-            record.part(f"{label} sleep", lambda: sleep(place[0], case))
+            record.part(f"{label} sleep", lambda: sleep(place[0], case, record.by))
             return
         if full:
             alone = case.on_gpu and torch.cuda.device_count() < 2  # NCCL takes a GPU once: not for trainer and server
             transports: tuple[Transport, ...] = ("tensor", "disk") if alone else ("tensor", "disk", "distributed")
             for transport in transports:
-                record.part(f"{label} sync {transport}", lambda by=transport: sync(place[0], case, by))  # type: ignore[misc]
-            record.part(f"{label} parity", lambda: parity(place[0], case))
-        record.part(f"{label} speed", lambda: speed(place[0], case))
+                worked = record.part(f"{label} sync {transport}", lambda by=transport: sync(place[0], case, by))  # type: ignore[misc]
+                if transport == "tensor" and not worked:
+                    record.by = "disk"
+            record.part(f"{label} parity", lambda: parity(place[0], case, record.by))
+        record.part(f"{label} speed", lambda: speed(place[0], case, record.by))
 
 
 def main() -> None:
