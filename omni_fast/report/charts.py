@@ -261,10 +261,17 @@ def mark_rows(
     return _figure("wide", width, height, label, "".join(parts), legend)
 
 
-def scatter_panel(title: str, points: Sequence[tuple[Mark, Mark]], *, x_label: str, y_label: str) -> str:
+def scatter_panel(
+    title: str,
+    points: Sequence[tuple[Mark, Mark]],
+    *,
+    x_label: str,
+    y_label: str,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> str:
     """One small panel of points with intervals in both directions, (x, y) each, and the line on which they are equal.
 
-    Intervals that are wider than most end at the panel's edge.
+    Intervals that are wider than most end at the panel's edge.   bounds: what the axes do not go beyond.
     """
     width, height, left, top, right, bottom = 460, 400, 46, 30, 14, 38
     known = [(x, y) for x, y in points if math.isfinite(x.value) and math.isfinite(y.value)]
@@ -273,7 +280,7 @@ def scatter_panel(title: str, points: Sequence[tuple[Mark, Mark]], *, x_label: s
     halves = sorted((mark.high - mark.low) / 2 for pair in known for mark in pair)
     values = [mark.value for pair in known for mark in pair]
     usual = halves[len(halves) // 2]
-    marks = ticks(min(values) - usual, max(values) + usual, 4)
+    marks = ticks(max(bounds[0], min(values) - usual), min(bounds[1], max(values) + usual), 4)
 
     def px(v: float) -> float:
         return left + (min(max(v, marks[0]), marks[-1]) - marks[0]) / (marks[-1] - marks[0]) * (width - left - right)

@@ -21,7 +21,7 @@ from omni_fast.curriculum.predict import ForecastError, forecast_error
 from omni_fast.curriculum.scores import Estimate, Floats
 from omni_fast.curriculum.transfer import Transfer
 from omni_fast.study.analysis import measure, runs, single_runs
-from omni_fast.study.analysis_draws import UNKNOWN, Contrast, Draws, Names, joint_draws
+from omni_fast.study.analysis_draws import UNKNOWN, Contrast, Draws, Names, joint_draws, over_seeds
 from omni_fast.study.records import Node, Study
 
 PERMUTATIONS = 2000
@@ -43,12 +43,14 @@ class ForecastPart:
     """Forecast against realised scores of seeds that measured nothing of it.
 
     errors: name -> measures over all (seed, order, task); with AVERAGE over (seed, order), of the average score.   by_seed: the additive forecast's Pearson, seed by seed.
+    closer: its mean absolute error minus that of no transfer, over the seeds.
     """
 
     measured_on: tuple[int, ...]
     realised_on: tuple[int, ...]
     errors: dict[str, ForecastError]
     by_seed: tuple[float, ...]
+    closer: Contrast
     points: tuple[Point, ...]
 
 
@@ -173,13 +175,12 @@ def forecast_part(study: Study, at: Realised) -> ForecastPart | None:
     errors |= {
         f"{name}{AVERAGE}": forecast_error(*(x.mean(axis=1)[:, None] for x in pair)) for name, pair in sides.items()
     }
-    by_seed = [
-        forecast_error(
-            np.stack([told[o]["additive"] for s, o in keys if s == seed]),
-            np.stack([score_of[s, o] for s, o in keys if s == seed]),
-        ).pearson
-        for seed in at.seeds
-    ]
+    by_seed, closer = [], []
+    for seed in at.seeds:
+        own = [k for k, key in enumerate(keys) if key[0] == seed]
+        alone = {form: forecast_error(*(x[own] for x in sides[form])) for form in ("additive", NO_TRANSFER)}
+        by_seed.append(alone["additive"].pearson)
+        closer.append(alone["additive"].mean_absolute - alone[NO_TRANSFER].mean_absolute)
     points = []
     for order in sorted(told, key=lambda o: [study.tasks.index(task) for task in o]):
         items = {seed: at.leaves[seed, order].scores.values["test"] for seed in at.seeds if (seed, order) in at.leaves}
@@ -187,7 +188,7 @@ def forecast_part(study: Study, at: Realised) -> ForecastPart | None:
         forecasts = predict.forecast(transfer, order)
         if draws is not None:
             points += [Point(order, task, forecasts[task], draws.mean("leaf", task)) for task in study.tasks]
-    return ForecastPart(at.measured_on, at.seeds, errors, tuple(by_seed), tuple(points))
+    return ForecastPart(at.measured_on, at.seeds, errors, tuple(by_seed), over_seeds(np.array(closer)), tuple(points))
 
 
 def tree(study: Study, seeds: Sequence[int]) -> Draws | None:

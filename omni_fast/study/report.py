@@ -20,7 +20,8 @@ from omni_fast.report import charts
 from omni_fast.report.charts import Cell, Line, Mark, MarkRow, Stack, facts_table, text
 from omni_fast.report.verdict import Sentence, points
 from omni_fast.study import records
-from omni_fast.study.analysis import ArmRow
+from omni_fast.study.analysis import BASE, JOINT, ArmRow
+from omni_fast.study.analysis_orders import AVERAGE
 from omni_fast.study.report_findings import (
     Findings,
     Table,
@@ -35,7 +36,7 @@ from omni_fast.study.report_findings import (
 )
 
 MAX_ORDERS = 24
-MATRIX_ARMS = ("solved", "reversed", "random", "user", "refresh")
+STAGED = ("solved", "reversed", "random", "user", "refresh")
 NOTES = {
     "What the data supports": "",
     "Arms": (
@@ -159,7 +160,9 @@ def _tiles(found: Findings) -> list[tuple[str, str, str]]:
         out.append(("orders differ by (sd)", points(found.orders.sd, False), f"p {p_value(found.orders.p)}"))
     if found.forecast:
         error = found.forecast.errors["additive"]
-        out.append(("forecast off by", points(error.mean_absolute, False), f"Pearson {points(error.pearson)}"))
+        average = points(found.forecast.errors[f"additive{AVERAGE}"].pearson)
+        small = f"Pearson {points(error.pearson)} in a task, {average} for the average"
+        out.append(("forecast off by", points(error.mean_absolute, False), small))
     return out
 
 
@@ -195,7 +198,7 @@ def _cost(found: Findings) -> str:
 def _matrices(found: Findings) -> str:
     tasks, out = found.study.tasks, []
     for row in found.rows:
-        if row.arm.name not in MATRIX_ARMS or not row.orders:
+        if row.arm.name not in STAGED or not row.orders:
             continue
         order, count = max(row.orders.items(), key=lambda pair: pair[1])
         cells = [cell for cell in found.study.of(row.arm.name) if cell.order == order and cell.base is not None]
@@ -259,6 +262,7 @@ def _scatter(found: Findings) -> str:
             [(_mark(p.forecast, k), _mark(p.realised, k)) for p in found.forecast.points if p.task == task],
             x_label="forecast",
             y_label="realised",
+            bounds=(0.0, 1.0),
         )
         for k, task in enumerate(found.study.tasks)
     ]
@@ -276,7 +280,7 @@ def _entropy(found: Findings) -> str:
         lines = [
             Line(name, part.temperatures, list(table[:, k]), style)
             for style, (name, table) in enumerate(part.sweep.items())
-            if name in ("base", "joint", *MATRIX_ARMS)
+            if name in (BASE, JOINT, *STAGED)
         ]
         if lines:
             panels.append(
@@ -303,6 +307,7 @@ def _by_stage(found: Findings, tables_: dict[str, Floats], what: str) -> list[st
         lines = [
             Line(name, list(range(len(table))), list(table[:, k]), style)
             for style, (name, table) in enumerate(tables_.items())
+            if name in (JOINT, *STAGED)
         ]
         if lines:
             out.append(charts.line_panel(f"{task}: {what}", lines, y_range=None, x_label="stages done"))

@@ -194,7 +194,7 @@ def _transfer(part: TransferPart) -> list[Table]:
     for row in part.proxies:
         a = row.agreement
         shares = [f"{share:.0%}" for share in (row.training, row.evaluation, a.pairs)]
-        rows.append((row.name, *shares[:2], a.spearman, a.kendall, shares[2], a.regret))
+        rows.append((row.name, *shares[:2], points(a.spearman), points(a.kendall), shares[2], max(0.0, a.regret)))
     heads = ["cheap measurement", "training", "evaluation", "Spearman", "Kendall", "pairs alike", "summed score lost"]
     return [
         Table("Transfer, each effect", ["trained → scored on", "T", "p (alone)"], effects, folded=True),
@@ -214,7 +214,10 @@ def _orders(part: OrderPart) -> list[Table]:
 
 
 def _forecast(part: ForecastPart) -> list[Table]:
-    rows = [(name, e.n, e.mean_absolute, e.bias, e.rmse, e.pearson, e.spearman) for name, e in part.errors.items()]
+    rows = [
+        (name, e.n, e.mean_absolute, points(e.bias), e.rmse, points(e.pearson), points(e.spearman))
+        for name, e in part.errors.items()
+    ]
     heads = ["forecast", "points", "mean absolute", "bias", "root mean square", "Pearson", "Spearman"]
     return [Table("Error against realised scores of new seeds (correlations within task)", heads, rows)]
 
@@ -222,7 +225,7 @@ def _forecast(part: ForecastPart) -> list[Table]:
 def _assumptions(part: AssumptionPart) -> list[Table]:
     adjusted = holm({i + j: s.p for (i, j), (_, _, s) in part.constant.items() if math.isfinite(s.p)})
     constant = [
-        (f"{i} → {j}", first, shift, s.starts, s.sd, s.noise, p_value(adjusted.get(i + j, math.nan)))
+        (f"{i} → {j}", points(first), shift, s.starts, s.sd, s.noise, p_value(adjusted.get(i + j, math.nan)))
         for (i, j), (first, shift, s) in part.constant.items()
     ]
     second = holm({task: c.p for task, c in part.second_pass.items() if math.isfinite(c.p)})
@@ -369,14 +372,19 @@ def _is_it_forecast(part: ForecastPart | None) -> list[Sentence]:
             Sentence("open", "The forecast is not tested yet: it needs transfer from one seed and orders from another.")
         ]
     additive, ratios, none = (part.errors[k] for k in ("additive", "multiplicative", NO_TRANSFER))
-    twin, level = part.errors.get(TWIN), additive.mean_absolute < none.mean_absolute
+    twin, level = part.errors.get(TWIN), _tone(part.closer)
     ranks, orders = all(r > 0 for r in part.by_seed), part.errors[f"additive{AVERAGE}"].pearson
     text = (
         f"On new seeds the additive forecast is off by {additive.mean_absolute:.3f} on average, that of ratios by"
         f" {ratios.mean_absolute:.3f}, no transfer at all by {none.mean_absolute:.3f}"
     )
     text += f", the same order in another seed by {twin.mean_absolute:.3f}." if twin else "."
-    text += "" if level else " In level it is no better than assuming no transfer."
+    text += {
+        "bad": " It is closer than assuming no transfer",
+        "good": " It is farther off than assuming no transfer",
+        "open": " In level it is no better than assuming no transfer, beyond noise",
+    }[level]
+    text += f" (by seed {points(part.closer.estimate.value)}, {span(part.closer.estimate) or 'one seed'})."
     seeds = ", ".join(points(r) for r in part.by_seed)
     more = f"The additive forecast correlates with realised scores: {points(additive.pearson)} within task (by seed {seeds})"
     more += f", and {points(orders)} for the average over tasks, which decides the order"
@@ -386,7 +394,8 @@ def _is_it_forecast(part: ForecastPart | None) -> list[Sentence]:
     more += "." if ranks else ". The sign within task is not the same in every seed."
     more += " It does not tell good orders from bad ones." if orders <= 0 else ""
     tone: Tone = "bad" if orders <= 0 else "good" if ranks else "open"
-    return [Sentence("good" if level else "bad", text), Sentence(tone, more)]
+    turned: dict[Tone, Tone] = {"bad": "good", "good": "bad", "open": "open"}
+    return [Sentence(turned[level], text), Sentence(tone, more)]
 
 
 def _do_assumptions_hold(part: AssumptionPart | None) -> list[Sentence]:
