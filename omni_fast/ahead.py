@@ -65,9 +65,10 @@ class Ahead:
         for rollout in batch.rollouts:
             rollout.wait(self.parts.progress.generating)
         self._staleness = staleness(batch.groups, self.parts.engine.version)
-        if self._staleness["staleness_max"] > self.bound:
+        behind = self._staleness["staleness_max"]
+        if behind > self.bound:
             raise RunError(
-                f"a sample of step {self.step + 1} is {self._staleness['staleness_max']:.0f} weight versions old and rollout.max_staleness is "
+                f"a sample of step {self.step + 1} is {behind:.0f} weight versions old and rollout.max_staleness is "
                 f"{self.bound}: stopped before the step, nothing is lost. This is a bug; the same command resumes"
             )
         return batch.groups
