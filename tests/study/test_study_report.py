@@ -3,6 +3,7 @@
 import copy
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,6 +151,17 @@ def test_unequal_budgets_are_told(whole, tmp_path):
             cell["samples_train"] *= 2
     study = records.read(write(tmp_path, uneven))
     assert any("budgets are not equal" in sentence.text for sentence in verdict(analyse(study)))
+
+
+def test_the_committed_study_says_what_the_docs_say():
+    root = Path(__file__).parents[2]
+    results = root / "benchmarks" / "results" / "study-tiny"
+    found = analyse(records.read(results))
+    assert headline(found).text in (results / "summary.md").read_text(encoding="utf-8")
+    docs = (root / "docs" / "study.md").read_text(encoding="utf-8")
+    errors = found.forecast.errors["additive, average of the tasks"]
+    for number in (found.primary.estimate.value, found.orders.sd, found.orders.gap.estimate.value, errors.pearson):
+        assert f"{number:.3f}" in docs or f"{number:.2f}" in docs, number
 
 
 def test_no_study_and_a_damaged_one(tmp_path):
