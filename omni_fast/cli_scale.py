@@ -113,6 +113,7 @@ def predict(
         sync_gb_s * 1e9,
         sync_share,
         hours_between_failures,
+        experts_stay=experts_stay,
     )
     work = Work(prompts, samples, prompt_tokens, new_tokens, max_new_tokens, spread, mixed=mixed)
     if trainer_gpus > gpus:

@@ -177,6 +177,24 @@ def _of_generate(row: dict) -> Case:
     return Case(row["case"], 1, new, prompts * samples * new, prompts * prompt, row["seconds"])
 
 
+def races(results: Path) -> list[Case]:
+    """Steps that no share was fitted to: omni_fast's own of benchmarks/bench_train.py."""
+    rows = [
+        row for file in sorted(results.glob("train-*.json")) for row in json.loads(file.read_text(encoding="utf-8"))
+    ]
+    return [_of_race(row) for row in rows if row.get("role") == "ours"]
+
+
+def _of_race(row: dict) -> Case:
+    prompts, samples = (int(number) for number in re.findall(r"\d+", row["case"])[:2])
+    took = {name: part["seconds"] for name, part in row["phases"].items()}
+    tokens = prompts * samples * row["completion_tokens"]
+    return Case(
+        f"{row['question']}, {row['case']}", row["steps"], row["completion_tokens"], tokens, prompts * row["prompt_tokens"],
+        took["generate"], 0.0, tokens, row["rows_in_update"], took["update"], took["sync"],
+    )  # fmt: skip
+
+
 def main(results: Path, run: Path | None) -> None:
     """Take the steps of a run into the results; print the fit, and the error of everything that is compared."""
     if run:
@@ -187,6 +205,8 @@ def main(results: Path, run: Path | None) -> None:
     print(fit(cases, shape, machine))
     for name, (with_it, without_it) in errors(cases, shape, machine).items():
         print(f"{name}: {with_it:+.0%}, left out {without_it:+.0%}")
+    for case in races(results):
+        print(f"{case.name}: {error(case, fit(cases, shape, machine), shape, machine):+.0%}, never fitted")
     for row in PUBLISHED:
         predicted = published_seconds(row)
         print(f"{row.model} on {row.gpus} x {row.machine}, train and generate {row.split}, staleness {row.staleness}: published "

@@ -20,6 +20,7 @@ MICROBATCHES = ((16384, False), (8192, False), (16384, True), (4096, True), (102
 USABLE = 0.88  # of a GPU's memory
 GPUS_PER_NODE = 8
 NETWORK_SHARE = 0.7  # of a link's sheet that collectives reach
+ALL_REDUCE_S = (15e-6, 60e-6)  # of a small one inside a node and beyond (assumed); tensor parallelism has two a layer
 RUNNING = 256  # samples that a server decodes at a time, at most
 
 
@@ -67,7 +68,9 @@ class Server:
         shape = self.shape
         read = WEIGHT * (shape.read_weights(rows) + shape.kv_numbers * context)
         flops = 2 * (shape.active_body + shape.head) * rows + shape.attention_flops * context
-        exchange = 4 * shape.layers * rows * shape.hidden * WEIGHT / self.machine.link if self.gpus > 1 else 0.0
+        inside = self.gpus <= GPUS_PER_NODE
+        rate, latency = (self.machine.link, ALL_REDUCE_S[0]) if inside else (self.machine.network, ALL_REDUCE_S[1])
+        exchange = 2 * shape.layers * (2 * rows * shape.hidden * WEIGHT / rate + latency) if self.gpus > 1 else 0.0
         return (
             read / (self.gpus * self.machine.memory_bytes_s * self.share.decode_bytes)
             + flops / (self.gpus * self.machine.flops * self.share.decode_flops)
@@ -118,9 +121,8 @@ class Trainer:
         rate = NETWORK_SHARE * (machine.link if self.gpus <= GPUS_PER_NODE else machine.network)
         micro_batches = max(1.0, work.rows / self.gpus / micro_rows)
         away = 1 - 1 / self.gpus
-        moved = (
-            away * shape.parameters * (2 * WEIGHT * micro_batches + 4)
-        )  # weights twice a micro-batch, gradients once
+        # Weights twice a micro-batch, gradients once.
+        moved = away * self._gathered_weights * (2 * WEIGHT * micro_batches + 4)
         optimiser = OPTIMISER_TRAFFIC * shape.parameters / self.gpus / (machine.memory_bytes_s * self.share.optimiser)
         return {
             "compute": compute,

@@ -161,9 +161,10 @@ def test_our_steps_are_foretold_from_lengths_alone() -> None:
 
 
 def test_published_steps() -> None:
+    """As close as docs/scale.md says. The step of DeepSeek-V3 (512 short samples on 256 GPUs) is all overhead, which is not here."""
     for row in PUBLISHED:
-        off = abs(published_seconds(row) / row.seconds - 1)
-        assert off <= (0.06 if row.fitted else 0.40), row
+        bound = 0.70 if row.model == "deepseek-v3" else 0.12
+        assert abs(published_seconds(row) / row.seconds - 1) <= bound, row
 
 
 def test_the_best_split_of_64_gpus() -> None:
@@ -196,6 +197,29 @@ def test_the_size_of_a_study() -> None:
 def test_what_cannot_be_predicted_is_said(options: list[str], message: str) -> None:
     done = CliRunner().invoke(app, ["predict", "--gpus", "8", *options])
     assert isinstance(done.exception, UserError) and message in str(done.exception)
+
+
+def test_a_model_of_1t_weights_needs_its_experts_to_stay() -> None:
+    options = [
+        "predict",
+        "--model-shape",
+        "kimi-k2",
+        "--machine",
+        "h200",
+        "--gpus",
+        "1024",
+        "--trainer-gpus",
+        "512",
+        "--json",
+    ]
+    refused = CliRunner().invoke(app, options)
+    assert isinstance(refused.exception, UserError) and "1024 GPUs are the fewest" in str(refused.exception)
+    found = [
+        json.loads(CliRunner().invoke(app, [*options, "--experts-stay", *more]).output)["best"]["timing"]
+        for more in ([], ["--sync-share", "0.03"], ["--sync-gb-s", "0.125"])
+    ]
+    assert found[1]["sync"] == pytest.approx(0.03 * found[0]["sync"])
+    assert found[2]["sync"] == pytest.approx(2 * SHAPES["kimi-k2"].parameters / 0.125e9)
 
 
 def test_the_command_prints_and_draws(tmp_path: Path) -> None:
