@@ -58,6 +58,7 @@ class Findings:
 
 
 Value = str | int | float | Estimate | Contrast
+Row = Sequence[Value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class Table:
 
     title: str
     heads: Sequence[str]
-    rows: Sequence[Sequence[Value]]
+    rows: Sequence[Row]
     words: int = 1
     folded: bool = False
 
@@ -119,14 +120,14 @@ def span(estimate: Estimate, digits: int = 3) -> str:
 def cell(value: Value) -> str:
     """A contrast as +0.047 (+0.011 to +0.083), a score as 0.711 (0.67 to 0.75), other numbers plainly."""
     if isinstance(value, Contrast):
-        value, low_high = points(value.estimate.value), span(value.estimate)
+        middle, low_high = points(value.estimate.value), span(value.estimate)
     elif isinstance(value, Estimate):
-        value, low_high = points(value.value, signed=False), span(value, digits=2).replace("+", "")
+        middle, low_high = points(value.value, signed=False), span(value, digits=2).replace("+", "")
     elif isinstance(value, float):
         return points(value, signed=False).replace("-", "−")
     else:
         return value if isinstance(value, str) else f"{value:,}"
-    return f"{value} ({low_high})".replace(" to ", "\u00a0to\u00a0") if low_high else value
+    return f"{middle} ({low_high})".replace(" to ", "\u00a0to\u00a0") if low_high else middle
 
 
 def percent(contrast: Contrast) -> str:
@@ -157,8 +158,8 @@ def tables(found: Findings) -> dict[str, list[Table]]:
 
 def _arms(found: Findings) -> list[Table]:
     tasks, known = found.study.tasks, [row for row in found.rows if row.seeds]
-    scores = [(row.arm.name, len(row.seeds), *row.scores.values(), row.average, row.bwt) for row in known]
-    gains = []
+    scores: list[Row] = [(row.arm.name, len(row.seeds), *row.scores.values(), row.average, row.bwt) for row in known]
+    gains: list[Row] = []
     for row in known:
         p = "primary" if (row.arm.name, JOINT) == found.study.primary else p_value(row.p_holm)
         gains.append((row.arm.name, row.over_joint, percent(row.relative_joint), p, percent(row.relative_merge)))
@@ -170,27 +171,19 @@ def _arms(found: Findings) -> list[Table]:
 
 
 def _cost(found: Findings) -> list[Table]:
-    rows = []
+    rows: list[Row] = []
     for row in found.rows:
         orders = " / ".join(f"{arrow(order)} ({count}x)" for order, count in row.orders.items()) or "–"
         counts = (row.samples, row.samples_transfer, row.samples + row.samples_transfer, row.completions)
         if row.seeds:
             rows.append((row.arm.name, *map(round, counts), duration(row.seconds), orders))
-    heads = [
-        "arm",
-        "training samples",
-        "to measure transfer",
-        "both",
-        "select items scored",
-        "training time",
-        "order (seeds)",
-    ]
+    heads = ["arm", "training samples", "to measure transfer", "both", "items for it", "training time", "order (seeds)"]
     return [Table("Cost, mean of the seeds", heads, rows)]
 
 
 def _transfer(part: TransferPart) -> list[Table]:
     effects = [(f"{i} → {j}", effect, p_value(effect.p)) for (i, j), effect in part.effects.items() if i != j]
-    rows = []
+    rows: list[Row] = []
     for row in part.proxies:
         a = row.agreement
         shares = [f"{share:.0%}" for share in (row.training, row.evaluation, a.pairs)]
@@ -199,9 +192,7 @@ def _transfer(part: TransferPart) -> list[Table]:
     return [
         Table("Transfer, each effect", ["trained → scored on", "T", "p (alone)"], effects, folded=True),
         Table(
-            "Agreement of one seed's cheap measurement with the full matrix of the other seeds (its own where it is alone)",
-            heads,
-            rows,
+            "One seed's cheap measurement against the full matrix of the other seeds, or its own if alone", heads, rows
         ),
     ]
 
