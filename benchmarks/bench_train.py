@@ -5,7 +5,8 @@
 TRL small, TRL long   the same weights, prompts, reward, loss and AdamW; both trainers in a process of their own, alive side by
                       side, taking turns step by step. Their settings are in the result. Median over the steps but the first.
 TRL levers            each of omni_fast's savings taken away alone, and what the step costs then.
-TRL settings          a few steps of TRL in each of its settings that bear on speed; the other questions use the fastest.
+TRL learning          the mean reward per step of both, and how far apart; nothing timed, so the machine may be busy.
+TRL settings          a few steps of TRL in each of its settings that bear on speed, to choose --peers by.
 
 The limit is the least time of the step's arithmetic and memory traffic at the rates measured just before (train/case.py). Memory
 is what the process holds at a step's peak beyond the imports and beyond weights, gradients and optimiser state.
@@ -46,24 +47,21 @@ SETTINGS = {
     "TRL small": (
         Setting("bfloat16", 48),
         Setting("float32", 48),
-        Setting("bfloat16", 16),
         Setting("bfloat16", 8),
-        Setting("bfloat16", 48, checkpointing=True),
+        Setting("float32", 8),
+        Setting("float32", 48, checkpointing=True),
     ),
     "TRL long": (
-        Setting("bfloat16", 16),
         Setting("bfloat16", 8),
-        Setting("bfloat16", 4),
         Setting("float32", 8),
+        Setting("bfloat16", 4),
+        Setting("bfloat16", 16),
     ),
-}
-PEERS = {
-    "TRL small": (Setting("bfloat16", 48), Setting("float32", 48)),
-    "TRL long": (Setting("bfloat16", 8), Setting("float32", 8)),
 }
 TURN_S = 280.0  # how long a --gate is held at most before the others have their turn
 PAUSE_S = 3.0
 
+LEARNING = ("question", "case", "dtype", "contender", "role", "rewards", "learning", "settings", "versions")
 Row = dict[str, object]
 
 
@@ -210,11 +208,11 @@ def _rise(by_seed: dict[int, list[Step]]) -> float:
     return round(statistics.fmean(parts), 4)
 
 
-def sweep(case: Case, model: str, gate: Gate) -> list[Row]:
+def sweep(case: Case, numbers: Sequence[int], model: str, gate: Gate) -> list[Row]:
     """TRL alone in each setting, one after the other: which is its best?"""
     rows: list[Row] = []
     with gate.held():
-        for setting in SETTINGS[case.question]:
+        for setting in (SETTINGS[case.question][number] for number in numbers):
             worker = Worker(setting.name, trl_peer.run, case, model, 0, setting)
             for _ in range(case.steps):
                 worker.step()
@@ -270,14 +268,13 @@ def show(rows: Sequence[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = [*CASES, "TRL levers", "TRL settings"]
+    choices = [*CASES, "TRL levers", "TRL learning", "TRL settings"]
     parser.add_argument("--questions", nargs="+", default=[*CASES, "TRL levers"], choices=choices)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, help="of each trainer; default: what the case says")
-    parser.add_argument(
-        "--peers", nargs="*", type=int, default=[0, 1], help="of TRL's settings to race; 0: its fastest"
-    )
+    parser.add_argument("--peers", nargs="*", type=int, help="which of TRL's settings (SETTINGS)")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="of settings and levers")
+    parser.add_argument("--threads", type=int, help="of each trainer; default: what the case says")
     parser.add_argument("--rounds", type=int, default=5, help="of the levers")
     parser.add_argument("--gate", type=Path)
     parser.add_argument("--output", type=Path, default=scoreboard.RESULTS / f"train-{scoreboard.machine()}.json")
@@ -285,16 +282,21 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     model, gate = str(smollm2.folder()), Gate(arguments.gate)
     for question in arguments.questions:
-        if question in CASES:
-            case = replace(CASES[question], steps=arguments.steps or CASES[question].steps)
+        if question in CASES or question == "TRL learning":
+            name = question if question in CASES else arguments.cases[0]
+            case = replace(CASES[name], steps=arguments.steps or CASES[name].steps)
+            case = replace(case, threads=arguments.threads or case.threads)
             torch.set_num_threads(case.threads)
-            peers = [PEERS[question][number] for number in arguments.peers]
+            peers = [SETTINGS[name][number] for number in arguments.peers or (0, 1)]
             rows = race(case, peers, model, arguments.seeds, gate)
             show(rows)
+            if question == "TRL learning":
+                rows = [{key: row[key] for key in LEARNING if key in row} | {"question": question} for row in rows]
             save(rows, arguments.output)
         elif question == "TRL settings":
             for name in arguments.cases:
-                save(sweep(replace(CASES[name], steps=arguments.steps or 3), model, gate), arguments.output)
+                numbers = range(len(SETTINGS[name])) if arguments.peers is None else arguments.peers
+                save(sweep(replace(CASES[name], steps=arguments.steps or 3), numbers, model, gate), arguments.output)
         else:
             with gate.held():
                 for name in arguments.cases:
