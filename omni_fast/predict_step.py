@@ -136,9 +136,10 @@ class Trainer:
 
     @property
     def microbatch(self) -> tuple[int, bool]:
-        """The first of `MICROBATCHES` that fits; the smallest where none does."""
+        """The first of `MICROBATCHES` that fits; the smallest where none does. A GPU alone gathers nothing: small ones do."""
         room = USABLE * self.machine.memory
-        return next((choice for choice in MICROBATCHES if self._bytes(*choice) <= room), MICROBATCHES[-1])
+        choices = ((2048, False), *MICROBATCHES) if self.gpus == 1 else MICROBATCHES
+        return next((choice for choice in choices if self._bytes(*choice) <= room), MICROBATCHES[-1])
 
     @property
     def memory(self) -> float:
