@@ -3,7 +3,7 @@
 `H[i, j]` is the mean token entropy, in nats, of policy i on a fixed probe set of task j, row 0 the initial policy.
 The effective temperature of a trained policy on a task is the temperature at which the initial policy has the entropy
 that the trained one has at 1. If training mostly moved the temperature, decoding each policy at 1 / tau should shrink
-what the forecast missed; `residual_change` measures whether it does. All of this is reported, either way.
+what the forecast missed: a study measures whether it does, and reports it either way.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from omni_fast.curriculum.scores import DRAWS, Estimate, Floats, interval, resample
+from omni_fast.curriculum.scores import Floats
 
 
 def effective_temperature(temperatures: Sequence[float], entropies: Sequence[float], target: float) -> float:
@@ -29,20 +29,6 @@ def effective_temperature(temperatures: Sequence[float], entropies: Sequence[flo
     if not rising[0] <= target <= rising[-1]:
         return math.nan
     return float(np.interp(target, rising, np.asarray(temperatures, dtype=np.float64)))
-
-
-def residual_change(before: Floats, after: Floats, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
-    """Mean of |after| - |before| over forecast residuals (realised - forecast), below 0 where the correction helps.
-
-    before, after: residuals [points] at temperature 1 and at the corrected one, the same (run, task) points; NaN pairs
-    are left out. The bootstrap is over points, which are few: read a wide interval as "not known".
-    """
-    change = np.abs(np.asarray(after, dtype=np.float64)) - np.abs(np.asarray(before, dtype=np.float64))
-    change = change[~np.isnan(change)]
-    if change.size == 0:
-        return Estimate(math.nan, 0, math.nan, math.nan)
-    low, high = interval(resample(change.size, draws, np.random.default_rng(seed)) @ change)
-    return Estimate(float(change.mean()), change.size, low, high)
 
 
 def entropy_aware(matrix_KK: Floats, entropy_MK: Floats, weight: float) -> Floats:

@@ -9,7 +9,7 @@ An item score is in 0..1, NaN where the infrastructure failed; such an item is l
   all checkpoints that are compared (the tasks are the strata).
 
 Limits: the intervals speak of the items, not of the training seed; with one seed a run's own noise is not in them
-(`hierarchical` takes several seeds). With items that all agree a paired interval has width 0.
+(`omni_fast.study` takes several). With items that all agree a paired interval has width 0.
 Sources: Wilson 1927; Efron and Tibshirani 1993, ch. 13; BWT after Lopez-Paz and Ranzato 2017, section 2.
 """
 
@@ -193,33 +193,6 @@ def own_stages(trained: Sequence[Sequence[str]]) -> dict[str, int]:
         for task in tasks:
             own.setdefault(task, number)
     return own
-
-
-def hierarchical(gains: Sequence[Mapping[str, Floats]], *, draws: int = DRAWS, seed: int = 0) -> Estimate:
-    """Average over tasks of paired item gains of several training seeds: seeds are drawn first, then items.
-
-    gains: one mapping per seed, task -> after - before [n_items], the items in the same order in every seed. Items are
-    resampled jointly for all seeds (they are the same items), seeds jointly for all tasks (they are the same runs).
-    n counts the distinct items. With s seeds the between-seed part is itself poorly known: below 5 seeds read it as a
-    hint.
-    """
-    rng = np.random.default_rng(seed)
-    tasks = list(gains[0])
-    picks_BS = rng.multinomial(len(gains), np.full(len(gains), 1.0 / len(gains)), size=draws) / len(gains)
-    total = np.zeros(draws)
-    value, n = 0.0, 0
-    for task in tasks:
-        stack_SN = np.stack([run[task] for run in gains])
-        ok = ~np.isnan(stack_SN).any(axis=0)
-        if not ok.any():
-            return Estimate(math.nan, 0, math.nan, math.nan)
-        stack_SN = stack_SN[:, ok]
-        items_BN = resample(stack_SN.shape[1], draws, rng)
-        total += np.einsum("bs,sn,bn->b", picks_BS, stack_SN, items_BN, optimize=True)
-        value += float(stack_SN.mean())
-        n += stack_SN.shape[1]
-    low, high = interval(total / len(tasks))
-    return Estimate(value / len(tasks), n, low, high)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

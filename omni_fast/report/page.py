@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from pydantic import JsonValue
 
@@ -23,7 +22,6 @@ Rows = Sequence[Json]
 
 MAX_SAMPLES_PER_TASK = 3
 MAX_TRANSFER_ROWS = 30
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def render(result: Json, metrics: Rows, samples: Rows) -> str:
@@ -44,23 +42,19 @@ def render(result: Json, metrics: Rows, samples: Rows) -> str:
         ("Time and throughput", "", training.timings(result, steps)),
         ("How it was measured", "", _setting(result)),
     ]
-    drawn = "".join(_section(title, note, body) for title, note, body in sections if body)
+    drawn = "".join(charts.section(title, note, body) for title, note, body in sections if body)
     missing = [title for title, _, body in sections if not body]
     if missing:
-        drawn += _section("Not there yet", "", f"<p>Nothing was recorded for: {text(', '.join(missing))}.</p>")
-    css = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+        drawn += charts.section("Not there yet", "", f"<p>Nothing was recorded for: {text(', '.join(missing))}.</p>")
     head = headline(result)
     tasks = ", ".join(names(result.get("tasks"))) or "no tasks"
-    return (
-        "<!doctype html><html lang=en><head><meta charset=utf-8>"
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>omni_fast: {text(tasks)}</title><style>{css}</style></head><body>{charts.patterns()}<main>"
-        f"<header><p class=kicker>omni_fast report · {text(_kicker(result))}</p><h1>{text(head.text)}</h1></header>"
-        f"{_status(result)}{_tiles(result)}{drawn}"
-        "<footer>Intervals are 95 %. They hold the noise of the test items, not that of the training seed: another"
-        " seed can differ by more. The split <i>select</i> decided the order; results come from the split <i>test</i>,"
-        " which decides nothing.</footer></main></body></html>"
+    return charts.frame(
+        f"omni_fast: {tasks}",
+        f"omni_fast report · {_kicker(result)}",
+        head.text,
+        f"{_status(result)}{_tiles(result)}{drawn}",
+        "Intervals are 95 %. They hold the noise of the test items, not that of the training seed: another seed can differ by"
+        " more. The split select decided the order; results come from the split test, which decides nothing.",
     )
 
 
@@ -87,11 +81,6 @@ HACKING_NOTE = (
 )
 FLIP_NOTE = "Test items solved before and no longer (lost), and the other way round (gained). A net 0 can hide many."
 SAMPLE_NOTE = "The same prompts, answered by the initial and by the final policy."
-
-
-def _section(title: str, note: str, body: str) -> str:
-    small = f"<p class=note>{text(note)}</p>" if note else ""
-    return f"<section><h2>{text(title)}</h2>{small}{body}</section>"
 
 
 def _kicker(result: Json) -> str:
@@ -127,13 +116,7 @@ def _tiles(result: Json) -> str:
     peak = number(result.get("peak_bytes"))
     if math.isfinite(peak):
         tiles.append(("peak memory", f"{peak / 2**30:.1f} GiB", ""))
-    if not tiles:
-        return ""
-    drawn = "".join(
-        f"<div class=tile><span class=what>{text(what)}</span><b>{text(big)}</b><span>{text(small)}</span></div>"
-        for what, big, small in tiles
-    )
-    return f"<div class=tiles>{drawn}</div>"
+    return charts.tiles(tiles)
 
 
 def _verdict(result: Json) -> str:

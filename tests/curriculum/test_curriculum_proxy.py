@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni_fast.curriculum import order as orders
-from omni_fast.curriculum.entropy import effective_temperature, entropy_aware, residual_change
+from omni_fast.curriculum.entropy import effective_temperature, entropy_aware
 from omni_fast.curriculum.proxy import agreement, cosine_matrix, first_order_transfer
 
 
@@ -63,14 +63,6 @@ def test_effective_temperature_outside_the_sweep_and_bad_sweeps():
     assert effective_temperature([0.5, 1.0, 1.5], [0.2, 0.19, 0.4], 0.3) == pytest.approx(1.25)
     with pytest.raises(ValueError, match="increase"):
         effective_temperature([1.0, 1.0], [0.2, 0.4], 0.3)
-
-
-def test_residual_change():
-    before = np.array([0.1, -0.1, 0.2, -0.2, math.nan])
-    helped = residual_change(before, before / 2)
-    assert helped.value == pytest.approx(-0.075) and helped.high < 0 and helped.n == 4
-    assert residual_change(before, -before).value == 0.0
-    assert residual_change(before[4:], before[4:]).n == 0
 
 
 def test_entropy_aware_order_moves_the_task_that_needs_entropy_behind_the_collapsing_one():

@@ -104,17 +104,6 @@ def test_bwt_counts_a_refresh_as_recovery_and_needs_two_stages():
     assert joint.n == 0 and math.isnan(joint.value)
 
 
-def test_hierarchical_is_wider_than_items_alone_when_seeds_differ():
-    rng = np.random.default_rng(3)
-    shifts = (-0.2, 0.0, 0.2, 0.1, -0.1)
-    gains = [{"a": rng.normal(0.3 + s, 0.05, 200)} for s in shifts]
-    est = scores.hierarchical(gains)
-    assert est.value == pytest.approx(0.3, abs=0.02) and est.n == 200
-    assert est.high - est.low > 0.15
-    same = scores.hierarchical([gains[0]] * 5)
-    assert same.high - same.low < 0.03
-
-
 def test_holm():
     assert scores.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
     assert scores.holm({"a": 0.9, "b": 0.8}) == pytest.approx({"a": 1.0, "b": 1.0})
