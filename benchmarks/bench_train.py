@@ -91,8 +91,13 @@ class Gate:
         self.since = time.monotonic()
 
 
-def race(case: Case, peers: Sequence[Setting], model: str, seeds: Sequence[int], gate: Gate) -> list[Row]:
-    """Both trainers in turns, step by step; with more than one seed each starts again for each."""
+def race(
+    case: Case, peers: Sequence[Setting], model: str, seeds: Sequence[int], gate: Gate, minutes: float = math.inf
+) -> list[Row]:
+    """Both trainers in turns, step by step; with more than one seed each starts again for each.
+
+    minutes: of a seed, after which no further step begins (three are made in any case).
+    """
     names = [ours.NAME, *(peer.name for peer in peers)]
     steps: dict[str, dict[int, list[Step]]] = {name: {} for name in names}
     hellos = {}
@@ -104,7 +109,7 @@ def race(case: Case, peers: Sequence[Setting], model: str, seeds: Sequence[int],
                 Worker(ours.NAME, ours.run, case, model, seed),
                 *(Worker(peer.name, trl_peer.run, case, model, seed, peer) for peer in peers),
             ]
-            asked = workers[0].hello.prompts
+            asked, started = workers[0].hello.prompts, time.monotonic()
             for worker in workers:
                 if worker.hello.prompts != asked:
                     raise SystemExit(f"{worker.name} does not see the prompts that {ours.NAME} sees")
@@ -119,6 +124,8 @@ def race(case: Case, peers: Sequence[Setting], model: str, seeds: Sequence[int],
                         flush=True,
                     )
                 gate.between()
+                if number >= 2 and time.monotonic() - started > 60 * minutes:
+                    break
             for worker in workers:
                 worker.close()
     config = AutoConfig.from_pretrained(model)
@@ -275,6 +282,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", type=int, help="which of TRL's settings (SETTINGS)")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="of settings and levers")
     parser.add_argument("--threads", type=int, help="of each trainer; default: what the case says")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no step of a race begins")
     parser.add_argument("--rounds", type=int, default=5, help="of the levers")
     parser.add_argument("--gate", type=Path)
     parser.add_argument("--output", type=Path, default=scoreboard.RESULTS / f"train-{scoreboard.machine()}.json")
@@ -287,8 +295,8 @@ def main() -> None:
             case = replace(CASES[name], steps=arguments.steps or CASES[name].steps)
             case = replace(case, threads=arguments.threads or case.threads)
             torch.set_num_threads(case.threads)
-            peers = [SETTINGS[name][number] for number in arguments.peers or (0, 1)]
-            rows = race(case, peers, model, arguments.seeds, gate)
+            peers = [SETTINGS[name][number] for number in ((0, 1) if arguments.peers is None else arguments.peers)]
+            rows = race(case, peers, model, arguments.seeds, gate, arguments.minutes)
             show(rows)
             if question == "TRL learning":
                 rows = [{key: row[key] for key in LEARNING if key in row} | {"question": question} for row in rows]

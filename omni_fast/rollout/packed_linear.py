@@ -35,7 +35,8 @@ class PackedLinear(nn.Module):
         weights = [_weight(source) for source in sources]
         biases = [bias for source in sources if isinstance(bias := source.bias, Tensor)]
         self.sizes = [len(weight) for weight in weights]
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), rows)
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         self.bias = torch.cat(biases).detach() if biases else None
 
     def forward(self, x: Tensor) -> Tensor:
