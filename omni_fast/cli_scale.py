@@ -30,6 +30,7 @@ def launch(
     kind: Annotated[Kind, typer.Option("--print", help="What to render.")] = "local",
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=0)] = 8,
+    trainer_gpus: Annotated[int, typer.Option(min=1, help="Of the first node; more than one by torchrun.")] = 1,
     run: Annotated[str, typer.Option(help="Run folder, which all nodes see under this path.")] = "",
     line: Annotated[
         list[str] | None, typer.Option(help="Slurm: one more #SBATCH option, for example --account=NAME")
@@ -38,12 +39,12 @@ def launch(
     server_image: Annotated[str, typer.Option(help="Kubernetes: with SGLang.")] = "",
     claim: Annotated[str, typer.Option(help="Kubernetes: a ReadWriteMany volume claim, mounted at /data.")] = "",
 ) -> None:
-    """Print what starts the run on this host, on Slurm or on Kubernetes: one GPU trains, servers on all others generate.
+    """Print what starts the run on this host, on Slurm or on Kubernetes: some GPUs train, servers on all others generate.
 
     Examples: `omni-fast launch my.toml --print slurm --nodes 4 --line --account=lab > run.sh`,
     `omni-fast launch my.toml --print k8s --image trainer:1 --server-image sglang:1 --claim data > run.yaml`
     """
-    place = Place(nodes, gpus_per_node, run, tuple(line or ()), image, server_image, claim)
+    place = Place(nodes, gpus_per_node, trainer_gpus, run, tuple(line or ()), image, server_image, claim)
     typer.echo(render(kind, config, overrides or (), place), nl=False)
 
 

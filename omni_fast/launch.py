@@ -1,8 +1,8 @@
 """What starts a run on one host, a Slurm cluster or Kubernetes: a script or a manifest, rendered from the run's config.
 
-One process trains, on one GPU of the first node; every other GPU holds SGLang servers, each a replica of its own. A server that
-dies is started again; a run that stops goes on when the same thing is submitted again. Nothing else is promised: a trainer of
-several GPUs is not rendered. All nodes must see the run folder under the same path.
+The first GPUs of the first node train, one process each under torchrun; every other GPU holds SGLang servers, each a replica of
+its own. A server that dies is started again; a run that stops goes on when the same thing is submitted again. Nothing else is
+promised: a trainer on several nodes is not rendered. All nodes must see the run folder under the same path.
 
 The template engine itself quotes every value that a template prints, so that no name, path or override can become a command.
 Keys are never rendered: they come from the environment, on Kubernetes from a Secret.
@@ -40,12 +40,13 @@ MOUNT = "/data"  # of the claim, in every pod
 class Place:
     """Where to run.
 
-    run: the run folder; "": runs/NAME of the config, on Kubernetes below /data. lines: Slurm options such as --account=NAME.
+    trainer_gpus: of the first node. run: the run folder; "": runs/NAME of the config, on Kubernetes below /data. lines: Slurm options such as --account=NAME.
     Kubernetes only: image, with omni_fast; server_image, with SGLang; claim, a PersistentVolumeClaim that many pods can write.
     """
 
     nodes: int = 1
     gpus_per_node: int = 8
+    trainer_gpus: int = 1
     run: str = ""
     lines: tuple[str, ...] = ()
     image: str = ""
@@ -68,6 +69,9 @@ def render(kind: Kind, source: str, overrides: Sequence[str], place: Place) -> s
         "run": place.run or f"runs/{name}",
         "nodes": place.nodes,
         "gpus": place.gpus_per_node,
+        "trainer_gpus": place.trainer_gpus,
+        "trainer": _trainer(place),
+        "devices": ",".join(str(gpu) for gpu in range(place.trainer_gpus)),
         "width": width,
         "servers": servers,
         "port": PORT,
@@ -106,6 +110,10 @@ def _refuse_options(kind: Kind, place: Place) -> None:
         raise UserError(
             f"{', '.join(wrong)}: --print k8s needs --image, --server-image and --claim, the others take none"
         )
+    if place.trainer_gpus > max(1, place.gpus_per_node):
+        raise UserError(
+            f"--trainer-gpus {place.trainer_gpus} are those of the first node, which has {place.gpus_per_node}"
+        )
     if kind == "local" and place.nodes > 1:
         raise UserError(f"--print local is for one host, got --nodes {place.nodes}: use slurm or k8s")
 
@@ -136,10 +144,10 @@ def _servers(width: int, place: Place) -> int:
                 "set engine.kind=sglang without engine.urls, and --gpus-per-node"
             )
         return 0
-    first, other = (place.gpus_per_node - 1) // width, place.gpus_per_node // width
+    first, other = (place.gpus_per_node - place.trainer_gpus) // width, place.gpus_per_node // width
     if not first and place.nodes == 1 or not other:
         raise UserError(
-            f"--gpus-per-node {place.gpus_per_node} has no room for a server of {width} GPU(s) beside the one GPU that trains"
+            f"--gpus-per-node {place.gpus_per_node} has no room for a server of {width} GPU(s) beside the {place.trainer_gpus} that train"
         )
     return first + other * (place.nodes - 1)
 
@@ -161,13 +169,28 @@ def _pods(source: str, config: Config, overrides: Sequence[str], place: Place, s
     launch = Launch("policy", config.model.path, "cuda", config.engine.dtype, tuple(config.engine.flags), "0.0.0.0")
     return {
         "config": file.read_text(encoding="utf-8") if file.is_file() else "",
-        "train": _words("omni-fast", "train", "--run", str(run), "--", *([f"/etc/omni-fast/{name}.toml"] if file.is_file() else [source]), *overrides, *engine),
+        "train": _words(*_trainer(place), "train", "--run", str(run), "--", *([f"/etc/omni-fast/{name}.toml"] if file.is_file() else [source]), *overrides, *engine),
         "serve": _words(*command(launch, Path("python3"), PORT, None)),
         "mount": MOUNT,
         "image": place.image,
         "server_image": place.server_image,
         "claim": place.claim,
     }  # fmt: skip
+
+
+def _trainer(place: Place) -> list[str]:
+    """What `train` follows. torchrun starts a killed rank again and ends a stopped one after 30 s."""
+    if place.trainer_gpus == 1:
+        return ["omni-fast"]
+    return [
+        "torchrun",
+        "--standalone",
+        f"--nproc-per-node={place.trainer_gpus}",
+        "--max-restarts=3",
+        "-m",
+        "--",
+        "omni_fast",
+    ]
 
 
 def _words(*words: str) -> list[str]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GRPO on this host{% if servers %}: GPU 0 trains, {{ servers }} SGLang server(s) of {{ width }} GPU(s) generate{% endif %}.
+# GRPO on this host{% if servers %}: {{ trainer_gpus }} GPU(s) train, {{ servers }} SGLang server(s) of {{ width }} GPU(s) generate{% endif %}.
 # Stopped and started again it resumes. Keys, if any, come from the environment: {{ key }}, {{ judge_key }}.
 set -euo pipefail
 
@@ -28,10 +28,10 @@ stop() {
 
 mkdir -p -- "$run/engine"
 trap stop EXIT
-for ((gpu = 1; gpu + {{ width }} <= {{ gpus }}; gpu += {{ width }})); do
+for ((gpu = {{ trainer_gpus }}; gpu + {{ width }} <= {{ gpus }}; gpu += {{ width }})); do
     serve "$(seq -s, "$gpu" $((gpu + {{ width }} - 1)))" $(({{ port }} + gpu))
 done
-CUDA_VISIBLE_DEVICES=0 omni-fast train --run "$run" -- "${config[@]}" "engine.urls=[$urls]" &
+CUDA_VISIBLE_DEVICES={{ devices }} {% for word in trainer %}{{ word }} {% endfor %}train --run "$run" -- "${config[@]}" "engine.urls=[$urls]" &
 trainer=$!
 trap 'kill -TERM "$trainer"' TERM  # it finishes the step, saves, and stops
 trap : INT  # a terminal's goes to the trainer by itself
@@ -40,5 +40,5 @@ wait "$trainer" || code=$?
 while kill -0 "$trainer" 2>/dev/null; do code=0; wait "$trainer" || code=$?; done
 exit "$code"
 {% else %}
-exec omni-fast train --run "$run" -- "${config[@]}"
+exec {% for word in trainer %}{{ word }} {% endfor %}train --run "$run" -- "${config[@]}"
 {% endif %}

@@ -13,7 +13,7 @@
 {% for line in lines %}
 #SBATCH {{ line }}
 {% endfor %}
-# GRPO{% if servers %}: GPU 0 of the first node trains, {{ servers }} SGLang server(s) of {{ width }} GPU(s) on {{ nodes }} node(s) generate{% endif %}.
+# GRPO{% if servers %}: {{ trainer_gpus }} GPU(s) of the first node train, {{ servers }} SGLang server(s) of {{ width }} GPU(s) on {{ nodes }} node(s) generate{% endif %}.
 # Submitted again it resumes. All nodes see this folder under the same path, and omni-fast with SGLang's environment
 # (`omni-fast engine install`). Keys, if any, come from the environment of sbatch: {{ key }}, {{ judge_key }}.
 set -euo pipefail
@@ -40,7 +40,7 @@ serve() {  # a node, its GPUs, a port: starts a server, and again when it died
 }
 
 mkdir -p -- "$run/engine"
-first=1  # GPU 0 of the first node trains
+first={{ trainer_gpus }}  # the first node's GPUs before it train
 for node in "${nodes[@]}"; do
     for ((gpu = first; gpu + {{ width }} <= {{ gpus }}; gpu += {{ width }})); do
         serve "$node" "$(seq -s, "$gpu" $((gpu + {{ width }} - 1)))" $(({{ port }} + gpu))
@@ -49,7 +49,7 @@ for node in "${nodes[@]}"; do
 done
 {% endif %}
 
-on "${nodes[0]}" 0 omni-fast train --run "$run" -- "${config[@]}"{% if servers %} "engine.urls=[$urls]"{% endif %} &
+on "${nodes[0]}" {{ devices }} {% for word in trainer %}{{ word }} {% endfor %}train --run "$run" -- "${config[@]}"{% if servers %} "engine.urls=[$urls]"{% endif %} &
 trainer=$!
 trap 'jobs -p | xargs -r kill' EXIT
 trap 'kill -TERM "$trainer"' TERM  # it finishes the step, saves, and stops

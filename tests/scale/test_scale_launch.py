@@ -9,6 +9,7 @@ import string
 import subprocess
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,9 @@ def test_scripts_parse(tmp_path: Path) -> None:
 def test_manifest_has_the_schema_of_kubernetes() -> None:
     validate = pytest.importorskip("kubernetes_validate").validate
     for overrides in ([SGLANG, HUB], [HUB]):
-        place = PODS if SGLANG in overrides else Place(1, 0, image="trainer:1", server_image="sglang:1", claim="data")
+        place = (
+            PODS if SGLANG in overrides else Place(1, 0, 1, image="trainer:1", server_image="sglang:1", claim="data")
+        )
         documents = list(yaml.safe_load_all(render("k8s", "quickstart", overrides, place)))
         assert documents[-1]["kind"] == "Job"
         for document in documents:
@@ -65,7 +68,7 @@ def test_manifest_has_the_schema_of_kubernetes() -> None:
 
 def test_schema_is_able_to_fail() -> None:
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
-    job = list(yaml.safe_load_all(render("k8s", "quickstart", [HUB], Place(1, 0, "", (), "a", "b", "c"))))[-1]
+    job = list(yaml.safe_load_all(render("k8s", "quickstart", [HUB], Place(1, 0, 1, "", (), "a", "b", "c"))))[-1]
     job["spec"]["template"]["spec"]["containers"][0]["comand"] = ["train"]
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(job, "1.31", strict=True)
@@ -91,7 +94,7 @@ def test_hostile_words_stay_words(value: str, run: str) -> None:
 @given(text, text, text)
 def test_hostile_words_stay_scalars(value: str, run: str, image: str) -> None:
     override = f"tasks.math.system={json.dumps(value, ensure_ascii=False)}"
-    place = Place(1, 1, f"{MOUNT}/{run}", (), image or "i", "s", "c")
+    place = Place(1, 1, 1, f"{MOUNT}/{run}", (), image or "i", "s", "c")
     try:
         manifest = render("k8s", "quickstart", [HUB, override], place)
     except UserError:
@@ -138,6 +141,8 @@ def test_no_key_is_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
         ("local", [SGLANG], Place(nodes=2), "one host"),
         ("slurm", [], Place(nodes=2), "engine.kind=sglang"),
         ("slurm", [SGLANG], Place(gpus_per_node=1), "no room"),
+        ("slurm", [SGLANG], Place(gpus_per_node=8, trainer_gpus=8), "no room"),
+        ("slurm", [SGLANG], Place(gpus_per_node=8, trainer_gpus=9), "first node"),
         ("slurm", [SGLANG, 'engine.flags=["--tp", "16"]'], Place(nodes=2), "no room"),
         ("slurm", [SGLANG, 'engine.flags=["--tp", "x"]'], Place(nodes=2), "no number"),
         ("slurm", [SGLANG, 'engine.flags=["--tp"]'], Place(nodes=2), "no number"),
@@ -200,6 +205,28 @@ def test_slurm_script_runs(stand_ins: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert all(call["flags"][:2] == ["--tp=2", "it's"] and call["flags"][3] == "0.0.0.0" for call in up)
     assert (train["node"], train["gpus"]) == ("node-a", "0")
     assert train["urls"] == ["http://node-a:30001", "http://node-b:30000", "http://node-b:30002"]
+
+
+def test_several_gpus_train_by_torchrun(stand_ins: Path) -> None:
+    (stand_ins.parent / "bin" / "torchrun").write_text(
+        '#!/usr/bin/env bash\necho "$@" >"$CALLS.torchrun"\nshift 6\nexec omni-fast "$@"\n'
+    )
+    (stand_ins.parent / "bin" / "torchrun").chmod(0o755)
+    script = render("slurm", "quickstart", [SGLANG], Place(2, 4, trainer_gpus=2))
+    assert _run(script).wait(30) == 0
+    up, train = _calls(stand_ins)
+    assert [call["gpus"] for call in up] == ["2", "3", "0", "1", "2", "3"] and train["gpus"] == "0,1"
+    assert (
+        Path(f"{stand_ins}.torchrun")
+        .read_text()
+        .startswith(
+            "--standalone --nproc-per-node=2 --max-restarts=3 -m -- omni_fast train --run runs/quickstart -- quickstart"
+        )
+    )
+    (container,) = list(yaml.safe_load_all(render("k8s", "quickstart", [SGLANG, HUB], replace(PODS, trainer_gpus=2))))[-1][
+        "spec"]["template"]["spec"]["containers"]  # fmt: skip
+    assert container["command"][:2] == ["torchrun", "--standalone"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 2}
 
 
 def test_local_script_runs_and_stops_its_servers(stand_ins: Path) -> None:
