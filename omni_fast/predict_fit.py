@@ -182,7 +182,7 @@ def races(results: Path) -> list[Case]:
     rows = [
         row for file in sorted(results.glob("train-*.json")) for row in json.loads(file.read_text(encoding="utf-8"))
     ]
-    return [_of_race(row) for row in rows if row.get("role") == "ours"]
+    return [_of_race(row) for row in rows if row.get("role") == "ours" and "phases" in row]
 
 
 def _of_race(row: dict) -> Case:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from omni_fast.cli import app
 from omni_fast.errors import UserError
-from omni_fast.predict_fit import PUBLISHED, errors, fit, published_seconds, read
+from omni_fast.predict_fit import PUBLISHED, error, errors, fit, published_seconds, races, read
 from omni_fast.predict_fleet import lengths, simulate
 from omni_fast.predict_machines import CPU, DENSE, MACHINES, SHAPES, read_shape
 from omni_fast.predict_plan import Fleet, plan, splits, study_steps
@@ -138,6 +138,12 @@ def test_the_shares_of_the_cpu_are_the_fit_of_what_is_committed() -> None:
     for name, (with_it, without_it) in found.items():
         assert abs(with_it) <= 0.15, name
         assert abs(without_it) <= 0.20, name
+
+
+def test_races_against_trl_are_held_out_steps() -> None:
+    shape, machine = SHAPES["smollm2-135m"], MACHINES["cpu"]
+    found = {case.name: error(case, fit(read(RESULTS), shape, machine), shape, machine) for case in races(RESULTS)}
+    assert found and all(abs(off) < 0.3 for off in found.values()), found
 
 
 def test_our_steps_are_foretold_from_lengths_alone() -> None:
