@@ -273,6 +273,7 @@ def make_policy(config: Config, model: PreTrainedModel) -> Policy:
         warmup_steps=optimizer.warmup_steps,
         max_grad_norm=optimizer.max_grad_norm,
         tokens_per_microbatch=optimizer.tokens_per_microbatch,
+        gradient_checkpointing=optimizer.gradient_checkpointing,
         dtype=None if config.model.dtype == "auto" else getattr(torch, config.model.dtype),
         lora_rank=config.model.lora_rank,
         lora_alpha=config.model.lora_alpha,

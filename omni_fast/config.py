@@ -79,6 +79,7 @@ class OptimizerConfig(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
     tokens_per_microbatch: Positive = 2048  # memory only: never changes the result
+    gradient_checkpointing: bool = False  # keep only each layer's input: less memory, one more forward pass
 
 
 class CurriculumConfig(Section):
@@ -212,6 +213,15 @@ class Config(Section):
             raise ValueError(
                 f"rollout.max_staleness {self.rollout.max_staleness} needs engine.kind 'sglang': the local engine shares "
                 "the policy's cores and weights, so it cannot generate while they are trained; set it to 0"
+            )
+        judges = {url.rstrip("/").removesuffix("/v1") for url in [self.judge.url] if self.judge.backend == "sglang"}
+        if self.rollout.max_staleness and judges & {
+            "",
+            *(url.rstrip("/").removesuffix("/v1") for url in self.engine.urls),
+        }:
+            raise ValueError(
+                "judge.backend 'sglang' on a server that generates meanwhile (rollout.max_staleness > 0): SGLang 0.5.17 dies of "
+                "labels and samples in one batch; use judge.backend 'openai' on that server, or a server of its own"
             )
         if self.engine.kind == "sglang" and self.engine.sync == "adapter" and not self.model.lora_rank:
             raise ValueError(
