@@ -214,11 +214,8 @@ class Config(Section):
                 f"rollout.max_staleness {self.rollout.max_staleness} needs engine.kind 'sglang': the local engine shares "
                 "the policy's cores and weights, so it cannot generate while they are trained; set it to 0"
             )
-        judges = {url.rstrip("/").removesuffix("/v1") for url in [self.judge.url] if self.judge.backend == "sglang"}
-        if self.rollout.max_staleness and judges & {
-            "",
-            *(url.rstrip("/").removesuffix("/v1") for url in self.engine.urls),
-        }:
+        judge, *servers = (url.rstrip("/").removesuffix("/v1") for url in [self.judge.url, *self.engine.urls])
+        if self.rollout.max_staleness and self.judge.backend == "sglang" and judge in ("", *servers):
             raise ValueError(
                 "judge.backend 'sglang' on a server that generates meanwhile (rollout.max_staleness > 0): SGLang 0.5.17 dies of "
                 "labels and samples in one batch; use judge.backend 'openai' on that server, or a server of its own"

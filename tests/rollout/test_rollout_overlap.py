@@ -112,6 +112,14 @@ def test_the_local_engine_refuses_to_run_ahead(tmp_path: Path) -> None:
         load("quickstart-tiny", ("rollout.max_staleness=1",))
 
 
+def test_a_judge_by_labels_on_a_server_that_generates_is_refused(made: Made, tmp_path: Path) -> None:
+    judge = {"judge__backend": "sglang", "judge__model": "m", "judge__url": "http://127.0.0.1:7/v1"}
+    with pytest.raises(UserError, match="use judge.backend 'openai' on that server"):
+        config_for(tmp_path, made.folder, ["http://127.0.0.1:7/"], 1, **judge)
+    for urls, bound in ((["http://127.0.0.1:8"], 1), (["http://127.0.0.1:7"], 0)):
+        assert config_for(tmp_path, made.folder, urls, bound, **judge).judge.url
+
+
 def test_an_outage_stops_the_run_and_the_same_command_trains_each_prompt_once(
     made: Made, tmp_path: Path, trained: list[list[Draw]]
 ) -> None:
