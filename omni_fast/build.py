@@ -177,7 +177,8 @@ def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
                 if isinstance(task, FileTask) and task.report.dropped:
                     progress.warn("\n".join(task.report.lines()))
             tasks = {block.name: composed(plain[block.name], block.reward) for block in config.tasks}
-            scorer = Scorer(tasks, config.rewards, progress, run.raise_if_stopping)
+            # SGLang 0.5.17 dies where labels and samples meet in one batch
+            scorer = Scorer(tasks, config.rewards, progress, run.raise_if_stopping, hold=config.judge_generates)
             stack.callback(scorer.close)
             progress.wait("the policy's optimiser and the engine")
             policy = make_policy(config, model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -214,8 +215,7 @@ class Config(Section):
                 f"rollout.max_staleness {self.rollout.max_staleness} needs engine.kind 'sglang': the local engine shares "
                 "the policy's cores and weights, so it cannot generate while they are trained; set it to 0"
             )
-        judge, *servers = (url.rstrip("/").removesuffix("/v1") for url in [self.judge.url, *self.engine.urls])
-        if self.rollout.max_staleness and self.judge.backend == "sglang" and judge in ("", *servers):
+        if self.rollout.max_staleness and self.judge_generates:
             raise ValueError(
                 "judge.backend 'sglang' on a server that generates meanwhile (rollout.max_staleness > 0): SGLang 0.5.17 dies of "
                 "labels and samples in one batch; use judge.backend 'openai' on that server, or a server of its own"
@@ -241,6 +241,12 @@ class Config(Section):
         """Of the adapter that the engine's servers hold beside the frozen base; 0: they hold the policy whole."""
         return self.model.lora_rank if (self.engine.kind, self.engine.sync) == ("sglang", "adapter") else 0
 
+    @property
+    def judge_generates(self) -> bool:
+        """Whether the judge gives labels from a server that also generates."""
+        judge, *servers = (url.rstrip("/").removesuffix("/v1") for url in [self.judge.url, *self.engine.urls])
+        return self.engine.kind == "sglang" and self.judge.backend == "sglang" and judge in ("", *servers)
+
     def fingerprint(self) -> dict[str, Any]:
         """All that the result depends on: neither logging nor checkpoints, nor where servers stand and how they are waited for."""
         judge = {"url": True, "timeout_s": True}
@@ -256,6 +262,14 @@ def load(source: str, overrides: tuple[str, ...] = ()) -> Config:
 
     Raises UserError naming the file, the key and the remedy.
     """
+    data = read(source, overrides)
+    if "study" in data:
+        raise UserError(f"{source} is a study; run it with: omni-fast study {source}")
+    return validated(source, data)
+
+
+def read(source: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The keys of a TOML file or recipe with the overrides in their places."""
     path = Path(source)
     if path.is_file():
         text = _read(path)
@@ -269,6 +283,11 @@ def load(source: str, overrides: tuple[str, ...] = ()) -> Config:
         raise UserError(f"{source} is not valid TOML: {error}") from None
     for override in overrides:
         _apply_override(data, override)
+    return data
+
+
+def validated(source: str, data: dict[str, Any]) -> Config:
+    """UserError for each key that is unknown, missing or wrong."""
     try:
         return Config.model_validate(data)
     except ValidationError as error:

@@ -36,13 +36,20 @@ class Scorer:
         limits: RewardsConfig,
         progress: Progress,
         raise_if_stopping: Callable[[], None] = lambda: None,
+        hold: bool = False,
     ) -> None:
+        """hold: score a step's groups only when all are complete, for a judge whose server must not generate meanwhile."""
         self.tasks, self.limits, self.progress, self.raise_if_stopping = tasks, limits, progress, raise_if_stopping
+        self.hold = hold
         self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=f"score-{name}") for name in tasks}
         self._down: set[str] = set()  # tasks whose later groups are not asked: they would only wait for the same server
 
     def submit(self, group: Group) -> None:
         """Score a group whose samples are complete."""
+        if not self.hold:
+            self._begin(group)
+
+    def _begin(self, group: Group) -> None:
         group.scoring = self._threads[group.draw.task].submit(self._score, group)
 
     def finish(self, groups: Sequence[Group]) -> float:
@@ -50,6 +57,9 @@ class Scorer:
 
         Raises RunError when too many samples stay without a score for `pause_s`, or the user stops meanwhile.
         """
+        for group in groups:
+            if group.scoring is None:
+                self._begin(group)
         jobs = [group.scoring for group in groups if group.scoring is not None]
         self.progress.wait(f"the rewards of {sum(len(group.samples) for group in groups)} samples")
         self._wait(jobs)

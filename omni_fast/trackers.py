@@ -62,6 +62,7 @@ def numbers(row: StepRow | EvalRow) -> dict[str, float]:
     found: dict[str, float | None] = {"loss": step["loss"], "grad_norm": step["grad_norm"]}
     found |= {f"seconds/{part}": value for part, value in step["seconds"].items()}
     found["tokens_per_s"] = step["tokens_per_s"]
+    found["staleness_mean"] = step["update"].get("staleness_mean")
     for task, values in step["tasks"].items():
         for key in ("reward", "entropy", "mixed_groups", "completion_tokens", "truncated"):
             found[f"{task}/{key}"] = values[key]

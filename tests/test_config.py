@@ -53,7 +53,11 @@ def test_a_file_is_read_and_the_rest_has_defaults(plain: str) -> None:
 def test_every_recipe_loads_and_has_the_four_domains() -> None:
     assert {"quickstart", "quickstart-tiny"} <= set(recipes())
     for name in recipes():
-        assert {task.kind for task in load(name).tasks} == {"math", "code", "qa", "writing"}
+        if name.startswith("study-"):
+            with pytest.raises(UserError, match=f"{name} is a study; run it with: omni-fast study {name}"):
+                load(name)
+        else:
+            assert {task.kind for task in load(name).tasks} == {"math", "code", "qa", "writing"}
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,7 @@ Of `curriculum` a study reads `steps_per_stage` (of every stage of one task), `o
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Mapping, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
@@ -54,25 +51,9 @@ class StudyConfig(Section):
 
 def load(source: str, overrides: Sequence[str] = ()) -> tuple[Config, StudyConfig]:
     """As `omni_fast.config.load`, with a section `study`. Raises UserError naming the file, the key and the remedy."""
-    path = Path(source)
-    if path.is_file():
-        text = configs._read(path)
-    elif source in configs.recipes():
-        text = resources.files("omni_fast.recipes").joinpath(f"{source}.toml").read_text(encoding="utf-8")
-    else:
-        studies = [name for name in configs.recipes() if name.startswith("study-")]
-        raise UserError(f"no config file or recipe '{source}'; recipes of studies: {', '.join(studies)}")
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{source} is not valid TOML: {error}") from None
-    for override in overrides:
-        configs._apply_override(data, override)
+    data = configs.read(source, overrides)
     own = data.pop("study", {})
-    try:
-        config = Config.model_validate(data)
-    except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(configs._explain(item) for item in error.errors())) from None
+    config = configs.validated(source, data)
     study = _study(source, own)
     problem = check(config, study)
     if problem:

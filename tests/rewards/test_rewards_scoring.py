@@ -86,10 +86,10 @@ texts = st.lists(st.text("abc", max_size=6), min_size=2, max_size=4)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(st.sampled_from(["a", "b"]), texts), min_size=1, max_size=6), st.randoms())
-def test_in_any_order_and_timing_the_scores_are_those_of_one_by_one(drawn: list[Any], rng: Any) -> None:
+@given(st.lists(st.tuples(st.sampled_from(["a", "b"]), texts), min_size=1, max_size=6), st.randoms(), st.booleans())
+def test_in_any_order_and_timing_the_scores_are_those_of_one_by_one(drawn: list[Any], rng: Any, hold: bool) -> None:
     tasks = {name: Letters(name, lambda text: time.sleep(len(text) / 5000)) for name in "ab"}
-    scorer = Scorer(tasks, RewardsConfig(), Progress(Console(file=io.StringIO())))
+    scorer = Scorer(tasks, RewardsConfig(), Progress(Console(file=io.StringIO())), hold=hold)
     groups = [group(name, own) for name, own in drawn]
     plain = [group(name, own) for name, own in drawn]
     for one in plain:
@@ -98,6 +98,7 @@ def test_in_any_order_and_timing_the_scores_are_those_of_one_by_one(drawn: list[
     rng.shuffle(order)
     for one in order:
         scorer.submit(one)
+    assert not hold or all(one.scoring is None for one in groups), "nothing is asked while others generate"
     assert scorer.finish(groups) >= 0.0
     scorer.close()
     for some in (groups, plain):
