@@ -252,6 +252,8 @@ class FakeSGLang(ThreadingHTTPServer):
         if (name := body.get("lora_path")) is not None and name not in self.adapters:
             return 400, {"error": {"message": f"Got LoRA adapter that has never been loaded: {name}"}}
         draw = body["sampling_params"]
+        if isinstance(body["input_ids"][0], list):
+            return 200, [sample(one, k, draw, self.weight_version) for k, one in enumerate(body["input_ids"])]
         rows = [sample(body["input_ids"], k, draw, self.weight_version) for k in range(draw.get("n", 1))]
         return 200, rows if len(rows) > 1 else rows[0]
 
