@@ -29,7 +29,6 @@ from omni_fast.policy import pack as packing
 from omni_fast.policy import update
 from omni_fast.policy.model import load, stop_tokens
 from omni_fast.policy.pack import MicroBatch, Trajectory
-from omni_fast.rollout import local
 from omni_fast.rollout.engine import Prompt, Sampling
 from omni_fast.rollout.local import LocalEngine
 from omni_kernels import LossOutput, LossSpec, Tokens, policy_loss
@@ -66,8 +65,6 @@ def measure(case: Case, model_path: str, rounds: int, between: Callable[[], None
     levers = (
         Lever("shared prompt in rollout", "generate", "each prompt computed for each of its samples",
               lambda: engine.generate(repeated, 1, sampling), "generate"),
-        Lever("decoder of few operations", "generate", "transformers' forward pass over the same packed layers",
-              _with(baselines["generate"], local, lean_decoder=lambda decoder: None), "generate"),
         Lever("2 threads in rollout", "generate", "1 thread", _with(baselines["generate"], engine, threads=1), "generate"),
         Lever("shared prompt in training (prefix tree)", "update", "each sample with its own copy of the prompt",
               _with(baselines["update"], policy, share="none"), "update"),

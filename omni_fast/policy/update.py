@@ -34,7 +34,6 @@ from omni_fast.policy.gate import slim_gates
 from omni_fast.policy.model import working_dtype
 from omni_fast.policy.norm import slim_norms
 from omni_fast.policy.pack import MicroBatch, Share, Trajectory, pack
-from omni_fast.policy.rotary import slim_rotaries
 from omni_fast.policy.slots import Clock, Slot
 from omni_kernels import (
     METRICS,
@@ -89,7 +88,6 @@ class Policy:
         _check_model(model)
         slim_norms(model)
         slim_gates(model)
-        slim_rotaries(model)
         self.model = self.trained = model
         self.loss = loss
         self.learning_rate = learning_rate

@@ -177,23 +177,17 @@ class Wave:
 
         query: [row, heads, 1, size]; key, value: [row, kv heads, 1, size]. Returns [row, 1, heads, size].
         """
-        keys, values = self.places(layer)
-        keys.copy_(key[:, :, 0])
-        values.copy_(value[:, :, 0])
-        return self.attend(layer, query, scaling)[:, None]
-
-    def places(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Where the newest token's keys and values of a layer go: views [row, kv head, size]."""
-        key, value = (self._view(number, self.width) for number in (2 * layer, 2 * layer + 1))
-        return key[:, :, self.column - 1], value[:, :, self.column - 1]
-
-    def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
-        """Attention of one new token a row, whose key and value are in their places. Returns [row, heads, size]."""
-        size = self.shape[1]
-        keys, values = (self._view(number, self.width).flatten(0, 1) for number in (2 * layer, 2 * layer + 1))
+        heads, size = self.shape
+        keys = self._view(2 * layer, self.width)
+        values = self._view(2 * layer + 1, self.width)
+        keys[:, :, self.column - 1] = key[:, :, 0]
+        values[:, :, self.column - 1] = value[:, :, 0]
         # The query heads of one kv head are the rows of its product: nothing is repeated.
-        scores = torch.baddbmm(self.bias, query.reshape(-1, self.group, size), keys.transpose(1, 2), alpha=scaling)
-        return torch.bmm(torch.softmax(scores, dim=-1), values).view(self.rows, -1, size)
+        scores = torch.baddbmm(
+            self.bias, query.reshape(-1, self.group, size), keys.flatten(0, 1).transpose(1, 2), alpha=scaling
+        )
+        output = torch.bmm(torch.softmax(scores, dim=-1), values.flatten(0, 1))
+        return output.view(self.rows, 1, heads * self.group, size)
 
 
 def _round_up(columns: int) -> int:

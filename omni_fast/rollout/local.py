@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ from transformers import PreTrainedModel
 from omni_fast.errors import UserError
 from omni_fast.rollout.decode import ATTENTION, Wave
 from omni_fast.rollout.engine import Deferred, Finished, Progress, Prompt, Rollout, Sample, Sampling
-from omni_fast.rollout.lean import lean_decoder
 from omni_fast.rollout.packed_linear import inference_copy
 from omni_fast.rollout.sampling import draw, uniforms
 
@@ -148,9 +146,7 @@ class LocalEngine:
     ) -> Iterator[tuple[int, list[int]]]:
         """Generate one wave into `results`; yields after each step the tokens added and the prompts of ended samples."""
         device = fast.device
-        decoder: nn.Module = fast.get_decoder()
-        head = fast.get_output_embeddings()
-        forward = lean_decoder(decoder) or partial(_forward, decoder)
+        decoder, head = fast.get_decoder(), fast.get_output_embeddings()
         samples = Counter(index for index, _ in members)
         texts = [prompts[index].tokens for index in samples]
         wave = Wave(self.config, texts, list(samples.values()), sampling.max_new_tokens, fast.dtype, device)
@@ -162,7 +158,7 @@ class LocalEngine:
         owners = [index for index, _ in members]
         alive = [True] * len(rows)
         position_R = wave.lengths[wave.prompt_of_row]
-        hidden_1TH = forward(wave.tokens, wave.positions, wave)
+        hidden_1TH = _forward(decoder, wave.tokens, wave.positions, wave)
         logits_RV = head(hidden_1TH[0, wave.last])[wave.prompt_of_row]
         stops = frozenset(sampling.stop_token_ids)
         for step in range(sampling.max_new_tokens):
@@ -191,7 +187,7 @@ class LocalEngine:
                 kept = torch.tensor(keep, device=device)
                 token_R, position_R, uniform_RT = token_R[kept], position_R[kept], uniform_RT[kept]
             wave.advance()
-            hidden_R1H = forward(token_R[:, None], position_R[:, None], wave)
+            hidden_R1H = _forward(decoder, token_R[:, None], position_R[:, None], wave)
             position_R = position_R + 1
             logits_RV = head(hidden_R1H[:, 0])
 

@@ -15,10 +15,8 @@ from transformers import (
 )
 
 from omni_fast.errors import UserError
-from omni_fast.rollout import local
 from omni_fast.rollout.decode import common_length
 from omni_fast.rollout.engine import Prompt, Sample, Sampling
-from omni_fast.rollout.lean import lean_decoder
 from omni_fast.rollout.local import LocalEngine
 
 SIZES = dict(
@@ -190,18 +188,6 @@ def test_the_model_is_left_as_it_was(model: PreTrainedModel) -> None:
     assert model.training and model.config._attn_implementation == implementation
     model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_lean_forward_pass_rounds_as_transformers_does(
-    model: PreTrainedModel, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = LocalEngine(model.to(dtype))
-    assert engine.fast is not None and lean_decoder(engine.fast.get_decoder()) is not None
-    sampling = Sampling(20, seed=4, stop_token_ids=tuple(range(0, 517, 9)))
-    lean = engine.generate(some_prompts(3), 6, sampling)
-    monkeypatch.setattr(local, "lean_decoder", lambda decoder: None)
-    assert engine.generate(some_prompts(3), 6, sampling) == lean
 
 
 def test_bfloat16_stays_close_to_a_forward_pass(model: PreTrainedModel) -> None:
