@@ -26,10 +26,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from omni_fast import serving
 from omni_fast.errors import RunError, UserError
+from omni_fast.policy.adapter import add_adapter
 from omni_fast.rollout.engine import Prompt, Sample, Sampling
 from omni_fast.rollout.fleet import Fleet
 from omni_fast.rollout.sglang import SGLangEngine
 from omni_fast.serving import install, process
+from omni_fast.serving.launch import adapter_flags
 from omni_fast.sync import WeightSync
 
 pytestmark = pytest.mark.timeout(900)
@@ -77,18 +79,35 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of the one server that all tests share."""
+def environment() -> None:
     try:
         install.install("cpu", print)
     except (RunError, UserError) as error:
         reason = f"SGLang's environment cannot be built here: {error}"
         pytest.fail(reason) if os.environ.get("OMNI_FAST_ENGINE_REQUIRED") else pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def engine_folder(environment: None, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of the one server that most tests share."""
     folder = tmp_path_factory.mktemp("servers")
     launch = serving.Launch("policy-0", str(model_folder), dtype="float32", flags=("--log-level", "warning"))
     try:
         serving.start([launch], folder, say=print)
         yield folder
+    finally:
+        serving.down(folder)
+
+
+@pytest.fixture(scope="session")
+def adapter_url(environment: None, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Another server, which takes LoRA adapters."""
+    folder = tmp_path_factory.mktemp("adapter-servers")
+    flags = (*adapter_flags(8, "cpu"), "--log-level", "warning")
+    launch = serving.Launch("policy-0", str(model_folder), dtype="float32", flags=flags)
+    try:
+        (server,) = serving.start([launch], folder, say=print)
+        yield server.url
     finally:
         serving.down(folder)
 
@@ -108,6 +127,11 @@ def post(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
         return json.loads(text)
     except ValueError:
         return text.decode()
+
+
+def get(url: str, path: str) -> str:
+    with urllib.request.urlopen(url + path, timeout=60) as answer:
+        return str(answer.read().decode())
 
 
 def generate(url: str, tokens: list[int], **sampling: Any) -> list[dict[str, Any]]:
@@ -262,7 +286,7 @@ def engine(url: str, policy: LlamaForCausalLM, folder: Path, transport: str = "d
     """All tensors are read back whole after each sync."""
     fleet = Fleet([url], in_flight=4, say=print)
     weights = WeightSync(fleet, policy, folder / "weights", transport=transport, compared=None)  # type: ignore[arg-type]
-    made = SGLangEngine(fleet, weights, request_s=60, wait_s=200)
+    made = SGLangEngine(fleet, weights, request_s=60, wait_s=200, adapter=transport == "adapter")
     try:
         yield made
     finally:
@@ -278,7 +302,7 @@ def some_prompts(count: int, tokens: int = 10) -> list[Prompt]:
 @torch.no_grad()
 def train_a_little(policy: LlamaForCausalLM, seed: int) -> None:
     torch.manual_seed(seed)
-    for parameter in policy.parameters():
+    for parameter in (one for one in policy.parameters() if one.requires_grad):
         parameter += 0.05 * torch.randn_like(parameter)
 
 
@@ -354,18 +378,19 @@ def test_a_kill_in_mid_sync_leaves_no_old_weights_behind(
             assert_of_the_policy(policy, prompts, made.generate(prompts, 2, SAMPLING), 2, 1)
 
 
-@pytest.mark.usefixtures("original")
-def test_grpo_with_policy_and_judge_on_the_server(cli, url: str, model_folder: Path, tmp_path: Path) -> None:
-    """Three steps; the samples are generated and compared (/v1/score) by the same server."""
-    config = tmp_path / "run.toml"
+def write_grpo(folder: Path, url: str, model_folder: Path, judge: str = "", sync: str = "disk", rank: int = 0) -> Path:
+    """The config of three steps whose samples are generated, and compared by /v1/score, on one server."""
+    config = folder / "run.toml"
     config.write_text(
         f"""
         [model]
         path = {json.dumps(str(model_folder))}
         dtype = "float32"
+        lora_rank = {rank}
         [engine]
         kind = "sglang"
         urls = [{json.dumps(url)}]
+        sync = "{sync}"
         [rollout]
         prompts_per_step = 4
         samples_per_prompt = 8
@@ -378,8 +403,7 @@ def test_grpo_with_policy_and_judge_on_the_server(cli, url: str, model_folder: P
         probe_items = 0
         [judge]
         backend = "sglang"
-        url = {json.dumps(url + "/v1")}
-        model = {json.dumps(str(model_folder))}
+        {judge}
         [[tasks]]
         name = "writing"
         kind = "writing"
@@ -387,12 +411,49 @@ def test_grpo_with_policy_and_judge_on_the_server(cli, url: str, model_folder: P
         max_new_tokens = 64
         """
     )
-    done = cli("train", str(config), "--run", str(tmp_path / "run"))
+    return config
+
+
+@pytest.mark.usefixtures("original")
+def test_grpo_with_policy_and_judge_on_the_server(cli, url: str, model_folder: Path, tmp_path: Path) -> None:
+    """Three steps; the samples are generated and compared (/v1/score) by the same server."""
+    judge = f"url = {json.dumps(url + '/v1')}\nmodel = {json.dumps(str(model_folder))}"
+    config = write_grpo(tmp_path, url, model_folder, judge=judge)
+    check_run(cli("train", str(config), "--run", str(tmp_path / "run")), tmp_path / "run")
+
+
+def check_run(done: Any, run: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["event"] == "step"]
     assert len(steps) == 3 and all(row["tasks"]["writing"]["invalid"] == 0 for row in steps)
     trained = [row["update"] for row in steps if row["update"]["rows"]]
     assert trained and all(update["rollout_kl_k3"] < 1e-6 for update in trained), "the engine has the trainer's weights"
     judged = {reason for row in steps for reason in row["tasks"]["writing"]["reasons"]["preference"]}
     assert judged & {"win", "loss", "tie"}, "the server was asked, not only the rules in front of it"
+
+
+# -- one server for a LoRA policy and its frozen base ------------------------------------------------------------------
+
+
+def test_an_adapter_is_served_beside_the_base_that_stays(adapter_url: str, tmp_path: Path) -> None:
+    policy, base, prompts = tiny_llama(0), tiny_llama(0), some_prompts(6)
+    add_adapter(policy, rank=4, alpha=8.0)
+    with engine(adapter_url, policy, tmp_path, "adapter") as made:
+        for version in range(6):
+            if version:
+                train_a_little(policy, version)
+                print(f"sync by adapter: {made.sync(version)}")
+            assert_of_the_policy(policy, prompts, made.generate(prompts, 3, SAMPLING), 3, version)
+            (sample,) = generate(adapter_url, [7, 8, 9], max_new_tokens=12, temperature=0.7, ignore_eos=True)
+            expected = teacher_forced(base, [7, 8, 9], sample, 0.7)
+            torch.testing.assert_close(logprobs(sample), expected, atol=TOLERANCE, rtol=0)
+    held = [name for name in get(adapter_url, "/v1/models").split('"') if name.startswith(made.weights.run)]
+    assert len({*held}) == 3, "older ones are taken away"
+
+
+def test_grpo_of_a_lora_policy_judged_by_its_base_on_the_same_server(
+    cli, adapter_url: str, model_folder: Path, tmp_path: Path
+) -> None:
+    config = write_grpo(tmp_path, adapter_url, model_folder, sync="adapter", rank=4)
+    check_run(cli("train", str(config), "--run", str(tmp_path / "run")), tmp_path / "run")
