@@ -208,10 +208,9 @@ def test_failures_are_never_cached(tmp_path):
     limits = ClientLimits(timeout_s=0.3, backoff_s=0.01, pause_s=0.2)
     with serving(BEHAVIOURS["http_500"]) as server:
         url, port = server.url, server.server_address[1]
-        judge = judge_of(url, limits, cache)
-        assert not any(part.valid for part in judge.judge(replies(2)))
+        assert not any(part.valid for part in judge_of(url, limits, cache).judge(replies(2)))
     with serving(lambda h, body, n: h.honest(body), port):
-        assert [part.value for part in judge.judge(replies(2))] == expected(2)
+        assert [part.value for part in judge_of(url, cache=cache).judge(replies(2))] == expected(2)
 
 
 def test_damaged_and_unwritable_caches_do_not_stop_the_run(tmp_path):
