@@ -107,6 +107,7 @@ def inference_copy(model: PreTrainedModel, attention: str, rows: int) -> PreTrai
     fast = copy.deepcopy(model, shared).eval()
     fast.config._attn_implementation = attention
     for name, module in list(fast.named_modules()):
+        module.__dict__.pop("forward", None)  # training's own, and a cycle that would keep the packed weights alive
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             fast.set_submodule(name, FusedRMSNorm(module.weight, module.variance_epsilon))
     if model.device.type == "cpu" and torch.backends.mkldnn.is_available():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import (
@@ -188,6 +191,21 @@ def test_the_model_is_left_as_it_was(model: PreTrainedModel) -> None:
     assert model.training and model.config._attn_implementation == implementation
     model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_sync_gives_the_packed_weights_before_it_back_at_once(model: PreTrainedModel) -> None:
+    for module in model.modules():  # as training does with norms and gates
+        module.forward = module.forward
+    engine = LocalEngine(model)
+    assert engine.fast is not None
+    before = [weakref.ref(module) for module in engine.fast.modules()]
+    gc.collect()
+    gc.disable()
+    try:
+        engine.sync(1)
+        assert not any(module() for module in before)
+    finally:
+        gc.enable()
 
 
 def test_bfloat16_stays_close_to_a_forward_pass(model: PreTrainedModel) -> None:
