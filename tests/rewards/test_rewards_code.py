@@ -55,12 +55,6 @@ def test_a_program_gets_its_share_and_its_reason(sandbox, source, expected):
         assert part == expected
 
 
-def test_all_or_nothing(sandbox):
-    verifier = CodeVerifier(sandbox, all_or_nothing=True)
-    parts = verifier.score(["def f(x): return x + 1", "def f(x): return x + (x < 9)"], [INCREMENT] * 2)
-    assert [part.value for part in parts] == [1.0, 0.0]
-
-
 def test_a_constant_earns_nothing_where_answers_differ(sandbox):
     assert CodeVerifier(sandbox).score(["def f(x): return True"], [EVEN]) == [Part(0.0, "constant")]
 

@@ -38,7 +38,7 @@ def code() -> Iterator[CodeTask]:
         sandbox.start()
     except UserError as error:
         pytest.skip(str(error))
-    yield CodeTask(CodeVerifier(sandbox, all_or_nothing=True))
+    yield CodeTask(CodeVerifier(sandbox))
     sandbox.close()
 
 

@@ -11,35 +11,21 @@ Limits: what the kernel and the interpreter of the backend guarantee; docs/sandb
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Protocol, Self
 
 from omni_fast.errors import UserError
-from omni_fast.rewards.sandbox.job import OUTCOMES, Call, Job, Limits, Outcome
+from omni_fast.rewards.sandbox.job import OUTCOMES, Call, JailError, Job, Limits
 from omni_fast.rewards.sandbox.monty import MontyJail
-from omni_fast.rewards.sandbox.process import Jail, JailError
-from omni_fast.rewards.sandbox.wire import Data, WireError, decode, encode
+from omni_fast.rewards.sandbox.process import Jail
+from omni_fast.rewards.sandbox.wire import Data
 
-__all__ = [
-    "OUTCOMES",
-    "Call",
-    "Data",
-    "JailError",
-    "Job",
-    "Limits",
-    "Outcome",
-    "Sandbox",
-    "WireError",
-    "decode",
-    "encode",
-]
+__all__ = ["OUTCOMES", "Call", "Data", "Job", "Limits", "Sandbox"]
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +75,11 @@ class Backend(Protocol):
     """One place to run jobs, used by one thread at a time."""
 
     @property
-    def layers(self) -> list[str]: ...
+    def layers(self) -> tuple[str, ...]: ...
 
     def start(self) -> None: ...
 
     def run(self, job: Job) -> list[Call]: ...
-
-    def session(self, source: str, entry: str) -> AbstractContextManager[Callable[[tuple[Data, ...]], Call]]: ...
 
     def stop(self) -> None: ...
 
@@ -175,23 +159,6 @@ class Sandbox:
             except JailError as error:
                 jail.stop()
                 return [Call("infrastructure", detail=str(error))] * len(job.calls)
-        finally:
-            self._free.put(jail)
-
-    @contextlib.contextmanager
-    def session(self, source: str, entry: str) -> Iterator[Callable[[tuple[Data, ...]], Call]]:
-        """One child for calls whose arguments depend on earlier values: yields a function from arguments to outcome.
-
-        The limits hold for the session as a whole, the time between calls included. Raises JailError, at any call or
-        at the end, when the jail itself fails.
-        """
-        jail = self._free.get()
-        try:
-            with jail.session(source, entry) as call:
-                yield call
-        except JailError:
-            jail.stop()  # the next job finds it stopped and starts it
-            raise
         finally:
             self._free.put(jail)
 

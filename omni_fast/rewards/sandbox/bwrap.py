@@ -16,6 +16,8 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+from omni_fast.rewards.sandbox.job import JailError
+
 NOBODY = 65534  # uid and gid of the jail when the trainer runs as root
 
 _PROBE = (
@@ -24,16 +26,12 @@ _PROBE = (
 )
 
 
-class NoInterpreter(Exception):
-    """No Python on this machine can be used inside the jail; the text says why."""
-
-
 @lru_cache(maxsize=1)
 def interpreter() -> tuple[str, str, str]:
     """Executable, standard library and prefix of the Python for the jail.
 
     The system's comes first: a home folder of mode 700 is shut to the uid the jail runs as, and an interpreter with a
-    shared libpython must lie at its own path. Raises NoInterpreter.
+    shared libpython must lie at its own path. Raises JailError.
     """
     reasons = []
     for candidate in dict.fromkeys(("/usr/bin/python3", "/usr/local/bin/python3", os.path.realpath(sys.executable))):
@@ -53,7 +51,7 @@ def interpreter() -> tuple[str, str, str]:
             reasons.append(f"{candidate} lies in a folder that only root may enter")
         else:
             return executable, stdlib, prefix
-    raise NoInterpreter("; ".join(reasons) or "no python3 found")
+    raise JailError("; ".join(reasons) or "no python3 found")
 
 
 def _open_to_all(path: str) -> bool:
@@ -61,11 +59,11 @@ def _open_to_all(path: str) -> bool:
 
 
 def command(jail_fd: int, wire_fd: int, argument: str) -> list[str]:
-    """The bwrap command. jail_fd, wire_fd: descriptors that hold jail.py and wire.py. Raises NoInterpreter, OSError."""
+    """The bwrap command. jail_fd, wire_fd: descriptors that hold jail.py and wire.py. Raises JailError."""
     executable, stdlib, prefix = interpreter()
     bwrap = shutil.which("bwrap")
     if bwrap is None:
-        raise FileNotFoundError("bwrap is not installed (package bubblewrap)")
+        raise JailError("bwrap is not installed (package bubblewrap)")
     triplet = getattr(sys.implementation, "_multiarch", f"{platform.machine()}-linux-gnu")
     libraries = (
         [f"/usr/lib/{triplet}", "/usr/lib64"] if os.path.isdir(f"/usr/lib/{triplet}") else ["/usr/lib64", "/usr/lib"]
@@ -78,26 +76,13 @@ def command(jail_fd: int, wire_fd: int, argument: str) -> list[str]:
     # A fixed hash seed makes the order of sets, and so the reward, the same in every run.
     for name, value in (("PYTHONHASHSEED", "0"), ("LC_ALL", "C.UTF-8"), ("LD_LIBRARY_PATH", f"{prefix}/lib")):
         line += ["--setenv", name, value]
-    line += ["--hostname", "jail", "--cap-drop", "ALL"]
+    line += "--hostname jail --cap-drop ALL".split()
     for path in visible:
         line += ["--ro-bind", path, path]
     for path in dict.fromkeys(hidden):
         line += ["--tmpfs", path, "--remount-ro", path]
-    for name in ("lib", "lib64"):
-        line += ["--symlink", f"usr/{name}", f"/{name}"]
-    line += [
-        "--proc",
-        "/proc",
-        "--dir",
-        "/tmp",
-        "--dir",
-        "/empty",
-        "--dir",
-        "/dev",
-        "--dev-bind",
-        "/dev/null",
-        "/dev/null",
-    ]
+    line += "--symlink usr/lib /lib --symlink usr/lib64 /lib64".split()
+    line += "--proc /proc --dir /tmp --dir /empty --dir /dev --dev-bind /dev/null /dev/null".split()
     line += ["--ro-bind-data", str(jail_fd), "/jail/jail.py", "--ro-bind-data", str(wire_fd), "/jail/wire.py"]
     # The root itself is a tmpfs of the jail's uid: left writable, it would carry files from job to job without a bound.
     line += ["--remount-ro", "/", "--chdir", "/"]

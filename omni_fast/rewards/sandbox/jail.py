@@ -4,9 +4,8 @@ Runs as `python -I -S -B jail.py SETTINGS` with an inherited socket to the trust
 because it runs on the system's interpreter (3.9 or newer), not in the trainer's environment.
 This process is trusted but needs no trust: it holds no expected values, and the host treats its bytes as hostile.
 
-Frames, both ways: u32 little-endian length, one kind byte, payload.
-  host -> jail  J  one whole job: lines of `wire` data, first {"source", "entry"}, then one tuple of arguments a line
-                S  the first line of an interactive job;  C  one more line of it;  E  its end
+Frames: u32 little-endian length, from the jail one kind byte, payload.
+  host -> jail  one job: lines of `wire` data, first {"source", "entry"}, then one tuple of arguments a line
   jail -> host  O  bytes the child wrote (hostile);  X  its end: {"exit", "signal", "cpu_s", "cut"}
 Lines the child writes: ["load", outcome, detail], then one [index, outcome, value or detail] a call.
 """
@@ -223,17 +222,15 @@ class Memory:
         self.view = memoryview(pages)
         self.start = self.stop = 0  # what is in it and not yet passed on
 
-    def read_frame(self, sock: socket.socket) -> bytes:
-        """Add the payload of one frame; its kind. Ends the process when the host is gone or sends too much."""
-        header = sock.recv(5, socket.MSG_WAITALL)
-        if len(header) < 5:
+    def read_job(self, sock: socket.socket) -> None:
+        """Take one job in. Ends the process when the host is gone or sends too much."""
+        header = sock.recv(4, socket.MSG_WAITALL)
+        if len(header) < 4:
             sys.exit(0)
-        size, kind = struct.unpack("<Ic", header)
-        if size > len(self.view) - self.stop:
+        (size,) = struct.unpack("<I", header)
+        if size > len(self.view):
             sys.exit(1)
-        if size:
-            self.stop += sock.recv_into(self.view[self.stop : self.stop + size], size, socket.MSG_WAITALL)
-        return kind
+        self.start, self.stop = 0, sock.recv_into(self.view[:size], size, socket.MSG_WAITALL)
 
     def write_some(self, fd: int) -> None:
         """Pass on what `fd` takes; all is dropped when its reader is gone."""
@@ -250,21 +247,18 @@ def write_frame(sock: socket.socket, kind: bytes, payload) -> None:  # noqa: ANN
     sock.sendall(payload)
 
 
-def relay(sock: socket.socket, child: Child, kind: bytes, inbox: Memory, outbox: Memory, settings: dict) -> None:
+def relay(sock: socket.socket, child: Child, inbox: Memory, outbox: Memory, settings: dict) -> None:
     """Carry bytes between host and child until the child ends, the wall clock runs out or the output cap is reached."""
     deadline = time.monotonic() + settings["wall_s"]
-    closing = kind == b"J"
     budget, cut = settings["output_bytes"], ""
     while True:
         poller = select.poll()
         poller.register(child.result_fd, select.POLLIN)
         if inbox.stop:
             poller.register(child.job_fd, select.POLLOUT)
-        elif closing and child.job_fd >= 0:
+        elif child.job_fd >= 0:
             os.close(child.job_fd)
             child.job_fd = -1
-        if not closing:
-            poller.register(sock, select.POLLIN)
         left = deadline - time.monotonic()
         events = dict(poller.poll(left * 1000)) if left > 0 else {}
         if not events:
@@ -281,8 +275,6 @@ def relay(sock: socket.socket, child: Child, kind: bytes, inbox: Memory, outbox:
                 cut = "output"
                 break
             write_frame(sock, b"O", outbox.view[:size])
-        if sock.fileno() in events:
-            closing = inbox.read_frame(sock) == b"E"
     status, usage = child.end()
     report = {
         "exit": os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1,
@@ -291,10 +283,6 @@ def relay(sock: socket.socket, child: Child, kind: bytes, inbox: Memory, outbox:
         "cut": cut,
     }
     write_frame(sock, b"X", json.dumps(report).encode())
-    while not closing:  # an interactive job that ended early: what the host still sends for it is void
-        inbox.start = inbox.stop = 0
-        closing = inbox.read_frame(sock) == b"E"
-    inbox.start = inbox.stop = 0
 
 
 def rehearse() -> None:
@@ -323,8 +311,8 @@ def main() -> None:
     child = Child(settings)
     write_frame(sock, b"X", b"{}")  # ready
     while True:
-        kind = inbox.read_frame(sock)
-        relay(sock, child, kind, inbox, outbox, settings)
+        inbox.read_job(sock)
+        relay(sock, child, inbox, outbox, settings)
         child = Child(settings)
 
 

@@ -15,6 +15,10 @@ Outcome = Literal["ok", "error", "timeout", "memory", "killed", "protocol", "inf
 OUTCOMES: tuple[Outcome, ...] = ("ok", "error", "timeout", "memory", "killed", "protocol", "infrastructure")
 
 
+class JailError(Exception):
+    """The jail (not the sample) failed: it did not start, died, or broke the frame protocol."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A solution and the inputs it is called with; expected values are not part of it and never enter a jail.

@@ -18,24 +18,19 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from omni_fast.rewards.sandbox import bwrap, seccomp, wire
 from omni_fast.rewards.sandbox.cgroup import Group
-from omni_fast.rewards.sandbox.job import Call, Job, Limits
-from omni_fast.rewards.sandbox.wire import Data
+from omni_fast.rewards.sandbox.job import Call, JailError, Job, Limits
 
 START_S = 20.0  # a cold interpreter on a busy machine
 GRACE_S = 3.0  # how much longer than the job's own wall clock the host waits for the fork-server
 OVERHEAD_BYTES = 192 << 20  # fork-server, /tmp and bubblewrap, on top of a job's own memory, in the group's limit
 PIDS = 96  # bubblewrap, fork-server, one job with its threads
 HERE = Path(__file__).parent
-
-
-class JailError(Exception):
-    """The jail (not the sample) failed: it did not start, died, or broke the frame protocol."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,33 +61,26 @@ class Jail:
         return self._process.pid if self._process and self._process.poll() is None else None
 
     @property
-    def layers(self) -> list[str]:
+    def layers(self) -> tuple[str, ...]:
         """What this machine added to the layers that every jail has."""
-        return ["cgroup: " + ", ".join(self._group.controllers)] if self._group and self._group.controllers else []
+        controllers = self._group.controllers if self._group else ()
+        return (f"cgroup: {', '.join(controllers)}",) if controllers else ()
 
     def start(self) -> None:
         """(Re)start the fork-server and wait until it is ready. Raises JailError with the reason."""
         self.stop()
         self._socket, theirs = socket.socketpair()
         try:
-            self._spawn(theirs)
+            with theirs, contextlib.ExitStack() as fds:
+                self._spawn(theirs.fileno(), fds)
             if self._read_frame(time.monotonic() + START_S)[0] != b"X":
                 raise JailError("the fork-server did not report ready")
-        except JailError as error:
+        except (JailError, OSError, KeyError) as error:
             text = self._last_words()
             self.stop()
-            raise JailError(f"{error}; {text}" if text else str(error)) from None
-        finally:
-            theirs.close()
+            raise JailError(f"cannot start the jail: {error}{'; ' if text else ''}{text}") from None
 
-    def _spawn(self, theirs: socket.socket) -> None:
-        with contextlib.ExitStack() as fds:
-            try:
-                self._launch(theirs.fileno(), fds)
-            except (OSError, KeyError, bwrap.NoInterpreter) as error:
-                raise JailError(f"cannot start the jail: {error}") from None
-
-    def _launch(self, fd: int, fds: contextlib.ExitStack) -> None:
+    def _spawn(self, fd: int, fds: contextlib.ExitStack) -> None:
         """Start the process with `fd` as its socket; what it needs only at the start is closed with `fds`."""
         settings = json.dumps(
             asdict(self.limits) | {"isolate": self.isolate, "fd": fd, "seccomp": seccomp.build().hex()}
@@ -149,67 +137,24 @@ class Jail:
     def run(self, job: Job) -> list[Call]:
         """All calls of one job, whatever the sample does. Raises JailError when the jail itself failed."""
         try:
-            lines = [_first_line(job.source, job.entry, self.limits), *(wire.dumps(tuple(call)) for call in job.calls)]
-            message = _bounded(b"\n".join(lines) + b"\n")
+            message = _message(job, self.limits)
         except wire.WireError as error:
             return [Call("error", detail=str(error))] * len(job.calls)
-        self._write_frame(b"J", message)
+        self._write_job(message)
         deadline = time.monotonic() + self.limits.wall_s + GRACE_S
         replies = Replies(len(job.calls))
-        while (end := self._advance(replies, deadline)) is None:
-            pass
-        return replies.finish(end, self.limits)
+        while True:
+            kind, payload = self._read_frame(deadline)
+            if kind == b"X":
+                return replies.finish(parse_exit(payload), self.limits)
+            replies.feed(payload, self.limits.output_bytes)
 
-    @contextlib.contextmanager
-    def session(self, source: str, entry: str) -> Iterator[Callable[[tuple[Data, ...]], Call]]:
-        """One child for calls that depend on each other's values: yields a function from arguments to outcome.
-
-        The limits hold for the session as a whole, the caller's own time included. Raises JailError, also at its end.
-        """
-        deadline = time.monotonic() + self.limits.wall_s + GRACE_S
-        replies = Replies(None)
-        end: Exit | None = None
-        try:
-            first = _first_line(source, entry, self.limits)
-        except wire.WireError as error:
-            refused = Call("error", detail=str(error))
-            yield lambda args: refused
-            return
-        self._write_frame(b"S", first + b"\n")
-
-        def call(args: tuple[Data, ...]) -> Call:
-            nonlocal end
-            number = len(replies.calls)
-            line = _bounded(wire.dumps(args) + b"\n")
-            if end is None and replies.failure is None:
-                self._write_frame(b"C", line)
-            while len(replies.calls) == number and replies.failure is None and end is None:
-                end = self._advance(replies, deadline)
-            if len(replies.calls) == number:
-                replies.calls.append(replies.failure or unanswered(end, self.limits))
-            return replies.calls[number]
-
-        try:
-            yield call
-        finally:
-            self._write_frame(b"E", b"")
-            while end is None:
-                end = self._advance(replies, deadline)
-
-    def _advance(self, replies: Replies, deadline: float) -> Exit | None:
-        """Take one frame in; the report of the child's end when it was that."""
-        kind, payload = self._read_frame(deadline)
-        if kind == b"X":
-            return parse_exit(payload)
-        replies.feed(payload, self.limits.output_bytes)
-        return None
-
-    def _write_frame(self, kind: bytes, payload: bytes) -> None:
+    def _write_job(self, message: bytes) -> None:
         if self._socket is None:
             raise JailError("the jail does not run")
         self._socket.settimeout(self.limits.wall_s + GRACE_S)
         try:
-            self._socket.sendall(struct.pack("<Ic", len(payload), kind) + payload)
+            self._socket.sendall(struct.pack("<I", len(message)) + message)
         except OSError as error:
             raise JailError(f"the jail does not read: {error}") from None
 
@@ -282,16 +227,15 @@ def _as_fd(path: Path, fds: contextlib.ExitStack) -> int:
     return fd
 
 
-def _bounded(message: bytes) -> bytes:
+def _message(job: Job, limits: Limits) -> bytes:
+    """The job as lines for the jail. Raises WireError when it is too large or not data."""
+    if len(job.source) > limits.source_chars:
+        raise wire.WireError("source too long")
+    first = wire.dumps({"source": job.source, "entry": job.entry})
+    message = b"".join(line + b"\n" for line in (first, *(wire.dumps(tuple(call)) for call in job.calls)))
     if len(message) > wire.MAX_FRAME_BYTES:
         raise wire.WireError("the inputs are too large")
     return message
-
-
-def _first_line(source: str, entry: str, limits: Limits) -> bytes:
-    if len(source) > limits.source_chars:
-        raise wire.WireError("source too long")
-    return wire.dumps({"source": source, "entry": entry})
 
 
 def parse_exit(payload: bytes) -> Exit:
@@ -312,8 +256,8 @@ class Replies:
     A line can claim any value, which is worth nothing unless it is the right answer; it cannot claim to be right.
     """
 
-    def __init__(self, count: int | None) -> None:
-        """count: how many calls were asked for; None in a session, where they come one by one."""
+    def __init__(self, count: int) -> None:
+        """count: how many calls were asked for."""
         self.count = count
         self.calls: list[Call] = []
         self.failure: Call | None = None  # the fate of all calls that follow
@@ -346,7 +290,7 @@ class Replies:
                 case ["load", "error" | "memory" as outcome, str(detail)]:
                     self.failure = Call(outcome, detail=detail[:200])
                     return
-        elif self.count is None or len(self.calls) < self.count:
+        elif len(self.calls) < self.count:
             match fields:
                 case [int(index), "ok", value] if index == len(self.calls):
                     self.calls.append(Call("ok", value))
@@ -358,13 +302,13 @@ class Replies:
 
     def finish(self, end: Exit, limits: Limits) -> list[Call]:
         """The outcomes of all `count` calls, now that the child has ended."""
-        missing = (self.count or 0) - len(self.calls)
-        return self.calls + [self.failure or unanswered(end, limits, bool(self._tail))] * missing
+        missing = self.count - len(self.calls)
+        return self.calls + [self.failure or _unanswered(end, limits, bool(self._tail))] * missing
 
 
-def unanswered(end: Exit | None, limits: Limits, cut_line: bool = False) -> Call:
+def _unanswered(end: Exit, limits: Limits, cut_line: bool) -> Call:
     """Why the calls after the last reply have none."""
-    if end is None or end.cut == "wall":
+    if end.cut == "wall":
         return Call("timeout", detail="wall clock")
     if end.cut == "output":
         return Call("protocol", detail="output limit")
