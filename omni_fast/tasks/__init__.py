@@ -38,24 +38,22 @@ def build_tasks(blocks: Sequence[TaskConfig], *, seed: int, resources: Resources
 
 def build_task(block: TaskConfig, *, seed: int, resources: Resources) -> Task:
     """One task, its splits drawn from the seed."""
-    name, level, tokens, system = block.name, block.level, block.max_new_tokens, block.system
     if block.kind == "math":
         from omni_fast.tasks.math import MathTask
 
-        return MathTask(resources.math(), name=name, seed=seed, level=level, max_new_tokens=tokens, system=system)
+        return MathTask(resources.math(), block, seed)
     if block.kind == "code":
         from omni_fast.tasks.code import CodeTask
 
-        return CodeTask(resources.code(), name=name, seed=seed, level=level, max_new_tokens=tokens, system=system)
+        return CodeTask(resources.code(), block, seed)
     if block.kind == "qa":
         from omni_fast.tasks.qa import QaTask
 
-        return QaTask(name=name, seed=seed, level=level, max_new_tokens=tokens, system=system)
+        return QaTask(block, seed)
     if block.kind == "writing":
         from omni_fast.tasks.writing import WritingTask
 
-        reward, metric = resources.reward_judge(), resources.metric_judge()
-        return WritingTask(reward, metric, name=name, seed=seed, level=level, max_new_tokens=tokens, system=system)
+        return WritingTask(resources.reward_judge(), resources.metric_judge(), block, seed)
     if block.kind == "jsonl":
         from omni_fast.tasks.jsonl import load_task
 

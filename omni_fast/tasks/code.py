@@ -13,81 +13,21 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 
-from omni_fast.errors import UserError
+from omni_fast.config import TaskConfig
 from omni_fast.rewards.code import Case, CodeVerifier, Tests
-from omni_fast.rewards.compose import Composition
 from omni_fast.rewards.sandbox import Data
 from omni_fast.rewards.score import Part, Score
 from omni_fast.tasks.base import Item, Json, Split
 from omni_fast.tasks.functions import OPERATIONS, Operation, draw, reference
-from omni_fast.tasks.splits import Sizes, partition, take
+from omni_fast.tasks.splits import BuiltIn, Level, Sizes, partition
 
-LEVELS = ("default", "tiny")
 CASES = 10  # hidden tests of a sample
 ENTRY = "f"
 _CANDIDATES = 80  # inputs drawn, of which CASES are taken so that the expected values differ
 _COMMENTS = ("return {text}", "{text}", "gives {text}")
 _NAMES = {"n": ("n", "x", "number"), "s": ("s", "text", "word"), "items": ("items", "numbers", "values")}
-_TINY = (
-    "add_constant",
-    "subtract_constant",
-    "multiply_constant",
-    "modulo_constant",
-    "above_constant",
-    "below_constant",
-)
+_TINY = tuple(f"{name}_constant" for name in ("add", "subtract", "multiply", "modulo", "above", "below"))
 _TINY_SIZES = Sizes(train=24, select=7, test=17)
-
-
-class CodeTask:
-    """Part `tests`: what the verifier gives for the hidden inputs. The metric: 1 when all are passed, else 0."""
-
-    def __init__(
-        self,
-        verifier: CodeVerifier,
-        *,
-        name: str = "code",
-        seed: int = 0,
-        level: str = "default",
-        sizes: Sizes | None = None,
-        max_new_tokens: int = 16,
-        system: str | None = None,
-    ) -> None:
-        """level: one of LEVELS. sizes, system: None takes the level's own."""
-        if level not in LEVELS:
-            raise UserError(f"code has no level {level!r}; use one of {', '.join(LEVELS)}")
-        self.name = name
-        self.max_new_tokens = max_new_tokens
-        self.system = (
-            ("" if level == "tiny" else "You write Python. Reply with code only.") if system is None else system
-        )
-        self.composition = Composition("additive", {"tests": 1.0})
-        self.verifier = verifier
-        self.seed = seed
-        rng = random.Random(f"code:{level}:{seed}")
-        pools = _tiny_pools(rng) if level == "tiny" else _pools(rng)
-        self._items = take(name, pools, sizes or (_TINY_SIZES if level == "tiny" else Sizes()))
-
-    def items(self, split: Split) -> Sequence[Item]:
-        return self._items[split]
-
-    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
-        draws = [_digest(item, completions) for item in items]
-        return [Score({"tests": part}) for part in self._run(items, completions, draws)]
-
-    def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
-        parts = self._run(items, completions, ["metric"] * len(items))
-        return [None if part.value is None else float(part.value == 1.0) for part in parts]
-
-    def _run(self, items: Sequence[Item], completions: Sequence[str], draws: Sequence[str]) -> list[Part]:
-        tests = [
-            hidden_tests(item.answer, f"{self.seed}:{item.id}:{draw}") for item, draw in zip(items, draws, strict=True)
-        ]
-        programs = [program(completion) for completion in completions]
-        alone = [place for place, source in enumerate(programs) if source is not None]
-        verdicts = self.verifier.score([programs[place] or "" for place in alone], [tests[place] for place in alone])
-        graded = dict(zip(alone, verdicts, strict=True))
-        return [graded.get(place, Part(0.0, "more_than_code")) for place in range(len(items))]
 
 
 def program(completion: str) -> str | None:
@@ -124,8 +64,9 @@ def _digest(item: Item, completions: Sequence[str]) -> str:
     return hashlib.sha256("\0".join((item.id, *completions)).encode("utf-8", "replace")).hexdigest()
 
 
-def _pools(rng: random.Random) -> dict[Split, list[Item]]:
+def _pools(seed: int) -> dict[Split, list[Item]]:
     """Operations in turn, each with its constants, parameter names and wordings in random order."""
+    rng = random.Random(f"code:default:{seed}")
     shares: dict[Split, float] = {"train": 0.5, "select": 0.15, "test": 0.35}
     pools: dict[Split, list[Item]] = {}
     for split, operations in partition(OPERATIONS, shares, rng).items():
@@ -174,8 +115,9 @@ def _item(operation: Operation, constant: int | str, rename: int, comment: int) 
     )
 
 
-def _tiny_pools(rng: random.Random) -> dict[Split, list[Item]]:
+def _tiny_pools(seed: int) -> dict[Split, list[Item]]:
     """ "n + 3" from "n plus 3": splits share no pair of operation and constant."""
+    rng = random.Random(f"code:tiny:{seed}")
     chosen = [
         (operation, constant) for operation in OPERATIONS if operation.name in _TINY for constant in operation.constants
     ]
@@ -196,10 +138,43 @@ def tiny_corpus(seed: int) -> list[tuple[str, str, str]]:
     The reply opens with the item's prefix.
     """
     rng = random.Random(f"code:tiny:corpus:{seed}")
-    items = _tiny_pools(random.Random(f"code:tiny:{seed}"))["train"]
+    items = _tiny_pools(seed)["train"]
     expressions = [str(item.answer["expression"]) for item in items]
     rows = []
     for item, expression in zip(items, expressions, strict=True):
         wrong = rng.choice([other for other in expressions if other != expression])
         rows.append((item.prompt, f"{item.prefix} {expression}", f"{item.prefix} {wrong}"))
     return rows
+
+
+class CodeTask(BuiltIn):
+    """Part `tests`: what the verifier gives for the hidden inputs. The metric: 1 when all are passed, else 0."""
+
+    kind = "code"
+    part = "tests"
+    levels = {
+        "default": Level(Sizes(), "You write Python. Reply with code only.", _pools),
+        "tiny": Level(_TINY_SIZES, "", _tiny_pools),
+    }
+
+    def __init__(self, verifier: CodeVerifier, block: TaskConfig | None = None, seed: int = 0) -> None:
+        super().__init__(block, seed)
+        self.verifier = verifier
+
+    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
+        draws = [_digest(item, completions) for item in items]
+        return [Score({"tests": part}) for part in self._run(items, completions, draws)]
+
+    def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
+        parts = self._run(items, completions, ["metric"] * len(items))
+        return [None if part.value is None else float(part.value == 1.0) for part in parts]
+
+    def _run(self, items: Sequence[Item], completions: Sequence[str], draws: Sequence[str]) -> list[Part]:
+        tests = [
+            hidden_tests(item.answer, f"{self.seed}:{item.id}:{draw}") for item, draw in zip(items, draws, strict=True)
+        ]
+        programs = [program(completion) for completion in completions]
+        alone = [place for place, source in enumerate(programs) if source is not None]
+        verdicts = self.verifier.score([programs[place] or "" for place in alone], [tests[place] for place in alone])
+        graded = dict(zip(alone, verdicts, strict=True))
+        return [graded.get(place, Part(0.0, "more_than_code")) for place in range(len(items))]

@@ -11,69 +11,31 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from itertools import combinations_with_replacement
 
+from omni_fast.config import TaskConfig
 from omni_fast.errors import UserError
-from omni_fast.rewards.compose import Composition
 from omni_fast.rewards.math import MathVerifier
 from omni_fast.rewards.score import Score
 from omni_fast.tasks.base import Item, Split
-from omni_fast.tasks.splits import Sizes, partition, take
+from omni_fast.tasks.splits import BuiltIn, Level, Sizes, partition
 
-LEVELS = ("default", "tiny", "gym")
 GYM = ("chain_sum", "basic_arithmetic", "gcd", "leg_counting")  # of reasoning-gym; integers, an answer in a few tokens
-_SIZES = Sizes(train=216, select=56, test=128)
 _ASKED = ("What is {a} {op} {b}?", "How much is {a} {op} {b}?", "Work out {a} {op} {b}.", "Compute {a} {op} {b}.")
 _WORDINGS = tuple(f"{asked} Answer with just the number." for asked in _ASKED)
 _TINY_WORDINGS = ("{a}{op}{b}=",)
+_SYSTEM = "You are a calculator."
 _SIZES = Sizes(train=448, select=48, test=120)
 _TINY_SIZES = Sizes(train=60, select=20, test=50)
 
 
-class MathTask:
-    """Part `correct`: 1 when the final number equals the result. The metric is the same."""
-
-    def __init__(
-        self,
-        verifier: MathVerifier,
-        *,
-        name: str = "math",
-        seed: int = 0,
-        level: str = "default",
-        sizes: Sizes | None = None,
-        max_new_tokens: int = 12,
-        system: str | None = None,
-    ) -> None:
-        """level: one of LEVELS. sizes: None takes the level's own. system: None takes the level's own."""
-        if level not in LEVELS:
-            raise UserError(f"math has no level {level!r}; use one of {', '.join(LEVELS)}")
-        self.name = name
-        self.max_new_tokens = max_new_tokens
-        self.system = ("" if level == "tiny" else "You are a calculator.") if system is None else system
-        self.composition = Composition("additive", {"correct": 1.0})
-        self.verifier = verifier
-        rng = random.Random(f"math:{level}:{seed}")
-        pools = _gym(seed, sizes or _SIZES) if level == "gym" else _arithmetic(level, rng)
-        own = {"default": _SIZES, "tiny": _TINY_SIZES, "gym": Sizes()}[level]
-        self._items = take(name, pools, sizes or own)
-
-    def items(self, split: Split) -> Sequence[Item]:
-        return self._items[split]
-
-    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
-        golds = [str(item.answer["gold"]) for item in items]
-        return [Score({"correct": part}) for part in self.verifier.score(completions, golds)]
-
-    def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
-        return [score.parts["correct"].value for score in self.score(items, completions)]
-
-
-def _arithmetic(level: str, rng: random.Random) -> dict[Split, list[Item]]:
+def _arithmetic(seed: int, tiny: bool = False) -> dict[Split, list[Item]]:
     """All problems over the level's operands, cut by pair of operands.
 
     Training meets every problem in all wordings; a held-out problem has one, so that its items are independent.
     """
-    tiny = level == "tiny"
+    rng = random.Random(f"math:{'tiny' if tiny else 'default'}:{seed}")
     wordings = _TINY_WORDINGS if tiny else _WORDINGS
     shares: dict[Split, float] = {"train": 0.42, "select": 0.18, "test": 0.4}
     pools: dict[Split, list[Item]] = {}
@@ -106,13 +68,13 @@ def _problems(low: int, high: int, tiny: bool) -> list[tuple[int, str, int, int]
     return sorted(problem for problem in found if problem[3] != problem[2])
 
 
-def _gym(seed: int, sizes: Sizes) -> dict[Split, list[Item]]:
+def _gym(seed: int) -> dict[Split, list[Item]]:
     """Distinct problems of reasoning-gym with integer answers, dealt to the splits in turn."""
     try:
         import reasoning_gym
     except ImportError as error:
         raise UserError("level 'gym' needs reasoning-gym; install it with `pip install reasoning-gym`") from error
-    wanted = sizes.train + sizes.select + sizes.test
+    wanted = _SIZES.train + _SIZES.select + _SIZES.test
     seen: dict[str, Item] = {}
     datasets = [iter(reasoning_gym.create_dataset(kind, seed=seed, size=2 * wanted)) for kind in GYM]
     place = 0
@@ -128,16 +90,36 @@ def _gym(seed: int, sizes: Sizes) -> dict[Split, list[Item]]:
             seen.setdefault(question, Item(f"{GYM[kind]}/{place // len(GYM)}", question, {"gold": answer}))
         place += 1
     items = list(seen.values())
-    cut = sizes.test + sizes.select
-    return {"test": items[: sizes.test], "select": items[sizes.test : cut], "train": items[cut:]}
+    cut = _SIZES.test + _SIZES.select
+    return {"test": items[: _SIZES.test], "select": items[_SIZES.test : cut], "train": items[cut:]}
 
 
 def tiny_corpus(seed: int) -> list[tuple[str, str, str]]:
     """Demonstrations (prompt, reply, wrong reply) to warm up a from-scratch model: the train items of "tiny"."""
     rng = random.Random(f"math:tiny:corpus:{seed}")
-    pools = _arithmetic("tiny", random.Random(f"math:tiny:{seed}"))
+    pools = _arithmetic(seed, tiny=True)
     rows = []
     for item in pools["train"][: _TINY_SIZES.train]:
         gold = str(item.answer["gold"])
         rows.append((item.prompt, gold, rng.choice([str(n) for n in range(19) if str(n) != gold])))
     return rows
+
+
+class MathTask(BuiltIn):
+    """Part `correct`: 1 when the final number equals the result. The metric is the same."""
+
+    kind = "math"
+    part = "correct"
+    levels = {
+        "default": Level(_SIZES, _SYSTEM, _arithmetic),
+        "tiny": Level(_TINY_SIZES, "", partial(_arithmetic, tiny=True)),
+        "gym": Level(_SIZES, _SYSTEM, _gym),
+    }
+
+    def __init__(self, verifier: MathVerifier, block: TaskConfig | None = None, seed: int = 0) -> None:
+        super().__init__(block, seed)
+        self.verifier = verifier
+
+    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
+        golds = [str(item.answer["gold"]) for item in items]
+        return [Score({"correct": part}) for part in self.verifier.score(completions, golds)]

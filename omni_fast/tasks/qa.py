@@ -17,17 +17,16 @@ from functools import cache
 from importlib import resources
 
 from omni_fast.errors import UserError
-from omni_fast.rewards.compose import Composition
 from omni_fast.rewards.qa import QaMatcher, normalise
 from omni_fast.rewards.score import Score
 from omni_fast.tasks.base import Item, Json, Split
-from omni_fast.tasks.splits import Sizes, partition, take
+from omni_fast.tasks.splits import BuiltIn, Level, Sizes, partition
 
-LEVELS = ("default", "tiny")
 CANDIDATES = 4
 CONTINENTS = ("Africa", "Americas", "Asia", "Europe", "Oceania")
 _MIN_POPULATION = 200_000
 _MAX_CHARS = 20  # of an answer: longer ones are official names nobody writes
+_SIZES = Sizes()
 _TINY_SIZES = Sizes(train=64, select=12, test=24)
 
 
@@ -51,46 +50,6 @@ class Country:
     name: str
     capital: str
     continent: str
-
-
-class QaTask:
-    """Part `correct`: 1 when the reply is the gold answer and names no other candidate. The metric is the same."""
-
-    def __init__(
-        self,
-        *,
-        name: str = "qa",
-        seed: int = 0,
-        level: str = "default",
-        sizes: Sizes | None = None,
-        max_new_tokens: int = 10,
-        system: str | None = None,
-    ) -> None:
-        """level: one of LEVELS. sizes, system: None takes the level's own."""
-        if level not in LEVELS:
-            raise UserError(f"qa has no level {level!r}; use one of {', '.join(LEVELS)}")
-        self.name = name
-        self.max_new_tokens = max_new_tokens
-        self.system = ("" if level == "tiny" else "Choose one option.") if system is None else system
-        self.composition = Composition("additive", {"correct": 1.0})
-        sizes = sizes or (_TINY_SIZES if level == "tiny" else Sizes())
-        pools = _tiny_pools(seed) if level == "tiny" else _pools(seed, sizes)
-        self._items = take(name, pools, sizes)
-
-    def items(self, split: Split) -> Sequence[Item]:
-        return self._items[split]
-
-    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
-        scores = []
-        for item, completion in zip(items, completions, strict=True):
-            gold, shown = str(item.answer["gold"]), item.answer["candidates"]
-            assert isinstance(shown, list)
-            matcher = QaMatcher(gold, candidates=[str(candidate) for candidate in shown])
-            scores.append(Score({"correct": matcher.score(completion.removeprefix(item.prefix))}))
-        return scores
-
-    def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
-        return [score.parts["correct"].value for score in self.score(items, completions)]
 
 
 @cache
@@ -122,15 +81,14 @@ def _askable(country: Country) -> bool:
     return not name & capital
 
 
-def _pools(seed: int, sizes: Sizes) -> dict[Split, list[Item]]:
+def _pools(seed: int) -> dict[Split, list[Item]]:
     rng = random.Random(f"qa:default:{seed}")
     shares: dict[Split, float] = {"train": 0.52, "select": 0.16, "test": 0.32}
-    wanted = {"train": sizes.train, "select": sizes.select, "test": sizes.test}
     pools: dict[Split, list[Item]] = {}
     for split, own in partition(countries(), shares, rng).items():
         found: dict[str, Item] = {}  # by prompt: few candidates of a kind meet again in the same order
         epoch = 0
-        while len(found) < wanted[split] and (split == "train" or epoch == 0):
+        while len(found) < getattr(_SIZES, split) and (split == "train" or epoch == 0):
             items = [_item(kind, country, epoch, seed) for kind in KINDS for country in own]
             random.Random(f"qa:order:{seed}:{split}:{epoch}").shuffle(items)
             for item in items:
@@ -206,3 +164,20 @@ def tiny_corpus(seed: int) -> list[tuple[str, str, str]]:
         assert isinstance(candidates, list)
         rows.append((item.prompt, gold, rng.choice([str(other) for other in candidates if other != gold])))
     return rows
+
+
+class QaTask(BuiltIn):
+    """Part `correct`: 1 when the reply is the gold answer and names no other candidate. The metric is the same."""
+
+    kind = "qa"
+    part = "correct"
+    levels = {"default": Level(_SIZES, "Choose one option.", _pools), "tiny": Level(_TINY_SIZES, "", _tiny_pools)}
+
+    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
+        scores = []
+        for item, completion in zip(items, completions, strict=True):
+            gold, shown = str(item.answer["gold"]), item.answer["candidates"]
+            assert isinstance(shown, list)
+            matcher = QaMatcher(gold, candidates=[str(candidate) for candidate in shown])
+            scores.append(Score({"correct": matcher.score(completion.removeprefix(item.prefix))}))
+        return scores

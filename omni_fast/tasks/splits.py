@@ -1,13 +1,16 @@
-"""Three disjoint splits, the same for the same seed on every machine."""
+"""Three disjoint splits, the same for the same seed on every machine, and what the built-in domains do with them."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
+from omni_fast.config import TaskConfig
 from omni_fast.errors import UserError
+from omni_fast.rewards.compose import Composition
+from omni_fast.rewards.score import Score
 from omni_fast.tasks.base import SPLITS, Item, Split
 
 T = TypeVar("T")
@@ -33,11 +36,47 @@ def partition(things: Sequence[T], shares: Mapping[Split, float], rng: random.Ra
 
 def take(task: str, pools: Mapping[Split, Sequence[Item]], sizes: Sizes) -> dict[Split, tuple[Item, ...]]:
     """The first items of each pool. Raises UserError when a pool is smaller than its size."""
-    wanted = {"train": sizes.train, "select": sizes.select, "test": sizes.test}
     for split in SPLITS:
-        if len(pools[split]) < wanted[split]:
+        found, wanted = len(pools[split]), getattr(sizes, split)
+        if found < wanted:
             raise UserError(
-                f"task '{task}' has {len(pools[split])} items for split '{split}', {wanted[split]} were asked for; "
-                "ask for fewer"
+                f"task '{task}' has {found} items for split '{split}', {wanted} were asked for; ask for fewer"
             )
-    return {split: tuple(pools[split][: wanted[split]]) for split in SPLITS}
+    return {split: tuple(pools[split][: getattr(sizes, split)]) for split in SPLITS}
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """system: message of the chat template. pools: seed -> the items of each split, as many as `sizes` or more."""
+
+    sizes: Sizes
+    system: str
+    pools: Callable[[int], Mapping[Split, Sequence[Item]]]
+
+
+class BuiltIn:
+    """What the built-in domains share of the `Task` interface. A subclass states its kind, its part and its levels."""
+
+    kind: Literal["math", "code", "qa", "writing"]
+    part: str
+    levels: Mapping[str, Level]
+
+    def __init__(self, block: TaskConfig | None = None, seed: int = 0) -> None:
+        """block: None takes the defaults. Raises UserError for a level that there is not."""
+        block = block or TaskConfig(name=self.kind, kind=self.kind)
+        self.name, self.seed, self.level, self.max_new_tokens = block.name, seed, block.level, block.max_new_tokens
+        if self.level not in self.levels:
+            raise UserError(f"{self.kind} has no level {self.level!r}; use one of {', '.join(self.levels)}")
+        own = self.levels[self.level]
+        self.system = own.system if block.system is None else block.system
+        self.composition = Composition("additive", {self.part: 1.0})
+        self._items = take(self.name, own.pools(seed), own.sizes)
+
+    def items(self, split: Split) -> Sequence[Item]:
+        return self._items[split]
+
+    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
+        raise NotImplementedError
+
+    def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
+        return [score.parts[self.part].value for score in self.score(items, completions)]

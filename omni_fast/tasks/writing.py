@@ -14,66 +14,19 @@ import random
 from collections.abc import Sequence
 from itertools import combinations
 
-from omni_fast.errors import UserError
-from omni_fast.rewards.compose import Composition
+from omni_fast.config import TaskConfig
 from omni_fast.rewards.judge.base import Judge, Reply
 from omni_fast.rewards.judge.sentences import ANIMATE, EVENTS, OBJECTS, PLACES, article, prompt_text, reference_sentence
 from omni_fast.rewards.score import Part, Score
 from omni_fast.rewards.text_checks import words
 from omni_fast.tasks.base import Item, Json, Split
-from omni_fast.tasks.splits import Sizes, partition, take
+from omni_fast.tasks.splits import BuiltIn, Level, Sizes, partition
 
-LEVELS = ("default", "tiny")
 MIN_WORDS = 10
 _PROMPT = "Write one sentence of at least {n} words about {topic} with the words {first} and {second}."
+_SIZES = Sizes()
 _TINY_SIZES = Sizes(train=64, select=16, test=32)
 _TINY_OBJECTS = ("moon", "river", "bread", "boat", "stone", "bell", "key", "song", "lamp", "coat", "apple", "bridge")
-
-
-class WritingTask:
-    """Part `preference`: the reward judge's verdict, 1 win, 0.5 tie, 0 loss. The metric: the other judge's, 0..1."""
-
-    def __init__(
-        self,
-        reward_judge: Judge,
-        metric_judge: Judge,
-        *,
-        name: str = "writing",
-        seed: int = 0,
-        level: str = "default",
-        sizes: Sizes | None = None,
-        max_new_tokens: int = 24,
-        system: str | None = None,
-    ) -> None:
-        """level: one of LEVELS. sizes, system: None takes the level's own."""
-        if level not in LEVELS:
-            raise UserError(f"writing has no level {level!r}; use one of {', '.join(LEVELS)}")
-        self.name = name
-        self.max_new_tokens = max_new_tokens
-        self.system = ("" if level == "tiny" else "You write short sentences.") if system is None else system
-        self.composition = Composition("additive", {"preference": 1.0})
-        self.reward_judge = reward_judge
-        self.metric_judge = metric_judge
-        self.min_words = 0 if level == "tiny" else MIN_WORDS
-        sizes = sizes or (_TINY_SIZES if level == "tiny" else Sizes())
-        pools = _tiny_pools(seed) if level == "tiny" else _pools(seed, sizes)
-        self._items = take(name, pools, sizes)
-
-    def items(self, split: Split) -> Sequence[Item]:
-        return self._items[split]
-
-    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
-        return [Score({"preference": part}) for part in self._judge(self.reward_judge, items, completions)]
-
-    def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
-        return [part.value for part in self._judge(self.metric_judge, items, completions)]
-
-    def _judge(self, judge: Judge, items: Sequence[Item], completions: Sequence[str]) -> list[Part]:
-        """A reply that is too short is lost; the judge sees the others."""
-        long = [len(words(completion)) >= self.min_words for completion in completions]
-        asked = [reply for reply, enough in zip(_replies(items, completions), long, strict=True) if enough]
-        verdicts = iter(judge.judge(asked))
-        return [next(verdicts) if enough else Part(0.0, "too_short") for enough in long]
 
 
 def _replies(items: Sequence[Item], completions: Sequence[str]) -> list[Reply]:
@@ -87,10 +40,9 @@ def _replies(items: Sequence[Item], completions: Sequence[str]) -> list[Reply]:
     return replies
 
 
-def _pools(seed: int, sizes: Sizes) -> dict[Split, list[Item]]:
+def _pools(seed: int) -> dict[Split, list[Item]]:
     rng = random.Random(f"writing:default:{seed}")
     shares: dict[Split, float] = {"train": 0.5, "select": 0.2, "test": 0.3}
-    wanted = {"train": sizes.train, "select": sizes.select, "test": sizes.test}
     topics = partition(sorted({*ANIMATE, *PLACES, *EVENTS}), shares, rng)
     pairs = partition(list(combinations(sorted(set(OBJECTS)), 2)), shares, rng)
     pools: dict[Split, list[Item]] = {}
@@ -98,15 +50,13 @@ def _pools(seed: int, sizes: Sizes) -> dict[Split, list[Item]]:
         pools[split] = []
         for place, pair in enumerate(pairs[split]):
             topic = own[place % len(own)]
-            if topic in pair or len(pools[split]) == wanted[split]:
+            if topic in pair or len(pools[split]) == getattr(_SIZES, split):
                 continue
             texts = rng.sample(pair, 2)
-            required: list[Json] = list(texts)
+            reference = _reference(topic, texts, rng)
             answer: dict[str, Json] = {
-                "words": required,
-                "reference": _reference(topic, texts, rng),
-                "asked": prompt_text(topic, texts),
-            }
+                "words": [*texts], "reference": reference, "asked": prompt_text(topic, texts),
+            }  # fmt: skip
             prompt = _PROMPT.format(n=MIN_WORDS, topic=article(topic), first=texts[0], second=texts[1])
             pools[split].append(Item("/".join((topic, *texts)), prompt, answer))
     return pools
@@ -127,8 +77,7 @@ def _tiny_pools(seed: int) -> dict[Split, list[Item]]:
     for split, pairs in partition(list(combinations(_TINY_OBJECTS, 2)), shares, rng).items():
         pools[split] = []
         for pair in [order for low, high in pairs for order in ((low, high), (high, low))]:
-            required: list[Json] = list(pair)
-            answer: dict[str, Json] = {"words": required, "reference": _tiny_sentence(pair, rng)}
+            answer: dict[str, Json] = {"words": [*pair], "reference": _tiny_sentence(pair, rng)}
             pools[split].append(Item("/".join(pair), f"use {pair[0]} and {pair[1]}", answer))
         rng.shuffle(pools[split])
     return pools
@@ -157,3 +106,34 @@ def tiny_corpus(seed: int) -> list[tuple[str, str, str]]:
         others = rng.sample([word for word in _TINY_OBJECTS if word not in item.prompt.split()], 2)
         rows.append((item.prompt, str(item.answer["reference"]), _tiny_sentence(others, rng)))
     return rows
+
+
+class WritingTask(BuiltIn):
+    """Part `preference`: the reward judge's verdict, 1 win, 0.5 tie, 0 loss. The metric: the other judge's, 0..1."""
+
+    kind = "writing"
+    part = "preference"
+    levels = {
+        "default": Level(_SIZES, "You write short sentences.", _pools),
+        "tiny": Level(_TINY_SIZES, "", _tiny_pools),
+    }
+
+    def __init__(
+        self, reward_judge: Judge, metric_judge: Judge, block: TaskConfig | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(block, seed)
+        self.reward_judge, self.metric_judge = reward_judge, metric_judge
+        self.min_words = 0 if self.level == "tiny" else MIN_WORDS
+
+    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
+        return [Score({"preference": part}) for part in self._judge(self.reward_judge, items, completions)]
+
+    def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
+        return [part.value for part in self._judge(self.metric_judge, items, completions)]
+
+    def _judge(self, judge: Judge, items: Sequence[Item], completions: Sequence[str]) -> list[Part]:
+        """A reply that is too short is lost; the judge sees the others."""
+        long = [len(words(completion)) >= self.min_words for completion in completions]
+        asked = [reply for reply, enough in zip(_replies(items, completions), long, strict=True) if enough]
+        verdicts = iter(judge.judge(asked))
+        return [next(verdicts) if enough else Part(0.0, "too_short") for enough in long]

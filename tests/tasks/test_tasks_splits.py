@@ -16,14 +16,12 @@ from omni_fast.rewards.code import CodeVerifier
 from omni_fast.rewards.judge.rubric import RubricJudge
 from omni_fast.rewards.math import MathVerifier
 from omni_fast.rewards.sandbox import Sandbox
-from omni_fast.tasks import code, math, qa, writing
+from omni_fast.tasks import Resources, build_tasks, code, math, qa, writing
 from omni_fast.tasks.base import SPLITS, Item, Task
-from omni_fast.tasks.code import CodeTask
 from omni_fast.tasks.math import MathTask
 from omni_fast.tasks.qa import QaTask, countries
 from omni_fast.tasks.splits import Sizes, partition, take
 from omni_fast.tasks.tiny import tiny_corpus
-from omni_fast.tasks.writing import WritingTask
 
 SEEDS = (0, 1, 7)
 VERIFIER = MathVerifier()
@@ -31,12 +29,9 @@ CODE = CodeVerifier(Sandbox())  # never started: these tests grade no code
 
 
 def tasks(seed: int, level: str = "default") -> list[Task]:
-    return [
-        MathTask(VERIFIER, seed=seed, level=level),
-        CodeTask(CODE, seed=seed, level=level),
-        QaTask(seed=seed, level=level),
-        WritingTask(RubricJudge(), RubricJudge(), seed=seed, level=level),
-    ]
+    own = Resources(lambda: VERIFIER, lambda: CODE, RubricJudge, RubricJudge)
+    blocks = [TaskConfig(name=kind, kind=kind, level=level) for kind in ("math", "code", "qa", "writing")]
+    return list(build_tasks(blocks, seed=seed, resources=own).values())
 
 
 def keys(task: Task, item: Item) -> set[object]:
@@ -114,7 +109,7 @@ def test_qa_candidates_hold_the_gold_once_at_no_fixed_place() -> None:
 
 
 def test_qa_shows_a_fact_again_with_other_distractors() -> None:
-    items = QaTask(sizes=Sizes(train=800, select=64, test=100)).items("train")
+    items = QaTask().items("train")
     first = {item.id.removesuffix("/0"): item for item in items if item.id.endswith("/0")}
     again = [item for item in items if item.id.endswith("/1")]
     assert again and all(item.prompt != first[item.id.removesuffix("/1")].prompt for item in again)
@@ -124,6 +119,14 @@ def test_countries_are_askable() -> None:
     known = {country.name: country for country in countries()}
     assert known["France"].capital == "Paris" and known["France"].continent == "Europe"
     assert len(known) > 140 and "Mexico" not in known  # its capital gives it away
+
+
+def test_gym_deals_distinct_problems_to_the_splits() -> None:
+    pytest.importorskip("reasoning_gym")
+    task = MathTask(VERIFIER, TaskConfig(name="math", kind="math", level="gym"))
+    items = [item for split in SPLITS for item in task.items(split)]
+    assert len({item.prompt for item in items}) == len(items) == 616
+    assert all(str(item.answer["gold"]).lstrip("-").isdigit() for item in items)
 
 
 @given(n=st.integers(6, 60), seed=st.integers(0, 99), select=st.floats(0.05, 0.3), test=st.floats(0.05, 0.4))
@@ -140,7 +143,7 @@ def test_too_large_a_split_is_the_users_mistake() -> None:
         items = [Item("a", "a"), Item("b", "b")]
         take("mine", {"train": items, "select": items, "test": items}, Sizes(2, 2, 3))
     with pytest.raises(UserError, match="no level 'hard'"):
-        QaTask(level="hard")
+        QaTask(TaskConfig(name="q", kind="qa", level="hard"))
 
 
 @pytest.mark.parametrize("module", [math, code, qa, writing])
