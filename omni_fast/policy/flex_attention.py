@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -35,8 +36,9 @@ def flex_rows(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, tree: TreeLayout, sca
     query, key, value = (
         F.pad(states, (0, 0, 0, 0, 0, padding)).transpose(0, 1)[None] for states in (q_THD, k_TKD, v_TKD)
     )
-    attend = _compiled() if q_THD.is_cuda else flex_attention
-    out = attend(query, key, value, block_mask=_newest[0][1], scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    out = _kernel(q_THD.is_cuda)(
+        query, key, value, block_mask=_newest[0][1], scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
     return out[0].transpose(0, 1)[:rows]
 
 
@@ -73,5 +75,6 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+def _kernel(compiled: bool) -> Callable[..., Tensor]:
+    kernel = cast("Callable[..., Tensor]", flex_attention)  # it returns more where more is asked for
+    return torch.compile(kernel, dynamic=False) if compiled else kernel
