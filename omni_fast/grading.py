@@ -20,11 +20,11 @@ from omni_fast.rewards.compose import Composition
 from omni_fast.rewards.judge.audit import Audit, audit
 from omni_fast.rewards.judge.base import Judge
 from omni_fast.rewards.judge.cache import VerdictCache
-from omni_fast.rewards.judge.client import ClientLimits
+from omni_fast.rewards.judge.client import ClientLimits, JsonClient
 from omni_fast.rewards.judge.embedded import EmbeddedJudge, Head, fit_head
 from omni_fast.rewards.judge.encode import pooled_encoder
 from omni_fast.rewards.judge.rubric import RubricJudge
-from omni_fast.rewards.judge.server import Messages, OpenAIBackend, PairwiseJudge, ScoreBackend
+from omni_fast.rewards.judge.server import Backend, Messages, OpenAIBackend, PairwiseJudge, ScoreBackend
 from omni_fast.rewards.judge.server import check as check_server
 from omni_fast.rewards.math import MathVerifier
 from omni_fast.rewards.parts import EXTRA
@@ -89,15 +89,13 @@ class Grading:
         if not wanted.url or not wanted.model:
             raise UserError(f"judge.backend '{wanted.backend}' needs judge.url and judge.model")
         limits = ClientLimits(timeout_s=wanted.timeout_s, pause_s=min(JUDGE_PATIENCE_S, self.config.rewards.pause_s))
-        server: OpenAIBackend | ScoreBackend
+        client = JsonClient(wanted.url, key, limits, self.say)
+        server: Backend
         if wanted.backend == "openai":
-            server = OpenAIBackend(wanted.url, wanted.model, api_key=key, limits=limits, salt=salt, say=self.say)
+            server = OpenAIBackend(client, wanted.model, salt)
         else:
-            render, labels = _judge_prompts(wanted.model)
-            server = ScoreBackend(
-                wanted.url, wanted.model, render, labels, api_key=key, limits=limits, salt=salt, say=self.say
-            )
-        self.stack.callback(server.client.close)
+            server = ScoreBackend(client, wanted.model, *_judge_prompts(wanted.model), salt)
+        self.stack.callback(client.close)
         check_server(server)
         verdicts = VerdictCache(self.folder / "verdicts.sqlite", self.say)
         self.stack.callback(verdicts.close)

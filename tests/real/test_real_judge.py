@@ -29,8 +29,8 @@ from omni_fast.rewards.compose import Composition, group_statistics
 from omni_fast.rewards.judge.audit import audit
 from omni_fast.rewards.judge.base import Reply
 from omni_fast.rewards.judge.cache import VerdictCache
-from omni_fast.rewards.judge.client import ClientLimits
-from omni_fast.rewards.judge.embedded import EmbeddedJudge
+from omni_fast.rewards.judge.client import ClientLimits, JsonClient
+from omni_fast.rewards.judge.embedded import EmbeddedJudge, fit_head
 from omni_fast.rewards.judge.encode import pooled_encoder
 from omni_fast.rewards.judge.pairwise import Question, parse_verdict
 from omni_fast.rewards.judge.rubric import RubricJudge
@@ -58,7 +58,8 @@ def smollm2():
 
 @pytest.fixture(scope="module")
 def judge(smollm2) -> EmbeddedJudge:
-    return EmbeddedJudge(pooled_encoder(*smollm2))
+    encode = pooled_encoder(*smollm2)
+    return EmbeddedJudge(encode, fit_head(encode))
 
 
 def test_the_embedded_judge_reaches_its_bar(judge):
@@ -71,7 +72,7 @@ def test_the_embedded_judge_reaches_its_bar(judge):
 def test_the_embedded_judge_passes_the_audit(judge):
     result = audit(judge)
     assert result.passed, result.table()
-    assert result.position_bias.value == 0.0 and (result.agreement.value or 0.0) >= 0.8, result.table()
+    assert result.shares["position_bias"].value == 0.0 and (result.shares["agreement"].value or 0.0) >= 0.8, result.table()
     assert (result.families["by_hand"].value or 0.0) >= 0.6, "pairs that no grammar made"
 
 
@@ -150,7 +151,7 @@ def test_a_judge_process_killed_again_and_again_loses_and_zeroes_nothing(tmp_pat
     ]  # fmt: skip
     cache = VerdictCache(tmp_path / "verdicts.sqlite")
     limits = ClientLimits(concurrency=8, timeout_s=2.0, backoff_s=0.02, backoff_max_s=0.3, pause_s=60.0)
-    judge = PairwiseJudge(OpenAIBackend(f"http://127.0.0.1:{port}/v1", "m", limits=limits), cache)
+    judge = PairwiseJudge(OpenAIBackend(JsonClient(f"http://127.0.0.1:{port}/v1", limits=limits), "m"), cache)
     parts: list = []
     worker = threading.Thread(target=lambda: parts.extend(judge.judge(replies)))
     process = start_server(port)

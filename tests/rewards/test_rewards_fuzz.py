@@ -21,7 +21,7 @@ from omni_fast.rewards.code import extract_code
 from omni_fast.rewards.compose import group_advantages
 from omni_fast.rewards.judge.base import Judge, Reply
 from omni_fast.rewards.judge.client import Failure
-from omni_fast.rewards.judge.embedded import EmbeddedJudge
+from omni_fast.rewards.judge.embedded import EmbeddedJudge, fit_head
 from omni_fast.rewards.judge.pairwise import Question, Verdict
 from omni_fast.rewards.judge.rubric import RubricJudge
 from omni_fast.rewards.judge.server import PairwiseJudge
@@ -115,7 +115,7 @@ def rewards() -> dict[str, Reward]:
         "maths, exact": exact,
         "programs": programs,
         "rubric": judged(rubric),
-        "embedded": judged(EmbeddedJudge(bigrams)),
+        "embedded": judged(EmbeddedJudge(bigrams, fit_head(bigrams))),
         "pairwise": judged(PairwiseJudge(Agreeable())),
         "qa task, normalised": of_task(QaTask(), "normalised"),
         "writing task, gated": of_task(WritingTask(rubric, rubric), "gated"),

@@ -46,31 +46,35 @@ def test_a_perfect_judge_passes():
         return "B" if (question.prompt, question.second) in BETTER else "tie"
 
     result = of(rule)
-    assert result.agreement.value == 1.0 and result.position_bias.value == 0.0 and result.ties_good.value == 1.0
-    assert result.contradicted.value == 0.0 and result.invalid.value == 0.0
+    assert (
+        result.shares["agreement"].value == 1.0
+        and result.shares["position_bias"].value == 0.0
+        and result.shares["ties_good"].value == 1.0
+    )
+    assert result.shares["contradicted"].value == 0.0 and result.shares["invalid"].value == 0.0
     assert result.families["by_hand"].value == 1.0
 
 
 def test_a_position_biased_judge_is_found():
     result = of(lambda question: "A")
-    assert result.position_bias.value == 1.0 and result.first_position.value == 1.0
-    assert result.agreement.value == 0.0 and result.ties.value == 1.0 and not result.passed
+    assert result.shares["position_bias"].value == 1.0 and result.shares["first_position"].value == 1.0
+    assert result.shares["agreement"].value == 0.0 and result.shares["ties"].value == 1.0 and not result.passed
 
 
 def test_a_length_biased_judge_is_found():
     result = of(lambda question: "A" if len(question.first) > len(question.second) else "B")
-    assert result.longer_wins.value == 1.0 and not result.passed
+    assert result.shares["longer_wins"].value == 1.0 and not result.passed
 
 
 def test_a_down_judge_is_invalid_and_not_wrong():
     result = of(lambda question: Failure("down"))
-    assert result.agreement.n == 0 and (result.invalid.value or 0.0) > 0.4 and not result.passed
+    assert result.shares["agreement"].n == 0 and (result.shares["invalid"].value or 0.0) > 0.4 and not result.passed
 
 
 def test_the_rubric_is_audited_as_an_absolute_judge():
     result = audit(RubricJudge())
-    assert (result.hacks_accepted.value or 0.0) <= 0.02 and result.hacks_accepted.n >= 200
-    assert (result.agreement.value or 0.0) > 0.5 and result.position_bias.value == 0.0
+    assert (result.shares["hacks_accepted"].value or 0.0) <= 0.02 and result.shares["hacks_accepted"].n >= 200
+    assert (result.shares["agreement"].value or 0.0) > 0.5 and result.shares["position_bias"].value == 0.0
     assert (result.families["one_missing"].value or 0.0) == 1.0
     assert "wrong_content" in result.families, "sense is what it cannot see"
 
@@ -83,14 +87,14 @@ def test_a_judge_that_pays_everything_fails():
             return [Part(1.0) for _ in replies]
 
     result = audit(Generous())
-    assert result.hacks_accepted.value == 1.0 and not result.passed
+    assert result.shares["hacks_accepted"].value == 1.0 and not result.passed
     assert "FAILED" in result.table()
 
 
 def test_record_and_table_are_complete():
     result = audit(RubricJudge())
     record = json.loads(json.dumps(result.record()))
-    assert record["judge"] == "rubric" and record["agreement"]["n"] == result.agreement.n
+    assert record["judge"] == "rubric" and record["agreement"]["n"] == result.shares["agreement"].n
     assert record["seconds_per_verdict"] > 0.0
     assert all(name in result.table() for name in ("agreement", "position bias", "longer wins", "hacks accepted", "ms"))
     assert str(Share(0, 0)) and Share(0, 0).record()["value"] is None

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from omni_fast.errors import UserError
 from omni_fast.rewards.judge.base import Reply
 from omni_fast.rewards.judge.corrupt import FAMILIES, make_pairs
-from omni_fast.rewards.judge.embedded import EmbeddedJudge, Head, Report, fit_preference, roc_auc
+from omni_fast.rewards.judge.embedded import EmbeddedJudge, Head, Report, fit_head, fit_preference, roc_auc
 from omni_fast.rewards.judge.encode import pooled_encoder
 from omni_fast.rewards.judge.features import FEATURES, features
 from omni_fast.rewards.judge.sentences import prompt_text, random_prompt, reference_sentence
@@ -76,15 +76,15 @@ def test_auc_counts_ties_half():
 
 
 def test_a_blind_encoder_misses_the_bar_and_the_rubric_judges():
-    judge = EmbeddedJudge(blind)
+    judge = EmbeddedJudge(blind, fit_head(blind))
     assert not judge.usable and judge.name.startswith("rubric checks alone")
     good = judge.judge([reply("The cat watched the moon rise over the quiet river.")])[0]
     assert good.value == 1.0
 
 
 def test_fit_is_deterministic_and_survives_the_disk(tmp_path):
-    judge = EmbeddedJudge(bigrams, seed=1)
-    again = EmbeddedJudge(bigrams, seed=1)
+    judge = EmbeddedJudge(bigrams, fit_head(bigrams, 1))
+    again = EmbeddedJudge(bigrams, fit_head(bigrams, 1))
     assert judge.head.w_hidden == again.head.w_hidden and judge.head.report.auc == again.head.report.auc
     judge.head.save(tmp_path / "head.json")
     assert Head.load(tmp_path / "head.json") == judge.head
@@ -95,7 +95,7 @@ def test_fit_is_deterministic_and_survives_the_disk(tmp_path):
 
 
 def test_verdicts_against_the_reference():
-    head = EmbeddedJudge(bigrams).head
+    head = fit_head(bigrams)
     good = Report({"any": 1.0}, hacks=100, hacks_accepted=0, pairs=1, seconds=0.0)
     judge = EmbeddedJudge(bigrams, Head(head.w_hidden, head.w_features, head.spread, head.gap, good))
     assert judge.usable
@@ -155,7 +155,8 @@ def test_encoder_is_frozen_and_independent_of_padding(tiny):
 )
 def test_hostile_text_never_raises(tiny, text):
     model, tokenizer = tiny
-    judge = EmbeddedJudge(pooled_encoder(model, tokenizer, layers=1))
+    encode = pooled_encoder(model, tokenizer, layers=1)
+    judge = EmbeddedJudge(encode, fit_head(encode))
     head = judge.head
     good = Report({"any": 1.0}, hacks=100, hacks_accepted=0, pairs=1, seconds=0.0)
     judge = EmbeddedJudge(judge.encode, Head(head.w_hidden, head.w_features, head.spread, head.gap, good))

@@ -10,19 +10,19 @@ Every figure comes with its count; shares with a 95 % Wilson interval.
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+
+from scipy.stats import binomtest
 
 from omni_fast.rewards.judge.base import Judge, Reply
 from omni_fast.rewards.judge.client import Failure
 from omni_fast.rewards.judge.embedded import ACCEPTED, EmbeddedJudge
-from omni_fast.rewards.judge.pairwise import Question, Verdict
+from omni_fast.rewards.judge.pairwise import Json, Question, Verdict
 from omni_fast.rewards.judge.server import PairwiseJudge
 
-Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 Answers = list[tuple[Verdict | None, Verdict | None]]  # one pair asked as (first, second) and as (second, first)
 
 MAX_HACKS = 0.02
@@ -58,11 +58,7 @@ class Share:
         return {"value": self.value, "k": self.k, "n": self.n, "low": low, "high": high}
 
     def _interval(self) -> tuple[float, float]:
-        if not self.n:
-            return 0.0, 1.0
-        z, p, n = 1.96, self.k / self.n, self.n
-        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+        return tuple(binomtest(self.k, self.n).proportion_ci(method="wilson")) if self.n else (0.0, 1.0)
 
     def __str__(self) -> str:
         low, high = self._interval()
@@ -71,22 +67,16 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """position_bias: the two orders name the same position. first_position: of those, the first.
+    """What was found. shares, by name:
 
+    position_bias: the two orders name the same position. first_position: of those, the first.
     agreement: the better side wins in both orders; contradicted: the worse side does. ties: of the pairs.
-    longer_wins: of the decided pairs of two good replies, 0.5 is no length bias. invalid: verdicts that never came.
+    ties_good, longer_wins: of pairs of two good replies; of the decided ones 0.5 is no length bias.
+    hacks_accepted. invalid: verdicts that never came.
     """
 
     judge: str
-    position_bias: Share
-    first_position: Share
-    agreement: Share
-    contradicted: Share
-    ties: Share
-    ties_good: Share
-    longer_wins: Share
-    hacks_accepted: Share
-    invalid: Share
+    shares: dict[str, Share]
     families: dict[str, Share]
     verdicts: int
     seconds: float
@@ -94,12 +84,12 @@ class Audit:
     @property
     def passed(self) -> bool:
         """At most 2 % of the hacks accepted, and the better side found more often than not."""
-        hacks, agreement = self.hacks_accepted.value, self.agreement.value
+        hacks, agreement = self.shares["hacks_accepted"].value, self.shares["agreement"].value
         return hacks is not None and agreement is not None and hacks <= MAX_HACKS and agreement > 0.5
 
     def record(self) -> dict[str, Json]:
         """For --json."""
-        shares: dict[str, Json] = {name: share.record() for name, share in self._shares().items()}
+        shares: dict[str, Json] = {name: share.record() for name, share in self.shares.items()}
         families: dict[str, Json] = {name: share.record() for name, share in self.families.items()}
         return {
             "judge": self.judge,
@@ -114,22 +104,14 @@ class Audit:
     def table(self) -> str:
         """For a terminal."""
         lines = [f"judge: {self.judge}", ""]
-        lines += [f"{name.replace('_', ' '):<26}{share}" for name, share in self._shares().items()]
+        lines += [f"{name.replace('_', ' '):<26}{share}" for name, share in self.shares.items()]
         lines += ["", "agreement by kind of flaw"]
-        lines += [
-            f"  {name:<24}{share}" for name, share in sorted(self.families.items(), key=lambda row: row[1].value or 0)
-        ]
+        worst_first = sorted(self.families.items(), key=lambda row: row[1].value or 0)
+        lines += [f"  {name:<24}{share}" for name, share in worst_first]
         cost = 1000 * self.seconds / max(1, self.verdicts)
         lines += ["", f"{self.verdicts} verdicts in {self.seconds:.1f} s, {cost:.1f} ms each"]
         lines += ["passed" if self.passed else "FAILED: do not train on this judge"]
         return "\n".join(lines)
-
-    def _shares(self) -> dict[str, Share]:
-        names = (
-            "agreement", "contradicted", "ties", "ties_good", "position_bias", "first_position", "longer_wins",
-            "hacks_accepted", "invalid",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
 
 
 def shipped_pairs() -> list[Pair]:
@@ -139,36 +121,33 @@ def shipped_pairs() -> list[Pair]:
     return [Pair(r["kind"], r["family"], r["prompt"], tuple(r["words"]), r["first"], r["second"]) for r in rows]
 
 
-def audit(judge: Judge, pairs: Sequence[Pair] | None = None, clock: Callable[[], float] = time.monotonic) -> Audit:
+def audit(judge: Judge) -> Audit:
     """Measure a judge on the set. Never raises for what a judge's server does; its failures are counted as invalid."""
-    pairs = shipped_pairs() if pairs is None else pairs
-    start = clock()
+    pairs, start = shipped_pairs(), time.monotonic()
     compared = [pair for pair in pairs if pair.kind != "hack"]
     hacks = [pair for pair in pairs if pair.kind == "hack"]
     answers = _compare(judge, compared)
     accepted = _accepted(judge, hacks)
-    seconds = clock() - start
+    seconds = time.monotonic() - start
 
     both = [(pair, a, b) for pair, (a, b) in zip(compared, answers, strict=True) if a is not None and b is not None]
     known = [(pair, _winner(a, b)) for pair, a, b in both if pair.kind == "pair"]
     length = [_winner(a, b) for pair, a, b in both if pair.kind == "length"]
     biased = [a for _, a, b in both if a == b != "tie"]
     names = dict.fromkeys(pair.family for pair, _ in known)
-    return Audit(
-        judge=judge.name,
-        position_bias=Share(len(biased), len(both)),
-        first_position=Share(biased.count("A"), len(biased)),
-        agreement=_share(winner == "first" for _, winner in known),
-        contradicted=_share(winner == "second" for _, winner in known),
-        ties=_share(winner is None for _, winner in known),
-        ties_good=_share(winner is None for winner in length),
-        longer_wins=_share(winner == "first" for winner in length if winner),
-        hacks_accepted=_share(value for value in accepted if value is not None),
-        invalid=Share(len(compared) - len(both) + accepted.count(None), len(pairs)),
-        families={name: _share(won == "first" for pair, won in known if pair.family == name) for name in names},
-        verdicts=2 * len(compared) + len(hacks),
-        seconds=seconds,
-    )
+    shares = {
+        "agreement": _share(winner == "first" for _, winner in known),
+        "contradicted": _share(winner == "second" for _, winner in known),
+        "ties": _share(winner is None for _, winner in known),
+        "ties_good": _share(winner is None for winner in length),
+        "position_bias": Share(len(biased), len(both)),
+        "first_position": Share(biased.count("A"), len(biased)),
+        "longer_wins": _share(winner == "first" for winner in length if winner),
+        "hacks_accepted": _share(value for value in accepted if value is not None),
+        "invalid": Share(len(compared) - len(both) + accepted.count(None), len(pairs)),
+    }
+    families = {name: _share(won == "first" for pair, won in known if pair.family == name) for name in names}
+    return Audit(judge.name, shares, families, 2 * len(compared) + len(hacks), seconds)
 
 
 def _share(flags: Iterable[bool]) -> Share:

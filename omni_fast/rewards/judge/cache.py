@@ -7,6 +7,7 @@ Limits: not for network file systems, where WAL does not work.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -26,13 +27,10 @@ class VerdictCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = self._open()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                self._give_up(error)
-            else:
-                self._set_aside(error)
-        except OSError as error:
+        except (OSError, sqlite3.OperationalError) as error:
             self._give_up(error)
+        except sqlite3.DatabaseError as error:
+            self._set_aside(error)
 
     def _open(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=30.0, check_same_thread=False, isolation_level=None)
@@ -66,21 +64,16 @@ class VerdictCache:
 
     def get(self, keys: Iterable[str]) -> dict[str, Verdict]:
         """The known verdicts among the keys."""
-        wanted = list(dict.fromkeys(keys))
-        found: dict[str, Verdict] = {}
-        by_text: dict[str, Verdict] = {verdict: verdict for verdict in VERDICTS}
+        query = "SELECT key, verdict FROM verdicts WHERE key IN (SELECT value FROM json_each(?))"
         with self._lock:
+            if self._connection is None:
+                return {}
             try:
-                for start in range(0, len(wanted), 500):
-                    if self._connection is None:
-                        break
-                    part = wanted[start : start + 500]
-                    marks = ",".join("?" * len(part))
-                    rows = self._connection.execute(f"SELECT key, verdict FROM verdicts WHERE key IN ({marks})", part)
-                    found.update({key: by_text[text] for key, text in rows if text in by_text})
+                rows = self._connection.execute(query, [json.dumps(list(keys))]).fetchall()
             except sqlite3.Error as error:
                 self._give_up(error)
-        return found
+                return {}
+        return {key: verdict for key, verdict in rows if verdict in VERDICTS}
 
     def put(self, verdicts: Mapping[str, Verdict]) -> None:
         """Keep verdicts; one that is known already stays as it was, so every process agrees on the first."""

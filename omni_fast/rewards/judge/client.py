@@ -18,14 +18,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Generic, TypeVar
 
 import httpx
 
 from omni_fast.errors import UserError
+from omni_fast.rewards.judge.pairwise import Json, Verdict
 
-Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
-Value = TypeVar("Value")
+Read = Callable[[Json], Verdict]  # of an answered JSON; ValueError when it is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +41,12 @@ class ClientLimits:
     max_body: int = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Request(Generic[Value]):
-    """payload goes to `path`; `read` turns the answered JSON into a value, or raises ValueError when it is not one.
-
-    An answer that is well-formed but no verdict is `Unclear`: it is asked again, and does not count as a down server.
-    """
-
-    path: str
-    payload: Json
-    read: Callable[[Json], Value]
-
-
 class Unclear(ValueError):
-    """The server answered as it should, the model did not."""
+    """The server answered as it should, the model did not: it is asked again, and does not count as a down server."""
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+@dataclass(eq=False)
+class Failure(Exception):
     """Why a request has no value: timeout, unreachable, http_503, bad_json, wrong_schema, unclear, down, ..."""
 
     reason: str
@@ -68,19 +55,13 @@ class Failure:
     retry_after_s: float = 0.0
 
 
-class _Failed(Exception):
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.reason)
-        self.failure = failure
-
-
-class JsonClient(Generic[Value]):
+class JsonClient:
     """say: gets one line when the server goes down, comes back, or is given up."""
 
     def __init__(
         self,
         url: str,
-        headers: dict[str, str] | None = None,
+        api_key: str = "",
         limits: ClientLimits | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -95,7 +76,7 @@ class JsonClient(Generic[Value]):
         self.url = url.rstrip("/")
         self.limits = limits or ClientLimits()
         self.say = say
-        self._headers = headers or {}
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._failures = 0  # in a row
         self._down_since: float | None = None
         self._hold_until = 0.0
@@ -106,11 +87,11 @@ class JsonClient(Generic[Value]):
         self._jitter = random.Random(0)
 
     def ask(
-        self, requests: Sequence[Request[Value]], done: Callable[[int, Value], None] = lambda index, value: None
-    ) -> list[Value | Failure]:
-        """A value or a failure for every request, in order. done: called as soon as a value is there."""
+        self, path: str, payloads: Sequence[Json], read: Read, done: Callable[[int, Verdict], None]
+    ) -> list[Verdict | Failure]:
+        """A verdict or a failure for every payload, in order. done: called as soon as a verdict is there."""
         try:
-            return asyncio.run(self._ask(requests, done)) if requests else []
+            return asyncio.run(self._ask(path, payloads, read, done)) if payloads else []
         finally:
             self._call = None
 
@@ -122,8 +103,8 @@ class JsonClient(Generic[Value]):
                 loop.call_soon_threadsafe(task.cancel)
 
     async def _ask(
-        self, requests: Sequence[Request[Value]], done: Callable[[int, Value], None]
-    ) -> list[Value | Failure]:
+        self, path: str, payloads: Sequence[Json], read: Read, done: Callable[[int, Verdict], None]
+    ) -> list[Verdict | Failure]:
         task = asyncio.current_task()
         assert task is not None
         self._call = (asyncio.get_running_loop(), task)
@@ -132,14 +113,14 @@ class JsonClient(Generic[Value]):
         slots = asyncio.Semaphore(self.limits.concurrency)
         async with httpx.AsyncClient(headers=self._headers, timeout=None) as http:
 
-            async def one(index: int, request: Request[Value]) -> Value | Failure:
+            async def one(index: int, payload: Json) -> Verdict | Failure:
                 async with slots:
-                    answer = await self._with_retries(http, request)
+                    answer = await self._with_retries(http, path, payload, read)
                 if not isinstance(answer, Failure):
                     done(index, answer)
                 return answer
 
-            answers = await asyncio.gather(*(one(index, request) for index, request in enumerate(requests)))
+            answers = await asyncio.gather(*(one(index, payload) for index, payload in enumerate(payloads)))
         lost = sum(isinstance(answer, Failure) and answer.reason == "down" for answer in answers)
         if lost and not self._told_down:
             self._told_down = True
@@ -148,23 +129,21 @@ class JsonClient(Generic[Value]):
             )
         return answers
 
-    async def _with_retries(self, http: httpx.AsyncClient, request: Request[Value]) -> Value | Failure:
+    async def _with_retries(self, http: httpx.AsyncClient, path: str, payload: Json, read: Read) -> Verdict | Failure:
         limits, attempt = self.limits, 0
         while True:
             if not await self._admitted():
                 return Failure("down", retry=False)
             try:
-                value = await self._send(http, request)
-            except _Failed as failed:
-                failure = failed.failure
-            else:
+                verdict = await self._send(http, path, payload, read)
                 self._succeeded()
-                return value
-            self._failed(failure)
-            if self._failures < limits.breaker_failures:  # an attempt against a server that is down is none of its own
-                attempt += 1
-            if not failure.retry or attempt >= limits.attempts:
-                return failure
+                return verdict
+            except Failure as failure:
+                self._failed(failure)
+                if self._failures < limits.breaker_failures:  # one against a server that is down is none of its own
+                    attempt += 1
+                if not failure.retry or attempt >= limits.attempts:
+                    return failure
             pause = min(limits.backoff_max_s, limits.backoff_s * 2 ** max(0, attempt - 1))
             await asyncio.sleep(pause * self._jitter.uniform(0.5, 1.0))
 
@@ -205,31 +184,31 @@ class JsonClient(Generic[Value]):
                 "Nothing is scored 0 for it"
             )
 
-    async def _send(self, http: httpx.AsyncClient, request: Request[Value]) -> Value:
+    async def _send(self, http: httpx.AsyncClient, path: str, payload: Json, read: Read) -> Verdict:
         try:
             async with asyncio.timeout(self.limits.timeout_s):
-                async with http.stream("POST", self.url + request.path, json=request.payload) as response:
+                async with http.stream("POST", self.url + path, json=payload) as response:
                     if response.status_code != 200:
-                        raise _Failed(_refusal(response))
+                        raise _refusal(response)
                     body = bytearray()
                     async for chunk in response.aiter_bytes():
                         body += chunk
                         if len(body) > self.limits.max_body:
-                            raise _Failed(Failure("too_large"))
+                            raise Failure("too_large")
         except TimeoutError as error:
-            raise _Failed(Failure("timeout")) from error
+            raise Failure("timeout") from error
         except httpx.HTTPError as error:
-            raise _Failed(Failure("unreachable" if isinstance(error, httpx.ConnectError) else "cut_off")) from error
+            raise Failure("unreachable" if isinstance(error, httpx.ConnectError) else "cut_off") from error
         try:
             data: Json = json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise _Failed(Failure("bad_json")) from error
+            raise Failure("bad_json") from error
         try:
-            return request.read(data)
+            return read(data)
         except Unclear as error:
-            raise _Failed(Failure("unclear", outage=False)) from error
+            raise Failure("unclear", outage=False) from error
         except ValueError as error:
-            raise _Failed(Failure("wrong_schema")) from error
+            raise Failure("wrong_schema") from error
 
 
 def _refusal(response: httpx.Response) -> Failure:

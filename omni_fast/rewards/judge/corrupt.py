@@ -14,10 +14,6 @@ from omni_fast.rewards.judge.sentences import ANIMATE, OBJECTS, PLACES, article,
 from omni_fast.rewards.text_checks import DETERMINERS, FUNCTION_WORDS, PREPOSITIONS, has_word
 
 
-def _words(text: str) -> list[str]:
-    return text.split()
-
-
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A good and a spoiled reply to the same prompt, equal in words to within one."""
@@ -29,35 +25,26 @@ class Pair:
     family: str
 
 
-_FILLER = _words(
+_FILLER = (
     "it is very nice and good for many people because there are many different things in the world that are really "
     "important and interesting to everyone and we should always remember that life is full of things that can be "
     "great in many ways and this is something that makes it quite special for all of us every day"
-)
-_FOREIGN = tuple(
-    line.split()
-    for line in (
-        "el hombre viejo camina por la calle y piensa en su casa mientras la lluvia cae sobre los campos verdes "
-        "del pueblo",
-        "la petite fille regarde par la fenêtre et pense à sa mère qui travaille dans le jardin depuis le matin "
-        "avec joie",
-        "der alte mann sitzt am fluss und denkt an seine kinder die weit weg in der großen stadt leben und nie "
-        "schreiben",
-        "il ragazzo corre verso il mare con una lettera in mano e non si ferma finché la notte non arriva sopra "
-        "le case",
-        "o menino caminha pela praia e encontra uma pedra azul que guarda no bolso antes de voltar para casa com "
-        "o irmão",
-        "de oude vrouw loopt langs de rivier en zoekt naar haar hond die gisteren in het bos is verdwenen zonder "
-        "geluid",
-    )
-)
-_SYLLABLES = _words(
+).split()
+_FOREIGN = [line.split() for line in """\
+el hombre viejo camina por la calle y piensa en su casa mientras la lluvia cae sobre los campos verdes del pueblo
+la petite fille regarde par la fenêtre et pense à sa mère qui travaille dans le jardin depuis le matin avec joie
+der alte mann sitzt am fluss und denkt an seine kinder die weit weg in der großen stadt leben und nie schreiben
+il ragazzo corre verso il mare con una lettera in mano e non si ferma finché la notte non arriva sopra le case
+o menino caminha pela praia e encontra uma pedra azul que guarda no bolso antes de voltar para casa com o irmão
+de oude vrouw loopt langs de rivier en zoekt naar haar hond die gisteren in het bos is verdwenen zonder geluid\
+""".splitlines()]  # fmt: skip
+_SYLLABLES = (
     "ba ke lo mi tru zen pla vor gri sho dun fle kar wim ost quel jab nar pox ty ulm eck sprin gath oll"
-)
-_RARE = _words(
+).split()
+_RARE = (
     "policy quantum surface invoice parameter district syllable committee protein mortgage vector treaty gasket ledger "
     "enzyme variable statute turbine pixel quarterly asphalt molar census tariff diode clause thesis cortex ratio"
-)
+).split()
 
 
 def _finish(tokens: Sequence[str], stop: str = ".") -> str:
@@ -217,25 +204,11 @@ def _typos(good: str, topic: str, words: Sequence[str], rng: random.Random) -> s
     return _finish(result)
 
 
-FAMILIES: dict[str, Callable[[str, str, Sequence[str], random.Random], str]] = {
-    "shuffled": _shuffled,
-    "local_swaps": _local_swaps,
-    "repeated": _repeated,
-    "truncated": _truncated,
-    "off_topic": _off_topic,
-    "missing_words": _missing_words,
-    "one_missing": _one_missing,
-    "filler": _filler,
-    "gibberish": _gibberish,
-    "foreign": _foreign,
-    "echo": _echo,
-    "word_salad": _word_salad,
-    "pasted_words": _pasted_words,
-    "wrong_function_words": _wrong_function_words,
-    "wrong_content": _wrong_content,
-    "dropped_function_words": _dropped_function_words,
-    "typos": _typos,
-}
+_SPOILERS: tuple[Callable[[str, str, Sequence[str], random.Random], str], ...] = (
+    _shuffled, _local_swaps, _repeated, _truncated, _off_topic, _missing_words, _one_missing, _filler, _gibberish,
+    _foreign, _echo, _word_salad, _pasted_words, _wrong_function_words, _wrong_content, _dropped_function_words, _typos,
+)  # fmt: skip
+FAMILIES = {spoiler.__name__.removeprefix("_"): spoiler for spoiler in _SPOILERS}
 
 
 def make_pairs(per_family: int, seed: int) -> list[Pair]:

@@ -230,12 +230,10 @@ def verdicts(replies: Sequence[Reply], encode: Encode, head: Head) -> list[Part]
 
 
 class EmbeddedJudge:
-    """The judge of the quickstart. `head` None fits one (some seconds); pass a loaded one to keep a run's judge on
-    resume."""
+    """The judge of the quickstart."""
 
-    def __init__(self, encode: Encode, head: Head | None = None, seed: int = 0) -> None:
-        self.encode = encode
-        self.head = head or fit_head(encode, seed)
+    def __init__(self, encode: Encode, head: Head) -> None:
+        self.encode, self.head = encode, head
         self._rubric = RubricJudge()
 
     @property

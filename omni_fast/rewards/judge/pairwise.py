@@ -16,12 +16,14 @@ from typing import Literal
 
 from omni_fast.rewards.text_checks import clean
 
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 Verdict = Literal["A", "B", "tie"]
 VERDICTS: tuple[Verdict, ...] = ("A", "B", "tie")
+MARGIN = 0.1
 TEMPLATE = "pairwise-1"  # part of the cache key: change it with the wording
-SCHEMA = {
+SCHEMA: Json = {
     "type": "object",
-    "properties": {"verdict": {"type": "string", "enum": list(VERDICTS)}},
+    "properties": {"verdict": {"type": "string", "enum": [*VERDICTS]}},
     "required": ["verdict"],
     "additionalProperties": False,
 }
@@ -96,8 +98,7 @@ def combine(forward: Verdict, swapped: Verdict) -> float:
     return 0.5
 
 
-def label_verdict(probabilities: list[float], margin: float = 0.1) -> Verdict:
-    """Verdict from the probabilities of the label tokens "A" and "B"; a tie within `margin` of equal."""
-    a, b = probabilities
+def label_verdict(a: float, b: float) -> Verdict:
+    """Verdict from the probabilities of the label tokens "A" and "B"; a tie within `MARGIN` of equal."""
     share = a / (a + b) if a + b > 0 else 0.5
-    return "A" if share > 0.5 + margin else "B" if share < 0.5 - margin else "tie"
+    return "A" if share > 0.5 + MARGIN else "B" if share < 0.5 - MARGIN else "tie"

@@ -7,23 +7,28 @@ invalid.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from omni_fast.errors import UserError
 from omni_fast.rewards.judge.base import Reply
 from omni_fast.rewards.judge.cache import VerdictCache
-from omni_fast.rewards.judge.client import ClientLimits, Failure, Json, JsonClient, Request, Unclear
+from omni_fast.rewards.judge.client import Failure, JsonClient, Unclear
 from omni_fast.rewards.judge.pairwise import (
     SCHEMA,
+    Json,
     Question,
     Verdict,
     combine,
     label_verdict,
     parse_verdict,
     strip_reasoning,
-)
+)  # fmt: skip
 from omni_fast.rewards.score import Part
 from omni_fast.rewards.text_checks import gate
+
+MAX_TOKENS = 64  # of a chat reply: room for the verdict
+OPENING = "The better reply is"  # what the label follows
 
 Keep = Callable[[int, Verdict], None]
 Messages = list[dict[str, str]]
@@ -32,96 +37,83 @@ Messages = list[dict[str, str]]
 class Backend(Protocol):
     """Something that answers questions. name: identity for the cache and the report: server kind, address, model."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def ask(self, questions: Sequence[Question], keep: Keep) -> list[Verdict | Failure]:
         """One answer per question, in order; `keep` is called with each verdict as it comes. Never raises."""
         ...
 
 
+@dataclass
 class OpenAIBackend:
     """`POST {url}/chat/completions` at temperature 0, with a JSON schema where the server takes one.
 
     A server that refuses the schema (400, 422) is asked for free text from then on, read by the same strict grammar.
-    max_tokens: room for the verdict; a judge that reasons needs more.
     """
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        *,
-        api_key: str = "",
-        limits: ClientLimits | None = None,
-        salt: str = "",
-        max_tokens: int = 64,
-        say: Callable[[str], None] = lambda line: None,
-    ) -> None:
-        self.name = f"openai {model} at {url}"
-        self.model, self.salt, self.max_tokens = model, salt, max_tokens
-        self.structured = True
-        self.client: JsonClient[Verdict] = JsonClient(url, _authorised(api_key), limits, say)
+    client: JsonClient
+    model: str
+    salt: str = ""
+    structured: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"openai {self.model} at {self.client.url}"
 
     def ask(self, questions: Sequence[Question], keep: Keep) -> list[Verdict | Failure]:
-        answers = self.client.ask([self._request(question) for question in questions], keep)
-        refused = [i for i, a in enumerate(answers) if isinstance(a, Failure) and a.reason in ("http_400", "http_422")]
+        payloads = [self._payload(question) for question in questions]
+        answers = self.client.ask("/chat/completions", payloads, _read_chat, keep)
+        refused = [a for a in answers if isinstance(a, Failure) and a.reason in ("http_400", "http_422")]
         if self.structured and refused and len(refused) == len(answers):
             self.structured = False
             return self.ask(questions, keep)
         return answers
 
-    def _request(self, question: Question) -> Request[Verdict]:
-        messages: list[Json] = [{**message} for message in question.messages(self.salt)]
+    def _payload(self, question: Question) -> Json:
         payload: dict[str, Json] = {
             "model": self.model,
-            "messages": messages,
+            "messages": [{**message} for message in question.messages(self.salt)],
             "temperature": 0,
-            "max_tokens": self.max_tokens,
+            "max_tokens": MAX_TOKENS,
             "stream": False,
         }
         if self.structured:
-            schema: Json = {"name": "verdict", "strict": True, "schema": _as_json(SCHEMA)}
+            schema: Json = {"name": "verdict", "strict": True, "schema": SCHEMA}
             payload["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return Request("/chat/completions", payload, _read_chat)
+        return payload
 
 
+@dataclass
 class ScoreBackend:
     """`POST {url}/score`: the probability of one label token for A and one for B as the next token; no text to parse.
 
     render: chat messages -> the prompt text up to and including the start of the judge's turn (the chat template).
-    labels: token ids of "A" and "B" as they follow `opening`.
+    labels: token ids of "A" and "B" as they follow `OPENING`.
     """
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        render: Callable[[Messages], str],
-        labels: tuple[int, int],
-        *,
-        opening: str = "The better reply is",
-        api_key: str = "",
-        limits: ClientLimits | None = None,
-        salt: str = "",
-        say: Callable[[str], None] = lambda line: None,
-    ) -> None:
-        self.name = f"score {model} at {url}"
-        self.model, self.render, self.labels, self.opening, self.salt = model, render, labels, opening, salt
-        self.client: JsonClient[Verdict] = JsonClient(url, _authorised(api_key), limits, say)
+    client: JsonClient
+    model: str
+    render: Callable[[Messages], str]
+    labels: tuple[int, int]
+    salt: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"score {self.model} at {self.client.url}"
 
     def ask(self, questions: Sequence[Question], keep: Keep) -> list[Verdict | Failure]:
-        return self.client.ask([self._request(question) for question in questions], keep)
+        return self.client.ask("/score", [self._payload(question) for question in questions], _read_scores, keep)
 
-    def _request(self, question: Question) -> Request[Verdict]:
-        payload: Json = {
+    def _payload(self, question: Question) -> Json:
+        return {
             "model": self.model,
             "query": self.render(question.messages(self.salt)),
-            "items": [self.opening],
-            "label_token_ids": list(self.labels),
+            "items": [OPENING],
+            "label_token_ids": [*self.labels],
             "apply_softmax": True,
             "item_first": False,
         }
-        return Request("/score", payload, _read_scores)
 
 
 def check(backend: Backend) -> None:
@@ -147,50 +139,28 @@ _HINTS = {
 }
 
 
-def _authorised(api_key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
-
-
-def _as_json(value: object) -> Json:
-    if isinstance(value, dict):
-        return {str(key): _as_json(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_as_json(item) for item in value]
-    assert value is None or isinstance(value, (bool, int, float, str))
-    return value
-
-
 def _read_chat(data: Json) -> Verdict:
-    choices = data.get("choices") if isinstance(data, dict) else None
-    first = choices[0] if isinstance(choices, list) and choices else None
-    message = first.get("message") if isinstance(first, dict) else None
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, str):
-        raise ValueError("no choices[0].message.content")
-    verdict = parse_verdict(content)
-    if verdict is None:
-        raise Unclear(content[:80])
-    return verdict
+    match data:
+        case {"choices": [{"message": {"content": str(content)}}, *_]}:
+            verdict = parse_verdict(content)
+            if verdict is None:
+                raise Unclear(content[:80])
+            return verdict
+    raise ValueError("no choices[0].message.content")
 
 
 def _read_scores(data: Json) -> Verdict:
-    scores = data.get("scores") if isinstance(data, dict) else None
-    row = scores[0] if isinstance(scores, list) and len(scores) == 1 else None
-    if not isinstance(row, list) or len(row) != 2:
-        raise ValueError("no scores[0] of two labels")
-    values = [float(x) for x in row if isinstance(x, (int, float)) and not isinstance(x, bool) and 0.0 <= x <= 1.0]
-    if len(values) != 2:
-        raise ValueError("scores are not probabilities")
-    return label_verdict(values)
+    match data:
+        case {"scores": [[float() | int() as a, float() | int() as b]]} if 0.0 <= a <= 1.0 and 0.0 <= b <= 1.0:
+            return label_verdict(a, b)
+    raise ValueError("no scores[0] of two probabilities")
 
 
 class PairwiseJudge:
-    """The judge's contract over a backend. Counts `asked`, `cached` and `disagreed` (the two orders contradict) for
-    reports."""
+    """The judge's contract over a backend."""
 
     def __init__(self, backend: Backend, cache: VerdictCache | None = None) -> None:
         self.backend, self.cache = backend, cache
-        self.asked = self.cached = self.disagreed = 0
 
     @property
     def name(self) -> str:
@@ -213,19 +183,15 @@ class PairwiseJudge:
                 asked.append((place, forward, Question(reply.prompt, reference, text)))
         answers = self.verdicts([question for _, *both in asked for question in both])
         for row, (place, _, _) in enumerate(asked):
-            parts[place] = self._part(answers[2 * row], answers[2 * row + 1])
+            parts[place] = _part(answers[2 * row], answers[2 * row + 1])
         return [part for part in parts if part is not None]
 
     def verdicts(self, questions: Sequence[Question]) -> list[Verdict | Failure]:
         """One answer per question; equal questions are asked once, known ones not at all."""
         keys = [question.key(self.backend.name) for question in questions]
-        known: dict[str, Verdict | Failure] = {}
-        if self.cache is not None:
-            known |= self.cache.get(keys)
-        self.cached += sum(key in known for key in keys)
+        known: dict[str, Verdict | Failure] = {**self.cache.get(keys)} if self.cache is not None else {}
         open_ = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
         names = list(open_)
-        self.asked += len(names)
 
         def keep(index: int, verdict: Verdict) -> None:
             if self.cache is not None:
@@ -234,11 +200,11 @@ class PairwiseJudge:
         known |= dict(zip(names, self.backend.ask(list(open_.values()), keep), strict=True))
         return [known[key] for key in keys]
 
-    def _part(self, forward: Verdict | Failure, swapped: Verdict | Failure) -> Part:
-        for answer in (forward, swapped):
-            if isinstance(answer, Failure):
-                return Part(None, f"judge_{answer.reason}")
-        assert not isinstance(forward, Failure) and not isinstance(swapped, Failure)
-        self.disagreed += forward == swapped != "tie"
-        value = combine(forward, swapped)
-        return Part(value, "ok" if value == 1.0 else "tie" if value else "loss")
+
+def _part(forward: Verdict | Failure, swapped: Verdict | Failure) -> Part:
+    if isinstance(forward, Failure):
+        return Part(None, f"judge_{forward.reason}")
+    if isinstance(swapped, Failure):
+        return Part(None, f"judge_{swapped.reason}")
+    value = combine(forward, swapped)
+    return Part(value, "ok" if value == 1.0 else "tie" if value else "loss")
