@@ -65,6 +65,11 @@ class Server:
     next_probe: float = 0.0
     probe_gap: float = PROBE_S
 
+    @property
+    def here(self) -> bool:
+        """Whether it is on this host."""
+        return urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
+
 
 class Fleet:
     """The servers and the loop that talks to them; `run` and `each` are for any other thread."""

@@ -25,7 +25,6 @@ from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 
 from omni_fast.rollout.fleet import Fleet, Json, Server, ServerError
 
-LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
 ANSWER_S = 10.0  # for the answer of a member, after the group's own limit
 
 
@@ -74,11 +73,11 @@ class BroadcastGroup:
         del store  # of a group that failed: those that wait for it give up now
         self._settle(joined.result(), reason)
 
-    def broadcast(self, flat: Tensor, ask: Json) -> None:
+    def broadcast(self, flat: Tensor, ask: dict[str, Json]) -> None:
         """The buffer's bytes to all members, each asked by `/update_weights_from_distributed` to take them."""
+        body: Json = ask | {"group_name": self.name}
 
         async def take(server: Server) -> Json:
-            body: Json = ask | {"group_name": self.name} if isinstance(ask, dict) else ask
             return await self.fleet.ask(server, "/update_weights_from_distributed", body, self.limit_s + ANSWER_S)
 
         taken, reason = self.fleet.each_soon(self.servers, take), ""
@@ -111,8 +110,8 @@ class BroadcastGroup:
 def _address(servers: Sequence[Server]) -> str:
     """This host's address as the servers reach it: the loopback, or the one that a route to a far server starts from."""
     for server in servers:
-        parts = urlsplit(server.url)
-        if parts.hostname not in LOCAL:
+        if not server.here:
+            parts = urlsplit(server.url)
             family, kind, *_, there = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, kind) as probe:  # sends nothing
                 probe.connect(there)

@@ -7,7 +7,7 @@ Tied weights appear once. The plan is made once; `tensors` reads the policy's wo
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,15 @@ class Bucket:
     entries: tuple[Entry, ...]
     count: int
 
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.count * self.dtype.itemsize
+
+    def views(self, flat: Tensor) -> list[tuple[str, Tensor]]:
+        """Its tensors as parts of its buffer."""
+        return [(one.name, flat[one.offset : one.offset + one.count].view(one.shape)) for one in self.entries]
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -48,6 +57,15 @@ class Plan:
     @property
     def entries(self) -> list[Entry]:
         return [entry for bucket in self.buckets for entry in bucket.entries]
+
+    def buffers(self, limit: int) -> list[int]:
+        """Sizes in bytes of as many buffers as `limit` bytes hold, two at the least: bucket k is packed into number k modulo
+        their count."""
+        for count in range(len(self.buckets), 0, -1):
+            sizes = [max(bucket.size for bucket in self.buckets[first::count]) for first in range(count)]
+            if count <= 2 or sum(sizes) <= limit:
+                return sizes
+        return []
 
 
 def make_plan(model: PreTrainedModel, bucket_bytes: int = BUCKET_BYTES, dtype: torch.dtype | None = None) -> Plan:
@@ -76,18 +94,13 @@ def make_plan(model: PreTrainedModel, bucket_bytes: int = BUCKET_BYTES, dtype: t
 
 
 @torch.no_grad()
-def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Each weight of the model by its checkpoint name; not copies, but for layers with an adapter."""
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            continue
-        layer, marked, rest = name.partition(".base_layer.")
-        if not marked:
-            yield name, parameter.detach()
-        elif rest == "weight":
-            yield f"{layer}.weight", _merged(model.get_submodule(layer))
-        else:
-            yield f"{layer}.{rest}", parameter.detach()
+def tensors(model: PreTrainedModel, wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The wanted weights (None: all) by their checkpoint names; not copies, but for layers with an adapter."""
+    for own, parameter in model.named_parameters():
+        name = own.replace(".base_layer.", ".")
+        if ".lora_" not in own and (wanted is None or name in wanted):
+            merged = name != own and name.endswith(".weight")
+            yield name, _merged(model.get_submodule(name.removesuffix(".weight"))) if merged else parameter.detach()
 
 
 def _merged(module: nn.Module) -> Tensor:

@@ -3,47 +3,53 @@
 Four ways. `disk`: one safetensors folder, written whole and then renamed, that every server loads; for any host that
 shares the folder. `tensor`: a flat buffer a bucket in shared memory (of the GPU, where the policy is on one), of which
 servers on this host get the handle. `distributed`: the buffer is broadcast to all servers at once (`broadcast.py`). Fp32
-weights for servers that hold bf16 or fp16 are cast as they are packed. These three pause the servers between two tokens. `adapter`: only the LoRA adapter, as a folder; a
-server holds the frozen base, loads each version as an adapter of the tag's name beside the one before, and never stops.
-Any way old keys and values are not read again, since the cache is salted by the version's tag.
+weights for servers that hold bf16 or fp16 are cast as they are packed. These three pause the servers between two tokens;
+what `packed_bytes` of memory hold is packed before that, the rest while the bucket before is under way. `adapter`: only the
+LoRA adapter; a server holds the frozen base, loads each version as an adapter of the tag's name beside the one before, and
+never stops. Any way old keys and values are not read again, since the cache is salted by the version's tag.
 
 A server that fails at any point is drained, so that it gets no prompt while its weights are in doubt; `catch_up` loads the
 current version from disk, for it as for one that was restarted. One sync is under way at a time.
 
-Limits: SGLang shows its weights for the Llama family alone. For others the version is checked here, the numbers only by the
-mismatch between the server's log-probs and the trainer's, which every step's row has (`rollout_kl_k3`).
+Limits: SGLang shows its weights for the Llama family alone, and no adapter. A server of this host refuses an adapter whose
+checksums are not the trainer's. For all others the version is checked here, the numbers only by the mismatch between the
+server's log-probs and the trainer's, which every step's row has (`rollout_kl_k3`).
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import json
 import os
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 import torch
 import torch.multiprocessing
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from omni_fast.errors import RunError, UserError
 from omni_fast.policy.adapter import save_adapter
 from omni_fast.rollout.fleet import BRACKETS, Fleet, Json, Server, ServerError, member
-from omni_fast.sync.broadcast import LOCAL, BroadcastGroup, GroupLost
+from omni_fast.sync.broadcast import BroadcastGroup, GroupLost
 from omni_fast.sync.plan import BUCKET_BYTES, Bucket, Plan, checksum, make_plan, tensors
 
 Transport = Literal["disk", "tensor", "distributed", "adapter"]
+PACKED_BYTES = 2 << 30  # of weights that wait for the servers, where the policy is
 KEPT = 3  # adapters on a server: the current one, and earlier ones that requests may still be under way with
 ROWS = 16  # of a tensor that are read back in a run
 CASTS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "half": torch.float16}  # SGLang's --dtype
@@ -64,14 +70,16 @@ class WeightSync:
         load_s: float = 300.0,
         broadcast_s: float = 60.0,
         bucket_bytes: int = BUCKET_BYTES,
+        packed_bytes: int = PACKED_BYTES,
     ) -> None:
         """folder: made here, for weights on disk; all servers must see it under this path.
 
         compared: how many tensors are read back after a sync, others each time; None: all of them, whole.
-        load_s: limit on one load. broadcast_s: on joining a group, and on the broadcast of one bucket. Raises
-        UserError where a transport does not reach a server.
+        load_s: limit on one load. broadcast_s: on joining a group, and on the broadcast of one bucket. packed_bytes: bound
+        on the memory of packed buckets, of which there are at least two. Raises UserError where a transport does not
+        reach a server.
         """
-        far = [server.url for server in fleet.servers if urlsplit(server.url).hostname not in LOCAL]
+        far = [server.url for server in fleet.servers if not server.here]
         if transport == "tensor" and far:
             raise UserError(
                 f"engine.sync 'tensor' shares memory and {far[0]} is not on this host: set it to 'disk' and put the run "
@@ -79,12 +87,13 @@ class WeightSync:
             )
         self.fleet, self.model, self.folder = fleet, model, folder.absolute()
         self.transport, self.compared, self.load_s, self.broadcast_s = transport, compared, load_s, broadcast_s
-        self.bucket_bytes = bucket_bytes
+        self.bucket_bytes, self.packed_bytes = bucket_bytes, packed_bytes
         self.run = uuid.uuid4().hex[:8]  # no other trainer, and no earlier process of this run, has these tags
         self.tag = f"{self.run}.none"
         self._turn = 0
-        self._flat: dict[torch.dtype, Tensor] = {}  # as large as the largest bucket of the dtype
+        self._memory: dict[int, Tensor] = {}  # for packed buckets, by number
         self._group: BroadcastGroup | None = None
+        self._adapter: dict[str, Tensor] = {}  # of this tag, in shared memory
         self._adapters: dict[str, list[str]] = {}  # of each server, oldest first
         whole = transport != "adapter"  # beside an adapter the server shows the base alone, which does not change
         self._readable = [name for name, _ in tensors(model) if whole and _readable(model, name)]
@@ -118,7 +127,7 @@ class WeightSync:
         layers = self.model.config.num_hidden_layers
         shapes = {name: value.shape for name, value in tensors(self.model)}
         embedding = next(name for name in shapes if "embed_tokens" in name)
-        server.shows_weights = self._rows(server, embedding, 1) is not None
+        server.shows_weights = self.fleet.run(self._rows(server, embedding, 1)) is not None
         if not server.shows_weights:
             return self.fleet.say(
                 f"{server.url} does not show its weights ({own}): they are checked by log-probs alone"
@@ -126,14 +135,14 @@ class WeightSync:
         for name, shape in shapes.items():
             if ".layers." in name and f".layers.{layers - 1}." not in name:
                 continue
-            rows = self._rows(server, name, 1)
+            rows = self.fleet.run(self._rows(server, name, 1))
             if rows is None or rows.shape[1:] != shape[1:]:
                 self._refuse(
                     server, "nothing" if rows is None else f"rows of {list(rows.shape[1:])}", f"{name} {list(shape)}"
                 )
         deeper = next(name for name in shapes if f".layers.{layers - 1}." in name)
         deeper = deeper.replace(f".layers.{layers - 1}.", f".layers.{layers}.")
-        if self._rows(server, deeper, 1) is not None:
+        if self.fleet.run(self._rows(server, deeper, 1)) is not None:
             self._refuse(server, f"a layer {layers}", f"{layers} layers")
 
     def _refuse(self, server: Server, has: str, wanted: str) -> None:
@@ -159,12 +168,11 @@ class WeightSync:
             return int(found[1]) if found else None
         return None
 
-    def _rows(self, server: Server, name: str, count: int) -> Tensor | None:
+    async def _rows(self, server: Server, name: str, count: int) -> Tensor | None:
         """The first rows of a server's tensor in fp32; None where it has no such tensor."""
+        ask: Json = {"name": name, "truncate_size": count}
         try:
-            data = self.fleet.run(
-                self.fleet.ask(server, "/get_weights_by_name", {"name": name, "truncate_size": count}, self.load_s)
-            )
+            data = await self.fleet.ask(server, "/get_weights_by_name", ask, self.load_s)
         except ServerError as error:
             if error.status == 400:
                 return None
@@ -176,63 +184,82 @@ class WeightSync:
     def push(self, version: int) -> dict[str, float]:
         """The current weights to all ready servers as `version`; those that fail are drained.
 
-        Returns seconds: pack, load, verify, paused (servers stood still), total.
+        Returns seconds: pack, load, verify, paused (servers stood still), pack_paused (of that, waited for what
+        `packed_bytes` had not let be packed before), total.
         """
         self.tag = f"{self.run}.{version}"
-        clock = {"pack": 0.0, "load": 0.0, "verify": 0.0, "paused": 0.0}
-        started = time.perf_counter()
-        work = self._push_folder if self.transport in ("disk", "adapter") else self._push_buckets
-        if (paused := work(clock)) is not None:
-            self._on_ready(lambda server: self.fleet.ask(server, "/continue_generation", {}))
-            clock["paused"] = time.perf_counter() - paused
-        with _timed(clock, "verify"):
-            self._verify(self.fleet.ready)
-        return clock | {"total": time.perf_counter() - started}
-
-    def _pause(self) -> float:
-        """All ready servers stop between two tokens; when that began."""
-        started = time.perf_counter()
-        self._on_ready(lambda server: self.fleet.ask(server, "/pause_generation", {"mode": "in_place"}))
-        return started
+        clock = dict.fromkeys(("pack", "load", "verify", "paused", "pack_paused", "total"), 0.0)
+        with _timed(clock, "total"):
+            if self.transport in ("disk", "adapter"):
+                self._push_folder(clock)
+            else:
+                self._push_buckets(clock)
+            with _timed(clock, "verify"):
+                own = self._sample()
+                self._on_ready(lambda server: self._check_numbers(server, own))
+        return clock
 
     def catch_up(self, server: Server) -> None:
-        """The current version from disk to one server that is not ready. Raises ServerError."""
+        """The current version from disk to one server that is not ready. Raises ServerError.
+
+        It is paused for that: it would first end all that it works on, which nobody waits for any more.
+        """
         if self._group is not None and server in self._group.servers:  # if it was restarted, it knows no group
             self._end_group()
         self._write()
+        if self.transport != "adapter":
+            self.fleet.run(self._pause(server))
         self.fleet.run(self._load_folder(server))
-        self.fleet.run(self.fleet.ask(server, "/continue_generation", {}))  # it may have been left paused
-        self._check_numbers(server, self._sample())
+        self.fleet.run(self._go_on(server))
+        self.fleet.run(self._check_numbers(server, self._sample()))
+
+    @contextmanager
+    def _standing_still(self, clock: dict[str, float]) -> Iterator[None]:
+        """All ready servers stop between two tokens, and go on afterwards."""
+        with _timed(clock, "paused"):
+            self._on_ready(self._pause)
+            try:
+                yield
+            finally:
+                self._on_ready(self._go_on)
+
+    async def _pause(self, server: Server) -> Json:
+        return await self.fleet.ask(server, "/pause_generation", {"mode": "in_place"})
+
+    async def _go_on(self, server: Server) -> Json:
+        return await self.fleet.ask(server, "/continue_generation", {})
 
     def _on_ready(self, work: Callable[[Server], Awaitable[Json]]) -> None:
         for server, result in self.fleet.each(self.fleet.ready, work):
             if isinstance(result, ServerError):
                 self.fleet.drain(server, f"weight sync: {result.path} {result.reason}")
 
-    def _push_folder(self, clock: dict[str, float]) -> float | None:
+    # -- disk --------------------------------------------------------------------------------------------------------
+
+    def _push_folder(self, clock: dict[str, float]) -> None:
         with _timed(clock, "pack"):
             self._write()
-        paused = None if self.transport == "adapter" else self._pause()
-        with _timed(clock, "load"):
+        still = nullcontext() if self.transport == "adapter" else self._standing_still(clock)
+        with still, _timed(clock, "load"):
             self._on_ready(self._load_folder)
-        return paused
 
     async def _load_folder(self, server: Server) -> Json:
         if self.transport == "adapter":
             return await self._load_adapter(server)
-        return await self.fleet.ask(
-            server,
-            "/update_weights_from_disk",
-            {"model_path": str(self._folder), "weight_version": self.tag, "flush_cache": False},
-            self.load_s,
-        )
+        body: Json = {"model_path": str(self._folder), "weight_version": self.tag, "flush_cache": False}
+        return await self.fleet.ask(server, "/update_weights_from_disk", body, self.load_s)
 
     async def _load_adapter(self, server: Server) -> Json:
-        """The version beside those before it, then the oldest away, which its requests may hold up."""
+        """The version beside those before it, then the oldest away, which its requests may hold up.
+
+        A server of this host gets the tensors, and loads them if they have the checksums that it is told.
+        """
         loaded = self._adapters.setdefault(server.url, [])
-        body: Json = {"lora_name": self.tag, "lora_path": str(self._folder)}
+        path, body = "/load_lora_adapter", dict[str, Json](lora_name=self.tag, lora_path=str(self._folder))
+        if server.here:
+            path, body = "/load_lora_adapter_from_tensors", self._adapter_by_handle(server.tensor_parallel)
         try:
-            await self.fleet.ask(server, "/load_lora_adapter", body, self.load_s)
+            await self.fleet.ask(server, path, body, self.load_s)
         except ServerError as error:
             if "already loaded" not in error.reason:
                 raise
@@ -247,7 +274,14 @@ class WeightSync:
                     raise
         return None
 
-    # -- disk --------------------------------------------------------------------------------------------------------
+    def _adapter_by_handle(self, readers: int) -> dict[str, Json]:
+        handles: list[Json] = [_handle(self._adapter) for _ in range(readers)]
+        sums: Json = {
+            name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in self._adapter.items()
+        }
+        config: Json = json.loads((self._folder / "adapter_config.json").read_text(encoding="utf-8"))
+        said: dict[str, Json] = {"lora_name": self.tag, "config_dict": config, "expected_checksums": sums}
+        return said | {"serialized_named_tensors": handles}
 
     @property
     def _folder(self) -> Path:
@@ -263,6 +297,7 @@ class WeightSync:
             work.mkdir(parents=True)
             if self.transport == "adapter":
                 save_adapter(self.model, work)
+                self._adapter = _shared(load_file(work / "adapter_model.safetensors"))
             else:
                 self.model.config.save_pretrained(work)
                 kinds = {entry.name: entry.dtype for entry in self.plan.entries}
@@ -281,53 +316,46 @@ class WeightSync:
 
     # -- buckets -----------------------------------------------------------------------------------------------------
 
-    def _push_buckets(self, clock: dict[str, float]) -> float:
-        """Bucket after bucket: packed here, loaded by all servers, and only then the next.
+    def _push_buckets(self, clock: dict[str, float]) -> None:
+        """Bucket after bucket to all servers; those that find no room before the pause are packed as others are loaded.
 
         When the group of a broadcast is lost, those that did not answer are drained and the others load from disk.
         """
-        values = dict(tensors(self.model))
-        with _timed(clock, "pack"):
-            flat = self._packed(self.plan.buckets[0], values)
-        paused = self._pause()
-        opened = [server for server in self.fleet.ready if server.version > BRACKETS]
-        self._in_brackets(opened, "/begin_weight_update")
-        lost: GroupLost | None = None
-        try:
-            for bucket in self.plan.buckets:
-                if bucket is not self.plan.buckets[0]:
-                    with _timed(clock, "pack"):
-                        flat = self._packed(bucket, values)
-                with _timed(clock, "load"):
-                    self._load_bucket(bucket, flat, self.tag if bucket is self.plan.buckets[-1] else None)
-        except GroupLost as error:
-            lost = error
-        self._in_brackets([server for server in opened if server.ready], "/end_weight_update")
-        if lost is not None:
-            self._end_group()
-            with _timed(clock, "load"):
-                self._recover(lost)
-        return paused
+        count, ahead = len(self.plan.buckets), len(self._sizes)
+        with ThreadPoolExecutor(1) as packer:
+            with _timed(clock, "pack"):
+                packed = deque(self._packed(number) for number in range(ahead))
+            with self._standing_still(clock):
+                self._on_ready(lambda server: self._bracket(server, "/begin_weight_update"))
+                try:
+                    for number in range(count):
+                        next_ = number - 1 + ahead  # into the memory of the bucket that was loaded before this one
+                        late = packer.submit(self._packed, next_) if ahead <= next_ < count else None
+                        with _timed(clock, "load"):
+                            self._load_bucket(number, packed.popleft())
+                        if late is not None:
+                            with _timed(clock, "pack_paused"):
+                                packed.append(late.result())
+                    lost = None
+                except GroupLost as error:
+                    lost = error
+                self._on_ready(lambda server: self._bracket(server, "/end_weight_update"))
+                if lost is not None:
+                    with _timed(clock, "load"):
+                        self._recover(lost)
 
-    def _load_bucket(self, bucket: Bucket, flat: Tensor, tag: str | None) -> None:
-        ask: dict[str, Json] = {"flush_cache": False} | ({"weight_version": tag} if tag is not None else {})
+    def _load_bucket(self, number: int, flat: Tensor) -> None:
+        if not self.fleet.ready:
+            return
+        bucket = self.plan.buckets[number]
+        last: dict[str, Json] = {"weight_version": self.tag} if bucket is self.plan.buckets[-1] else {}
+        ask: dict[str, Json] = {"flush_cache": False} | last
         if self.transport == "distributed":
-            if not self.fleet.ready:
-                return
             if self._group is None or self._group.servers != self.fleet.ready:
                 self._end_group()
                 self._group = BroadcastGroup(self.fleet, self.fleet.ready, self.model.device, self.broadcast_s)
-            names: Json = [entry.name for entry in bucket.entries]
-            dtypes: Json = [str(entry.dtype).removeprefix("torch.") for entry in bucket.entries]
-            shapes: Json = [list(entry.shape) for entry in bucket.entries]
-            said: dict[str, Json] = {
-                "names": names,
-                "dtypes": dtypes,
-                "shapes": shapes,
-                "load_format": "flattened_bucket",
-            }
-            return self._group.broadcast(flat, ask | said)
-        views = _views(bucket, flat)
+            return self._group.broadcast(flat, ask | _layout(bucket))
+        views = bucket.views(flat)
 
         async def load(server: Server) -> Json:
             handles: list[Json] = [_handle(views) for _ in range(server.tensor_parallel)]
@@ -336,30 +364,37 @@ class WeightSync:
 
         self._on_ready(load)
 
-    def _packed(self, bucket: Bucket, values: dict[str, Tensor]) -> Tensor:
-        """The bucket's numbers in one flat buffer, cast as they are copied; in memory that the transport can pass on.
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """Bytes of each buffer; bucket k is packed into number k modulo their count."""
+        return self.plan.buffers(self.packed_bytes)
 
-        One buffer a dtype is used again and again. But a reader of another process may still copy out of GPU memory
-        when it has answered: there each bucket has its own, which torch does not use again before the reader lets go.
-        """
-        on_gpu = self.model.device.type == "cuda"
-        flat = self._flat.get(bucket.dtype)
-        if flat is None:
-            largest = max(one.count for one in self.plan.buckets if one.dtype == bucket.dtype)
-            if on_gpu and self.transport == "tensor":
-                flat = torch.empty(bucket.count, dtype=bucket.dtype, device=self.model.device)
-            elif self.transport == "tensor":
-                with _named_memory():
-                    flat = self._flat[bucket.dtype] = torch.empty(largest, dtype=bucket.dtype).share_memory_()
-            else:
-                flat = self._flat[bucket.dtype] = torch.empty(largest, dtype=bucket.dtype, device=self.model.device)
-        for name, view in _views(bucket, flat):
+    @torch.no_grad()
+    def _packed(self, number: int) -> Tensor:
+        """The bucket's numbers in one flat buffer, cast as they are copied; in memory that the transport can pass on."""
+        bucket = self.plan.buckets[number]
+        flat = self._buffer(number)[: bucket.size].view(bucket.dtype)
+        values = dict(tensors(self.model, {entry.name for entry in bucket.entries}))
+        for name, view in bucket.views(flat):
             view.copy_(values[name])
-        if on_gpu:
-            torch.cuda.synchronize(self.model.device)  # readers have streams of their own
-        return flat[: bucket.count]
+        if flat.is_cuda:
+            torch.cuda.current_stream(flat.device).synchronize()  # readers have streams of their own
+        return flat
+
+    def _buffer(self, number: int) -> Tensor:
+        """Memory that is kept from sync to sync. But that of a GPU is training's between two syncs, and a reader of another
+        process may still copy out of it when it has answered: torch does not use it again before the reader lets go."""
+        device, slot = self.model.device, number % len(self._sizes)
+        if device.type == "cuda":
+            return torch.empty(self.plan.buckets[number].size, dtype=torch.uint8, device=device)
+        if slot not in self._memory:
+            with _named_memory():
+                made = torch.empty(self._sizes[slot], dtype=torch.uint8)
+                self._memory[slot] = made.share_memory_() if self.transport == "tensor" else made
+        return self._memory[slot]
 
     def _recover(self, lost: GroupLost) -> None:
+        self._end_group()
         self.fleet.say(
             f"the broadcast of the weights was given up ({lost}); the servers that are left load them from disk"
         )
@@ -374,45 +409,39 @@ class WeightSync:
             self._group.close()
             self._group = None
 
-    def _in_brackets(self, servers: Sequence[Server], path: str) -> None:
-        for server, result in self.fleet.each(servers, lambda server: self.fleet.ask(server, path, {}, self.load_s)):
-            if isinstance(result, ServerError) and result.status != 404:  # an older server has and needs none
-                self.fleet.drain(server, f"weight sync: {path} {result.reason}")
+    async def _bracket(self, server: Server, path: str) -> Json:
+        """Around the buckets, where the server is one that has brackets and so needs them."""
+        if server.version > BRACKETS:
+            try:
+                return await self.fleet.ask(server, path, {}, self.load_s)
+            except ServerError as error:
+                if error.status != 404:
+                    raise
+        return None
 
     # -- proof -------------------------------------------------------------------------------------------------------
 
-    def _sample(self) -> list[str]:
-        """The names to read back this time."""
-        if self.compared is None:
-            return self._readable
-        count = min(self.compared, len(self._readable))
-        names = [self._readable[(self._turn + place) % len(self._readable)] for place in range(count)]
+    def _sample(self) -> dict[str, Tensor]:
+        """The policy's weights to compare with what a server shows this time."""
+        count = min(len(self._readable), len(self._readable) if self.compared is None else self.compared)
+        names = {self._readable[(self._turn + place) % len(self._readable)] for place in range(count)}
         self._turn += count
-        return names
+        return dict(tensors(self.model, names))
 
-    def _verify(self, servers: Sequence[Server]) -> None:
-        names = self._sample()
-        for server in servers:
-            try:
-                self._check_numbers(server, names)
-            except ServerError as error:
-                self.fleet.drain(server, f"weight sync: {error.path} {error.reason}")
-
-    def _check_numbers(self, server: Server, names: Sequence[str]) -> None:
+    async def _check_numbers(self, server: Server, own: Mapping[str, Tensor]) -> Json:
         """Raises ServerError unless the server says the version and shows the numbers that were sent."""
-        info = self.fleet.run(self.fleet.ask(server, "/model_info"))
-        held = member(info, "weight_version")
+        held = member(await self.fleet.ask(server, "/model_info"), "weight_version")
         if held != self.tag:
             raise ServerError(server.url, "/model_info", f"holds weights {held!r} instead of {self.tag!r}")
-        own = {name: value for name, value in tensors(self.model) if name in names}
-        for name in names if server.shows_weights else []:
-            rows = self._rows(server, name, ROWS if self.compared is not None else 1 << 40)
+        for name, value in own.items() if server.shows_weights else ():
+            rows = await self._rows(server, name, ROWS if self.compared is not None else 1 << 40)
             if rows is None:
                 raise ServerError(server.url, "/get_weights_by_name", f"has no {name}")
-            sent = own[name][: len(rows)].cpu()
+            sent = value[: len(rows)].cpu()
             if checksum(rows) not in {checksum(sent.to(dtype).float()) for dtype in (sent.dtype, *HELD_AS)}:
                 raise ServerError(server.url, "/get_weights_by_name", f"{name} is not what was sent")
         server.proven = self.tag
+        return None
 
 
 def _readable(model: PreTrainedModel, name: str) -> bool:
@@ -422,12 +451,27 @@ def _readable(model: PreTrainedModel, name: str) -> bool:
     return plain or not re.search(r"\.[qkv]_proj\.", name)
 
 
-def _views(bucket: Bucket, flat: Tensor) -> list[tuple[str, Tensor]]:
-    """The bucket's tensors as parts of its buffer."""
-    return [(entry.name, flat[entry.offset : entry.offset + entry.count].view(entry.shape)) for entry in bucket.entries]
+def _layout(bucket: Bucket) -> dict[str, Json]:
+    """What the reader of a broadcast must know of it."""
+    names: list[Json] = [entry.name for entry in bucket.entries]
+    dtypes: list[Json] = [str(entry.dtype).removeprefix("torch.") for entry in bucket.entries]
+    shapes: list[Json] = [list(entry.shape) for entry in bucket.entries]
+    return {"names": names, "dtypes": dtypes, "shapes": shapes, "load_format": "flattened_bucket"}
 
 
-def _handle(views: list[tuple[str, Tensor]]) -> str:
+def _shared(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in one piece of shared memory, which lives as long as a reader has it."""
+    with _named_memory():
+        flat = torch.cat([value.flatten() for value in values.values()]).share_memory_()
+    parts = flat.split([value.numel() for value in values.values()])
+    return {name: part.view(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)}
+
+
+def _sha256(value: Tensor) -> str:
+    return hashlib.sha256(value.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _handle(views: list[tuple[str, Tensor]] | dict[str, Tensor]) -> str:
     """What one reader needs to map the views: each opening takes one reference, so every reader gets its own."""
     buffer = io.BytesIO()
     with _named_memory():

@@ -8,6 +8,7 @@ tokens and log-probs that follow from the prompt, the sample's number and nothin
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import pickle
 import random
@@ -43,8 +44,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def _serve(self, body: dict) -> None:
         fake = self.server
+        works = self.path == "/generate"
         with fake.lock:
             fake.asked.append((self.path, body))
+            fake.working += works
         try:
             if fake.key and self.headers.get("Authorization") != f"Bearer {fake.key}":
                 return self.reply(401, {"error": "Unauthorized"})
@@ -55,6 +58,9 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(status, answer)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
+        finally:
+            with fake.lock:
+                fake.working -= works
 
     def reply(self, status: int, answer: object, cut: int | None = None) -> None:
         """cut: send only so many bytes of the body, then close."""
@@ -101,6 +107,7 @@ class FakeSGLang(ThreadingHTTPServer):
         self.adapters: dict[str, dict[str, Tensor]] = {}
         self.groups: dict[str, ProcessGroupGloo] = {}
         self.paused = self.session = False
+        self.working = 0  # prompts
         self.asleep: set[str] = set()
         self.faults: list[tuple[str, Fault]] = []
         self.asked: list[tuple[str, dict]] = []
@@ -211,15 +218,33 @@ class FakeSGLang(ThreadingHTTPServer):
         return 200, None
 
     def load_lora_adapter(self, body: dict) -> tuple[int, object]:
+        folder = Path(body["lora_path"])
+        status, answer = self._fits(body["lora_name"], json.loads((folder / "adapter_config.json").read_text())["r"])
+        if status == 200:
+            self.adapters[body["lora_name"]] = load_file(folder / "adapter_model.safetensors")
+        return status, answer
+
+    def _fits(self, name: str, rank: int) -> tuple[int, object]:
         if not self.lora_rank:
             return 400, {"success": False, "error_message": "LoRA is not enabled. Please set `--enable-lora`."}
-        if body["lora_name"] in self.adapters:
+        if name in self.adapters:
             return 400, {"success": False, "error_message": "Failed to load LoRA adapter: it is already loaded"}
-        folder = Path(body["lora_path"])
-        if json.loads((folder / "adapter_config.json").read_text())["r"] > self.lora_rank:
+        if rank > self.lora_rank:
             return 400, {"success": False, "error_message": "rank is not within the configured `--max-lora-rank`"}
-        self.adapters[body["lora_name"]] = load_file(folder / "adapter_model.safetensors")
-        return 200, {"success": True, "error_message": None, "loaded_adapters": dict.fromkeys(self.adapters, "")}
+        return 200, {"success": True, "error_message": None, "loaded_adapters": {}}
+
+    def load_lora_adapter_from_tensors(self, body: dict) -> tuple[int, object]:
+        values = pickle.loads(base64.b64decode(body["serialized_named_tensors"][0]))
+        sums = {
+            name: hashlib.sha256(value.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+            for name, value in values.items()
+        }
+        if sums != body["expected_checksums"]:
+            raise BrokenPipeError("here SGLang dies")
+        status, answer = self._fits(body["lora_name"], body["config_dict"]["r"])
+        if status == 200:
+            self.adapters[body["lora_name"]] = values
+        return status, answer
 
     def unload_lora_adapter(self, body: dict) -> tuple[int, object]:
         known = self.adapters.pop(body["lora_name"], None) is not None
@@ -230,7 +255,10 @@ class FakeSGLang(ThreadingHTTPServer):
         return 200, {"success": True, "message": f"Weight version updated to {self.weight_version}"}
 
     def _take(self, values: dict[str, Tensor], body: dict) -> tuple[int, object]:
+        """One that is not paused first ends what it works on."""
         assert body["flush_cache"] is False
+        while self.working and not self.paused:
+            time.sleep(0.01)
         for name, value in values.items():
             if name not in self.weights or self.weights[name].shape != value.shape:
                 return 400, {"success": False, "message": f"Failed to update weights: {name}"}

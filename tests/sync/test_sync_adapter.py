@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import pickle
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from fake_sglang import FakeSGLang, cut, status, times
+from fake_sglang import FakeSGLang, Handler, cut, status, times
 from syncing import PROMPTS, SAMPLING, TRANSPORTS, check_equal, engine, fake, llama, move
 from transformers import LlamaForCausalLM
 
 from omni_fast.errors import UserError
 from omni_fast.policy.adapter import add_adapter
+from omni_fast.rollout.fleet import Server
 
 
 def check_adapter(model: LlamaForCausalLM, server: FakeSGLang, tag: str) -> None:
@@ -41,6 +44,39 @@ def test_an_adapter_travels_alone_and_the_base_stays(tmp_path: Path) -> None:
         assert made.said == [] and servers[0].weights.keys() == before.keys()
     assert all(torch.equal(servers[0].weights[name], value) for name, value in before.items())
     assert not servers[0].paths("/pause_generation"), "requests go on under way"
+
+
+def test_an_adapter_with_one_wrong_number_is_not_loaded(tmp_path: Path) -> None:
+    """A server of this host is told a checksum of each tensor; SGLang dies of a wrong one, and is started again."""
+    model = llama()
+    add_adapter(model, rank=4, alpha=8.0)
+    server = fake(llama(), lora_rank=8)
+
+    def spoil(handler: Handler, body: dict) -> bool:
+        name, value = next(iter(pickle.loads(base64.b64decode(body["serialized_named_tensors"][0])).items()))
+        assert name in body["expected_checksums"] and len(body["expected_checksums"]) == 2 * 2 * 7
+        value.view(-1)[0] += 1e-7  # in the memory that is shared
+        return False
+
+    with engine(model, tmp_path, server, transport="adapter") as made:
+        move(model)
+        server.faults.append(("/load_lora_adapter_from_tensors", times(1, spoil)))
+        made.sync(1)
+        assert made.weights.tag not in server.adapters and not made.fleet.ready
+        assert "the connection broke" in made.said[0]
+
+
+def test_a_server_of_another_host_loads_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    add_adapter(model, rank=4, alpha=8.0)
+    near, far = (fake(llama(), lora_rank=8) for _ in range(2))
+    monkeypatch.setattr(Server, "here", property(lambda server: server.url == near.url))
+    with engine(model, tmp_path, near, far, transport="adapter") as made:
+        move(model)
+        made.sync(1)
+        for server in (near, far):
+            check_adapter(model, server, made.weights.tag)
+            assert bool(server.paths("/load_lora_adapter")) == (server is far)
 
 
 @pytest.mark.parametrize("noticed", [True, False])
