@@ -15,8 +15,8 @@ from omni_fast.errors import UserError
 from omni_fast.launch import Kind, Place, render
 
 if TYPE_CHECKING:
-    from omni_fast.predict_plan import Fleet, Plan
-    from omni_fast.predict_step import Work
+    from omni_fast.predict.plan import Fleet, Plan
+    from omni_fast.predict.step import Work
 
 scale_app = typer.Typer()
 
@@ -89,9 +89,9 @@ def predict(
     A roofline and a simulation. On GPUs nothing of it was measured by us: see docs/scale.md for what the figures rest on.
     Examples: `omni-fast predict --gpus 64 --staleness 1`, `omni-fast predict --gpus 8 --study 100 --price 2.5`
     """
-    from omni_fast.predict_machines import MACHINES, read_shape
-    from omni_fast.predict_plan import Fleet, draw, plan, splits
-    from omni_fast.predict_step import Work
+    from omni_fast.predict.machines import MACHINES, read_shape
+    from omni_fast.predict.plan import Fleet, draw, plan, splits
+    from omni_fast.predict.step import Work
 
     if machine not in MACHINES:
         raise UserError(f"--machine {machine} is not known; known: {', '.join(MACHINES)}")
@@ -135,8 +135,8 @@ def predict(
 
 
 def _table(found: Sequence[Plan], best: Plan, work: Work, fleet: Fleet, price: float, study: int) -> str:
-    from omni_fast.predict_machines import MACHINES
-    from omni_fast.predict_plan import study_steps
+    from omni_fast.predict.machines import MACHINES
+    from omni_fast.predict.plan import study_steps
 
     columns: list[tuple[str, Callable[[Plan], str]]] = [
         ("train", lambda one: str(one.trainer_gpus) if one.trainer_gpus < fleet.gpus else "turns"),

@@ -182,15 +182,7 @@ def _trainer(place: Place) -> list[str]:
     """What `train` follows. torchrun starts a killed rank again and ends a stopped one after 30 s."""
     if place.trainer_gpus == 1:
         return ["omni-fast"]
-    return [
-        "torchrun",
-        "--standalone",
-        f"--nproc-per-node={place.trainer_gpus}",
-        "--max-restarts=3",
-        "-m",
-        "--",
-        "omni_fast",
-    ]
+    return f"torchrun --standalone --nproc-per-node={place.trainer_gpus} --max-restarts=3 -m -- omni_fast".split()
 
 
 def _words(*words: str) -> list[str]:

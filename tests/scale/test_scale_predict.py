@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -15,16 +17,21 @@ from typer.testing import CliRunner
 
 from omni_fast.cli import app
 from omni_fast.errors import UserError
-from omni_fast.predict_fit import PUBLISHED, error, errors, fit, published_seconds, races, read
-from omni_fast.predict_fleet import lengths, simulate
-from omni_fast.predict_machines import CPU, DENSE, MACHINES, SHAPES, read_shape
-from omni_fast.predict_plan import Fleet, plan, splits, study_steps
-from omni_fast.predict_step import STATE, Server, Trainer, Work, smallest_trainer
+from omni_fast.predict.machines import CPU, DENSE, MACHINES, SHAPES, read_shape
+from omni_fast.predict.plan import Fleet, plan, splits, study_steps
+from omni_fast.predict.simulate import Simulation, Timing, lengths
+from omni_fast.predict.step import STATE, Server, Trainer, Work, smallest_trainer
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+fitting = SimpleNamespace(**runpy.run_path(str(BENCHMARKS / "predict_fit.py")))
 H100, SMALL = MACHINES["h100"], SHAPES["qwen2.5-0.5b"]
 SERVER = Server(SMALL, H100, DENSE, 1)
 WORK = Work(prompts=8, samples=4, prompt_tokens=64, new_tokens=100, max_new_tokens=400)
+
+
+def simulate(servers: int, work: Work, update_s: float, sync_s: float, **more: float) -> Timing:
+    return Simulation(SERVER, servers, work, update_s, sync_s, **more).run()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +71,7 @@ def test_equal_lengths_have_a_closed_form() -> None:
     rows, tokens = work.batch, work.new_tokens
     context = rows * (work.prompt_tokens / work.samples + tokens / 2)
     generate = tokens * SERVER.decode_s(rows, context) + SERVER.prefill_s(rows * 16, work.prompt_tokens)
-    found = simulate(SERVER, 1, work, 3.0, 0.5)
+    found = simulate(1, work, 3.0, 0.5)
     assert found.generate == pytest.approx(generate, rel=0.02)
     assert found.step == pytest.approx(generate + 3.5, rel=0.02)
     assert found.waiting == pytest.approx(generate, rel=0.02)
@@ -81,8 +88,8 @@ def test_laws_of_the_fleet(
 ) -> None:
     work = replace(WORK, spread=spread)
     rate = 1 / 20 if fails else 0.0
-    found = simulate(SERVER, servers, work, update, sync, staleness=staleness, failures_per_s=rate, seed=seed)
-    again = simulate(SERVER, servers, work, update, sync, staleness=staleness, failures_per_s=rate, seed=seed)
+    found = simulate(servers, work, update, sync, staleness=staleness, failures_per_s=rate, seed=seed)
+    again = simulate(servers, work, update, sync, staleness=staleness, failures_per_s=rate, seed=seed)
     assert found == again
     assert found.step >= update + sync - 1e-6  # one trainer does both
     assert found.step == pytest.approx(found.waiting + update + sync, rel=1e-6)
@@ -93,20 +100,20 @@ def test_laws_of_the_fleet(
 
 def test_twice_the_servers_generate_twice_as_much() -> None:
     work = Work(64, 8, 64, 200, 220, spread=0.05)  # more samples than slots, no tail
-    one, two = (simulate(SERVER, servers, work, 0.0, 0.0, staleness=1).step for servers in (1, 2))
+    one, two = (simulate(servers, work, 0.0, 0.0, staleness=1).step for servers in (1, 2))
     assert one / two == pytest.approx(2.0, rel=0.1)
 
 
 def test_staleness_hides_generation_behind_the_update() -> None:
-    generate = simulate(SERVER, 1, WORK, 0.0, 0.0).step
-    strict, loose = (simulate(SERVER, 1, WORK, generate, 0.0, staleness=n, steps=12).step for n in (0, 1))
+    generate = simulate(1, WORK, 0.0, 0.0).step
+    strict, loose = (simulate(1, WORK, generate, 0.0, staleness=n, steps=12).step for n in (0, 1))
     assert strict == pytest.approx(2 * generate, rel=0.05)
     assert generate <= loose < 0.75 * strict
 
 
 def test_failures_cost_time_and_lose_no_sample() -> None:
-    sound = simulate(SERVER, 3, WORK, 1.0, 0.1)
-    broken = simulate(SERVER, 3, WORK, 1.0, 0.1, failures_per_s=1 / 5)
+    sound = simulate(3, WORK, 1.0, 0.1)
+    broken = simulate(3, WORK, 1.0, 0.1, failures_per_s=1 / 5)
     assert broken.lost_tokens > 0 and broken.step > sound.step
 
 
@@ -129,11 +136,11 @@ def test_the_state_of_a_sharded_trainer_adds_up() -> None:
 
 
 def test_the_shares_of_the_cpu_are_the_fit_of_what_is_committed() -> None:
-    cases = read(RESULTS)
-    share, scoring = fit(cases, SHAPES["smollm2-135m"], MACHINES["cpu"])
+    cases = fitting.read(RESULTS)
+    share, scoring = fitting.fit(cases, SHAPES["smollm2-135m"], MACHINES["cpu"])
     assert replace(share, source=CPU.source) == CPU
     assert 1 < scoring < 6
-    found = errors(cases, SHAPES["smollm2-135m"], MACHINES["cpu"])
+    found = fitting.errors(cases, SHAPES["smollm2-135m"], MACHINES["cpu"])
     assert len(found) >= 6
     for name, (with_it, without_it) in found.items():
         assert abs(with_it) <= 0.15, name
@@ -142,14 +149,17 @@ def test_the_shares_of_the_cpu_are_the_fit_of_what_is_committed() -> None:
 
 def test_races_against_trl_are_held_out_steps() -> None:
     shape, machine = SHAPES["smollm2-135m"], MACHINES["cpu"]
-    found = {case.name: error(case, fit(read(RESULTS), shape, machine), shape, machine) for case in races(RESULTS)}
+    found = {
+        case.name: fitting.error(case, fitting.fit(fitting.read(RESULTS), shape, machine), shape, machine)
+        for case in fitting.races(RESULTS)
+    }
     assert found and all(abs(off) < 0.3 for off in found.values()), found
 
 
 def test_our_steps_are_foretold_from_lengths_alone() -> None:
     """As `predict` does it: of the run nothing but mean lengths, the share that trained, and what scoring on the same cores adds."""
-    fleet, cases = Fleet(SHAPES["smollm2-135m"], "cpu", 1), read(RESULTS)
-    _, scoring = fit(cases, SHAPES["smollm2-135m"], MACHINES["cpu"])
+    fleet, cases = Fleet(SHAPES["smollm2-135m"], "cpu", 1), fitting.read(RESULTS)
+    _, scoring = fitting.fit(cases, SHAPES["smollm2-135m"], MACHINES["cpu"])
     for case in cases:
         if case.rows:
             work = Work(
@@ -168,14 +178,14 @@ def test_our_steps_are_foretold_from_lengths_alone() -> None:
 
 def test_published_steps() -> None:
     """As close as docs/scale.md says. The step of DeepSeek-V3 (512 short samples on 256 GPUs) is all overhead, which is not here."""
-    for row in PUBLISHED:
+    for row in fitting.PUBLISHED:
         bound = 0.70 if row.model == "deepseek-v3" else 0.12
-        assert abs(published_seconds(row) / row.seconds - 1) <= bound, row
+        assert abs(fitting.published_seconds(row) / row.seconds - 1) <= bound, row
 
 
 def test_the_best_split_of_64_gpus() -> None:
     work = Work(128, 8, 512, 1500, 8192)
-    found = splits(Fleet(SHAPES["qwen2.5-7b"], "h100", 64, staleness=1, steps=4), work)
+    found = splits(Fleet(SHAPES["qwen2.5-7b"], "h100", 64, staleness=1), work)
     assert all(one.trainer_gpus + one.servers * one.server_gpus <= 64 for one in found[:-1])
     best = min(found, key=lambda one: one.timing.step)
     assert 8 <= best.trainer_gpus <= 48

@@ -1,7 +1,7 @@
 """What a prediction starts from: shapes of models, data sheets of machines, and how much of a sheet a trainer gets.
 
 Model shapes are the public config.json of each model; a folder with one works too. Machine figures are the vendor's, dense bf16,
-without sparsity. Efficiencies of the CPU are fitted to our own measured steps (`predict_fit`); those of GPUs to published steps of
+without sparsity. Efficiencies of the CPU are fitted to our own measured steps (benchmarks/predict_fit.py); those of GPUs to published steps of
 another trainer: none of them was measured by us.
 """
 
@@ -163,13 +163,13 @@ class Efficiency:
 
 
 # GPUs. Decoding, and the update of a mixture of experts: what fits three published steps of NeMo RL v0.6 (Qwen3-30B-A3B on 32 and
-# 192 H100, `predict_fit.PUBLISHED`). The update of a dense model: assumed, between prime-rl's published 11 and 22 % of an H100
+# 192 H100, `PUBLISHED` of benchmarks/predict_fit.py). The update of a dense model: assumed, between prime-rl's published 11 and 22 % of an H100
 # (benchmarks/baselines) and the 40 % that pretraining reaches. call_s, optimiser: assumed.
 DENSE = Efficiency(
     0.55, 0.55, 0.006, 0.3, 0.7, "shares from published steps of NeMo RL and prime-rl; nothing measured by us"
 )
 EXPERTS = replace(DENSE, update=0.1)
 SYNC_BYTES_S = 8.25e9  # of a broadcast over NCCL to 30 receivers: verl, checkpoint_engine/README.md
-# Two CPU cores: `python -m omni_fast.predict_fit benchmarks/results`.
+# Two CPU cores: `python benchmarks/predict_fit.py`.
 CPU = Efficiency(0.85, 0.63, 0.0, 0.50, 0.91, "shares fitted to our own steps on this machine")
 CPU_SYNC_BYTES_S = 2.0e9  # the local engine packs the weights again

@@ -18,7 +18,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from statistics import NormalDist, fmean
 
-from omni_fast.predict_step import Server, Work
+from omni_fast.predict.step import Server, Work
 
 REPAIR_S = 300.0  # a server that failed: found, started, loaded
 
@@ -69,41 +69,35 @@ def lengths(work: Work, count: int, draw: random.Random) -> list[float]:
     return [cut(low, draw.gauss(0.0, 1.0)) for _ in range(count)]
 
 
-def simulate(
-    server: Server,
-    servers: int,
-    work: Work,
-    update_s: float,
-    sync_s: float,
-    *,
-    staleness: int = 0,
-    failures_per_s: float = 0.0,
-    steps: int = 6,
-    seed: int = 0,
-) -> Timing:
-    """`steps` optimiser steps on `servers` replicas, after some that fill the fleet and do not count. failures_per_s: of one
-    replica. Same arguments, same result."""
-    assert server.slots(work) > 0
-    return _Simulation(server, servers, work, update_s, sync_s, staleness, failures_per_s, steps, seed).run()
+@dataclass
+class Simulation:
+    """`run` takes `steps` optimiser steps on `servers` replicas, after some that fill the fleet and do not count.
 
+    failures_per_s: of one replica. Same arguments, same result.
+    """
 
-class _Simulation:
-    def __init__(
-        self, server: Server, servers: int, work: Work, update_s: float, sync_s: float, staleness: int,
-        failures_per_s: float, steps: int, seed: int,
-    ) -> None:  # fmt: skip
-        self.server, self.work, self.slots = server, work, server.slots(work)
-        self.update_s, self.sync_s, self.staleness = update_s, sync_s, staleness
-        self.failures_per_s, self.draw = failures_per_s, random.Random(seed)
-        self.uncounted = 1 + 2 * staleness
-        self.steps = self.uncounted + steps
-        count = (self.steps + staleness + 1) * work.batch
-        self.length = lengths(work, count, self.draw)
+    server: Server
+    servers: int
+    work: Work
+    update_s: float
+    sync_s: float
+    staleness: int = 0
+    failures_per_s: float = 0.0
+    steps: int = 6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.slots, batch = self.server.slots(self.work), self.work.batch
+        assert self.slots > 0
+        self.draw = random.Random(self.seed)
+        self.uncounted = 1 + 2 * self.staleness
+        count = (self.uncounted + self.steps + self.staleness + 1) * batch
+        self.length = lengths(self.work, count, self.draw)
         self.started_version = [0] * count
         self.started_at = [math.inf] * count
         self.finished_at = [math.inf] * count
-        self.left = [work.batch] * (count // work.batch)  # unfinished samples of each step
-        self.fleet = [_Busy() for _ in range(servers)]
+        self.left = [batch] * (count // batch)  # unfinished samples of each step
+        self.fleet = [_Busy() for _ in range(self.servers)]
         self.queue: deque[int] = deque()
         self.events: list[tuple[float, int, str, int, int]] = []
         self.number = self.admitted = self.version = 0
@@ -117,7 +111,7 @@ class _Simulation:
                 self._at(self.now + self.draw.expovariate(self.failures_per_s), "fail", place)
         self._admit()
         begun = 0.0
-        while len(done) < self.steps:
+        while len(done) < self.uncounted + self.steps:
             self.now, _, what, place, epoch = heapq.heappop(self.events)
             busy = self.fleet[place]
             if what == "finish" and epoch == busy.epoch:

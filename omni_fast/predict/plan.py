@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omni_fast.errors import UserError
-from omni_fast.predict_fleet import Timing, simulate
-from omni_fast.predict_machines import CPU, CPU_SYNC_BYTES_S, DENSE, EXPERTS, MACHINES, SYNC_BYTES_S, Efficiency, Shape
-from omni_fast.predict_step import (
+from omni_fast.predict.machines import CPU, CPU_SYNC_BYTES_S, DENSE, EXPERTS, MACHINES, SYNC_BYTES_S, Efficiency, Shape
+from omni_fast.predict.simulate import Simulation, Timing
+from omni_fast.predict.step import (
     NETWORK_SHARE,
     USABLE,
     WEIGHT,
@@ -19,6 +19,8 @@ from omni_fast.predict_step import (
     smallest_server,
     smallest_trainer,
 )
+
+STEPS = 8  # that count
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,6 @@ class Fleet:
     sync_bytes_s: float = 0.0
     sync_share: float = 1.0
     hours_between_failures: float = 0.0
-    steps: int = 8
     experts_stay: bool = False
 
     @property
@@ -92,10 +93,8 @@ def plan(fleet: Fleet, work: Work, trainer_gpus: int) -> Plan:
         rate = server.gpus * NETWORK_SHARE * machine.network
     sync = WEIGHT * fleet.shape.parameters * fleet.sync_share / rate
     failures = 1 / (3600 * fleet.hours_between_failures) if fleet.hours_between_failures else 0.0
-    timing = simulate(
-        server, servers, work, sum(update.values()), sync,
-        staleness=0 if turns else fleet.staleness, failures_per_s=failures, steps=fleet.steps,
-    )  # fmt: skip
+    staleness = 0 if turns else fleet.staleness
+    timing = Simulation(server, servers, work, sum(update.values()), sync, staleness, failures, STEPS).run()
     limit = _limit(server, work, update, timing, (fleet.staleness + 1) * work.batch / servers)
     return Plan(trainer_gpus, servers, server.gpus, update, timing, trainer.memory, slots, limit)
 
@@ -125,10 +124,8 @@ def _limit(server: Server, work: Work, update: dict[str, float], timing: Timing,
     if part == "sync":
         return "weight sync"
     if part == "update":
-        reason = max(update, key=lambda name: update[name])
-        return {"compute": "arithmetic of the update", "gather": "network of the trainer", "optimiser": "optimiser"}[
-            reason
-        ]
+        told = {"compute": "arithmetic of the update", "gather": "network of the trainer", "optimiser": "optimiser"}
+        return told[max(update, key=lambda name: update[name])]
     if timing.idle > 0.3:
         return "the longest samples"
     rows = server.slots(work)

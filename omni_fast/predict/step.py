@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from omni_fast.predict_machines import Efficiency, Machine, Shape
+from omni_fast.predict.machines import Efficiency, Machine, Shape
 
 WEIGHT = 2  # bytes of a working weight
 STATE = 18  # bytes a trained weight: fp32 master, gradient sum, two moments, bf16 copy (docs/training.md)
@@ -124,11 +124,7 @@ class Trainer:
         # Weights twice a micro-batch, gradients once.
         moved = away * self._gathered_weights * (2 * WEIGHT * micro_batches + 4)
         optimiser = OPTIMISER_TRAFFIC * shape.parameters / self.gpus / (machine.memory_bytes_s * self.share.optimiser)
-        return {
-            "compute": compute,
-            "gather": max(0.0, moved / rate - compute),
-            "optimiser": optimiser,
-        }
+        return {"compute": compute, "gather": max(0.0, moved / rate - compute), "optimiser": optimiser}
 
     @property
     def _gathered_weights(self) -> int:

@@ -1,4 +1,6 @@
-"""Where the shares of `predict_machines` come from, and how far predictions are from what was measured.
+"""Where do the shares of `omni_fast.predict.machines` come from, and how far are predictions from what was measured?
+
+    python benchmarks/predict_fit.py [RUN]    # RUN: a finished quickstart, whose steps are taken into results/steps.json
 
 CPU: least squares with non-negative terms over our own steps (benchmarks/results), each kind left out in turn for the error.
 GPU: published steps of NeMo RL; three of them set two shares, the others only test them.
@@ -19,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from omni_fast.predict_fleet import simulate
-from omni_fast.predict_machines import DENSE, EXPERTS, MACHINES, SHAPES, SYNC_BYTES_S, Efficiency, Machine, Shape
-from omni_fast.predict_step import NETWORK_SHARE, OPTIMISER_TRAFFIC, WEIGHT, Server, Trainer, Work
+from omni_fast.predict.machines import DENSE, EXPERTS, MACHINES, SHAPES, SYNC_BYTES_S, Efficiency, Machine, Shape
+from omni_fast.predict.simulate import Simulation
+from omni_fast.predict.step import NETWORK_SHARE, OPTIMISER_TRAFFIC, WEIGHT, Server, Trainer, Work
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def published_seconds(row: Published) -> float:
     server = Server(shape, machine, share, row.server_gpus)
     rate = row.server_gpus * NETWORK_SHARE * machine.network if row.split[0] == row.gpus else SYNC_BYTES_S
     sync = WEIGHT * shape.parameters / rate
-    return simulate(server, row.split[1] // row.server_gpus, work, update, sync, staleness=row.staleness).step
+    return Simulation(server, row.split[1] // row.server_gpus, work, update, sync, row.staleness).run().step
 
 
 def cases_of_run(folder: Path) -> list[Case]:
@@ -213,5 +215,5 @@ def main(results: Path, run: Path | None) -> None:
               f"{row.seconds:g} s, predicted {predicted:.0f} s, {predicted / row.seconds - 1:+.0%}{' (fitted)' if row.fitted else ''}")  # fmt: skip
 
 
-if __name__ == "__main__":  # python -m omni_fast.predict_fit benchmarks/results [RUN]
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+if __name__ == "__main__":
+    main(Path(__file__).with_name("results"), Path(sys.argv[1]) if len(sys.argv) > 1 else None)
