@@ -1,25 +1,30 @@
-"""What a run writes down: rows of metrics.jsonl, result.json, report.html. Split `test` is what is reported."""
+"""What a run writes down: rows of metrics.jsonl, entropies, result.json, report.html. Split `test` is what is reported."""
 
 from __future__ import annotations
 
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
+from omni_fast.build import Parts
 from omni_fast.checkpoint import write_json
 from omni_fast.curriculum import scores
 from omni_fast.curriculum.stages import Stage
 from omni_fast.evaluate import Evaluation
 from omni_fast.groups import Group, task_rows
 from omni_fast.plan import item_scores, refresh, singles, solve, task_names
-from omni_fast.records import EvalRow, Evaluated, Shown, StepRow, TaskScores
+from omni_fast.policy.pack import Trajectory
+from omni_fast.records import EvalRow, Evaluated, ProbeRow, Shown, StepRow, TaskScores
 from omni_fast.report import write_report
 from omni_fast.report.result import Json, assemble
 from omni_fast.rewards.monitors import Monitor
+from omni_fast.rollout.engine import Prompt, Sampling
 from omni_fast.run import BASE, Run
 from omni_fast.tasks.base import Split, Task
 
@@ -80,6 +85,39 @@ def evaluated(results: Mapping[Split, Mapping[str, Evaluation]], entropy: dict[s
     """What state.json keeps of an evaluation."""
     splits = {split: {task: _task_scores(found) for task, found in tasks.items()} for split, tasks in results.items()}
     return Evaluated(splits={str(split): tasks for split, tasks in splits.items()}, entropy=entropy)
+
+
+def entropies(run: Run, parts: Parts, tasks: Collection[str]) -> dict[str, float]:
+    """Task -> mean token entropy, in nats, of the policy as it is now on the probe (split `select`).
+
+    The probe is fixed completions of the initial policy, which is the first to be scored on any task: the same tokens for
+    every policy, so a change of the mean is a change of the policy and not of what it happened to write.
+    """
+    known = {row["task"] for row in run.state["probe"]}
+    if parts.config.evaluation.probe_items and (new := [task for task in tasks if task not in known]):
+        run.keep_probe([*run.state["probe"], *(row for task in new for row in _probe(parts, task))])
+    rows = [
+        Trajectory(row["prompt"], row["tokens"], [0.0] * len(row["tokens"]), 0.0, number, row["task"])
+        for number, row in enumerate(run.state["probe"])
+        if row["task"] in tasks
+    ]
+    found: dict[str, list[float]] = {}
+    for trajectory, (_, entropy) in zip(rows, parts.policy.measure(rows), strict=True):
+        found.setdefault(trajectory.task, []).extend(entropy)
+    return {task: float(np.mean(values)) for task, values in found.items()}
+
+
+def _probe(parts: Parts, task: str) -> list[ProbeRow]:
+    """One completion for each of the task's first `select` items."""
+    items = parts.items[task]["select"][: parts.config.evaluation.probe_items]
+    prompts = [Prompt(parts.prompt(task, item), key) for key, item in enumerate(items)]
+    limit = parts.tasks[task].max_new_tokens
+    sampling = Sampling(limit, stop_token_ids=parts.stop_token_ids, seed=parts.config.seed)
+    found = parts.engine.generate(prompts, 1, sampling)
+    return [
+        ProbeRow(task=task, prompt=list(prompt.tokens), tokens=samples[0].tokens)
+        for prompt, samples in zip(prompts, found, strict=True)
+    ]
 
 
 def finish(run: Run) -> Path:
@@ -159,6 +197,7 @@ def _samples(run: Run) -> list[Json]:
             "score_after": after["value"],
         }
         for task in first
+        if task in last  # else it is added to the run and not scored there yet
         for before, after in zip(first[task]["samples"], last[task]["samples"], strict=True)
     ]
 

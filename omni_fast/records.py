@@ -119,6 +119,19 @@ class EvalRow(TypedDict):
     seconds: float
 
 
+def scored(found: TaskScores | None) -> bool:
+    """Whether any item has a score."""
+    return found is not None and any(value is not None for value in found["values"])
+
+
+def joined(before: Evaluated | None, now: Evaluated) -> Evaluated:
+    """One policy's scores on all tasks, where some were scored later."""
+    if before is None:
+        return now
+    splits = {split: before["splits"].get(split, {}) | tasks for split, tasks in now["splits"].items()}
+    return Evaluated(splits=before["splits"] | splits, entropy=before["entropy"] | now["entropy"])
+
+
 def empty_state() -> State:
     totals = Totals(metrics_bytes=0, seconds={}, counts={})
     return State(trained={}, evaluated={}, probe=[], totals=totals, finished=False, facts={})

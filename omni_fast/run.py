@@ -1,6 +1,7 @@
 """A run folder: what is finished, what was measured, and where to go on.
 
-    fingerprint.json   the resolved configuration; a folder of another one is refused
+    fingerprint.json   the resolved configuration; a folder of another one is refused, but for tasks added behind the old
+                       ones while no stage has begun that depends on the list
     state.json         finished stages and evaluations, seconds and token counts (replaced atomically)
     metrics.jsonl      one row per step and per evaluation
     checkpoints/STAGE/ the stage under way: weights, optimiser, prompt stream (last k)
@@ -21,7 +22,7 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -34,7 +35,18 @@ from torch import Tensor
 from omni_fast import checkpoint
 from omni_fast.config import Config
 from omni_fast.errors import RunError, UserError
-from omni_fast.records import EvalRow, Evaluated, ProbeRow, State, StepRow, Totals, Trained, empty_state
+from omni_fast.records import (
+    EvalRow,
+    Evaluated,
+    ProbeRow,
+    State,
+    StepRow,
+    Totals,
+    Trained,
+    empty_state,
+    joined,
+    scored,
+)
 
 BASE = "base"  # the initial policy's name among evaluations and weights
 FINGERPRINT = "fingerprint.json"
@@ -53,6 +65,7 @@ class Run:
     def __init__(self, folder: Path, config: Config, state: State) -> None:
         self.folder, self.config, self.state = folder, config, state
         self.stopping = False
+        self.added: list[str] = []  # tasks that the folder did not have when it was last used
         self._metrics: FileIO | None = None  # open while the run is owned
         self._cut = False  # whether rows of work that is done again are dropped from it
         self._since = time.perf_counter()  # what is spent since then is not in the totals yet
@@ -63,14 +76,14 @@ class Run:
         """Create or resume. UserError for a folder in use, of another config, or that cannot be written."""
         folder = folder.expanduser()
         with checkpoint.run_lock(folder):
-            if (folder / FINGERPRINT).is_file():
-                checkpoint.check_fingerprint(folder, config.fingerprint())
-            else:
-                # What is there is of a set-up that failed, perhaps of another model.
-                (folder / "judge_head.json").unlink(missing_ok=True)
             path = folder / "state.json"
             state: State = _read_json(path) if path.is_file() else empty_state()
             run = cls(folder, config, state)
+            if (folder / FINGERPRINT).is_file():
+                run.added = run._check()
+            else:
+                # What is there is of a set-up that failed, perhaps of another model.
+                (folder / "judge_head.json").unlink(missing_ok=True)
             run._metrics = (folder / "metrics.jsonl").open("ab", buffering=0)
             previous = {number: signal.signal(number, run._stop) for number in (signal.SIGINT, signal.SIGTERM)}
             try:
@@ -93,8 +106,25 @@ class Run:
         return cls(folder, config, _read_json(state))
 
     def bind(self) -> None:
-        """From here on the folder belongs to this configuration; a mistake found while setting up leaves it free."""
-        checkpoint.check_fingerprint(self.folder, self.config.fingerprint())
+        """From here on the folder belongs to this configuration; a mistake found while setting up leaves it as it was."""
+        checkpoint.write_json(self.folder / FINGERPRINT, self.config.fingerprint())
+
+    def _check(self) -> list[str]:
+        """Tasks behind those that the folder has, which may be added; UserError for any other difference."""
+        before, now = _read_json(self.folder / FINGERPRINT), self.config.fingerprint()
+        checkpoint.check_fingerprint(self.folder, now | {"tasks": before["tasks"]})
+        added = added_tasks(self.folder, before, now)
+        if added and (stage := self._begun()):
+            raise UserError(
+                f"The run folder {self.folder} has begun its curriculum ({stage}) without {', '.join(added)}, which can be "
+                "added only before that: give another folder, or the old list of tasks."
+            )
+        return added
+
+    def _begun(self) -> str:
+        """A stage that depends on the list of tasks, as every one does but the single-task runs; "" if there is none."""
+        under_way = (path.name.replace("-", ":") for path in self.folder.glob("checkpoints/*"))
+        return next((name for name in (*self.state["trained"], *under_way) if not name.startswith("single:")), "")
 
     # What is finished.
 
@@ -103,6 +133,12 @@ class Run:
 
     def evaluated(self, name: str) -> Evaluated | None:
         return self.state["evaluated"].get(name)
+
+    def unscored(self, name: str, tasks: Iterable[str]) -> list[str]:
+        """Tasks that a policy has no score on: it is not evaluated, the task was added since, or its verifier failed then."""
+        found = self.evaluated(name)
+        splits = found["splits"].values() if found else ({},)
+        return [task for task in tasks if not all(scored(split.get(task)) for split in splits)]
 
     def scores_of(self, name: str) -> Evaluated:
         """The scores of a policy that has to be evaluated by now."""
@@ -118,7 +154,8 @@ class Run:
         shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
 
     def finish_evaluation(self, name: str, evaluated: Evaluated) -> None:
-        self.state["evaluated"][name] = evaluated
+        """With the scores that the policy has on other tasks."""
+        self.state["evaluated"][name] = joined(self.evaluated(name), evaluated)
         self._save_state()
 
     def finish(self) -> None:
@@ -230,12 +267,34 @@ class Run:
         checkpoint.write_json(self.folder / "state.json", dict(self.state))  # type: ignore[arg-type]  # a TypedDict is JSON
 
 
+def added_tasks(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of the tasks that one fingerprint has behind those of another one before it.
+
+    UserError for a task that is removed, moved or changed, and where the model is made for its tasks.
+    """
+    blocks, own = before["tasks"], now["tasks"]
+    old, new = [task["name"] for task in blocks], [task["name"] for task in own]
+    changed = [f"{a['name']}.{key}" for a, b in zip(blocks, own, strict=False) for key in b if a.get(key) != b[key]]
+    problem = ""
+    if removed := [name for name in old if name not in new]:
+        problem = f"without the task {', '.join(removed)}"
+    elif new[: len(old)] != old:
+        problem = f"with its tasks in the order {', '.join(new)}, which was {', '.join(old)} (new ones go behind them)"
+    elif changed:
+        problem = f"with another {', '.join(changed)}"
+    elif len(new) > len(old) and now["model"]["path"] == "tiny":
+        problem = f"with {', '.join(new[len(old) :])} as well, since the model 'tiny' is made for its tasks"
+    if problem:
+        raise UserError(f"{folder} cannot go on {problem}: give another folder, or the old tasks")
+    return new[len(old) :]
+
+
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
-            f"{path} is damaged ({error}): restore it from a copy, or give another run folder to start over"
+            f"{path} is damaged, it is not valid JSON ({error}): restore it from a copy, or give another run folder to start over"
         ) from error
 
 

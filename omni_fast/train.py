@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from omni_fast import outcome, plan, probe
+from omni_fast import outcome, plan
 from omni_fast.ahead import Ahead
 from omni_fast.build import Parts, build
 from omni_fast.config import Config
@@ -21,7 +21,7 @@ from omni_fast.progress import Progress
 from omni_fast.records import Trained
 from omni_fast.rewards.monitors import Monitor
 from omni_fast.run import BASE, Run
-from omni_fast.tasks.base import Item, Split
+from omni_fast.tasks.base import Split
 
 
 def train(config: Config, folder: Path, progress: Progress) -> Path:
@@ -60,6 +60,8 @@ class Trainer:
         if not self.run.has_weights(BASE):
             self.parts.keep_weights(BASE)
         self.progress.plan(**plan.work(self.config))
+        if self.run.added:
+            self.progress.say(f"added to what is measured here: {', '.join(self.run.added)}")
         self.evaluate(BASE, "select", "test")
         for single in plan.singles(self.config):
             self.train_stage(single, start=BASE)
@@ -128,22 +130,22 @@ class Trainer:
         self.progress.step(row, stage.steps)
 
     def evaluate(self, name: str, *splits: Split) -> None:
-        """Score every task with the weights `name`: a row of the accuracy matrix, kept item by item."""
-        items: dict[Split, dict[str, Sequence[Item]]] = {
-            split: {task: self.parts.items[task][split] for task in self.tasks} for split in splits
-        }
-        if self.run.evaluated(name):
-            return self.progress.skip(items=sum(len(some) for tasks in items.values() for some in tasks.values()))
+        """Score every task that has no score yet with the weights `name`: a row of the accuracy matrix, item by item."""
+        wanted = self.run.unscored(name, self.tasks)
+        done = [task for task in self.tasks if task not in wanted]
+        self.progress.skip(items=sum(len(self.parts.items[task][split]) for task in done for split in splits))
+        if not wanted:
+            return
         if self.parts.holds != name:
             self.parts.load_weights(name)
             self.engine.sync(self.engine.version + 1)
         results: dict[Split, dict[str, Evaluation]] = {}
-        for split, tasks in items.items():
+        for split in splits:
             start = time.perf_counter()
-            results[split] = {task: self.parts.evaluate(task, some) for task, some in tasks.items()}
+            results[split] = {task: self.parts.evaluate(task, self.parts.items[task][split]) for task in wanted}
             seconds = time.perf_counter() - start
             row = outcome.record_evaluation(self.run, name, split, results[split], seconds)
             self.parts.trackers.log(row)
             self.progress.evaluated(row)
-        entropy = probe.entropies(self.run, self.parts)
+        entropy = outcome.entropies(self.run, self.parts, wanted)
         self.run.finish_evaluation(name, outcome.evaluated(results, entropy))

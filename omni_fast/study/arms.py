@@ -116,11 +116,17 @@ class Design:
         return ((what,) if what in self.tasks else tuple(self.tasks) if path else ()), int(steps or 0)
 
     def node(self, path: Path, seed: int) -> str:
-        """The policy's name: a hash of all that it depends on, after a head for people."""
+        """The policy's name: a hash of all that it depends on, after a head for people.
+
+        Stages of one task do not depend on the other tasks, which may therefore be added later.
+        """
         if not path:
             return BASE
         settings = self.run_config(seed).fingerprint()
         del settings["curriculum"], settings["threads"]
+        names = [stage.partition(":")[0] for stage in path]
+        if set(names) <= set(self.tasks):
+            settings["tasks"] = [task for task in settings["tasks"] if task["name"] in names]
         key: list[object] = [settings, self.config.seed, path]
         if path[-1].startswith("merge."):
             key += [self.steps, self.study.merge_scales, self.study.merge_density]

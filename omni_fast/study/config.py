@@ -36,7 +36,9 @@ class StudyConfig(Section):
     online: list[Online] = ["sec", "dump", "pac", "tac"]
     probe_steps: NonNegative = 0  # of the arm "probe": short single-task runs as a proxy of transfer
     temperatures: list[Annotated[float, Field(gt=0.0)]] = [0.5, 0.7, 1.0, 1.3]  # every arm's last policy is sampled at
-    keep_weights: bool = False  # of every policy of the tree; else those that further stages start from, while they do
+    keep_weights: bool = (
+        False  # of all policies; else of the single-task runs, and of others while stages start from them
+    )
 
     @model_validator(mode="after")
     def _sensible(self) -> StudyConfig:

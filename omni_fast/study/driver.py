@@ -35,7 +35,7 @@ from omni_fast.curriculum.decide import decide
 from omni_fast.curriculum.stages import refresh_stage
 from omni_fast.curriculum.transfer import measure
 from omni_fast.errors import RunError, UserError
-from omni_fast.run import Interrupted
+from omni_fast.run import Interrupted, added_tasks
 from omni_fast.study import records, tiny
 from omni_fast.study.arms import SOLVED, Design
 from omni_fast.study.arms import Path as Stages
@@ -46,6 +46,7 @@ from omni_fast.study.tree import Tree
 
 EVALUATION_WORK = 10.0  # steps that scoring a policy counts for, in the time left
 PACKAGES = ("omni-fast", "torch", "transformers", "numpy")
+SINGLE = ("base", "single", "repeat", "probe")  # kinds of arms that depend on one task alone
 AGAIN = "the same command goes on where it was"
 
 
@@ -56,6 +57,8 @@ def run(design: Design, folder: Path, jobs: int, console: Console) -> records.St
     """
     folder = folder.expanduser()
     with run_lock(folder):
+        if (folder / "study.json").is_file():
+            _check(design, folder, console)
         _describe(design, folder)
         shares = _share(design, jobs)
         try:
@@ -118,8 +121,7 @@ class _Seed:
                 self._fail(arm, error)
             if not self.design.study.keep_weights:
                 later = [self.design.path(other.name, self.seed, self.order) for other in self.arms[number + 1 :]]
-                starts = None in later or any(other.kind == "merge" for other in self.arms[number + 1 :])
-                self.tree.prune([path for path in later if path] + (list(self._singles().values()) if starts else []))
+                self.tree.prune([*(path for path in later if path), *self._singles().values()])
 
     def _path(self, arm: Arm) -> Stages:
         if arm.name in SOLVED and self.order is None:
@@ -295,19 +297,46 @@ def _process(design: Design, folder: Path, seeds: list[int], threads: int, paren
         sys.exit(error.exit_code)
 
 
+def _check(design: Design, folder: Path, console: Console) -> None:
+    """UserError when the folder holds another study; tells what is tried again, and what is done with tasks added."""
+    bound = [json.loads(path.read_text(encoding="utf-8"))["tasks"] for path in folder.glob("seeds/*/fingerprint.json")]
+    if not bound:
+        return  # nothing could start yet
+    found = records.read(folder)
+    before = Config.model_validate({k: v for k, v in found.config.items() if k != "study"}).fingerprint()
+    before["tasks"], now = max(bound, key=len), design.config.fingerprint()
+    added = added_tasks(folder, before, now)
+    for either in (before, now) if added else ():  # these two have to fit the number of tasks
+        del either["curriculum"]["order"], either["curriculum"]["refresh_steps"]
+    changed = [key for key in now if key not in ("threads", "tasks") and before.get(key) != now[key]]
+    if changed:
+        raise UserError(
+            f"{folder} holds a study of another configuration ({', '.join(changed)} differ): give another folder with "
+            "--run, or the old settings"
+        )
+    if failed := [f"{cell.arm} (seed {cell.seed})" for cell in found.cells if cell.status == "failed"]:
+        more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
+        console.print(f"tried again, since they failed: {', '.join(failed[:5])}{more}", soft_wrap=True)
+    if added:
+        _keep(folder, found, f"before-{'-'.join(added)}", console)
+
+
+def _keep(folder: Path, found: records.Study, name: str, console: Console) -> None:
+    """Pack the study as it was; take out what depends on its list of tasks, which is another policy with a longer one."""
+    if not (folder / name / records.PACKED).is_file():
+        records.pack(folder, folder / name)
+    again = [cell for cell in found.cells if cell.kind not in SINGLE and cell.status != "pending"]
+    for cell in again:
+        records.cell_file(folder, cell.arm, cell.seed).unlink(missing_ok=True)
+    anew = f"; these train anew, on all tasks: {', '.join(sorted({cell.arm for cell in again}))}" if again else ""
+    console.print(
+        f"tasks were added: what is measured is scored on them too{anew} (as it was: {folder / name})", soft_wrap=True
+    )
+
+
 def _describe(design: Design, folder: Path) -> None:
-    """study.json. UserError when the folder holds another study."""
+    """study.json."""
     path = folder / "study.json"
-    if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))["config"]
-        del stored["study"]
-        before, now = Config.model_validate(stored).fingerprint(), design.config.fingerprint()
-        changed = [key for key in now if key != "threads" and before.get(key) != now[key]]
-        if changed:
-            raise UserError(
-                f"{folder} holds a study of another configuration ({', '.join(changed)} differ): give another folder with "
-                "--run, or the old settings"
-            )
     seconds = 0.0
     facts: dict[str, Any] = {}
     for state_path in sorted(folder.glob("seeds/*/state.json")):

@@ -170,10 +170,6 @@ def cell_file(folder: Path, arm: str, seed: int) -> Path:
     return folder / "cells" / f"{slug(arm)}-s{seed}.json"
 
 
-def node_file(folder: Path, seed: int, node: str) -> Path:
-    return folder / "seeds" / str(seed) / "nodes" / f"{node}.json"
-
-
 def write_cell(folder: Path, cell: Mapping[str, Any]) -> None:
     """cell: the fields of `Cell`, with node ids for `base` and `stages`."""
     path = cell_file(folder, cell["arm"], cell["seed"])
@@ -199,8 +195,9 @@ def pack(folder: Path, target: Path) -> Path:
     """Everything `read` gives, in one compressed file in `target`: same bytes for the same study."""
     target.mkdir(parents=True, exist_ok=True)
     path = target / PACKED
-    path.write_bytes(gzip.compress(json.dumps(_gather(folder), separators=(",", ":")).encode(), mtime=0))
-    return path
+    work = target / f".{PACKED}.writing"
+    work.write_bytes(gzip.compress(json.dumps(_gather(folder), separators=(",", ":")).encode(), mtime=0))
+    return work.replace(path)
 
 
 def _gather(folder: Path) -> dict[str, Any]:
@@ -221,6 +218,8 @@ def _study(whole: dict[str, Any]) -> Study:
     nodes: dict[int, dict[tuple[str, ...], Node]] = {}
     by_id: dict[tuple[int, str], Node] = {}
     for data in whole["nodes"]:
+        if any(set(whole["tasks"]) - set(tasks) for tasks in data["evaluated"]["splits"].values()):
+            continue  # a task was added, on which it is not scored yet, or never will be
         node = _node(data)
         nodes.setdefault(node.seed, {})[node.path] = node
         by_id[node.seed, node.id] = node
@@ -235,6 +234,8 @@ def _study(whole: dict[str, Any]) -> Study:
         seed = data["seed"]
         if (data["arm"], seed) not in declared:
             continue  # of an arm or a seed that was taken out of the study again
+        if {(seed, node) for node in data["stages"]} - by_id.keys():
+            data = data | {"status": "pending", "stages": []}
         stages = tuple(by_id[seed, node] for node in data["stages"])
         base = by_id.get((seed, data["base"]))
         cells.append(Cell(**{**data, "order": tuple(data["order"]), "stages": stages, "base": base}))

@@ -11,21 +11,21 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from omni_fast.checkpoint import Checkpoint, write_json
 from omni_fast.errors import RunError
-from omni_fast.records import EvalRow, Evaluated, StepRow
+from omni_fast.records import EvalRow, Evaluated, StepRow, joined
 from omni_fast.run import Run
 
 
 class SeedRun(Run):
     """A run folder with a file per policy; also counts, per stage, what it sampled and how long it took."""
 
-    on_first_step: Callable[[str], None] = staticmethod(lambda stage: None)
+    on_update: Callable[[str], None] = staticmethod(lambda stage: None)  # after each step that moved the weights
     describe: Callable[[str], dict[str, Any]]  # what stands in a policy's file besides its evaluation
 
     def file(self, name: str) -> Path:
@@ -41,9 +41,11 @@ class SeedRun(Run):
 
     def finish_evaluation(self, name: str, evaluated: Evaluated) -> None:
         if bad := [task for task, entropy in evaluated["entropy"].items() if not math.isfinite(entropy)]:
-            raise RunError(f"{name} diverged: the entropy of its tokens is not finite on {', '.join(bad)}")
+            self._diverged(name, f"the entropy of its tokens is not finite on {', '.join(bad)}")
         self._save_state()  # first: what the rows count is known before the file says that they are complete
-        self.write_node(name, self.describe(name) | {"evaluated": evaluated, "sweep": {}})
+        before = self.node(name) or {"evaluated": None, "sweep": {}}
+        whole = joined(before["evaluated"], evaluated)
+        self.write_node(name, self.describe(name) | {"evaluated": whole, "sweep": before["sweep"]})
 
     def write_node(self, name: str, data: Mapping[str, Any]) -> None:
         self.file(name).parent.mkdir(exist_ok=True)
@@ -51,8 +53,18 @@ class SeedRun(Run):
 
     def keep_weights(self, name: str, weights: Mapping[str, Tensor]) -> None:
         if bad := [key for key, value in weights.items() if not torch.isfinite(value).all()]:
-            raise RunError(f"{name} diverged: {len(bad)} of its tensors are not finite, {bad[0]} for one")
+            self._diverged(name, f"{len(bad)} of its tensors are not finite, {bad[0]} for one")
         super().keep_weights(name, weights)
+
+    def _diverged(self, name: str, what: str) -> NoReturn:
+        """What there is of the policy goes, so that the next call trains it from its start."""
+        shutil.rmtree(self._checkpoints(name), ignore_errors=True)
+        self.drop_weights(name)
+        raise RunError(f"{name} diverged: {what}")
+
+    def _begun(self) -> str:
+        """Nothing: a policy's name holds the tasks that it depends on."""
+        return ""
 
     def drop_weights(self, name: str) -> None:
         shutil.rmtree(self._weights(name), ignore_errors=True)
@@ -67,8 +79,8 @@ class SeedRun(Run):
             step = cast(StepRow, row)
             groups = {task: seen["groups"] for task, seen in step["tasks"].items()}
             self.count(step["stage"], groups, step["seconds"]["total"])
-            if step["step"] == 1:
-                self.on_first_step(step["stage"])
+            if not step["update"]["skipped"]:
+                self.on_update(step["stage"])
 
     def count(self, stage: str, groups: Mapping[str, int], seconds: float) -> None:
         self.add_counts(**{f"groups:{stage}:{task}": n for task, n in groups.items()})

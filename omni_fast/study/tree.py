@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from omni_fast import outcome, probe
+from omni_fast import outcome
 from omni_fast.build import Parts
 from omni_fast.checkpoint import write_json
 from omni_fast.curriculum.merge import merge
 from omni_fast.curriculum.scores import Floats, score
 from omni_fast.curriculum.sketch import gradient_sketch
 from omni_fast.errors import RunError
-from omni_fast.evaluate import Evaluation
-from omni_fast.records import Trained
+from omni_fast.records import Evaluated, Trained, joined, scored
 from omni_fast.run import BASE, Interrupted
 from omni_fast.study.arms import Design
 from omni_fast.study.arms import Path as Stages
@@ -46,10 +45,11 @@ class Tree:
         self.parts = Parts(**{**given, "config": design.run_config(seed)})
         self.trainer = Trainer(design.run_config(seed), run, self.parts, progress)
         self.failed: dict[Stages, str] = {}
+        self.lost: set[str] = set()  # tasks that even the initial policy has no score on, tried again in this call
         self.paths: dict[str, Stages] = {}
         self.names: dict[Stages, str] = {}
         run.describe = self._describe
-        run.on_first_step = self._keep_sketch
+        run.on_update = self._keep_sketch
 
     def name(self, path: Stages) -> str:
         if path not in self.names:
@@ -67,13 +67,24 @@ class Tree:
             part = path[:length]
             if part in self.failed:
                 raise RunError(f"it starts from {' > '.join(part)}, which failed: {self.failed[part]}")
-            if self.run.evaluated(self.name(part)) is None:
+            if self._unscored(part):
                 self._attempt(part, self._finish)
-        node = self.run.node(name)
-        missing = [t for t in temperatures if node is None or repr(t) not in node["sweep"]]
-        if missing:
+                self.lost |= set() if part else set(self._unscored(part))
+        sweep = (self.run.node(name) or {"sweep": {}})["sweep"]
+        missing = {t: self._unswept(sweep.get(repr(t))) for t in temperatures}
+        if any(missing.values()):
             self._attempt(path, lambda path: self._sweep(path, missing))
         return name
+
+    def _unscored(self, path: Stages) -> list[str]:
+        """Tasks to score a policy on: it is new, the task was added, or what scores the task works again."""
+        name = self.name(path)
+        found = self.run.unscored(name, self.design.tasks)
+        return found if self.run.evaluated(name) is None else [task for task in found if task not in self.lost]
+
+    def _unswept(self, found: Evaluated | None) -> list[str]:
+        tasks = found["splits"]["test"] if found else {}
+        return [t for t in self.design.tasks if t not in tasks or not (t in self.lost or scored(tasks[t]))]
 
     def scores(self, path: Stages, split: str) -> dict[str, Floats]:
         """Task -> item scores of a policy that is scored already."""
@@ -135,7 +146,12 @@ class Tree:
             merged = merge(method, base, models, scale=scale, density=study.merge_density, seed=self.seed)  # type: ignore[arg-type]  # checked by the config
             self._hold(merged, name)
             found = {task: self.parts.evaluate(task, items["select"]) for task, items in self.parts.items.items()}
-            best = max(best, (float(np.mean([score(result.values).value for result in found.values()])), -scale))
+            values = {task: score(result.values).value for task, result in found.items()}
+            if method != "linear" and (lost := [task for task, value in values.items() if np.isnan(value)]):
+                raise RunError(
+                    f"the scale of a merge is chosen by the scores on select, and {', '.join(lost)} has none"
+                )
+            best = max(best, (float(np.mean(list(values.values()))), -scale))
         scale = -best[1]
         merged = merge(method, base, models, scale=scale, density=study.merge_density, seed=self.seed)  # type: ignore[arg-type]
         self._hold(merged, name)
@@ -149,8 +165,11 @@ class Tree:
         self.parts.holds = f"{name}, under way"
         self.parts.engine.sync(self.parts.engine.version + 1)
 
-    def _sweep(self, path: Stages, temperatures: Sequence[float]) -> None:
-        """Sampled evaluations on `test`, with the entropy that the probe's tokens have at each temperature."""
+    def _sweep(self, path: Stages, missing: Mapping[float, Sequence[str]]) -> None:
+        """Sampled evaluations on `test`, with the entropy that the probe's tokens have at each temperature.
+
+        missing: temperature -> tasks.
+        """
         name, parts = self.name(path), self.parts
         if parts.holds != name:
             self._train(path)
@@ -158,15 +177,13 @@ class Tree:
             parts.engine.sync(parts.engine.version + 1)
         node = self.run.node(name)
         assert node is not None
-        kept = parts.policy.inv_temperature
-        for temperature in temperatures:
-            found: dict[str, Evaluation] = {
-                task: parts.evaluate(task, items["test"], temperature) for task, items in parts.items.items()
-            }
+        kept, sweep = parts.policy.inv_temperature, node["sweep"]
+        for temperature, tasks in missing.items():
+            found = {task: parts.evaluate(task, parts.items[task]["test"], temperature) for task in tasks}
             parts.policy.inv_temperature = 1.0 / temperature
-            entropy = probe.entropies(self.run, parts)
+            entropy = outcome.entropies(self.run, parts, tasks)
             parts.policy.inv_temperature = kept
-            node["sweep"][repr(temperature)] = outcome.evaluated({"test": found}, entropy)
+            sweep[repr(temperature)] = joined(sweep.get(repr(temperature)), outcome.evaluated({"test": found}, entropy))
         self.run.write_node(name, node)
 
     def _describe(self, name: str) -> dict[str, Any]:
@@ -186,9 +203,9 @@ class Tree:
         }
 
     def _keep_sketch(self, stage: str) -> None:
-        """The gradient of a task at the initial policy, projected: the first step of its single-task run."""
+        """The gradient of a task at the initial policy, projected: that of the first update of its single-task run."""
         path = self.paths.get(stage, ())
-        if len(path) == 1 and path[0].partition(":")[0] in self.design.tasks:
+        if len(path) == 1 and path[0].partition(":")[0] in self.design.tasks and not self._sketch_file(stage).is_file():
             gradients = ((slot.name, slot.grad) for slot in self.parts.policy.slots)
             sketch = gradient_sketch(gradients, size=SKETCH)
             write_json(self._sketch_file(stage), [float(f"{x:.6g}") for x in sketch])

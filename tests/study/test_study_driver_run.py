@@ -3,75 +3,44 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
+from small_study import run, written
 
 from omni_fast.curriculum.decide import decide
 from omni_fast.curriculum.transfer import measure
-from omni_fast.errors import UserError
+from omni_fast.errors import RunError, UserError
+from omni_fast.policy.update import Policy
+from omni_fast.rollout.engine import Prompt, Sampling
+from omni_fast.rollout.local import LocalEngine
 from omni_fast.study import config as configs
 from omni_fast.study import driver, records, tiny
 from omni_fast.study.arms import Design
 from omni_fast.study.records import Study
+from omni_fast.study.report import write_report
 
 pytestmark = pytest.mark.timeout(600)
 
 PROGRAM = str(Path(sys.executable).with_name("omni-fast"))
-CONFIG = """
-threads = 1
-model = {{ path = "{model}", dtype = "float32" }}
-rollout = {{ prompts_per_step = 4, samples_per_prompt = 4, max_prompt_tokens = 16 }}
-optimizer = {{ learning_rate = {rate} }}
-curriculum = {{ steps_per_stage = 3, refresh_steps = 2, order = ["sort", "scramble"] }}
-evaluation = {{ select_items = 12, test_items = 16, probe_items = 2, bootstrap_draws = 100 }}
-checkpoint = {{ every_steps = 2 }}
-judge = {{ backend = "rubric" }}
-study = {{ seeds = 1, other_seeds = 1, probe_steps = 1, temperatures = [1.0], merge_scales = [1.0, 2.0], arms = {arms} }}
-[[tasks]]
-name = "sort"
-kind = "python"
-cls = "omni_fast.study.tiny:Sort"
-max_new_tokens = 6
-[[tasks]]
-name = "scramble"
-kind = "python"
-cls = "omni_fast.study.tiny:Scramble"
-max_new_tokens = 6
-"""
 ALL = [
     "base", "single", "joint", "solved", "reversed", "random", "user", "merge", "sft", "online", "refresh", "repeat",
     "probe", "every_order",
 ]  # fmt: skip
+AT_STEP_4 = zlib.crc32(b"0:sort+scramble:4")  # seeds the samples of that step of joint training
 FEW = ["base", "single", "joint", "solved", "merge"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny.save_model(folder, 0, steps=600)
-    return folder
-
-
-def written(folder: Path, model: Path, arms: list[str], rate: float = 1e-3) -> Path:
-    path = folder / "small.toml"
-    path.write_text(CONFIG.format(model=model, rate=rate, arms=str(arms).replace("'", '"')))
-    return path
-
-
-def run(path: Path, folder: Path, *overrides: str) -> tuple[Study, str]:
-    told = Console(file=io.StringIO(), width=200)
-    study = driver.run(Design("small", *configs.load(str(path), overrides)), folder, 1, told)
-    return study, told.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +203,87 @@ def test_a_task_that_nothing_scores_fails_what_needs_it(
     assert by_arm["solved"].status == "failed" and "no item that every checkpoint scored" in by_arm["solved"].reason
     assert by_arm["joint"].status == by_arm["merge:linear"].status == "finished"
     assert by_arm["joint"].final is not None and np.isnan(by_arm["joint"].final.scores.mean("test", "sort"))
+
+
+def test_what_scores_a_task_is_repaired_and_the_same_command_goes_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, model, FEW)
+    whole, _ = run(path, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny.Sort, "metric", lambda self, items, completions: [None] * len(items))
+        run(path, tmp_path / "run")
+        again, told = run(path, tmp_path / "run")
+    lost = {"solved", "merge:task_arithmetic", "merge:ties", "merge:dare"}
+    assert {cell.arm for cell in again.cells if cell.status == "failed"} == lost
+    assert "tried again, since they failed: " in told and "solved (seed 0)" in told
+    repaired, _ = run(path, tmp_path / "run")
+    assert told_alike(repaired, whole) and {cell.status for cell in repaired.cells} == {"finished"}
+
+
+def told_alike(study: Study, other: Study) -> bool:
+    """Whether arms, stages and scores are equal to the bit."""
+    for a, b in zip(study.cells, other.cells, strict=True):
+        assert (a.arm, a.status, a.order, a.samples_train) == (b.arm, b.status, b.order, b.samples_train)
+        assert [node.weights for node in a.stages] == [node.weights for node in b.stages], a.arm
+        for own, same in zip(a.stages, b.stages, strict=True):
+            for split in ("select", "test"):
+                np.testing.assert_equal(own.scores.values[split], same.scores.values[split], f"{a.arm} {split}")
+    return True
+
+
+def test_an_arm_that_diverged_starts_again_once_its_cause_is_gone(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, model, ["base", "joint"])
+    whole, _ = run(path, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        publish = Policy._publish
+
+        def broken(self: Policy) -> None:
+            publish(self)
+            for slot in self.slots:
+                slot.master.fill_(np.nan)
+
+        patch.setattr(Policy, "_publish", broken)
+        failed, _ = run(path, tmp_path / "run")
+    reasons = {cell.arm: cell.reason for cell in failed.cells if cell.status == "failed"}
+    assert list(reasons) == ["joint"] and not list((tmp_path / "run/seeds/0/checkpoints").glob("joint*"))
+    repaired, told = run(path, tmp_path / "run")
+    assert "tried again, since they failed: joint (seed 0)" in told and told_alike(repaired, whole)
+
+
+def test_an_engine_lost_during_an_arm_costs_that_arm_alone(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the fourth of six steps of joint training; the arms after it have an engine again."""
+    path = written(tmp_path, model, ["base", "single", "joint", "user"])
+    whole, _ = run(path, tmp_path / "whole")
+    start, lost = LocalEngine.start, "no server answers: http://host:30000 (connection refused)"
+    with monkeypatch.context() as patch:
+
+        class Lost:
+            def wait(self, progress: object = None) -> None:
+                raise RunError(lost)
+
+            def cancel(self) -> None: ...
+
+        def broken(self: LocalEngine, prompts: Sequence[Prompt], n: int, sampling: Sampling, *rest: Any) -> object:
+            return Lost() if sampling.seed == AT_STEP_4 else start(self, prompts, n, sampling, *rest)
+
+        patch.setattr(LocalEngine, "start", broken)
+        partial, told = run(path, tmp_path / "run")
+    assert "joint failed, the others go on: no server answers" in told
+    states = {cell.arm: cell.status for cell in partial.cells}
+    assert states.pop("joint") == "failed" and set(states.values()) == {"finished"} and len(states) == 4
+    write_report(tmp_path / "run")
+    for text in ((tmp_path / "run" / name).read_text() for name in ("report.html", "summary.md")):
+        assert "not finished" in text.lower() and "joint (seed 0)" in text and "no server answers" in text
+    repaired, _ = run(path, tmp_path / "run")
+    assert told_alike(repaired, whole)
+    rows = (json.loads(line) for line in (tmp_path / "run/seeds/0/metrics.jsonl").read_text().splitlines())
+    joint = [row["step"] for row in rows if row["event"] == "step" and row["stage"].startswith("joint")]
+    assert joint == [1, 2, 3, 4, 5, 6], "from the third step on, which was saved when the engine was lost"
 
 
 def test_a_constant_score_is_told(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
