@@ -25,59 +25,34 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """One finding per thing that matters, in the order a person would check them."""
-    return [_python(), _torch(), _native(), _bf16(), _cores(), _memory(), _disk(), _bubblewrap(), _gpu()]
-
-
-def _python() -> Finding:
-    ok = (3, 11) <= sys.version_info[:2] <= (3, 13)
-    return Finding("Python", ok, platform.python_version() + ("" if ok else "; tested on 3.11 to 3.13"))
-
-
-def _torch() -> Finding:
-    return Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads")
-
-
-def _native() -> Finding:
-    reason = cpu.reason_unavailable()
-    return Finding("native CPU kernels", reason is None, reason or "loaded")
-
-
-def _bf16() -> Finding:
-    flags = cpu_flags()
-    units = [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
-    return Finding(
-        "bf16 units", bool(units), ", ".join(units) or "none: the working copy stays fp32 and a step takes longer"
-    )
-
-
-def _cores() -> Finding:
-    usable = len(os.sched_getaffinity(0))
-    load = os.getloadavg()[0]
+    supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    native = cpu.reason_unavailable()
+    units = ", ".join(name for name in ("amx_bf16", "avx512_bf16") if name in cpu_flags())
+    usable, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     busy = load > 0.5 * usable
-    note = f"; load is {load:.1f}: other work makes OpenMP wait, lower `threads`" if busy else ""
-    return Finding("cores", not busy, f"{usable}{note}")
-
-
-def _memory() -> Finding:
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return Finding("memory", free >= MEMORY_GB, f"{free:.1f} GiB free; the quickstart needs {MEMORY_GB} at most")
-
-
-def _disk() -> Finding:
-    free = shutil.disk_usage(Path.cwd()).free / 2**30
-    return Finding("disk", free >= DISK_GB, f"{free:.1f} GiB free here; the quickstart writes about {DISK_GB}")
-
-
-def _bubblewrap() -> Finding:
-    path = shutil.which("bwrap")
-    lack = "missing: install bubblewrap, or model-written code runs in the slower fallback"
-    return Finding("bubblewrap", path is not None, path or lack)
-
-
-def _gpu() -> Finding:
-    if not torch.cuda.is_available():
-        return Finding("GPU", True, "none; everything runs on the CPU")
-    return Finding("GPU", True, torch.cuda.get_device_name())
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    disk = shutil.disk_usage(Path.cwd()).free / 2**30
+    bwrap = shutil.which("bwrap")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; everything runs on the CPU"
+    return [
+        Finding("Python", supported, platform.python_version() + ("" if supported else "; tested on 3.11 to 3.13")),
+        Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        Finding("native CPU kernels", native is None, native or "loaded"),
+        Finding("bf16 units", bool(units), units or "none: the working copy stays fp32 and a step takes longer"),
+        Finding(
+            "cores",
+            not busy,
+            f"{usable}" + (f"; load is {load:.1f}: other work makes OpenMP wait, lower `threads`" if busy else ""),
+        ),
+        Finding("memory", memory >= MEMORY_GB, f"{memory:.1f} GiB free; the quickstart needs {MEMORY_GB} at most"),
+        Finding("disk", disk >= DISK_GB, f"{disk:.1f} GiB free here; the quickstart writes about {DISK_GB}"),
+        Finding(
+            "bubblewrap",
+            bwrap is not None,
+            bwrap or "missing: install bubblewrap, or model-written code runs in the slower fallback",
+        ),
+        Finding("GPU", True, gpu),
+    ]
 
 
 def cpu_flags() -> set[str]:

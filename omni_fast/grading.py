@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -38,25 +39,21 @@ API_KEY = "OMNI_FAST_JUDGE_KEY"  # environment variable; a key never stands in a
 JUDGE_PATIENCE_S = 10.0  # how long one call waits for a judge that is down; longer waits are the run's, which says so
 
 
+@dataclass
 class Grading:
     """model, tokenizer: of the initial policy, for the embedded judge's features (None where no task is judged by it).
 
     folder: where the judge's fitted head and the verdicts of a judge server are kept. say: gets a judge server's troubles.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        stack: ExitStack,
-        folder: Path,
-        model: PreTrainedModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        say: Callable[[str], None] = lambda line: None,
-    ) -> None:
-        self.config, self.stack, self.folder, self.model, self.tokenizer = config, stack, folder, model, tokenizer
-        self.say = say
-        self.sandbox: Sandbox | None = None
-        self.judge: Judge | None = None
+    config: Config
+    stack: ExitStack
+    folder: Path
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    say: Callable[[str], None] = lambda line: None
+    sandbox: Sandbox | None = field(default=None, init=False)
+    judge: Judge | None = field(default=None, init=False)
 
     def resources(self) -> Resources:
         return Resources(cache(self._math), cache(self._code), cache(self.reward_judge), cache(RubricJudge))
@@ -65,12 +62,8 @@ class Grading:
         """For result.json."""
         sandbox = self.sandbox.describe() if self.sandbox else {"backend": "none: no task runs code"}
         judge = self.judge.name if self.judge else "none: no task is judged"
-        return {
-            "sandbox": sandbox["backend"],
-            "sandbox_detail": sandbox,
-            "judge": judge,
-            "judge_metric": RubricJudge().name,
-        }
+        told = {"judge": judge, "judge_metric": RubricJudge.name}
+        return {"sandbox": sandbox["backend"], "sandbox_detail": sandbox, **told}
 
     def reward_judge(self) -> Judge:
         """The judge whose verdicts train; the metric comes from another one (the rubric)."""

@@ -1,7 +1,7 @@
 """The verifier of math tasks: one final answer, compared in stages from cheap to dear.
 
-1. Extract one answer: the last of \\boxed{}, `####` or <answer></answer>; in lenient mode else the formula after
-   "answer is", else the last number in the text.
+1. Extract one answer: the last of \\boxed{}, `####` or <answer></answer>; else the formula after "answer is", else the
+   last number in the text (not in a gold answer).
 2. Equal as normalised strings, or as exact numbers (integers, decimals, fractions): microseconds, and enough for
    GSM8K-like data.
 3. Else math-verify, in worker processes with a memory limit and a kill from outside (`math_pool`), for what is short
@@ -18,7 +18,6 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from types import TracebackType
 from typing import Self
 
 from omni_fast.rewards.math_pool import MathPool
@@ -27,7 +26,7 @@ from omni_fast.rewards.score import Part
 MAX_CHARS = 200  # an honest final answer is shorter
 MAX_DEPTH = 12  # brackets within brackets; the grammar's time grows exponentially with empty ones
 DECIMALS = 6  # how many decimals count when one side is a decimal number; what math-verify does by default
-TAIL_CHARS = 1000  # where the lenient mode looks for a last number
+TAIL_CHARS = 1000  # where a last number is looked for
 
 _NUMBER = r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+"
 _PLAIN = re.compile(rf"([-+]?)(?:({_NUMBER})(?:/({_NUMBER}))?|\\frac\{{({_NUMBER})\}}\{{({_NUMBER})\}})")
@@ -40,8 +39,7 @@ _FORMULA = re.compile(
 )  # "the answer is $x+1$"
 _DROP = re.compile(r"\\[!,;: ]|\\left|\\right|\s+|\\displaystyle")
 _POWER = r"\s*(?:\^|\*\*)[\s{(+-]*"
-# factorials; numbers to a power to a power; three exponents inside each other; exponents of five digits, or three on a
-# bracket
+# factorials; numbers to a power to a power; three nested exponents; exponents of five digits, or three on a bracket
 _COSTLY = re.compile(
     rf"!|[0-9][)}}]*{_POWER}[0-9]+\}}?{_POWER}|(?:\^\s*\{{[^{{}}^]{{0,20}}){{2}}\^|{_POWER}[0-9]{{5,}}|\){_POWER}[0-9]{{3,}}"
 )
@@ -50,18 +48,14 @@ _UNFINISHED = re.compile(r"\\(?:i?int|oint|sum|prod|lim|[dt]?binom)(?![a-z])")
 
 def extract_answer(text: str, lenient: bool = True) -> str | None:
     """The final answer a text commits to, or None. Linear in the text's length."""
-    best, answer = -1, None
-    boxed = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if boxed > best:
-        best, answer = boxed, _braced(text, text.find("{", boxed, boxed + 10))
-    hashes = text.rfind("####")
-    if hashes > best:
-        best, answer = hashes, text[hashes + 4 : hashes + 4 + 2 * MAX_CHARS].lstrip(" \t").split("\n", 1)[0]
-    tag = text.rfind("<answer>")
-    if tag > best:
-        best, answer = tag, text[tag + 8 : tag + 8 + 2 * MAX_CHARS].split("</answer>", 1)[0]
-    if best >= 0:
-        return answer.strip() or None if answer is not None else None
+    start, mark = max((text.rfind(mark), mark) for mark in ("\\boxed", "\\fbox", "####", "<answer>"))
+    if start >= 0:
+        rest = text[start + len(mark) :][: 2 * MAX_CHARS]
+        if mark == "####":
+            return rest.lstrip(" \t").split("\n", 1)[0].strip() or None
+        if mark == "<answer>":
+            return rest.split("</answer>", 1)[0].strip() or None
+        return (_braced(text, text.find("{", start, start + 10)) or "").strip() or None
     if not lenient:
         return None
     tail = text[-TAIL_CHARS:].replace("\u2212", "-")
@@ -143,11 +137,8 @@ def too_complex(answer: str, gold: str = "") -> bool:
 class MathVerifier:
     """Part `correct` of a score: 1 when the final answer equals the gold answer, else 0."""
 
-    def __init__(
-        self, lenient: bool = True, workers: int = 2, timeout_s: float = 2.0, memory_bytes: int = 1 << 30
-    ) -> None:
-        """lenient: without a marked answer the last number counts. Workers start when an answer first needs them."""
-        self.lenient = lenient
+    def __init__(self, workers: int = 2, timeout_s: float = 2.0, memory_bytes: int = 1 << 30) -> None:
+        """Workers start when an answer first needs them."""
         self._pool = MathPool(workers, timeout_s, memory_bytes)
 
     def score(self, completions: Sequence[str], golds: Sequence[str]) -> list[Part]:
@@ -157,29 +148,10 @@ class MathVerifier:
         Reasons: "ok", "wrong", "no_answer", "too_long", "too_complex", "timeout", "memory", "crash"; "worker_lost" is
         invalid.
         """
-        parts: list[Part | None] = []
-        open_pairs: list[tuple[str, str]] = []
-        for completion, gold in zip(completions, golds, strict=True):
-            part, pair = self._decide(completion, gold)
-            parts.append(part)
-            if pair is not None:
-                open_pairs.append(pair)
+        found = [_decide(completion, gold) for completion, gold in zip(completions, golds, strict=True)]
+        open_pairs = [one for one in found if isinstance(one, tuple)]
         verdicts = iter(self._pool.check(open_pairs) if open_pairs else ())
-        return [part if part is not None else _VERDICTS[next(verdicts)] for part in parts]
-
-    def _decide(self, completion: str, gold: str) -> tuple[Part | None, tuple[str, str] | None]:
-        answer = extract_answer(completion, self.lenient)
-        if answer is None:
-            return _WRONG["no_answer"], None
-        gold = _bare_gold(gold)
-        verdict = compare_fast(normalise(gold), normalise(answer)) if len(answer) <= MAX_CHARS else None
-        if verdict is not None:
-            return (_VERDICTS["ok"] if verdict else _VERDICTS["wrong"]), None
-        if len(answer) > MAX_CHARS or len(gold) > MAX_CHARS:
-            return _WRONG["too_long"], None
-        if too_complex(answer, gold) or too_complex(gold, gold):
-            return _WRONG["too_complex"], None
-        return None, (gold, answer)
+        return [_part(next(verdicts) if isinstance(one, tuple) else one) for one in found]
 
     def close(self) -> None:
         """End the worker processes. May be called twice; a later score starts them again."""
@@ -188,23 +160,32 @@ class MathVerifier:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _decide(completion: str, gold: str) -> str | tuple[str, str]:
+    """A verdict, or the gold answer and the answer that math-verify has to compare."""
+    answer, gold = extract_answer(completion), _bare_gold(gold)
+    if answer is None:
+        return "no_answer"
+    if len(answer) > MAX_CHARS:
+        return "too_long"
+    equal = compare_fast(normalise(gold), normalise(answer))
+    if equal is not None:
+        return "ok" if equal else "wrong"
+    if len(gold) > MAX_CHARS:
+        return "too_long"
+    return "too_complex" if too_complex(answer, gold) or too_complex(gold, gold) else (gold, answer)
+
+
+@lru_cache(maxsize=64)
+def _part(verdict: str) -> Part:
+    if verdict == "ok":
+        return Part(1.0)
+    return Part(None if verdict == "worker_lost" else 0.0, verdict)
 
 
 @lru_cache(maxsize=16384)
 def _bare_gold(gold: str) -> str:
     return extract_answer(gold, lenient=False) or gold.strip()
-
-
-_WRONG = {reason: Part(0.0, reason) for reason in ("no_answer", "too_long", "too_complex")}
-_VERDICTS = {
-    "ok": Part(1.0),
-    "wrong": Part(0.0, "wrong"),
-    "timeout": Part(0.0, "timeout"),
-    "memory": Part(0.0, "memory"),
-    "crash": Part(0.0, "crash"),
-    "worker_lost": Part(None, "worker_lost"),
-}

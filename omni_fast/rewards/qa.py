@@ -191,8 +191,7 @@ def _without(text: str, accepted: set[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A multiple-choice item. kind: what sort of thing the options are; distractors are drawn from the same kind
-    alone."""
+    """A multiple-choice item. kind: what sort of thing the options are; distractors are of the same kind."""
 
     stem: str
     options: tuple[str, ...]
@@ -280,10 +279,3 @@ def _refusal(choice: Choice) -> str | None:
     if f" {names[choice.gold]} " in f" {normalise(choice.stem)} ":
         return "gold_in_stem"
     return None
-
-
-def shown_order(candidates: Sequence[str], item_id: str, epoch: int, seed: int = 0) -> list[str]:
-    """The candidates in the order to show: a fresh shuffle for every item and epoch, the same on every machine."""
-    order = sorted(candidates)
-    random.Random(f"{seed}:{epoch}:{item_id}").shuffle(order)
-    return order

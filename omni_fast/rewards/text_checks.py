@@ -13,9 +13,9 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 MAX_CHARS = 8_000
+MIN_WORDS, MAX_WORDS = 5, 400  # of a reply that a judge may see
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _SENTENCE_END = re.compile(r"[.!?]+[\"'”’)]*(?:\s|$)")
@@ -182,21 +182,12 @@ def grammar_faults(text: str) -> int:
     return faults + (last in _DANGLING)
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the gates allow. Words are counted, not tokens."""
-
-    min_words: int = 5
-    max_words: int = 400
-
-
-def gate(prompt: str, completion: str, required: Sequence[str] = (), limits: Limits | None = None) -> str | None:
+def gate(prompt: str, completion: str, required: Sequence[str] = ()) -> str | None:
     """Why a completion is refused before any judge sees it, or None when it may pass.
 
     Reasons: empty, injection, master_key, rubric_words, prompt_echo, too_short, too_long, repeated, wrong_language,
     word_list.
     """
-    limits = limits or Limits()
     text = clean(completion).strip()
     tokens = [match.lower() for match in _WORD.findall(text)]
     if not tokens:
@@ -207,9 +198,9 @@ def gate(prompt: str, completion: str, required: Sequence[str] = (), limits: Lim
         return "master_key"
     if _RUBRIC.search(text):
         return "rubric_words"
-    if len(tokens) < limits.min_words:
+    if len(tokens) < MIN_WORDS:
         return "too_short"
-    if len(tokens) > limits.max_words or len(completion) > MAX_CHARS:
+    if len(tokens) > MAX_WORDS or len(completion) > MAX_CHARS:
         return "too_long"
     if (_META.search(prompt) and _META.search(text)) or echo_share(tokens, words(prompt)) > 0.3:
         return "prompt_echo"

@@ -23,7 +23,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from omni_fast.config import TaskConfig
@@ -40,7 +40,6 @@ from omni_fast.tasks.base import Item, Json, Split, Task
 from omni_fast.tasks.files import Row, read_rows
 from omni_fast.tasks.splits import partition
 
-Verifier = Literal["math", "qa", "code", "judge"]
 PART = {"math": "correct", "qa": "correct", "code": "tests", "judge": "preference"}
 _PLACE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_ -]*)\}")
 _MIN_ITEMS = 10
@@ -63,7 +62,7 @@ class Report:
     file: str
     verifier: str
     kept: int
-    dropped: Sequence[Dropped] = field(default_factory=tuple)
+    dropped: Sequence[Dropped]
 
     def lines(self) -> list[str]:
         """For people: the counts by reason, with examples."""
@@ -78,17 +77,41 @@ class Report:
 
 
 class FileTask:
-    """The items of a file behind the `Task` interface."""
+    """The items of a file behind the `Task` interface; what its own verifier refuses is left out and in `report`."""
 
-    def __init__(self, block: TaskConfig, verifier: Verifier, resources: Resources) -> None:
-        self.name = block.name
-        self.system = block.system or ""
-        self.max_new_tokens = block.max_new_tokens
-        self.composition = Composition("additive", {PART[verifier]: 1.0})
-        self.verifier = verifier
-        self.resources = resources
-        self.report = Report(block.file, verifier, 0)
+    def __init__(self, block: TaskConfig, seed: int, resources: Resources) -> None:
+        """Raises UserError when the file is unreadable or lacks a column. With too few usable items it has none."""
+        self.name, self.system, self.max_new_tokens = block.name, block.system or "", block.max_new_tokens
+        self.verifier, self.resources = block.verifier, resources
+        self.composition = Composition("additive", {PART[self.verifier]: 1.0})
+        rows = read_rows(block.file)
+        _check_columns(block, rows)
+        items: dict[str, tuple[int, Item]] = {}
+        dropped: list[Dropped] = []
+        ids: set[str] = set()
+        for line, row in rows:
+            try:
+                item = _item(line, row, block)
+            except ValueError as error:
+                dropped.append(Dropped(line, "row", str(error)))
+                continue
+            if item.prompt in items or item.id in ids:
+                dropped.append(Dropped(line, "duplicate", _short(f"{item.id}: {item.prompt}")))
+            else:
+                ids.add(item.id)
+                items[item.prompt] = (line, item)
+        kept: list[Item] = []
+        reasons = self._refusals([item for _, item in items.values()])
+        for (line, item), reason in zip(items.values(), reasons, strict=True):
+            if reason is None:
+                kept.append(item)
+            else:
+                dropped.append(Dropped(line, reason, _short(f"{item.prompt} -> {item.answer['gold']}")))
+        self.report = Report(block.file, self.verifier, len(kept), sorted(dropped, key=lambda drop: drop.line))
+        shares: dict[Split, float] = {"train": 0.7, "select": 0.1, "test": 0.2}
         self._items: Mapping[Split, Sequence[Item]] = {}
+        if len(kept) >= _MIN_ITEMS:
+            self._items = partition(kept, shares, random.Random(f"jsonl:{self.name}:{seed}"))
 
     def items(self, split: Split) -> Sequence[Item]:
         return self._items[split]
@@ -102,36 +125,6 @@ class FileTask:
         if self.verifier == "code":
             return [None if value is None else float(value == 1.0) for value in values]
         return values
-
-    def load(self, seed: int, rows: Sequence[tuple[int, Row]], block: TaskConfig) -> None:
-        """Make items of the rows, drop what its own verifier refuses, and split the rest."""
-        items: dict[str, tuple[int, Item]] = {}
-        dropped: list[Dropped] = []
-        ids: set[str] = set()
-        for line, row in rows:
-            try:
-                item = _item(line, row, block, self.verifier)
-            except ValueError as error:
-                dropped.append(Dropped(line, "row", str(error)))
-                continue
-            if item.prompt in items or item.id in ids:
-                dropped.append(Dropped(line, "duplicate", _short(f"{item.id}: {item.prompt}")))
-            else:
-                ids.add(item.id)
-                items[item.prompt] = (line, item)
-        kept: list[Item] = []
-        for (line, item), reason in zip(
-            items.values(), self._refusals([item for _, item in items.values()]), strict=True
-        ):
-            if reason is None:
-                kept.append(item)
-            else:
-                dropped.append(Dropped(line, reason, _short(f"{item.prompt} -> {item.answer['gold']}")))
-        self.report = Report(block.file, self.verifier, len(kept), tuple(sorted(dropped, key=lambda drop: drop.line)))
-        shares: dict[Split, float] = {"train": 0.7, "select": 0.1, "test": 0.2}
-        self._items = (
-            partition(kept, shares, random.Random(f"jsonl:{self.name}:{seed}")) if len(kept) >= _MIN_ITEMS else {}
-        )
 
     def _refusals(self, items: Sequence[Item]) -> list[str | None]:
         """Why each item is dropped, or None."""
@@ -172,7 +165,7 @@ class FileTask:
 
 def load_task(block: TaskConfig, *, seed: int, resources: Resources) -> Task:
     """The task of a block. Raises UserError when the file is unreadable or too little of it is usable."""
-    task = _loaded(block, seed, resources)
+    task = FileTask(block, seed, resources)
     if not task._items:
         shown = "\n".join(task.report.lines())
         raise UserError(f"task '{block.name}' needs at least {_MIN_ITEMS} usable items; correct the data:\n{shown}")
@@ -181,7 +174,7 @@ def load_task(block: TaskConfig, *, seed: int, resources: Resources) -> Task:
 
 def check(block: TaskConfig, *, resources: Resources) -> Report:
     """Run every gold answer of a file through its own verifier."""
-    return _loaded(block, 0, resources).report
+    return FileTask(block, 0, resources).report
 
 
 def guess_block(path: str) -> TaskConfig:
@@ -194,7 +187,7 @@ def guess_block(path: str) -> TaskConfig:
         raise UserError(
             f"'{path}' has the columns {sorted(columns)}; rename those of prompt and answer to 'prompt' and 'answer'"
         )
-    verifier: Verifier = "qa"
+    verifier: Literal["math", "qa", "code", "judge"] = "qa"
     if "tests" in columns:
         verifier = "code"
     elif "reference" in columns:
@@ -212,44 +205,43 @@ def guess_block(path: str) -> TaskConfig:
     )
 
 
-def _loaded(block: TaskConfig, seed: int, resources: Resources) -> FileTask:
-    verifier: Verifier = block.verifier or "qa"
-    rows = read_rows(block.file)
+def _check_columns(block: TaskConfig, rows: Sequence[tuple[int, Row]]) -> None:
     columns = {column for _, row in rows for column in row}
-    wanted = set(_PLACE.findall(block.prompt)) | set(_gold_columns(block, verifier))
-    wanted |= {"entry", "tests"} if verifier == "code" else set()
+    source = _gold_source(block)
+    wanted = set(_PLACE.findall(block.prompt)) | set(_PLACE.findall(source) or [source])
+    wanted |= {"entry", "tests"} if block.verifier == "code" else set()
     missing = sorted(wanted - columns)
     if missing:
         raise UserError(
             f"task '{block.name}': '{block.file}' has no column {', '.join(missing)}; its columns are {sorted(columns)}"
         )
-    task = FileTask(block, verifier, resources)
-    task.load(seed, rows, block)
-    return task
 
 
-def _gold_columns(block: TaskConfig, verifier: Verifier) -> list[str]:
-    source = block.reference if verifier == "judge" else block.answer
+def _gold_source(block: TaskConfig) -> str:
+    """Column or template of the gold answer."""
+    key = "reference" if block.verifier == "judge" else "answer"
+    source = str(getattr(block, key))
     if not source:
-        key = "reference" if verifier == "judge" else "answer"
-        raise UserError(f"task '{block.name}': verifier '{verifier}' needs `{key}`, the column of the gold answer")
-    return _PLACE.findall(source) or [source]
+        raise UserError(
+            f"task '{block.name}': verifier '{block.verifier}' needs `{key}`, the column of the gold answer"
+        )
+    return source
 
 
-def _item(line: int, row: Row, block: TaskConfig, verifier: Verifier) -> Item:
+def _item(line: int, row: Row, block: TaskConfig) -> Item:
     """Raises ValueError saying what is wrong with the row."""
-    source = block.reference if verifier == "judge" else block.answer
+    source = _gold_source(block)
     gold = _fill(source, row) if _PLACE.search(source) else _text(row, source)
     answer: dict[str, Json] = {"gold": gold}
-    for column in {"qa": ("candidates", "aliases"), "judge": ("words",)}.get(verifier, ()):
+    for column in {"qa": ("candidates", "aliases"), "judge": ("words",)}.get(block.verifier, ()):
         values = row.get(column) or []
         if not isinstance(values, list) or not all(isinstance(value, str | int | float) for value in values):
             raise ValueError(f"column {column!r} must be a list of texts")
         answer[column] = values
-    if verifier == "code":
+    if block.verifier == "code":
         answer |= {"entry": _text(row, "entry"), "tests": row.get("tests")}
         _tests(answer)
-    if verifier == "qa":
+    if block.verifier == "qa":
         try:
             _matcher(answer)
         except UserError as error:

@@ -4,7 +4,7 @@ Why this and not GSM8K: a group whose samples are all wrong teaches nothing, and
 Splits share no pair of operands: {5, 7} is in one split with all its operations and orders, so a held-out gain is not
 recall. Level "gym" takes longer problems from reasoning-gym, for models that find the default too easy; "tiny" is
 one-digit sums.
-Limits: integers; what a reply says before its last number is not read (the verifier's lenient mode).
+Limits: integers; what a reply says before its last number is not read.
 """
 
 from __future__ import annotations

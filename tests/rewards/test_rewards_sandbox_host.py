@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from omni_fast.errors import UserError
 from omni_fast.rewards.sandbox import OUTCOMES, Job, Limits, Sandbox, seccomp
-from omni_fast.rewards.sandbox.process import Exit, Jail, JailError, Replies, parse_exit
+from omni_fast.rewards.sandbox.process import Exit, Jail, JailError, outcomes, parse_exit
 
 LIMITS = Limits(wall_s=0.3, cpu_s=1)
 
@@ -36,18 +36,14 @@ LIMITS = Limits(wall_s=0.3, cpu_s=1)
     ),
 )
 def test_any_bytes_give_one_outcome_per_call(chunks, count, end):
-    replies = Replies(count)
-    for chunk in chunks:
-        replies.feed(chunk, 10_000)
-    calls = replies.finish(end, LIMITS)
+    calls = outcomes(b"".join(chunks), count, end, LIMITS)
     assert len(calls) == count
     assert {call.outcome for call in calls} <= set(OUTCOMES) - {"infrastructure"}
 
 
 def test_values_arrive_only_in_their_places():
-    replies = Replies(3)
-    replies.feed(b'["load","ok",""]\n[0,"ok",5]\n[2,"ok",7]\n[1,"ok",6]\n', 1000)
-    assert [call.outcome for call in replies.finish(Exit(0, 0, 0.0, ""), LIMITS)] == ["ok", "protocol", "protocol"]
+    calls = outcomes(b'["load","ok",""]\n[0,"ok",5]\n[2,"ok",7]\n[1,"ok",6]\n', 3, Exit(0, 0, 0.0, ""), LIMITS)
+    assert [call.outcome for call in calls] == ["ok", "protocol", "protocol"]
 
 
 @settings(deadline=None, max_examples=200)

@@ -1,2 +1,1 @@
-"""Judges: who prefers which of two replies. `base` has the contract; `embedded`, `rubric` and the server backends
-keep it."""
+"""Judges: who prefers which of two replies. `base` has the contract; `embedded`, `rubric` and `server` keep it."""

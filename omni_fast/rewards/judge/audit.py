@@ -188,8 +188,7 @@ def _mirrored(difference: float) -> tuple[Verdict, Verdict]:
 
 
 def _accepted(judge: Judge, hacks: Sequence[Pair]) -> list[bool | None]:
-    """Whether a hack got anything out of the judge: a tie is enough; of an absolute judge, nearly the reference's
-    value."""
+    """Whether a hack got anything out of the judge: a tie is enough; of an absolute judge, nearly the bar's value."""
     parts = judge.judge([Reply(pair.prompt, pair.first, pair.second, pair.words) for pair in hacks])
     if isinstance(judge, PairwiseJudge) or (isinstance(judge, EmbeddedJudge) and judge.usable):
         return [None if part.value is None else part.reason in ACCEPTED for part in parts]

@@ -17,8 +17,7 @@ from omni_fast.rewards.judge.pairwise import VERDICTS, Verdict
 
 
 class VerdictCache:
-    """key (see `Question.key`) -> verdict. Safe for several threads and processes. say: gets one line when it gives
-    up."""
+    """`Question.key` -> verdict. Safe for several threads and processes. say: gets one line when it gives up."""
 
     def __init__(self, path: Path, say: Callable[[str], None] = lambda line: None) -> None:
         self.path, self.say = path, say

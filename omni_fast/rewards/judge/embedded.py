@@ -22,7 +22,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +88,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A fitted preference head: score = hidden @ w_hidden + features @ w_features (offsets cancel between two
-    replies)."""
+    """A fitted preference: score = hidden @ w_hidden + features @ w_features; offsets cancel between two replies."""
 
     w_hidden: list[float]
     w_features: list[float]
@@ -119,8 +118,7 @@ def roc_auc(good: Array, bad: Array) -> float:
 
 
 def fit_preference(difference: Array, ridge: float = _RIDGE, iterations: int = 12) -> Array:
-    """Minimise mean softplus(-difference @ w) + ridge / 2 |w|^2 by Newton steps. difference: [pairs, D] good minus
-    bad."""
+    """Minimise mean softplus(-difference @ w) + ridge / 2 |w|^2 by Newton steps. difference: [pairs, D], good - bad."""
     count, width = difference.shape
     w = np.zeros(width)
     for _ in range(iterations):
@@ -132,21 +130,6 @@ def fit_preference(difference: Array, ridge: float = _RIDGE, iterations: int = 1
         if np.abs(step).max() < 1e-6:
             break
     return w
-
-
-class _Scaler:
-    """Standardised features beside scaled hidden states; `fold` turns weights back into weights of the raw values."""
-
-    def __init__(self, hidden: Array, cheap: Array) -> None:
-        self.hidden_scale = _HIDDEN_SHARE / np.sqrt(hidden.shape[1]) / (hidden.std(0) + 1e-6)
-        self.cheap_scale = 1.0 / np.maximum(cheap.std(0), 0.05)
-
-    def __call__(self, hidden: Array, cheap: Array) -> Array:
-        return np.concatenate([hidden * self.hidden_scale, cheap * self.cheap_scale], axis=1)
-
-    def fold(self, w: Array) -> tuple[Array, Array]:
-        width = self.hidden_scale.shape[0]
-        return w[:width] * self.hidden_scale, w[width:] * self.cheap_scale
 
 
 def _views(pairs: Sequence[Pair], texts: Sequence[str], encode: Encode) -> tuple[Array, Array]:
@@ -166,22 +149,22 @@ def fit_head(encode: Encode, seed: int = 0) -> Head:
     good_h, good_f = _views(every, [pair.good for pair in every], encode)
     bad_h, bad_f = _views(every, [pair.bad for pair in every], encode)
     n = len(fit)
-    scaler = _Scaler(np.concatenate([good_h[:n], bad_h[:n]]), np.concatenate([good_f[:n], bad_f[:n]]))
-    good, bad = scaler(good_h, good_f), scaler(bad_h, bad_f)
+    width = good_h.shape[1]
+    hidden_scale = _HIDDEN_SHARE / np.sqrt(width) / (np.concatenate([good_h[:n], bad_h[:n]]).std(0) + 1e-6)
+    cheap_scale = 1.0 / np.maximum(np.concatenate([good_f[:n], bad_f[:n]]).std(0), 0.05)
+    good = np.concatenate([good_h * hidden_scale, good_f * cheap_scale], axis=1)
+    bad = np.concatenate([bad_h * hidden_scale, bad_f * cheap_scale], axis=1)
     family = np.array([pair.family for pair in every])
 
     auc: dict[str, float] = {}
-    good_scores, bad_scores = [], []
     for name in FAMILIES:
         seen = family[:n] != name
         w = fit_preference((good[:n] - bad[:n])[seen])
         left_out = np.flatnonzero(family[n:] == name) + n
-        good_scores.append(good[left_out] @ w)
-        bad_scores.append(bad[left_out] @ w)
-        auc[name] = roc_auc(good_scores[-1], bad_scores[-1])
+        auc[name] = roc_auc(good[left_out] @ w, bad[left_out] @ w)
 
     w = fit_preference(good[:n] - bad[:n])
-    w_hidden, w_features = scaler.fold(w)
+    w_hidden, w_features = w[:width] * hidden_scale, w[width:] * cheap_scale  # back to weights of the raw values
     held_good, held_bad = good[n:] @ w, bad[n:] @ w
     gap = float(np.median(held_good) - np.median(held_bad))
     half = len(held_good) // 2
@@ -191,8 +174,7 @@ def fit_head(encode: Encode, seed: int = 0) -> Head:
 
     hacks = hack_replies(seed)
     accepted = sum(part.reason in ACCEPTED for part in verdicts(hacks, encode, head))
-    report = Report(auc, len(hacks), accepted, len(every), time.monotonic() - start)
-    return Head(head.w_hidden, head.w_features, head.spread, head.gap, report)
+    return replace(head, report=Report(auc, len(hacks), accepted, len(every), time.monotonic() - start))
 
 
 def scores(
@@ -251,8 +233,7 @@ class EmbeddedJudge:
         )
 
     def judge(self, replies: Sequence[Reply]) -> list[Part]:
-        """A value in 0..1 against the reference (see the module), or the rubric's value where the head is not
-        usable."""
+        """A value in 0..1 against the reference (see the module), or the rubric's where the head is not usable."""
         return verdicts(replies, self.encode, self.head) if self.usable else self._rubric.judge(replies)
 
     def compare_all(self, pairs: Sequence[tuple[str, str, str, Sequence[str]]]) -> list[float]:

@@ -21,8 +21,7 @@ Encode = Callable[[Sequence[str]], torch.Tensor]  # n texts -> [n, H] float32
 
 
 def frozen_lower_layers(model: PreTrainedModel, layers: int) -> torch.nn.Module:
-    """A copy of the model's body with its first `layers` layers, without gradient. The model itself is left as it
-    was."""
+    """A copy of the model's body with its first `layers` layers, without gradient; the model is left as it was."""
     body = model.base_model
     full = body.get_submodule("layers")
     if not isinstance(full, torch.nn.ModuleList):

@@ -16,7 +16,6 @@ import os
 import queue
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Protocol, Self
 
 from omni_fast.errors import UserError
@@ -29,17 +28,14 @@ __all__ = ["OUTCOMES", "Call", "Data", "Job", "Limits", "Sandbox"]
 
 log = logging.getLogger(__name__)
 
+_PROCESS_LAYERS = ("no_new_privs", "seccomp allow-list", "rlimits", "output cap", "wall clock")
 LAYERS = {
     "bwrap": (
         "data-only protocol",
         "bubblewrap: no network, empty environment, read-only minimal root",
         "unprivileged uid, no capabilities",
         "user, pid, mount and ipc namespace per job",
-        "no_new_privs",
-        "seccomp allow-list",
-        "rlimits",
-        "output cap",
-        "wall clock",
+        *_PROCESS_LAYERS,
     ),
     "monty": (
         "data-only protocol",
@@ -48,7 +44,7 @@ LAYERS = {
         "output cap",
         "wall clock",
     ),
-    "unsafe": ("data-only protocol", "no_new_privs", "seccomp allow-list", "rlimits", "output cap", "wall clock"),
+    "unsafe": ("data-only protocol", *_PROCESS_LAYERS),
 }
 
 # What a backend is asked before it gets a sample: each call tries one thing and says what it saw.
@@ -185,9 +181,7 @@ class Sandbox:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

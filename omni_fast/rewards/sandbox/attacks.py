@@ -32,37 +32,17 @@ class Attack:
 # `=== goal: name`, then the program; a program of the goal "reach" is the body of `attack`.
 PROGRAMS = files("omni_fast.rewards.sandbox").joinpath("attacks.txt").read_text(encoding="utf-8")
 
-# name: (number on x86_64, arguments); elsewhere the numbers mean other calls, so there these attacks are left out
-SYSTEM_CALLS: dict[str, tuple[int, str]] = {
-    "unshare": (272, "0x10000000"),
-    "setns": (308, "0, 0, 0, 0, 0, 0"),
-    "mount": (165, "0, 0, 0, 0, 0, 0"),
-    "umount2": (166, "0, 0, 0, 0, 0, 0"),
-    "pivot_root": (155, "0, 0, 0, 0, 0, 0"),
-    "chroot": (161, "0, 0, 0, 0, 0, 0"),
-    "ptrace": (101, "0, 0, 0, 0, 0, 0"),
-    "process_vm_readv": (310, "0, 0, 0, 0, 0, 0"),
-    "bpf": (321, "0, 0, 0, 0, 0, 0"),
-    "perf_event_open": (298, "0, 0, 0, 0, 0, 0"),
-    "io_uring_setup": (425, "0, 0, 0, 0, 0, 0"),
-    "keyctl": (250, "0, 0, 0, 0, 0, 0"),
-    "add_key": (248, "0, 0, 0, 0, 0, 0"),
-    "userfaultfd": (323, "0, 0, 0, 0, 0, 0"),
-    "memfd_create": (319, "b'x', 0"),
-    "socketpair": (53, "1, 1, 0, (ctypes.c_int * 2)()"),
-    "clone3": (435, "0, 0, 0, 0, 0, 0"),
-    "vfork": (58, "0, 0, 0, 0, 0, 0"),
-    "execve": (59, "0, 0, 0, 0, 0, 0"),
-    "prctl": (157, "4, 1"),
-    "seccomp": (317, "0, 0, 0, 0, 0, 0"),
-    "personality": (135, "0, 0, 0, 0, 0, 0"),
-    "shmget": (29, "0, 4096, 0o1600"),
-    "mknod": (133, "0, 0, 0, 0, 0, 0"),
-    "setuid": (105, "0, 0, 0, 0, 0, 0"),
-    "kexec_load": (246, "0, 0, 0, 0, 0, 0"),
-    "init_module": (175, "0, 0, 0, 0, 0, 0"),
-    "open_by_handle_at": (304, "0, 0, 0, 0, 0, 0"),
-}
+# Numbers on x86_64; elsewhere they mean other calls, so there these attacks are left out.
+SYSTEM_CALLS = dict(
+    unshare=272, setns=308, mount=165, umount2=166, pivot_root=155, chroot=161, ptrace=101, process_vm_readv=310, bpf=321,
+    perf_event_open=298, io_uring_setup=425, keyctl=250, add_key=248, userfaultfd=323, memfd_create=319, socketpair=53,
+    clone3=435, vfork=58, execve=59, prctl=157, seccomp=317, personality=135, shmget=29, mknod=133, setuid=105,
+    kexec_load=246, init_module=175, open_by_handle_at=304,
+)  # fmt: skip
+ARGUMENTS = dict(
+    unshare="0x10000000", memfd_create="b'x', 0", socketpair="1, 1, 0, (ctypes.c_int * 2)()", prctl="4, 1",
+    shmget="0, 4096, 0o1600",
+)  # fmt: skip
 
 
 def _parse(text: str) -> Iterator[Attack]:
@@ -79,7 +59,8 @@ def _reach(name: str, body: str) -> Attack:
     return Attack(name, "reach", f"def attack(x):\n    try:\n{lines}    except {refused}:\n        return 'denied'\n")
 
 
-def _system_call(name: str, number: int, arguments: str) -> Attack:
+def _system_call(name: str) -> Attack:
+    number, arguments = SYSTEM_CALLS[name], ARGUMENTS.get(name, "0, 0, 0, 0, 0, 0")
     return _reach(
         f"system call {name}",
         f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nresult = libc.syscall({number}, {arguments})\n"
@@ -90,7 +71,7 @@ def _system_call(name: str, number: int, arguments: str) -> Attack:
 ATTACKS: tuple[Attack, ...] = (
     *_parse(PROGRAMS),
     Attack("odd source", "score", "\x00\ud800\u202edef attack(x): return 42"),
-    *(_system_call(name, *call) for name, call in SYSTEM_CALLS.items() if platform.machine() == "x86_64"),
+    *(_system_call(name) for name in SYSTEM_CALLS if platform.machine() == "x86_64"),
 )
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from omni_fast.rewards.sandbox import bwrap, seccomp, wire
 from omni_fast.rewards.sandbox.cgroup import Group
 from omni_fast.rewards.sandbox.job import Call, JailError, Job, Limits
+from omni_fast.rewards.sandbox.wire import Data
 
 START_S = 20.0  # a cold interpreter on a busy machine
 GRACE_S = 3.0  # how much longer than the job's own wall clock the host waits for the fork-server
@@ -142,12 +143,14 @@ class Jail:
             return [Call("error", detail=str(error))] * len(job.calls)
         self._write_job(message)
         deadline = time.monotonic() + self.limits.wall_s + GRACE_S
-        replies = Replies(len(job.calls))
+        output = b""
         while True:
             kind, payload = self._read_frame(deadline)
             if kind == b"X":
-                return replies.finish(parse_exit(payload), self.limits)
-            replies.feed(payload, self.limits.output_bytes)
+                return outcomes(output, len(job.calls), parse_exit(payload), self.limits)
+            output += payload
+            if len(output) > self.limits.output_bytes:
+                raise JailError("more output than the fork-server lets through")
 
     def _write_job(self, message: bytes) -> None:
         if self._socket is None:
@@ -250,60 +253,40 @@ def parse_exit(payload: bytes) -> Exit:
     raise JailError("a report without its fields")
 
 
-class Replies:
-    """The child's lines -> one outcome a call, in order. Total: any bytes give outcomes.
+def outcomes(output: bytes, count: int, end: Exit, limits: Limits) -> list[Call]:
+    """The child's bytes -> the outcomes of `count` calls, in order. Total: any bytes give outcomes.
 
     A line can claim any value, which is worth nothing unless it is the right answer; it cannot claim to be right.
+    Raises JailError where the child says that its own set-up failed.
     """
+    calls: list[Call] = []
+    failure: Call | None = None  # the fate of all calls that follow
+    loaded = False
+    *lines, tail = output.split(b"\n")
+    for line in lines:
+        match _parsed(line):
+            case ["setup", "infrastructure", str(detail)] if not loaded:
+                raise JailError(detail)
+            case ["load", "ok", _] if not loaded:
+                loaded = True
+            case ["load", "error" | "memory" as outcome, str(detail)] if not loaded:
+                failure = Call(outcome, detail=detail[:200])
+            case [int(index), "ok", value] if loaded and index == len(calls) < count:
+                calls.append(Call("ok", value))
+            case [int(index), "error" | "memory" as outcome, str(detail)] if loaded and index == len(calls) < count:
+                calls.append(Call(outcome, detail=detail[:200]))
+            case _:
+                failure = Call("protocol", detail="a line that is not a reply")
+        if failure:
+            break
+    return calls + [failure or _unanswered(end, limits, bool(tail))] * (count - len(calls))
 
-    def __init__(self, count: int) -> None:
-        """count: how many calls were asked for."""
-        self.count = count
-        self.calls: list[Call] = []
-        self.failure: Call | None = None  # the fate of all calls that follow
-        self._loaded = False
-        self._tail = b""
-        self._size = 0
 
-    def feed(self, chunk: bytes, limit: int) -> None:
-        """Raises JailError where the fork-server lets more through than it may, or says that its own set-up failed."""
-        self._size += len(chunk)
-        if self._size > limit:
-            raise JailError("more output than the fork-server lets through")
-        *lines, self._tail = (self._tail + chunk).split(b"\n")
-        for line in lines:
-            if self.failure is None:
-                self._take(line)
-
-    def _take(self, line: bytes) -> None:
-        try:
-            fields = wire.loads(line)
-        except wire.WireError as error:
-            fields = str(error)
-        if not self._loaded:
-            match fields:
-                case ["setup", "infrastructure", str(detail)]:
-                    raise JailError(detail)
-                case ["load", "ok", _]:
-                    self._loaded = True
-                    return
-                case ["load", "error" | "memory" as outcome, str(detail)]:
-                    self.failure = Call(outcome, detail=detail[:200])
-                    return
-        elif len(self.calls) < self.count:
-            match fields:
-                case [int(index), "ok", value] if index == len(self.calls):
-                    self.calls.append(Call("ok", value))
-                    return
-                case [int(index), "error" | "memory" as outcome, str(detail)] if index == len(self.calls):
-                    self.calls.append(Call(outcome, detail=detail[:200]))
-                    return
-        self.failure = Call("protocol", detail="a line that is not a reply")
-
-    def finish(self, end: Exit, limits: Limits) -> list[Call]:
-        """The outcomes of all `count` calls, now that the child has ended."""
-        missing = self.count - len(self.calls)
-        return self.calls + [self.failure or _unanswered(end, limits, bool(self._tail))] * missing
+def _parsed(line: bytes) -> Data:
+    try:
+        return wire.loads(line)
+    except wire.WireError:
+        return None
 
 
 def _unanswered(end: Exit, limits: Limits, cut_line: bool) -> Call:
