@@ -83,7 +83,7 @@ class Engine(Protocol):
         progress: Progress | None = None,
         finished: Finished | None = None,
     ) -> list[list[Sample]]:
-        """`n` samples for each prompt, in the order of the prompts; `finished` gets each group while others still run."""
+        """The samples of `start`, waited for; `finished` gets each complete group, in any thread."""
         ...
 
     def sync(self, version: int) -> dict[str, float]:

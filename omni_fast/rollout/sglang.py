@@ -154,9 +154,7 @@ class SGLangEngine:
         """
         for number, prompt in enumerate(prompts):
             if not prompt.tokens:
-                raise UserError(
-                    f"prompt {number} has no tokens: give each prompt at least one (a BOS token, for example)"
-                )
+                raise UserError(f"prompt {number} has no tokens: give each at least one (a BOS token, for example)")
         came: queue.SimpleQueue[Done] = queue.SimpleQueue()
 
         def take(done: Done) -> None:
@@ -175,12 +173,8 @@ class SGLangEngine:
         progress: Progress | None = None,
         finished: Finished | None = None,
     ) -> list[list[Sample]]:
-        """`n` samples for each prompt, in the order of the prompts.
-
-        progress, finished: called in this thread, with each complete group. What they raise ends the requests.
-        Raises UserError for a prompt that a server refuses, RunError when no server is left for `wait_s`.
-        """
-        return self.start(prompts, n, sampling).wait(progress, finished)
+        """As `start`, and wait."""
+        return self.start(prompts, n, sampling, finished).wait(progress)
 
     def sync(self, version: int) -> dict[str, float]:
         """The policy's weights to every server as `version`; seconds/sync_PHASE. A server that fails is drained."""
@@ -323,8 +317,8 @@ class ServedRollout:
     ) -> None:
         self.engine, self.job, self.came, self.count, self.n = engine, job, came, count, n
 
-    def wait(self, progress: Progress | None = None, finished: Finished | None = None) -> list[list[Sample]]:
-        """progress, finished: called in this thread with each complete group; what they raise ends the requests.
+    def wait(self, progress: Progress | None = None) -> list[list[Sample]]:
+        """progress: called in this thread with each complete group; what it raises ends the requests.
 
         Raises UserError for a prompt that a server refuses, RunError when no server is left for `wait_s`.
         """
@@ -345,8 +339,6 @@ class ServedRollout:
                     results[place] = samples
                     left -= 1
                     tokens += sum(len(sample.tokens) for sample in samples)
-                    if finished is not None:
-                        finished(place, samples)
                     if progress is not None:
                         progress(tokens, left * self.n)
         finally:

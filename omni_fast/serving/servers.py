@@ -9,12 +9,12 @@ of its role is stopped first. A process that dies leaves its servers running: `u
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -23,8 +23,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
+from omni_fast.config import EngineConfig
 from omni_fast.errors import RunError, UserError
 from omni_fast.serving import process
 from omni_fast.serving.install import VERSION, Say, default_device, python
@@ -60,21 +61,6 @@ CAUSES = (
 )
 
 
-class Section(Protocol):
-    """What `up` reads of the config's `[engine]` block."""
-
-    @property
-    def servers(self) -> int: ...
-    @property
-    def flags(self) -> Sequence[str]: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def sleep(self) -> bool: ...
-    @property
-    def start_timeout_s(self) -> float: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Server:
     """One that was started. version: SGLang's, empty until it answered. restarts: after a death, of the same launch."""
@@ -102,13 +88,13 @@ class Status:
 
 
 def up(
-    section: Section,
+    section: EngineConfig,
     model_folder: Path | str,
     folder: Path,
     *,
     role: str = "policy",
     adapter_rank: int = 0,
-    say: Say | None = None,
+    say: Say = print,
 ) -> list[str]:
     """Start `section.servers` servers of one model and wait until all answer; their URLs, in order.
 
@@ -128,10 +114,9 @@ def start(
     *,
     role: str = "policy",
     timeout_s: float = START_TIMEOUT_S,
-    say: Say | None = None,
+    say: Say = print,
 ) -> list[Server]:
     """As `up`, for given launches, whose names start with `role`."""
-    say = say or _to_stderr
     with _locked(folder, timeout_s, say):
         known = {server.launch.name: server for server in _read(folder)}
         others = [server for server in known.values() if not server.launch.name.startswith(role)]
@@ -159,13 +144,12 @@ def start(
         return list(started.values())
 
 
-def restart_if_dead(folder: Path, url: str, *, timeout_s: float = START_TIMEOUT_S, say: Say | None = None) -> bool:
+def restart_if_dead(folder: Path, url: str, *, timeout_s: float = START_TIMEOUT_S, say: Say = print) -> bool:
     """Start the server behind `url` again if its process is gone; True if that was so and it answers again.
 
     It has the weights of its model folder then: sync before using it. A live process that does not answer is left alone
     (False). UserError for a URL that was not started here; RunError when it does not come up, or died too often.
     """
-    say = say or _to_stderr
     with _locked(folder, timeout_s, say):
         servers = _read(folder)
         server = next((server for server in servers if server.url == url.rstrip("/")), None)
@@ -180,10 +164,12 @@ def restart_if_dead(folder: Path, url: str, *, timeout_s: float = START_TIMEOUT_
         _stop(server)  # children that outlived it
         port = _same_port(server)
         Path(server.log).rename(f"{server.log}.{server.restarts}")
-        fresh = replace(_spawn(server.launch, folder, port), restarts=server.restarts + 1)
-        _replace(folder, servers, server, fresh)
+        place = servers.index(server)
+        servers[place] = fresh = replace(_spawn(server.launch, folder, port), restarts=server.restarts + 1)
+        _write(folder, servers)
         try:
-            _replace(folder, servers, server, _wait(fresh, timeout_s, say))
+            servers[place] = _wait(fresh, timeout_s, say)
+            _write(folder, servers)
         except BaseException:
             _stop(fresh)
             raise
@@ -191,12 +177,11 @@ def restart_if_dead(folder: Path, url: str, *, timeout_s: float = START_TIMEOUT_
 
 
 @contextmanager
-def watched(folder: Path, *, timeout_s: float = START_TIMEOUT_S, say: Say | None = None) -> Iterator[None]:
+def watched(folder: Path, *, timeout_s: float = START_TIMEOUT_S, say: Say = print) -> Iterator[None]:
     """While inside, a thread starts servers of the folder again when they die; it tells what it cannot start, and goes on.
 
     Whoever uses them sees a server that is away, and later one that is back with the weights of its model folder.
     """
-    told = say or _to_stderr
     stopping = threading.Event()
 
     def look() -> None:
@@ -205,10 +190,10 @@ def watched(folder: Path, *, timeout_s: float = START_TIMEOUT_S, say: Say | None
             for server in _read(folder):
                 if server.version and server.url not in given_up and not server.alive:
                     try:
-                        restart_if_dead(folder, server.url, timeout_s=timeout_s, say=told)
+                        restart_if_dead(folder, server.url, timeout_s=timeout_s, say=say)
                     except (RunError, UserError) as error:
                         given_up.add(server.url)
-                        told(f"{server.launch.name} stays away: {error}")
+                        say(f"{server.launch.name} stays away: {error}")
 
     thread = threading.Thread(target=look, name="watching engine servers", daemon=True)
     thread.start()
@@ -224,9 +209,8 @@ def status(folder: Path) -> list[Status]:
     return [_status(server) for server in _read(folder)]
 
 
-def down(folder: Path, *, role: str = "", say: Say | None = None) -> int:
+def down(folder: Path, *, role: str = "", say: Say = print) -> int:
     """Stop the servers of a role (all without one), by SIGTERM, then SIGKILL; how many were running."""
-    say = say or _to_stderr
     with _locked(folder, START_TIMEOUT_S, say):
         servers = _read(folder)
         stopped = 0
@@ -262,11 +246,11 @@ def _wait(server: Server, timeout_s: float, say: Say) -> Server:
     while True:
         if not server.alive:
             raise _death(server)
-        answer = _get(server, "/health")
+        answer, _ = _ask(server, "/health")
         waited = time.monotonic() - started
         if answer == 200:
             break
-        what = "importing, nothing listens yet" if answer is None else f"loading, /health answers {answer}"
+        what = f"loading, /health answers {answer}" if answer else "importing, nothing listens yet"
         if waited > timeout_s:
             raise RunError(
                 f"{name} was not ready after {timeout_s:.0f} s ({what}): raise engine.start_timeout_s; {_last_words(server)}"
@@ -276,7 +260,7 @@ def _wait(server: Server, timeout_s: float, say: Say) -> Server:
             say(f"waiting for {name} at {server.url} ({what}; {waited:.0f} of at most {timeout_s:.0f} s)")
         time.sleep(0.3)
     _key_file(server).unlink(missing_ok=True)
-    version = str(_json(server, "/server_info").get("version", ""))
+    version = str(_ask(server, "/server_info")[1].get("version", "unknown"))
     say(f"{name} at {server.url} is ready after {waited:.0f} s: SGLang {version}, {server.launch.model}")
     return replace(server, version=version)
 
@@ -313,15 +297,15 @@ def _same(server: Server | None, launch: Launch) -> Server | None:
     """The server, if it is one of this launch, runs, and was ready."""
     if server is None or server.launch != launch or not server.version or not server.alive:
         return None
-    return server if _get(server, "/health") == 200 else None
+    return server if _ask(server, "/health")[0] == 200 else None
 
 
 def _status(server: Server) -> Status:
     if not server.alive:
         return Status(server, "dead")
-    if _get(server, "/health") != 200:
+    if _ask(server, "/health")[0] != 200:
         return Status(server, "silent" if server.version else "starting")
-    return Status(server, "ready", str(_json(server, "/model_info").get("weight_version", "")))
+    return Status(server, "ready", str(_ask(server, "/model_info")[1].get("weight_version", "")))
 
 
 def _stop(server: Server) -> bool:
@@ -365,32 +349,18 @@ def _free_ports(wanted: Sequence[Launch]) -> dict[str, int]:
     return ports
 
 
-def _request(server: Server, path: str) -> urllib.request.Request:
+def _ask(server: Server, path: str) -> tuple[int, dict[str, object]]:
+    """Status and JSON object of the answer; 0 where there is none."""
     key = os.environ.get(KEY_VARIABLE)
-    return urllib.request.Request(server.url + path, headers={"Authorization": f"Bearer {key}"} if key else {})
-
-
-def _get(server: Server, path: str) -> int | None:
-    """The status code of an answer; None without one."""
+    request = urllib.request.Request(server.url + path, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        with urllib.request.urlopen(_request(server, path), timeout=PROBE_TIMEOUT_S) as answer:
-            return int(answer.status)
+        with urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S) as answer:
+            text = answer.read()
+            return 200, dict(json.loads(text)) if text else {}
     except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:  # refused, reset, timed out
-        return None
-
-
-def _json(server: Server, path: str) -> dict[str, object]:
-    try:
-        with urllib.request.urlopen(_request(server, path), timeout=PROBE_TIMEOUT_S) as answer:
-            return dict(json.load(answer))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{server.launch.name} at {server.url} does not answer {path}: {error}") from error
-
-
-def _replace(folder: Path, servers: Sequence[Server], old: Server, new: Server) -> None:
-    _write(folder, [new if server == old else server for server in servers])
+        return error.code, {}
+    except (OSError, http.client.HTTPException, ValueError):  # refused, reset, timed out, half an answer
+        return 0, {}
 
 
 def _read(folder: Path) -> list[Server]:
@@ -419,7 +389,3 @@ def _locked(folder: Path, timeout_s: float, say: Say) -> AbstractContextManager[
         raise UserError(f"The folder {folder} for servers cannot be made ({error.strerror}): give another.") from error
     limit = timeout_s + STOP_GRACE_S
     return process.alone(folder / ".servers.lock", f"starting or stopping servers in {folder}", limit, say)
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

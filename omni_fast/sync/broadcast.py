@@ -24,6 +24,7 @@ from torch.distributed import Backend, PrefixStore, TCPStore, destroy_process_gr
 from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 
 from omni_fast.rollout.fleet import Fleet, Json, Server, ServerError
+from omni_fast.sync.plan import Bucket
 
 ANSWER_S = 10.0  # for the answer of a member, after the group's own limit
 
@@ -73,9 +74,13 @@ class BroadcastGroup:
         del store  # of a group that failed: those that wait for it give up now
         self._settle(joined.result(), reason)
 
-    def broadcast(self, flat: Tensor, ask: dict[str, Json]) -> None:
-        """The buffer's bytes to all members, each asked by `/update_weights_from_distributed` to take them."""
-        body: Json = ask | {"group_name": self.name}
+    def broadcast(self, bucket: Bucket, flat: Tensor, ask: dict[str, Json]) -> None:
+        """The packed bucket to all members, each asked by `/update_weights_from_distributed` to take it."""
+        names: Json = [entry.name for entry in bucket.entries]
+        dtypes: Json = [str(entry.dtype).removeprefix("torch.") for entry in bucket.entries]
+        shapes: Json = [list(entry.shape) for entry in bucket.entries]
+        layout: dict[str, Json] = {"names": names, "dtypes": dtypes, "shapes": shapes}
+        body: Json = ask | layout | {"group_name": self.name, "load_format": "flattened_bucket"}
 
         async def take(server: Server) -> Json:
             return await self.fleet.ask(server, "/update_weights_from_distributed", body, self.limit_s + ANSWER_S)

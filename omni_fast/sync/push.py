@@ -46,7 +46,7 @@ from omni_fast.errors import RunError, UserError
 from omni_fast.policy.adapter import save_adapter
 from omni_fast.rollout.fleet import BRACKETS, Fleet, Json, Server, ServerError, member
 from omni_fast.sync.broadcast import BroadcastGroup, GroupLost
-from omni_fast.sync.plan import BUCKET_BYTES, Bucket, Plan, checksum, make_plan, tensors
+from omni_fast.sync.plan import BUCKET_BYTES, Plan, checksum, make_plan, tensors
 
 Transport = Literal["disk", "tensor", "distributed", "adapter"]
 PACKED_BYTES = 2 << 30  # of weights that wait for the servers, where the policy is
@@ -276,9 +276,7 @@ class WeightSync:
 
     def _adapter_by_handle(self, readers: int) -> dict[str, Json]:
         handles: list[Json] = [_handle(self._adapter) for _ in range(readers)]
-        sums: Json = {
-            name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in self._adapter.items()
-        }
+        sums: Json = {name: _sha256(value) for name, value in self._adapter.items()}
         config: Json = json.loads((self._folder / "adapter_config.json").read_text(encoding="utf-8"))
         said: dict[str, Json] = {"lora_name": self.tag, "config_dict": config, "expected_checksums": sums}
         return said | {"serialized_named_tensors": handles}
@@ -354,7 +352,7 @@ class WeightSync:
             if self._group is None or self._group.servers != self.fleet.ready:
                 self._end_group()
                 self._group = BroadcastGroup(self.fleet, self.fleet.ready, self.model.device, self.broadcast_s)
-            return self._group.broadcast(flat, ask | _layout(bucket))
+            return self._group.broadcast(bucket, flat, ask)
         views = bucket.views(flat)
 
         async def load(server: Server) -> Json:
@@ -449,14 +447,6 @@ def _readable(model: PreTrainedModel, name: str) -> bool:
     config = model.config
     plain = (getattr(config, "head_dim", None) or 0) in (0, config.hidden_size // config.num_attention_heads)
     return plain or not re.search(r"\.[qkv]_proj\.", name)
-
-
-def _layout(bucket: Bucket) -> dict[str, Json]:
-    """What the reader of a broadcast must know of it."""
-    names: list[Json] = [entry.name for entry in bucket.entries]
-    dtypes: list[Json] = [str(entry.dtype).removeprefix("torch.") for entry in bucket.entries]
-    shapes: list[Json] = [list(entry.shape) for entry in bucket.entries]
-    return {"names": names, "dtypes": dtypes, "shapes": shapes, "load_format": "flattened_bucket"}
 
 
 def _shared(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

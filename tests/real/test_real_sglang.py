@@ -1,8 +1,4 @@
-"""The real SGLang server on the CPU: what omni_fast relies on, asked over HTTP of one server that is started once.
-
-The environment is installed when it is missing (about 2 minutes); where that fails the tests are skipped with the reason,
-or fail when OMNI_FAST_ENGINE_REQUIRED is set.
-"""
+"""The real SGLang server on the CPU: what omni_fast relies on, asked over HTTP of one server that is started once."""
 
 from __future__ import annotations
 
@@ -13,182 +9,43 @@ import os
 import pickle
 import signal
 import threading
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from omni_fast import serving
-from omni_fast.errors import RunError, UserError
-from omni_fast.policy.adapter import add_adapter
-from omni_fast.rollout.engine import Prompt, Sample, Sampling
-from omni_fast.rollout.fleet import Fleet
-from omni_fast.rollout.sglang import SGLangEngine
-from omni_fast.serving import install, process
-from omni_fast.serving.launch import adapter_flags
-from omni_fast.sync import WeightSync
-
-pytestmark = pytest.mark.timeout(900)
-TOLERANCE = 1e-4
-TEXT = [
-    "The capital of France is Paris.",
-    "What is 2 + 3? Answer: 5",
-    "def add(a, b): return a + b",
-    "A wonderful cat.",
-]
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+from rich.console import Console
+from served_sglang import (
+    SAMPLING,
+    TOLERANCE,
+    assert_of_the_policy,
+    assert_serves,
+    disk_update,
+    engine,
+    generate,
+    get,
+    logprobs,
+    post,
+    some_prompts,
+    streamed,
+    teacher_forced,
+    tiny_llama,
+    train_a_little,
 )
 
+from omni_fast import config as configs
+from omni_fast import serving, train
+from omni_fast.errors import RunError
+from omni_fast.policy.adapter import add_adapter
+from omni_fast.policy.pack import Trajectory
+from omni_fast.policy.update import Policy
+from omni_fast.progress import Progress
+from omni_fast.rollout.engine import Sample, Sampling
+from omni_fast.serving import install, process
+from omni_fast.sync import push
 
-def tiny_llama(seed: int) -> LlamaForCausalLM:
-    """Two layers, peaked distributions: equal log-probs are then no accident."""
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=False, initializer_range=0.2,
-        bos_token_id=1, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        [*TEXT, " A B" * 9],  # the judge's labels are tokens
-        trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>")
-    tokenizer.chat_template = TEMPLATE
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer.save_pretrained(folder)
-    tiny_llama(0).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def environment() -> None:
-    try:
-        install.install("cpu", print)
-    except (RunError, UserError) as error:
-        reason = f"SGLang's environment cannot be built here: {error}"
-        pytest.fail(reason) if os.environ.get("OMNI_FAST_ENGINE_REQUIRED") else pytest.skip(reason)
-
-
-@pytest.fixture(scope="session")
-def engine_folder(environment: None, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of the one server that most tests share."""
-    folder = tmp_path_factory.mktemp("servers")
-    launch = serving.Launch("policy-0", str(model_folder), dtype="float32", flags=("--log-level", "warning"))
-    try:
-        serving.start([launch], folder, say=print)
-        yield folder
-    finally:
-        serving.down(folder)
-
-
-@pytest.fixture(scope="session")
-def adapter_url(environment: None, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Another server, which takes LoRA adapters."""
-    folder = tmp_path_factory.mktemp("adapter-servers")
-    flags = (*adapter_flags(8, "cpu"), "--log-level", "warning")
-    launch = serving.Launch("policy-0", str(model_folder), dtype="float32", flags=flags)
-    try:
-        (server,) = serving.start([launch], folder, say=print)
-        yield server.url
-    finally:
-        serving.down(folder)
-
-
-@pytest.fixture(scope="session")
-def url(engine_folder: Path) -> str:
-    return serving.status(engine_folder)[0].server.url
-
-
-def post(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    request = urllib.request.Request(
-        url + path, json.dumps(body or {}).encode(), headers={"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        text = answer.read()
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text.decode()
-
-
-def get(url: str, path: str) -> str:
-    with urllib.request.urlopen(url + path, timeout=60) as answer:
-        return str(answer.read().decode())
-
-
-def generate(url: str, tokens: list[int], **sampling: Any) -> list[dict[str, Any]]:
-    found = post(url, "/generate", {"input_ids": tokens, "return_logprob": True, "sampling_params": sampling})
-    return found if isinstance(found, list) else [found]
-
-
-@contextmanager
-def streamed(url: str, tokens: list[int], **sampling: Any) -> Iterator[Iterator[dict[str, Any]]]:
-    """The states of one request, each as soon as the server has sent it."""
-    body = {"input_ids": tokens, "stream": True, "sampling_params": sampling}
-    request = urllib.request.Request(
-        f"{url}/generate", json.dumps(body).encode(), headers={"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        yield (json.loads(line[5:]) for line in answer if line.startswith(b"data:") and b"[DONE]" not in line)
-
-
-def logprobs(sample: dict[str, Any]) -> torch.Tensor:
-    return torch.tensor([entry[0] for entry in sample["meta_info"]["output_token_logprobs"]])
-
-
-@torch.no_grad()
-def teacher_forced(
-    model: LlamaForCausalLM, prompt: list[int], sample: dict[str, Any], temperature: float
-) -> torch.Tensor:
-    """Log-probs [T] of the sample's tokens under the model, of the distribution that is sampled from."""
-    tokens = torch.tensor([prompt + sample["output_ids"]])
-    logits = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1] / temperature
-    return logits.log_softmax(-1).gather(1, tokens[0, len(prompt) :, None])[:, 0]
-
-
-def assert_serves(url: str, model: LlamaForCausalLM, version: str) -> None:
-    """The server's samples name the version, and their log-probs are the model's."""
-    for seed in range(2):
-        prompt = torch.randint(5, 320, (12 + seed,), generator=torch.Generator().manual_seed(seed)).tolist()
-        for sample in generate(url, prompt, n=2, max_new_tokens=12, temperature=0.7, ignore_eos=True):
-            assert sample["meta_info"]["weight_version"] == version
-            torch.testing.assert_close(
-                logprobs(sample), teacher_forced(model, prompt, sample, 0.7), atol=TOLERANCE, rtol=0
-            )
-
-
-def disk_update(url: str, folder: Path, version: str, **more: Any) -> None:
-    answer = post(
-        url,
-        "/update_weights_from_disk",
-        {"model_path": str(folder), "weight_version": version, "flush_cache": True} | more,
-    )
-    assert answer["success"], answer
-
-
-@pytest.fixture
-def original(url: str, model_folder: Path) -> Iterator[None]:
-    """Puts the first weights back after a test that changes them."""
-    yield
-    disk_update(url, model_folder, "default")
+pytestmark = pytest.mark.timeout(900)
 
 
 def test_the_state_tells_a_ready_server_of_the_pinned_version(engine_folder: Path) -> None:
@@ -277,47 +134,6 @@ def test_the_safe_ways_to_pause_keep_the_server_alive(
 
 
 # -- the trainer's own client, over the same server --------------------------------------------------------------------
-
-SAMPLING = Sampling(max_new_tokens=16, temperature=0.7, stop_token_ids=(1,))
-
-
-@contextmanager
-def engine(url: str, policy: LlamaForCausalLM, folder: Path, transport: str = "disk") -> Iterator[SGLangEngine]:
-    """All tensors are read back whole after each sync."""
-    fleet = Fleet([url], in_flight=4, say=print)
-    weights = WeightSync(fleet, policy, folder / "weights", transport=transport, compared=None)  # type: ignore[arg-type]
-    made = SGLangEngine(fleet, weights, request_s=60, wait_s=200, adapter=transport == "adapter")
-    try:
-        yield made
-    finally:
-        weights.close()
-        made.close()
-
-
-def some_prompts(count: int, tokens: int = 10) -> list[Prompt]:
-    draw = torch.Generator().manual_seed(count)
-    return [Prompt(torch.randint(5, 320, (tokens,), generator=draw).tolist(), key) for key in range(count)]
-
-
-@torch.no_grad()
-def train_a_little(policy: LlamaForCausalLM, seed: int) -> None:
-    torch.manual_seed(seed)
-    for parameter in (one for one in policy.parameters() if one.requires_grad):
-        parameter += 0.05 * torch.randn_like(parameter)
-
-
-@torch.no_grad()
-def assert_of_the_policy(
-    policy: LlamaForCausalLM, prompts: Sequence[Prompt], groups: Sequence[Sequence[Sample]], n: int, version: int
-) -> None:
-    assert [len(group) for group in groups] == [n] * len(prompts)
-    for prompt, group in zip(prompts, groups, strict=True):
-        for sample in group:
-            tokens = torch.tensor([[*prompt.tokens, *sample.tokens]])
-            rows = policy(input_ids=tokens).logits[0, len(prompt.tokens) - 1 : -1] / SAMPLING.temperature
-            expected = rows.log_softmax(-1).gather(1, tokens[0, len(prompt.tokens) :, None])[:, 0]
-            torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=TOLERANCE, rtol=0)
-            assert sample.versions == [(version, 0, len(sample.tokens))]
 
 
 @pytest.mark.usefixtures("original")
@@ -433,6 +249,97 @@ def check_run(done: Any, run: Path) -> None:
     assert judged & {"win", "loss", "tie"}, "the server was asked, not only the rules in front of it"
 
 
+def test_a_run_ahead_is_one_version_behind_and_weighted_for_it(
+    url: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, original: None
+) -> None:
+    """max_staleness 1: what reaches the loss is the sampler's log-probs, and its weight is min(exp(own - sampler's), 2)."""
+    (tmp_path / "letters_task.py").write_text(LETTERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    wanted: list[dict[str, float]] = []
+    update = Policy.update
+
+    def watched(policy: Policy, batch: Sequence[Trajectory]) -> dict[str, float]:
+        trained = [one for one in batch if one.advantage]
+        gaps = torch.cat([own_logprobs(policy.model, one) - torch.tensor(one.logprobs) for one in trained])
+        metrics = update(policy, batch)
+        assert policy.loss.rollout == "truncate"
+        weights = gaps.exp().clamp(max=2)
+        effective = weights.sum().square() / len(gaps) / weights.square().sum()
+        wanted.append(
+            {"gap": gaps.abs().mean().item(), "weight": weights.mean().item(), "weight_ess": effective.item()}
+        )
+        return metrics
+
+    monkeypatch.setattr(Policy, "update", watched)
+    ahead = ("judge.backend=rubric", "rollout.max_staleness=1", "curriculum.steps_per_stage=5", "threads=1")
+    letters = ("tasks.writing.kind=python", "tasks.writing.cls=letters_task:Letters", "optimizer.learning_rate=3e-4")
+    made = configs.load(str(write_grpo(tmp_path, url, model_folder)), (*ahead, *letters))
+    with Progress(Console(quiet=True)) as progress:
+        train.train(made, tmp_path / "run", progress)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    updates = [row["update"] for row in rows if row["event"] == "step"]
+    assert len(updates) == len(wanted) == 5 and all(update["rows"] for update in updates)
+    assert [update["staleness_max"] for update in updates] == [0, 1, 1, 1, 1]
+    for update, own in zip(updates, wanted, strict=True):
+        print({name: value for name, value in update.items() if "rollout" in name}, own)
+        for name, value in own.items():
+            assert update[f"rollout_{name}"] == pytest.approx(value, rel=1e-3, abs=1e-5)
+        assert update["rollout_kl_k3"] < 1e-2
+    fresh, *behind = (update["rollout_gap"] for update in updates)
+    assert min(behind[1:]) > 100 * fresh, (
+        "of the version before, which the warm-up of the step size hardly moved at first"
+    )
+
+
+LETTERS = """
+import zlib
+from omni_fast.rewards.compose import Composition
+from omni_fast.rewards.score import Part, Score
+from omni_fast.tasks.base import Item
+
+
+class Letters:
+    '''The reward follows from the text alone, so that groups are mixed.'''
+
+    system = ""
+    composition = Composition("additive", {"correct": 1.0})
+
+    def __init__(self, name, seed, max_new_tokens):
+        self.name, self.max_new_tokens = name, max_new_tokens
+
+    def items(self, split):
+        return [Item(f"{split} {number}", f"{number}?", {}) for number in range(24)]
+
+    def metric(self, items, completions):
+        return [zlib.crc32(text.encode()) % 5 / 4 for text in completions]
+
+    def score(self, items, completions):
+        return [Score({"correct": Part(value)}) for value in self.metric(items, completions)]
+"""
+
+
+@torch.no_grad()
+def own_logprobs(model: torch.nn.Module, one: Trajectory) -> torch.Tensor:
+    tokens = torch.tensor([[*one.prompt, *one.completion]])
+    rows = model(input_ids=tokens).logits[0, len(one.prompt) - 1 : -1].log_softmax(-1)
+    return rows.gather(1, tokens[0, len(one.prompt) :, None])[:, 0]
+
+
+@pytest.mark.usefixtures("original")
+def test_a_server_that_slept_serves_the_policy_again(url: str, tmp_path: Path) -> None:
+    """On a CPU SGLang answers and frees nothing; it keeps the states, and dies of a wrong order of calls, as on a GPU."""
+    policy, prompts = tiny_llama(0), some_prompts(4)
+    with engine(url, policy, tmp_path, "tensor") as made:
+        for version in (1, 2):
+            train_a_little(policy, version)
+            made.sleep()
+            print(f"sync of a sleeper: {made.sync(version)}")
+            assert_of_the_policy(policy, prompts, made.generate(prompts, 2, SAMPLING), 2, version)
+        made.sleep()
+        made.wake("weights", "kv_cache")
+        assert made.fleet.ready and not made.fleet.servers[0].asleep
+
+
 # -- one server for a LoRA policy and its frozen base ------------------------------------------------------------------
 
 
@@ -450,6 +357,26 @@ def test_an_adapter_is_served_beside_the_base_that_stays(adapter_url: str, tmp_p
             torch.testing.assert_close(logprobs(sample), expected, atol=TOLERANCE, rtol=0)
     held = [name for name in get(adapter_url, "/v1/models").split('"') if name.startswith(made.weights.run)]
     assert len({*held}) == 3, "older ones are taken away"
+
+
+def test_an_adapter_with_one_wrong_number_is_not_served(
+    adapter_folder: Path, adapter_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang dies of it. It is started again, and gets the right one before it is asked."""
+    policy, prompts = tiny_llama(0), some_prompts(2)
+    add_adapter(policy, rank=4, alpha=8.0)
+    with (
+        engine(adapter_url, policy, tmp_path, "adapter") as made,
+        serving.watched(adapter_folder, say=print),
+    ):
+        train_a_little(policy, 9)
+        with monkeypatch.context() as patch:
+            patch.setattr(push, "_sha256", lambda value: "0" * 64)
+            made.sync(1)
+        assert not made.fleet.ready and "load_lora_adapter_from_tensors" in made.fleet.reasons()
+        made.version = 1
+        assert_of_the_policy(policy, prompts, made.generate(prompts, 2, SAMPLING), 2, 1)
+    assert "sync MISMATCH" in Path(f"{serving.status(adapter_folder)[0].server.log}.0").read_text()
 
 
 def test_grpo_of_a_lora_policy_judged_by_its_base_on_the_same_server(

@@ -372,6 +372,14 @@ def half(handler: Handler, body: dict) -> bool:
     return True
 
 
+def saying(text: bytes, cut: int | None = None) -> Fault:
+    def answer(handler: Handler, body: dict) -> bool:
+        handler.reply(200, text, cut)
+        return True
+
+    return answer
+
+
 def slow(seconds: float) -> Fault:
     def wait(handler: Handler, body: dict) -> bool:
         time.sleep(seconds)

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from fake_sglang import FakeSGLang, cut, edited, half, sample, serving, silent, slow, status, times
+from fake_sglang import (
+    FakeSGLang,
+    Fault,
+    Handler,
+    cut,
+    edited,
+    half,
+    sample,
+    saying,
+    serving,
+    silent,
+    slow,
+    status,
+    times,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -90,11 +104,11 @@ def test_samples_come_in_order_with_log_probs_and_versions() -> None:
         seen: list[tuple[int, int]] = []
         threads = set()
 
-        def finished(place: int, group: list) -> None:
+        def progress(tokens: int, running: int) -> None:
             threads.add(threading.current_thread())
-            done.append(place)
+            seen.append((tokens, running))
 
-        found = made.generate(prompts(20), 4, SAMPLING, lambda *state: seen.append(state), finished)
+        found = made.generate(prompts(20), 4, SAMPLING, progress, lambda place, group: done.append(place))
         check_whole(found, 20, 4, "named.3")
         assert all(got.versions == [(3, 0, len(got.tokens))] for group in found for got in group)
         assert sorted(done) == list(range(20)) and threads == {threading.current_thread()}
@@ -137,13 +151,48 @@ def test_the_least_busy_server_gets_the_next_group_and_none_more_than_its_bound(
     assert max(most.values()) <= 4
 
 
-@pytest.mark.parametrize("fault", [status(500), status(503), cut, half, silent], ids="500 503 cut half silent".split())
-def test_what_a_server_fails_at_is_asked_elsewhere(fault: Callable) -> None:
+FAULTS = {
+    "500": (status(500), "HTTP 500 (on demand 500)"),
+    "503": (status(503), "HTTP 503 (on demand 503)"),
+    "dead": (cut, "the connection broke: cut off"),
+    "half": (half, "the connection broke: cut off"),
+    "silent": (silent, "no answer within 0.5 s"),
+    "nonsense": (saying(b"<html>"), "the answer is not JSON"),
+}
+
+
+@pytest.mark.parametrize(("fault", "told"), FAULTS.values(), ids=FAULTS)
+def test_what_a_server_fails_at_is_asked_elsewhere(fault: Fault, told: str) -> None:
     servers = [fake(), fake()]
     servers[0].faults.append(("/generate", times(2, fault)))
     with engine(*servers) as made:
         check_whole(made.generate(prompts(30), 2, SAMPLING), 30, 2, "named.0")
-        assert any("left out" in line for line in made.said)
+        url = servers[0].url
+        assert made.said[0] == f"the engine server {url} is left out ({told}); its work goes to the others or waits"
+
+
+def not_sglang(handler: Handler, body: dict) -> bool:
+    handler.wfile.write(b"220 mail.example.org ready\r\n\r\n")
+    return cut(handler, body)
+
+
+STARTS = {
+    "silent": (silent, r"is not ready after 0 s \(no answer within 0.2 s\): start it, look into its log, or correct"),
+    "half": (saying(b"{}", cut=1), r"is not ready after 0 s \(the connection broke: cut off\)"),
+    "loads": (status(503), r"is not ready after 0 s \(HTTP 503 \(on demand 503\)\)"),
+    "another service": (not_sglang, r"is not ready after 0 s \(the connection broke: the answer is not HTTP\)"),
+}
+
+
+@pytest.mark.parametrize(("fault", "told"), STARTS.values(), ids=STARTS)
+def test_a_server_that_does_not_get_ready_is_told_before_the_first_step(
+    fault: Fault, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fleet.ask, "__defaults__", (None, 0.2))
+    server = fake()
+    server.faults.append(("/health", fault))
+    with pytest.raises(UserError, match=told), engine(server, wait_s=0.3):
+        pass
 
 
 @pytest.mark.parametrize("change", ["version", "spans", "tokens", "null", "count", "kind"])

@@ -34,6 +34,12 @@ if kind == "dies":
     sys.exit("Ignore import error of a model: No module named 'vllm'\\nTraceback\\nRuntimeError: something broke")
 if kind == "oom":
     sys.exit("Traceback\\nRuntimeError: Not enough memory. Please try to increase --mem-fraction-static.")
+if kind == "taken":
+    sys.exit("ERROR: [Errno 98] error while attempting to bind on address: address already in use")
+if kind == "lacks":
+    sys.exit("Traceback\\nModuleNotFoundError: No module named 'sgl_kernel'")
+if kind == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
 if kind == "flag":
     sys.exit("launch_server.py: error: unrecognized arguments: --nonsense")
 if kind == "stubborn":
@@ -118,7 +124,10 @@ def test_a_role_leaves_the_servers_of_another_alone(place: Place) -> None:
     [
         ("dies", RunError, "RuntimeError: something broke"),
         ("oom", RunError, "out of memory: stop what else runs"),
-        ("flag", UserError, "--nonsense"),
+        ("flag", UserError, "SGLang 0.5.17 does not take a flag of engine.flags .*--nonsense"),
+        ("taken", RunError, r"its port was taken meanwhile.*\[Errno 98\]"),
+        ("lacks", RunError, "the environment lacks a package: .*install.* again .*No module named 'sgl_kernel'"),
+        ("killed", RunError, "perhaps killed for lack of memory"),
     ],
 )
 def test_a_server_that_dies_at_start_tells_why_and_leaves_nothing(

@@ -26,9 +26,11 @@ def check_adapter(model: LlamaForCausalLM, server: FakeSGLang, tag: str) -> None
         assert torch.equal(held[f"base_model.model.{name.replace('.default', '')}"], value), name
 
 
-def test_an_adapter_travels_alone_and_the_base_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_travels_alone_and_the_base_stays(tmp_path: Path, dtype: torch.dtype) -> None:
     model = llama()
     add_adapter(model, rank=4, alpha=8.0)
+    model.to(dtype)
     servers = [fake(llama(), lora_rank=8), fake(llama(), lora_rank=4)]
     before = {name: value.clone() for name, value in servers[0].weights.items()}
     with engine(model, tmp_path, *servers, transport="adapter") as made:
