@@ -16,6 +16,7 @@ from omni_fast.build import Parts
 from omni_fast.checkpoint import write_json
 from omni_fast.curriculum import scores
 from omni_fast.curriculum.stages import Stage
+from omni_fast.errors import RunError
 from omni_fast.evaluate import Evaluation
 from omni_fast.groups import Group, task_rows
 from omni_fast.plan import item_scores, refresh, singles, solve, task_names
@@ -73,7 +74,14 @@ def record_step(
 
 
 def record_evaluation(run: Run, name: str, split: Split, results: Mapping[str, Evaluation], seconds: float) -> EvalRow:
-    """Write an evaluation's row and add its time to the totals."""
+    """Write an evaluation's row and add its time to the totals. RunError where a metric gave what is no score."""
+    for task, result in results.items():
+        wrong = [f"{value:g}" for value in result.values if value < 0 or value > 1]
+        if wrong or len(result.values) != len(result.items):
+            told = f"the value {wrong[0]}" if wrong else f"{len(result.values)} values for {len(result.items)} items"
+            raise RunError(
+                f"the metric of task '{task}' gave {told}; it has to give each item one number in 0..1, or None"
+            )
     found = {task: scores.score(result.values).as_dict() for task, result in results.items()}
     row = EvalRow(event="eval", stage=name, split=split, scores=found, seconds=seconds)
     run.add_seconds(eval=seconds)

@@ -6,29 +6,18 @@ Split `select` decides everything here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from omni_fast.config import Config
 from omni_fast.curriculum import scores
-from omni_fast.curriculum.decide import Decision, decide
+from omni_fast.curriculum.decide import Plan, decide
 from omni_fast.curriculum.scores import Floats
-from omni_fast.curriculum.stages import Stage, build_stages, refresh_stage, single_stages
-from omni_fast.curriculum.transfer import Transfer, measure
+from omni_fast.curriculum.stages import Stage, build_stages, fell_furthest
+from omni_fast.curriculum.transfer import measure
 from omni_fast.records import Trained
 from omni_fast.run import BASE, Run
 from omni_fast.tasks.base import Split
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is trained in which order, and why. transfer and decision are None where nothing was measured."""
-
-    stages: list[Stage]
-    statement: str
-    transfer: Transfer | None
-    decision: Decision | None
 
 
 def task_names(config: Config) -> list[str]:
@@ -37,7 +26,8 @@ def task_names(config: Config) -> list[str]:
 
 def singles(config: Config) -> list[Stage]:
     """The single-task runs that transfer is measured from; none where the order is not solved."""
-    return single_stages(task_names(config), _steps(config)) if config.curriculum.measures_transfer else []
+    names = task_names(config) if config.curriculum.measures_transfer else []
+    return [Stage(f"single:{name}", (name,), (1.0,), config.curriculum.steps_per_stage) for name in names]
 
 
 def solve(run: Run) -> Plan:
@@ -55,7 +45,7 @@ def solve(run: Run) -> Plan:
     stages = build_stages(
         config.curriculum.mode,
         names,
-        _steps(config),
+        config.curriculum.steps_per_stage,
         order=order,
         seed=config.seed,
         replay=config.curriculum.replay_fraction,
@@ -71,8 +61,8 @@ def refresh(run: Run, plan: Plan) -> list[Stage]:
         return []
     own = {stage.own[0]: scores.score(item_scores(run, stage.name, "select")[stage.own[0]]) for stage in plan.stages}
     final = item_scores(run, plan.stages[-1].name, "select")
-    stage = refresh_stage(own, {task: scores.score(final[task]) for task in own}, steps)
-    return [stage] if stage else []
+    task = fell_furthest(own, {task: scores.score(final[task]) for task in own})
+    return [Stage(f"refresh:{task}", (task,), (1.0,), steps)] if task else []
 
 
 def stage_splits(config: Config) -> tuple[Split, ...]:
@@ -104,7 +94,3 @@ def work(config: Config) -> dict[str, int]:
     items = (1 + runs) * (evaluation.select_items + evaluation.test_items) + stages * evaluation.test_items
     steps = config.curriculum.steps_per_stage * (runs + len(config.tasks))
     return {"steps": steps, "items": len(config.tasks) * items}
-
-
-def _steps(config: Config) -> dict[str, int]:
-    return dict.fromkeys(task_names(config), config.curriculum.steps_per_stage)

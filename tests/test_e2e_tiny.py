@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from omni_fast.checkpoint import load_tensors
 from omni_fast.cli import app
-from omni_fast.report.result import Result, validate_result
 
 pytestmark = pytest.mark.timeout(600)  # the fixture trains; the rest takes seconds
 
@@ -47,33 +46,28 @@ def tiny(cli, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return Tiny(folder, done.stdout, result, rows)
 
 
-def checked(tiny: Tiny) -> Result:
-    return validate_result(tiny.result)
-
-
-def test_the_result_has_every_key_and_passes_its_check(tiny: Tiny) -> None:
+def test_the_result_has_every_key(tiny: Tiny) -> None:
     assert tiny.result.keys() >= KEYS
-    result = checked(tiny)
-    assert result.status == "finished" and result.tasks == TASKS
-    assert set(result.base) == set(result.final) == set(result.forecast) == set(TASKS)
-    assert all(set(row) == set(TASKS) for row in (*result.single.values(), *result.transfer.values()))
-    assert sorted(result.order) == sorted(TASKS) and [stage.task for stage in result.stages] == result.order
-    assert result.order_method and result.order_probability is not None and 0 <= result.order_probability <= 1
-    for score in (*result.base.values(), *result.final.values()):
-        assert score.value is not None and score.low is not None and score.high is not None
-        assert 0 <= score.low <= score.value <= score.high <= 1
-    assert result.seconds.total is not None and result.seconds.total < 600
-    assert all(getattr(result.seconds, part) > 0 for part in ("setup", "transfer", "train", "eval"))
-    assert result.throughput.rollout_tokens_per_s and result.throughput.train_tokens_per_s
-    assert result.peak_bytes and 1e8 < result.peak_bytes < 8e9
-    assert result.sandbox and result.judge
+    result = tiny.result
+    assert result["status"] == "finished" and result["tasks"] == TASKS
+    assert set(result["base"]) == set(result["final"]) == set(result["forecast"]) == set(TASKS)
+    assert all(set(row) == set(TASKS) for row in (*result["single"].values(), *result["transfer"].values()))
+    assert sorted(result["order"]) == sorted(TASKS) and [stage["task"] for stage in result["stages"]] == result["order"]
+    assert result["order_method"] and 0 <= result["order_probability"] <= 1
+    for score in (*result["base"].values(), *result["final"].values()):
+        assert 0 <= score["low"] <= score["value"] <= score["high"] <= 1 and score["n"] > 0
+    assert result["seconds"]["total"] < 600
+    assert all(result["seconds"][part] > 0 for part in ("setup", "transfer", "train", "eval"))
+    assert result["throughput"]["rollout_tokens_per_s"] and result["throughput"]["train_tokens_per_s"]
+    assert 1e8 < result["peak_bytes"] < 8e9
+    assert result["sandbox"] and result["judge"]
 
 
 def test_the_base_and_the_final_row_are_those_of_the_stages(tiny: Tiny) -> None:
-    result = checked(tiny)
-    assert result.final == result.stages[-1].scores
-    assert result.stages[0].scores == result.single[result.order[0]], "the first stage repeats its task's own run"
-    assert tiny.result["reused"] == [f"curriculum:1:{result.order[0]}"]
+    result = tiny.result
+    assert result["final"] == result["stages"][-1]["scores"]
+    assert result["stages"][0]["scores"] == result["single"][result["order"][0]], "the first stage repeats its own run"
+    assert result["reused"] == [f"curriculum:1:{result['order'][0]}"]
 
 
 def test_training_on_the_tiny_tasks_helps(tiny: Tiny) -> None:
@@ -192,15 +186,15 @@ def test_other_modes_go_through_with_two_tasks(cli, tiny: Tiny, tmp_path: Path, 
     folder = tmp_path / "run"
     done = cli("train", str(config), "--run", str(folder))
     assert done.returncode == 0, done.stderr
-    result = validate_result(json.loads((folder / "result.json").read_text()))
+    result = json.loads((folder / "result.json").read_text())
     steps = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in steps if row["event"] == "step"]
-    assert result.status == "finished" and len(steps) == 4 and not result.transfer
+    assert result["status"] == "finished" and len(steps) == 4 and not result["transfer"]
     if mode == "joint":
-        assert [stage.task for stage in result.stages] == ["joint"]
+        assert [stage["task"] for stage in result["stages"]] == ["joint"]
         assert all(set(row["tasks"]) == {"sums", "facts"} for row in steps)
     else:
-        assert result.order == ["facts", "sums"] == [stage.task for stage in result.stages]
+        assert result["order"] == ["facts", "sums"] == [stage["task"] for stage in result["stages"]]
         assert [list(row["tasks"]) for row in steps] == [["facts"], ["facts"], ["sums"], ["sums"]]
         assert cli("plan", str(folder)).returncode == 0
 

@@ -20,6 +20,7 @@ import numpy as np
 from omni_fast.curriculum import order as orders
 from omni_fast.curriculum.order import EXACT_LIMIT, Order
 from omni_fast.curriculum.scores import Z95, Estimate, Floats, interval
+from omni_fast.curriculum.stages import Stage
 from omni_fast.curriculum.transfer import Transfer
 
 SETTLED = 0.975  # share of draws in which the best order beats the second best: the gap's 95 % interval is then above 0
@@ -58,6 +59,16 @@ class Decision:
     def settled(self) -> bool:
         """Whether the data tell the order from the second best one."""
         return self.second is None or (self.optima == 1 and (self.beats_second or 0.0) >= SETTLED)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is trained in which order, and why. transfer and decision are None where nothing was measured."""
+
+    stages: list[Stage]
+    statement: str
+    transfer: Transfer | None
+    decision: Decision | None
 
 
 def decide(transfer: Transfer) -> Decision:

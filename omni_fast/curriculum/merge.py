@@ -1,7 +1,7 @@
 """Merging of single-task policies: the baseline that needs no further training.
 
-    linear           sum_i w_i theta_i                                          (Wortsman et al. 2022)
-    task_arithmetic  theta_0 + scale sum_i w_i tau_i,  tau_i = theta_i - theta_0  (Ilharco et al. 2023)
+    linear           mean of theta_i                                              (Wortsman et al. 2022)
+    task_arithmetic  theta_0 + scale * mean of tau_i,  tau_i = theta_i - theta_0  (Ilharco et al. 2023)
     ties             theta_0 + scale * mean of the trimmed tau_i that agree in sign  (Yadav et al. 2023)
     dare             task_arithmetic with each tau_i dropped out and rescaled   (Yu et al. 2024)
     dare_ties        drop-out and rescaling in place of the trim, then the sign election of ties
@@ -31,15 +31,13 @@ def merge(
     base: Weights,
     models: Sequence[Weights],
     *,
-    shares: Sequence[float] | None = None,
     scale: float = 1.0,
     density: float = 0.5,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Merge single-task models.
 
-    shares: a weight per model, normalised to sum 1 (by default equal).   scale: of the merged task vector (not for
-    linear).
+    scale: of the merged task vector (not for linear).
     density: share of each task vector that is kept (ties, dare).   seed: of the drop-out (dare).
     """
     if not models:
@@ -48,8 +46,6 @@ def merge(
         raise UserError(f"Merge density is {density}; it is the share of changes kept, above 0 and at most 1.")
     for number, model in enumerate(models):
         _check(base, model, number)
-    total = sum(shares) if shares else 0.0
-    weights = [share / total for share in shares] if shares else [1.0 / len(models)] * len(models)
     merged: dict[str, Tensor] = {}
     for name, start in base.items():
         if not start.is_floating_point():
@@ -61,10 +57,8 @@ def merge(
             deltas = [_drop(delta, density, seed, f"{number}:{name}") for number, delta in enumerate(deltas)]
         if method == "ties":
             deltas = [_trim(delta, density) for delta in deltas]
-        if method in ("ties", "dare_ties"):
-            change = _elect(torch.stack(deltas), weights)
-        else:
-            change = torch.stack([w * delta for w, delta in zip(weights, deltas, strict=True)]).sum(dim=0)
+        stack = torch.stack(deltas)
+        change = _elect(stack) if method in ("ties", "dare_ties") else stack.mean(dim=0)
         merged[name] = (origin + (1.0 if method == "linear" else scale) * change).to(start.dtype)
     return merged
 
@@ -93,9 +87,7 @@ def _drop(delta: Tensor, density: float, seed: int, key: str) -> Tensor:
     return torch.where(kept.to(delta.device), delta / density, torch.zeros_like(delta))
 
 
-def _elect(deltas_M: Tensor, weights: Sequence[float]) -> Tensor:
-    """Per entry the sign of the weighted sum, then the weighted mean of the non-zero entries that have that sign."""
-    w_M = torch.tensor(weights).view(-1, *[1] * (deltas_M.dim() - 1))
-    sign = torch.sign((w_M * deltas_M).sum(dim=0))
-    agree_M = ((torch.sign(deltas_M) == sign) & (deltas_M != 0)) * w_M
-    return (agree_M * deltas_M).sum(dim=0) / agree_M.sum(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
+def _elect(deltas_M: Tensor) -> Tensor:
+    """Per entry the sign of the sum, then the mean of the non-zero entries that have that sign."""
+    agree_M = (torch.sign(deltas_M) == torch.sign(deltas_M.sum(dim=0))) & (deltas_M != 0)
+    return (agree_M * deltas_M).sum(dim=0) / agree_M.sum(dim=0).clamp(min=1)

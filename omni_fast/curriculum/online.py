@@ -9,16 +9,15 @@ One interface for four published ones, so that a study can compare them with a s
 
 `allocate` says how many prompts of which task the next step takes, `observe` takes in what the step showed. Draws
 depend on the seed and the step alone, so the state is a few numbers per task and a resumed run allocates as an
-uninterrupted one. Formulas are those of the papers' abstracts and public texts; where a constant is not public, the
-default is ours and is a parameter.
+uninterrupted one. Formulas are those of the papers' abstracts and public texts; constants that are not public are ours.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypedDict
+from typing import Any, Literal
 
 import numpy as np
 
@@ -43,40 +42,34 @@ class Feedback:
     sketch: Floats | None = None
 
 
-class SchedulerState(TypedDict):
-    """JSON-ready. tasks: per task, named lists of numbers."""
+class Scheduler:
+    """Chooses the mixture of each step; keeps named lists of numbers per task in `memory`."""
 
-    method: str
-    step: int
-    tasks: dict[str, dict[str, list[float]]]
-
-
-class Scheduler(Protocol):
-    """Chooses the mixture of each step."""
+    def __init__(self, tasks: Sequence[str], seed: int) -> None:
+        self.tasks, self.seed, self.step = tuple(tasks), seed, 0
+        self.memory: dict[str, dict[str, list[float]]] = {task: {} for task in tasks}
 
     def allocate(self, prompts: int) -> dict[str, int]:
         """Prompts per task for the next step; they sum to `prompts`."""
-        ...
+        raise NotImplementedError
 
     def observe(self, feedback: Mapping[str, Feedback]) -> None:
         """Take in one step; tasks without prompts in it are absent."""
-        ...
+        self.step += 1
 
-    def state_dict(self) -> SchedulerState: ...
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"method": type(self).__name__.lower(), "step": self.step, "tasks": self.memory}
 
-    def load_state_dict(self, state: SchedulerState) -> None: ...
-
-
-class _Bandit:
-    """Steps, seeds and state shared by the schedulers; each keeps named lists of numbers per task in `memory`."""
-
-    method: Method
-
-    def __init__(self, tasks: Sequence[str], seed: int) -> None:
-        self.tasks = tuple(tasks)
-        self.seed = seed
-        self.step = 0
-        self.memory: dict[str, dict[str, list[float]]] = {task: {} for task in tasks}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken. UserError when it is of another scheduler, or of other tasks."""
+        if state["method"] != type(self).__name__.lower() or set(state["tasks"]) != set(self.tasks):
+            raise UserError(
+                f"The saved scheduler is {state['method']} over {', '.join(state['tasks'])}, this run's is"
+                f" {type(self).__name__.lower()} over {', '.join(self.tasks)}; resume with the configuration it was started with."
+            )
+        self.step = state["step"]
+        self.memory = {t: {name: list(kept) for name, kept in memory.items()} for t, memory in state["tasks"].items()}
 
     def rng(self) -> np.random.Generator:
         return np.random.default_rng([self.seed, self.step])
@@ -88,155 +81,113 @@ class _Bandit:
 
     def keep(self, task: str, name: str, value: float, window: int = 1) -> None:
         """Append a number, keeping the last `window` of them."""
-        kept = self.memory[task].setdefault(name, [])
-        kept.append(float(value))
-        del kept[:-window]
+        self.memory[task][name] = [*self.memory[task].get(name, []), float(value)][-window:]
 
     def mean(self, task: str, name: str) -> float:
         kept = self.memory[task].get(name)
         return sum(kept) / len(kept) if kept else 0.0
 
-    def state_dict(self) -> SchedulerState:
-        tasks = {task: {name: list(kept) for name, kept in memory.items()} for task, memory in self.memory.items()}
-        return {"method": self.method, "step": self.step, "tasks": tasks}
+    def counted(self, counts: Iterable[int]) -> dict[str, int]:
+        return {task: int(n) for task, n in zip(self.tasks, counts, strict=True)}
 
-    def load_state_dict(self, state: SchedulerState) -> None:
-        if state["method"] != self.method or set(state["tasks"]) != set(self.tasks):
-            raise UserError(
-                f"The saved scheduler is {state['method']} over {', '.join(state['tasks'])}, this run's is"
-                f" {self.method} over {', '.join(self.tasks)}; resume with the configuration the run was started with."
-            )
-        self.step = state["step"]
-        self.memory = {t: {name: list(kept) for name, kept in memory.items()} for t, memory in state["tasks"].items()}
-
-    def _spread(self, scores: Sequence[float], temperature: float, prompts: int) -> dict[str, int]:
+    def softmax(self, scores: Sequence[float] | Floats, temperature: float, prompts: int) -> dict[str, int]:
         """Prompts drawn from the softmax of scores / temperature."""
         logits = np.asarray(scores, dtype=np.float64) / temperature
         shares = np.exp(logits - logits.max())
-        counts = self.rng().multinomial(prompts, shares / shares.sum())
-        return {task: int(n) for task, n in zip(self.tasks, counts, strict=True)}
+        return self.counted(self.rng().multinomial(prompts, shares / shares.sum()))
 
 
-class Sec(_Bandit):
+class Sec(Scheduler):
     """Q <- alpha |A| + (1 - alpha) Q per task; shares proportional to exp(Q / temperature)."""
 
-    method: Method = "sec"
-
-    def __init__(self, tasks: Sequence[str], seed: int, *, alpha: float = 0.5, temperature: float = 0.2) -> None:
-        super().__init__(tasks, seed)
-        self.alpha, self.temperature = alpha, temperature
+    ALPHA, TEMPERATURE = 0.5, 0.2
 
     def allocate(self, prompts: int) -> dict[str, int]:
-        return self._spread([self.value(task, "q") for task in self.tasks], self.temperature, prompts)
+        return self.softmax([self.value(task, "q") for task in self.tasks], self.TEMPERATURE, prompts)
 
     def observe(self, feedback: Mapping[str, Feedback]) -> None:
         for task, seen in feedback.items():
-            self.keep(task, "q", self.alpha * seen.advantage + (1 - self.alpha) * self.value(task, "q"))
-        self.step += 1
+            self.keep(task, "q", self.ALPHA * seen.advantage + (1 - self.ALPHA) * self.value(task, "q"))
+        super().observe(feedback)
 
 
-class Dump(_Bandit):
+class Dump(Scheduler):
     """Mean |A| over a sliding window plus sqrt(2 ln(n + 1) / (n_d + 1)), softmaxed; n counts prompts."""
 
-    method: Method = "dump"
-
-    def __init__(self, tasks: Sequence[str], seed: int, *, window: int = 16, temperature: float = 0.1) -> None:
-        super().__init__(tasks, seed)
-        self.window, self.temperature = window, temperature
+    WINDOW, TEMPERATURE = 16, 0.1
 
     def allocate(self, prompts: int) -> dict[str, int]:
-        counts = [self.value(task, "count") for task in self.tasks]
-        log_total = math.log(sum(counts) + 1)
-        bonus = [math.sqrt(2 * log_total / (count + 1)) for count in counts]
-        scores = [self.mean(task, "advantage") + extra for task, extra in zip(self.tasks, bonus, strict=True)]
-        return self._spread(scores, self.temperature, prompts)
+        counts = np.array([self.value(task, "count") for task in self.tasks])
+        bonus = np.sqrt(2 * math.log(counts.sum() + 1) / (counts + 1))
+        return self.softmax([self.mean(task, "advantage") for task in self.tasks] + bonus, self.TEMPERATURE, prompts)
 
     def observe(self, feedback: Mapping[str, Feedback]) -> None:
         for task, seen in feedback.items():
-            self.keep(task, "advantage", seen.advantage, self.window)
+            self.keep(task, "advantage", seen.advantage, self.WINDOW)
             self.keep(task, "count", self.value(task, "count") + seen.prompts)
-        self.step += 1
+        super().observe(feedback)
 
 
-class Pac(_Bandit):
+class Pac(Scheduler):
     """u = (1 + s_prog) s_adv per task, a Gaussian posterior over u, one Thompson draw per prompt.
 
-    s_adv: windowed mean |A|.   s_prog: the slope of the task's mean reward over the window, over the sum of all
-    |slopes|.
-    Precision of an observation: prompts of the task / (prompts of the step / K). `drift` widens every posterior each
-    step. The first `cold` steps are uniform (the authors' 50 suits runs of hundreds of steps; shorten it for short
-    ones).
+    s_adv: windowed mean |A|.   s_prog: the slope of the task's mean reward over the window, over the sum of all |slopes|.
+    Precision of an observation: prompts of the task / (prompts of the step / K). DRIFT widens every posterior each step.
+    The first `cold` steps are uniform (the authors' 50 suits runs of hundreds of steps).
     """
 
-    method: Method = "pac"
+    WINDOW, DRIFT = 16, 0.02
 
-    def __init__(
-        self, tasks: Sequence[str], seed: int, *, window: int = 16, cold: int = 50, drift: float = 0.02
-    ) -> None:
+    def __init__(self, tasks: Sequence[str], seed: int, cold: int) -> None:
         super().__init__(tasks, seed)
-        self.window, self.cold, self.drift = window, cold, drift
+        self.cold = cold
 
     def allocate(self, prompts: int) -> dict[str, int]:
-        if self.step < self.cold:
-            return _even(self.tasks, prompts, self.step)
+        k = len(self.tasks)
+        if self.step < self.cold:  # as equal as whole prompts allow; who gets the rest moves on with the step
+            base, rest = divmod(prompts, k)
+            return self.counted([base + ((place - self.step * rest) % k < rest) for place in range(k)])
         means = np.array([self.value(task, "mean") for task in self.tasks])
         spreads = np.sqrt([self.value(task, "variance", 1.0) for task in self.tasks])
-        chosen = np.argmax(self.rng().normal(means, spreads, (prompts, len(self.tasks))), axis=1)
-        counts = np.bincount(chosen, minlength=len(self.tasks))
-        return {task: int(n) for task, n in zip(self.tasks, counts, strict=True)}
+        chosen = np.argmax(self.rng().normal(means, spreads, (prompts, k)), axis=1)
+        return self.counted(np.bincount(chosen, minlength=k))
 
     def observe(self, feedback: Mapping[str, Feedback]) -> None:
         for task, seen in feedback.items():
-            self.keep(task, "reward", seen.reward, self.window)
-            self.keep(task, "advantage", seen.advantage, self.window)
+            self.keep(task, "reward", seen.reward, self.WINDOW)
+            self.keep(task, "advantage", seen.advantage, self.WINDOW)
         slopes = {task: _slope(self.memory[task].get("reward", [])) for task in self.tasks}
         total = sum(abs(slope) for slope in slopes.values()) + 1e-8
         share = sum(seen.prompts for seen in feedback.values()) / len(self.tasks)
         for task in self.tasks:
             mean, variance = self.value(task, "mean"), self.value(task, "variance", 1.0)
-            seen_prompts = feedback[task].prompts if task in feedback else 0
-            rho = seen_prompts / share if share else 0.0
+            rho = feedback[task].prompts / share if task in feedback else 0.0
             utility = (1 + slopes[task] / total) * self.mean(task, "advantage")
             eta = 1 / variance + rho
             self.keep(task, "mean", (mean / variance + rho * utility) / eta)
-            self.keep(task, "variance", 1 / eta + self.drift)
-        self.step += 1
+            self.keep(task, "variance", 1 / eta + self.DRIFT)
+        super().observe(feedback)
 
 
-class Tac(_Bandit):
-    """S = beta L + (1 - beta) T, plus an upper-confidence bonus, softmaxed; the whole step goes to the task drawn.
+class Tac(Scheduler):
+    """S = BETA L + (1 - BETA) T, plus an upper-confidence bonus, softmaxed; the whole step goes to the task drawn.
 
-    L: |A| z-scored by its running mean and spread over all tasks.   T: mean cosine between the task's running gradient
-    direction and the other tasks', smoothed and min-max normalised over the tasks: the gradient-space cousin of
-    transfer. The first `rounds` passes go through the tasks in turn.
+    L: |A| z-scored by its mean and spread over all tasks.   T: mean cosine between the task's running gradient direction
+    and the other tasks', smoothed and min-max normalised over the tasks: the gradient-space cousin of transfer. The
+    first steps go through the tasks in turn.
     """
 
-    method: Method = "tac"
-
-    def __init__(
-        self,
-        tasks: Sequence[str],
-        seed: int,
-        *,
-        beta: float = 0.5,
-        smoothing: float = 0.9,
-        temperature: float = 0.3,
-        bonus: float = 0.3,
-        rounds: int = 1,
-    ) -> None:
-        super().__init__(tasks, seed)
-        self.beta, self.smoothing, self.temperature = beta, smoothing, temperature
-        self.bonus, self.rounds = bonus, rounds
+    BETA, SMOOTHING, TEMPERATURE, BONUS = 0.5, 0.9, 0.3, 0.3
 
     def allocate(self, prompts: int) -> dict[str, int]:
-        if self.step < self.rounds * len(self.tasks):
-            chosen = self.tasks[self.step % len(self.tasks)]
+        if self.step < len(self.tasks):
+            chosen = self.tasks[self.step]
         else:
-            chosen = max(self._spread(self._scores(), self.temperature, 1).items(), key=lambda pair: pair[1])[0]
+            chosen = max(self.softmax(self._scores(), self.TEMPERATURE, 1).items(), key=lambda pair: pair[1])[0]
         return {task: prompts if task == chosen else 0 for task in self.tasks}
 
     def observe(self, feedback: Mapping[str, Feedback]) -> None:
-        keep = self.smoothing
+        keep = self.SMOOTHING
         for task, seen in feedback.items():
             self.keep(task, "advantage", seen.advantage)
             self.keep(task, "count", self.value(task, "count") + 1)
@@ -244,54 +195,38 @@ class Tac(_Bandit):
                 direction = seen.sketch / np.linalg.norm(seen.sketch)
                 old = np.asarray(self.memory[task].get("direction", np.zeros_like(direction)))
                 self.memory[task]["direction"] = [float(x) for x in keep * old + (1 - keep) * direction]
-        cosines = self._cosines()
-        for task, cosine in cosines.items():
+        for task, cosine in self._cosines().items():
             before = self.value(task, "alignment", cosine)
             self.keep(task, "alignment", keep * before + (1 - keep) * cosine)
-        self.step += 1
+        super().observe(feedback)
 
     def _cosines(self) -> dict[str, float]:
         """Mean cosine of each task's direction with the others' known so far."""
-        units = {}
-        for task in self.tasks:
-            h = np.asarray(self.memory[task].get("direction", []))
-            if h.size and np.linalg.norm(h) > 0:
-                units[task] = h / np.linalg.norm(h)
+        known = {task: np.asarray(memory["direction"]) for task, memory in self.memory.items() if "direction" in memory}
+        units = {task: h / norm for task, h in known.items() if (norm := np.linalg.norm(h)) > 0}
         return {
             task: float(np.mean([unit @ other for name, other in units.items() if name != task]))
             for task, unit in units.items()
             if len(units) > 1
         }
 
-    def _scores(self) -> list[float]:
-        learn = np.array([self.value(task, "advantage") for task in self.tasks])
+    def _scores(self) -> Floats:
+        learn, align, counts = (
+            np.array([self.value(task, name) for task in self.tasks]) for name in ("advantage", "alignment", "count")
+        )
         learn = (learn - learn.mean()) / (learn.std() + 1e-8)
-        align = np.array([self.value(task, "alignment") for task in self.tasks])
-        span = align.max() - align.min()
-        align = (align - align.min()) / span if span > 0 else np.zeros_like(align)
-        counts = np.array([self.value(task, "count") for task in self.tasks])
-        bonus = self.bonus * np.sqrt(2 * math.log(counts.sum() + 1) / (counts + 1))
-        return [float(x) for x in self.beta * learn + (1 - self.beta) * align + bonus]
+        align = (align - align.min()) / (np.ptp(align) or 1.0)
+        bonus = self.BONUS * np.sqrt(2 * math.log(counts.sum() + 1) / (counts + 1))
+        return np.asarray(self.BETA * learn + (1 - self.BETA) * align + bonus)
 
 
 def build_scheduler(method: Method, tasks: Sequence[str], seed: int, *, steps: int) -> Scheduler:
-    """The scheduler with its defaults; PAC's uniform start is at most a fifth of the run's `steps`."""
+    """The scheduler; PAC's uniform start is at most a fifth of the run's `steps`."""
     if method == "pac":
         return Pac(tasks, seed, cold=min(50, max(1, steps // 5)))
-    kinds: dict[str, type[Sec | Dump | Tac]] = {"sec": Sec, "dump": Dump, "tac": Tac}
-    return kinds[method](tasks, seed)
-
-
-def _even(tasks: Sequence[str], prompts: int, step: int) -> dict[str, int]:
-    """As equal as whole prompts allow; who gets the rest moves on with the step."""
-    base, rest = divmod(prompts, len(tasks))
-    extra = {tasks[(step * rest + k) % len(tasks)] for k in range(rest)}
-    return {task: base + (task in extra) for task in tasks}
+    return {"sec": Sec, "dump": Dump, "tac": Tac}[method](tasks, seed)
 
 
 def _slope(values: Sequence[float]) -> float:
     """Least-squares slope per step; 0 for fewer than two values."""
-    if len(values) < 2:
-        return 0.0
-    x = np.arange(len(values)) - (len(values) - 1) / 2
-    return float(x @ np.asarray(values) / (x @ x))
+    return float(np.polyfit(range(len(values)), values, 1)[0]) if len(values) > 1 else 0.0

@@ -17,9 +17,7 @@ the tasks' own numbering.
 
 from __future__ import annotations
 
-import difflib
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omni_fast.curriculum.scores import Floats
-from omni_fast.errors import UserError
 
 EXACT_LIMIT = 18
 TIE = 1e-10  # sums of at most 18 * 18 numbers below 1 agree far better than this; measured differences are above 1e-6
@@ -129,29 +126,10 @@ class _Tables:
                 options.append((gain + self.best[0, rest], j, 0))
                 if len(members) > 1:
                     options.append((gain + self.second[0, rest], j, 1))
-            _, j, rank = _ranked(options)[rank]
+            _, j, rank = sorted(options, key=lambda o: (-round(o[0], 10), o[1:]))[rank]  # ties: by task number
             order.append(j)
             subset ^= 1 << j
         return tuple(order)
-
-
-def _ranked(options: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
-    """Options by falling value; those within TIE of each other by task number."""
-    left = list(options)
-    out: list[tuple[float, int, int]] = []
-    while left and len(out) < 2:
-        top = max(value for value, _, _ in left)
-        pick = min((o for o in left if o[0] >= top - TIE), key=lambda o: (o[1], o[2]))
-        out.append(pick)
-        left.remove(pick)
-    return out
-
-
-def brute_force(matrix_KK: Floats) -> list[tuple[float, Order]]:
-    """All K! orders with their values, best first: the truth for small K, and the table a study prints."""
-    k = matrix_KK.shape[0]
-    ranked = [(order_value(matrix_KK, order), order) for order in itertools.permutations(range(k))]
-    return sorted(ranked, key=lambda pair: (-round(pair[0], 10), pair[1]))
 
 
 def greedy_net(matrix_KK: Floats) -> Order:
@@ -198,24 +176,6 @@ def regret_bound(matrix_KK: Floats, order: Sequence[int]) -> float:
     off = matrix_KK - np.diag(np.diagonal(matrix_KK))
     upper = float(np.triu(np.maximum(off, off.T), k=1).sum())
     return upper - order_value(matrix_KK, order)
-
-
-def user_order(names: Sequence[str], tasks: Sequence[str]) -> Order:
-    """The indices of a user-given order. UserError when a name is unknown, missing or given twice."""
-    for name in names:
-        if name not in tasks:
-            near = difflib.get_close_matches(name, tasks, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"the tasks are {', '.join(tasks)}."
-            raise UserError(f"The order names '{name}', which is not a task of this run; {hint}")
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise UserError(f"The order names '{twice[0]}' {names.count(twice[0])} times; name each task once.")
-    missing = [task for task in tasks if task not in names]
-    if missing:
-        raise UserError(
-            f"The order leaves out {', '.join(missing)}; name every task once, or remove it from the tasks."
-        )
-    return tuple(tasks.index(name) for name in names)
 
 
 def order_probability(draws_BKK: Floats, order: Sequence[int]) -> float:

@@ -2,8 +2,7 @@
 
 An item score is in 0..1, NaN where the infrastructure failed; such an item is left out. Which interval is used:
 
-* one score of 0/1 items, or of items that are all equal: Wilson (it stays honest at 0 and 1, where a bootstrap
-  collapses);
+* one score of 0/1 items, or of items that are all equal: Wilson (honest at 0 and 1, where a bootstrap collapses);
 * one score of fractional items: percentile bootstrap over the items;
 * differences, averages of differences and BWT: paired percentile bootstrap, every task's items resampled together in
   all checkpoints that are compared (the tasks are the strata).
@@ -52,22 +51,11 @@ class Estimate:
 
     def as_dict(self) -> ScoreDict:
         """JSON form: NaN becomes None."""
-        return {
-            "value": _finite(self.value),
-            "n": self.n,
-            "low": _finite(self.low),
-            "high": _finite(self.high),
-        }
-
-    @staticmethod
-    def from_dict(data: ScoreDict) -> Estimate:
-        """The inverse of `as_dict`."""
-        value, low, high = (math.nan if v is None else float(v) for v in (data["value"], data["low"], data["high"]))
-        return Estimate(value, data["n"], low, high)
+        value, low, high = (float(x) if math.isfinite(x) else None for x in (self.value, self.low, self.high))
+        return {"value": value, "n": self.n, "low": low, "high": high}
 
 
-def _finite(x: float) -> float | None:
-    return float(x) if math.isfinite(x) else None
+NOT_KNOWN = Estimate(math.nan, 0, math.nan, math.nan)
 
 
 def wilson(mean: float, n: int) -> tuple[float, float]:
@@ -99,7 +87,7 @@ def score(items: Floats, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
     """The mean of one task's item scores, Wilson or bootstrap as the module says."""
     x = _valid(items)
     if x.size == 0:
-        return Estimate(math.nan, 0, math.nan, math.nan)
+        return NOT_KNOWN
     mean = float(x.mean())
     if np.all((x == 0) | (x == 1)) or np.ptp(x) == 0:
         low, high = wilson(mean, x.size)
@@ -126,7 +114,7 @@ def mean_difference(before: ItemScores, after: ItemScores, *, draws: int = DRAWS
     for task, first in before.items():
         gain = _valid(_same_items(task, first, after[task])[1] - first)
         if gain.size == 0:
-            return Estimate(math.nan, 0, math.nan, math.nan)
+            return NOT_KNOWN
         means.append(float(gain.mean()))
         drawn.append(resample(gain.size, draws, rng) @ gain)
         n += gain.size
@@ -158,7 +146,7 @@ def backward_transfer(
     last = max(own.values(), default=0)
     earlier = {task: stage for task, stage in own.items() if stage < last}
     if not earlier:
-        return Estimate(math.nan, 0, math.nan, math.nan)
+        return NOT_KNOWN
     after_own = {task: rows[stage][task] for task, stage in earlier.items()}
     return mean_difference(after_own, {task: rows[-1][task] for task in earlier}, draws=draws, seed=seed)
 
@@ -169,7 +157,7 @@ def forward_transfer(
     """Mean over the tasks trained after the first stage of score just before the own stage - initial score."""
     later = {task: stage for task, stage in own_stages(trained).items() if stage > 1}
     if not later:
-        return Estimate(math.nan, 0, math.nan, math.nan)
+        return NOT_KNOWN
     base = {task: rows[0][task] for task in later}
     return mean_difference(base, {task: rows[stage - 1][task] for task, stage in later.items()}, draws=draws, seed=seed)
 
@@ -204,12 +192,6 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         running = max(running, min(1.0, (len(ranked) - rank) * p))
         adjusted[name] = running
     return {name: adjusted[name] for name in p_values}
-
-
-def sign_p_value(draws: Floats) -> float:
-    """Two-sided bootstrap p-value of "no difference": twice the smaller tail beyond 0, never below 1/(draws + 1)."""
-    tail = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
-    return min(1.0, 2.0 * (tail + 1) / (draws.size + 1))
 
 
 def _valid(x: Floats) -> Floats:

@@ -11,9 +11,8 @@ training seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -22,31 +21,18 @@ from omni_fast.curriculum.decide import Decision, decide
 from omni_fast.curriculum.scores import Floats
 from omni_fast.curriculum.transfer import Transfer, measure
 
-
-class Scorer(Protocol):
-    """Scores all K + 1 checkpoints on items start..stop of a task's `select` split."""
-
-    def __call__(self, task: str, start: int, stop: int) -> Floats:
-        """[K + 1, stop - start] in 0..1, row 0 the initial policy, row i + 1 the run of task i; NaN where it failed."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What was known after one batch."""
-
-    items: Mapping[str, int]
-    order: tuple[str, ...]
-    probability: float
+# (task, start, stop) -> scores of all K + 1 checkpoints on these items of a task's `select` split: [K + 1, stop - start] in
+# 0..1, row 0 the initial policy, row i + 1 the run of task i; NaN where it failed.
+Scorer = Callable[[str, int, int], Floats]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Result of a sequential measurement. settled: the order met the level before the items ran out, or at the end."""
+    """Result of a sequential measurement. items: used, per task.   settled: the order met the level in the end."""
 
     transfer: Transfer
     decision: Decision
-    looks: tuple[Look, ...]
+    items: dict[str, int]
     settled: bool
     evaluations: int
     evaluations_full: int
@@ -70,25 +56,21 @@ def settle_order(
     """Measure until the order is settled at `level`, or all items are used.
 
     sizes: `select` items per task.   first: items of every task at the first look (a bootstrap of fewer is not to be
-    trusted).
-    batch: items added to one task at each further look.
+    trusted).   batch: items added to one task at each further look.
     """
     scores = {task: scorer(task, 0, min(first, sizes[task])) for task in tasks}
     possible = 1 + sum(math.ceil((sizes[task] - scores[task].shape[1]) / batch) for task in tasks)
     wanted = 1.0 - (1.0 - level) / possible
-    looks: list[Look] = []
-    while True:
+    for look in range(possible):
         transfer = measure(
             {task: scores[task][0] for task in tasks},
             {trained: {task: scores[task][i + 1] for task in tasks} for i, trained in enumerate(tasks)},
-            seed=seed + len(looks),
+            seed=seed + look,
         )
         decision = decide(transfer)
         used = {task: scores[task].shape[1] for task in tasks}
-        probability = decision.probability if decision.probability is not None else 0.0
-        looks.append(Look(used, decision.order, probability))
         open_tasks = [task for task in tasks if used[task] < sizes[task]]
-        settled = probability >= wanted
+        settled = (decision.probability or 0.0) >= wanted
         if settled or not open_tasks:
             break
         task = _least_certain(transfer, decision, open_tasks)
@@ -96,7 +78,7 @@ def settle_order(
         scores[task] = np.concatenate([scores[task], more], axis=1)
     checkpoints = len(tasks) + 1
     full = checkpoints * sum(sizes[task] for task in tasks)
-    return Outcome(transfer, decision, tuple(looks), settled, checkpoints * sum(used.values()), full)
+    return Outcome(transfer, decision, used, settled, checkpoints * sum(used.values()), full)
 
 
 def _least_certain(transfer: Transfer, decision: Decision, candidates: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from omni_fast.curriculum.order import random_order, user_order
+from omni_fast.curriculum.order import random_order
 from omni_fast.curriculum.scores import Estimate
 from omni_fast.errors import UserError
 
@@ -45,41 +45,34 @@ class Stage:
         return self.tasks if self.joint else self.tasks[:1]
 
 
-def single_stages(tasks: Sequence[str], steps: Mapping[str, int]) -> list[Stage]:
-    """One stage per task, each to be run from the initial policy: what transfer is measured from."""
-    return [Stage(f"single:{task}", (task,), (1.0,), steps[task]) for task in tasks]
-
-
 def build_stages(
     mode: Mode,
     tasks: Sequence[str],
-    steps: Mapping[str, int],
+    steps: int,
     *,
     order: Sequence[str] = (),
     seed: int = 0,
     replay: float = 0.0,
-    weights: Mapping[str, float] | None = None,
+    weights: Mapping[str, float],
 ) -> list[Stage]:
-    """The stages of a run; every mode takes the same number of steps in total.
+    """The stages of a run, of so many steps for each task; every mode takes the same number in total.
 
-    order: the solved order for `curriculum` and `reversed`, the user's for `order`; unused by `random` (seed) and
-    `joint`.
+    order: the solved order for `curriculum` and `reversed`, the user's for `order`; unused by `random` (seed) and `joint`.
     replay: share of each later stage's prompts that go, in equal parts, to the tasks already trained (0 <= replay < 1).
-    weights: shares of the tasks in `joint`; by default in proportion to their steps.
+    weights: of the tasks in `joint`, above 0.
     """
     if not 0.0 <= replay < 1.0:
         raise UserError(
             f"curriculum.replay is {replay}; it is a share of each stage and has to be at least 0 and below 1."
         )
     if mode == "joint":
-        shares = _shares(tasks, weights or {task: float(steps[task]) for task in tasks})
-        return [Stage("joint", tuple(tasks), shares, sum(steps[task] for task in tasks), joint=True)]
+        total = sum(weights[task] for task in tasks)
+        shares = tuple(weights[task] / total for task in tasks)
+        return [Stage("joint", tuple(tasks), shares, steps * len(tasks), joint=True)]
     if mode == "random":
         names = [tasks[i] for i in random_order(len(tasks), seed)]
     else:
-        names = [tasks[i] for i in user_order(list(order), list(tasks))]
-        if mode == "reversed":
-            names.reverse()
+        names = list(reversed(order)) if mode == "reversed" else list(order)
     stages = []
     for place, task in enumerate(names):
         earlier = names[:place] if replay > 0 else []
@@ -89,27 +82,17 @@ def build_stages(
                 f"{mode}:{place + 1}:{task}",
                 (task, *earlier),
                 (own, *(replay / len(earlier) for _ in earlier)),
-                steps[task],
+                steps,
             )
         )
     return stages
 
 
-def refresh_stage(after_own: Mapping[str, Estimate], final: Mapping[str, Estimate], steps: int) -> Stage | None:
-    """A short stage for the task that fell furthest since its own stage (scores on `select`); None when none fell."""
+def fell_furthest(after_own: Mapping[str, Estimate], final: Mapping[str, Estimate]) -> str | None:
+    """The task that fell furthest since its own stage (scores on `select`), which a refresh trains; None when none fell."""
     drops = {task: after_own[task].value - final[task].value for task in after_own}
-    worst = max(drops, key=lambda task: drops[task], default=None)
-    if worst is None or not drops[worst] > 0:
-        return None
-    return Stage(f"refresh:{worst}", (worst,), (1.0,), steps)
-
-
-def _shares(tasks: Sequence[str], weights: Mapping[str, float]) -> tuple[float, ...]:
-    for task in tasks:
-        if task not in weights or not weights[task] > 0:
-            raise UserError(f"The mixing weight of '{task}' has to be above 0, got {weights.get(task)}.")
-    total = sum(weights[task] for task in tasks)
-    return tuple(weights[task] / total for task in tasks)
+    worst = max(drops, key=lambda task: drops[task])
+    return worst if drops[worst] > 0 else None
 
 
 class Draw(NamedTuple):
@@ -180,12 +163,9 @@ class PromptStream:
 
     def state_dict(self) -> StreamState:
         """Counts of prompts taken, JSON-ready."""
-        return {
-            "seed": self.seed,
-            "sizes": dict(self.sizes),
-            "taken": dict(self.taken),
-            "scheduled": dict(self.scheduled),
-        }
+        return StreamState(
+            seed=self.seed, sizes=dict(self.sizes), taken=dict(self.taken), scheduled=dict(self.scheduled)
+        )
 
     def load_state_dict(self, state: StreamState) -> None:
         """Continue where `state_dict` was taken. UserError when the data or the seed are not those of the state."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from omni_fast.curriculum.scores import DRAWS, Estimate, Floats, ItemScores, flips, interval, resample, score
+from omni_fast.curriculum.scores import DRAWS, Estimate, Floats, ItemScores, flips, interval, resample
 from omni_fast.errors import RunError
 
 
@@ -62,20 +62,14 @@ class Transfer:
         """T of each bootstrap draw [B, K, K]."""
         return self.draws_BMK[:, 1:] - self.draws_BMK[:, :1]
 
-    def effect(self, trained: str, scored: str) -> Estimate:
-        """T[trained -> scored] with its paired interval."""
-        i, j = self.tasks.index(trained), self.tasks.index(scored)
-        low, high = interval(self.matrix_draws_BKK[:, i, j])
-        return Estimate(float(self.matrix_KK[i, j]), self.n_K[j], low, high)
-
     def effects(self) -> dict[str, dict[str, Estimate]]:
-        """Trained task -> scored task -> T, the diagonal included."""
-        return {i: {j: self.effect(i, j) for j in self.tasks} for i in self.tasks}
-
-    def flips(self) -> dict[str, dict[str, dict[str, int]]]:
-        """Trained task -> scored task -> {"lost": items 1 -> 0, "gained": items 0 -> 1}."""
+        """Trained task -> scored task -> T with its paired interval, the diagonal included."""
+        draws = self.matrix_draws_BKK
         return {
-            a: {b: {"lost": self.lost_KK[i][j], "gained": self.gained_KK[i][j]} for j, b in enumerate(self.tasks)}
+            a: {
+                b: Estimate(float(self.matrix_KK[i, j]), self.n_K[j], *interval(draws[:, i, j]))
+                for j, b in enumerate(self.tasks)
+            }
             for i, a in enumerate(self.tasks)
         }
 
@@ -129,8 +123,3 @@ def measure(base: ItemScores, single: Mapping[str, ItemScores], *, draws: int = 
         lost_KK=tuple(zip(*lost, strict=True)),
         gained_KK=tuple(zip(*gained, strict=True)),
     )
-
-
-def single_scores(single: Mapping[str, ItemScores]) -> dict[str, dict[str, Estimate]]:
-    """Trained task -> scored task -> score with its own interval (for a report; differences belong to `measure`)."""
-    return {trained: {task: score(items) for task, items in row.items()} for trained, row in single.items()}

@@ -1,74 +1,47 @@
-"""The plan of a run on a terminal: measured transfer, the order, its forecast.
-
-What report.html shows with drawings, as rich tables; numbers carry their 95 % intervals.
-"""
+"""The plan of a run on a terminal: measured transfer, the order, its forecast, with 95 % intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from omni_fast.curriculum.decide import Decision
+from omni_fast.curriculum.decide import Plan
 from omni_fast.curriculum.predict import forecast
 from omni_fast.curriculum.scores import Estimate
-from omni_fast.curriculum.stages import Stage
-from omni_fast.curriculum.transfer import Transfer
-
-
-class Plan(Protocol):
-    """What is needed of a solved plan; transfer and decision are None where the order was not measured."""
-
-    @property
-    def stages(self) -> Sequence[Stage]: ...
-    @property
-    def transfer(self) -> Transfer | None: ...
-    @property
-    def decision(self) -> Decision | None: ...
 
 
 def plan_table(plan: Plan) -> RenderableType:
-    """Stages, and where transfer was measured the matrix, the forecast and the alternatives."""
+    """Stages, and where transfer was measured the matrix, the forecast and the runner-up."""
     parts: list[RenderableType] = []
     if plan.transfer is not None:
-        parts.append(transfer_table(plan.transfer))
-        parts.append(_forecast_table(plan.transfer, [stage.own[0] for stage in plan.stages if not stage.joint]))
-    stages = Table(title="Stages", title_justify="left", show_edge=False)
-    for head in ("stage", "steps", "prompts from"):
-        stages.add_column(head, justify="right" if head == "steps" else "left")
+        measured, tasks = plan.transfer, plan.transfer.tasks
+        effects = [(i, *(_change(row[task]) for task in tasks)) for i, row in measured.effects().items()]
+        parts.append(_table("Transfer (split select)", ["trained \\ scored on", *tasks], effects))
+        final = forecast(measured, [stage.own[0] for stage in plan.stages if not stage.joint])
+        told = [f"{final[task].value:.3f} ({final[task].low:.3f} to {final[task].high:.3f})" for task in tasks]
+        reached = [[f"{x:.3f}" for x in column] for column in (measured.base_K, measured.own_K)]
+        rows = list(zip(tasks, *reached, told, strict=True))
+        parts.append(_table("Forecast (split select)", ["task", "initial policy", "own run", "after all stages"], rows))
+    stages = []
     for stage in plan.stages:
-        shares = ", ".join(f"{task} {weight:.0%}" for task, weight in zip(stage.tasks, stage.weights, strict=True))
-        stages.add_row(Text(stage.name), str(stage.steps), Text(shares))
-    parts.append(stages)
+        shares = zip(stage.tasks, stage.weights, strict=True)
+        stages.append((stage.name, str(stage.steps), ", ".join(f"{task} {weight:.0%}" for task, weight in shares)))
+    parts.append(_table("Stages", ["stage", "steps", "prompts from"], stages))
     if plan.decision is not None and plan.decision.second is not None and plan.decision.gap is not None:
-        ahead = _change(plan.decision.gap)
-        second = " -> ".join(plan.decision.second)
+        second, ahead = " -> ".join(plan.decision.second), _change(plan.decision.gap)
         parts.append(Text(f"second best: {second}, summed forecast behind by {ahead}"))
     return Group(*parts)
 
 
-def transfer_table(transfer: Transfer) -> Table:
-    """T[i -> j] with intervals; the diagonal is each task's own gain."""
-    table = Table(title="Transfer (split select)", title_justify="left", show_edge=False)
-    table.add_column("trained \\ scored on")
-    for task in transfer.tasks:
-        table.add_column(Text(task), justify="right")
-    for trained, row in transfer.effects().items():
-        table.add_row(Text(trained), *(Text(_change(row[task])) for task in transfer.tasks))
-    return table
-
-
-def _forecast_table(transfer: Transfer, order: Sequence[str]) -> Table:
-    table = Table(title="Forecast (split select)", title_justify="left", show_edge=False)
-    for head in ("task", "initial policy", "own run", "after all stages"):
-        table.add_column(head, justify="left" if head == "task" else "right")
-    final = forecast(transfer, order)
-    for j, task in enumerate(transfer.tasks):
-        told = f"{final[task].value:.3f} ({final[task].low:.3f} to {final[task].high:.3f})"
-        table.add_row(Text(task), f"{transfer.base_K[j]:.3f}", f"{transfer.own_K[j]:.3f}", told)
+def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_edge=False)
+    for place, head in enumerate(heads):
+        table.add_column(Text(head), justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from omni_fast.curriculum.decide import Decision, decide
 from omni_fast.curriculum.proxy import Agreement, agreement, cosine_matrix
-from omni_fast.curriculum.scores import Estimate, Floats, flips, holm, own_stages
+from omni_fast.curriculum.scores import NOT_KNOWN, Estimate, Floats, flips, holm, own_stages
 from omni_fast.curriculum.sequential import settle_order
 from omni_fast.curriculum.transfer import Transfer
-from omni_fast.study.analysis_draws import NOT_KNOWN, UNKNOWN, Contrast, Draws, Names, Runs, joint_draws
+from omni_fast.study.analysis_draws import UNKNOWN, Contrast, Draws, Names, Runs, joint_draws
 from omni_fast.study.records import Arm, Cell, Node, Study
 
 JOINT, MERGE, BASE = "joint", "merge:linear", "base"
@@ -220,26 +220,21 @@ def transfer_part(study: Study) -> TransferPart | None:
         for a, i in enumerate(study.tasks)
         for b, j in enumerate(study.tasks)
     }
-    decision, outcomes = decide(transfer), []
-    for seed in draws.seeds:
-        stacks = {task: np.stack([policies[name][seed][task] for name in (BASE, *study.tasks)]) for task in study.tasks}
-        stacks = {task: rows[:, ~np.isnan(rows).any(axis=0)] for task, rows in stacks.items()}
-        sizes = {task: rows.shape[1] for task, rows in stacks.items()}
-        outcome = settle_order(study.tasks, sizes, lambda task, a, b, rows=stacks: rows[task][:, a:b])
-        alone = measure(single_runs(study, [seed]), study.tasks)
-        same = alone is not None and outcome.decision.order == decide(alone[0]).order
-        outcomes.append((outcome.saved, outcome.settled, same))
-    saved, settled, same_order = np.mean(np.array(outcomes, dtype=np.float64), axis=0)
-    return TransferPart(
-        transfer,
-        draws.seeds,
-        effects,
-        decision,
-        float(saved),
-        float(settled),
-        float(same_order),
-        tuple(_proxies(study, draws.seeds)),
-    )
+    outcomes = [_sequential(study, seed) for seed in draws.seeds]
+    saved, settled, same = (float(x) for x in np.mean(np.array(outcomes, dtype=np.float64), axis=0))
+    proxies = tuple(_proxies(study, draws.seeds))
+    return TransferPart(transfer, draws.seeds, effects, decide(transfer), saved, settled, same, proxies)
+
+
+def _sequential(study: Study, seed: int) -> tuple[float, bool, bool]:
+    """One seed's stored scores replayed in batches: the share saved, whether it settled, whether on the full order."""
+    policies = single_runs(study, [seed])
+    stacks = {task: np.stack([policies[name][seed][task] for name in (BASE, *study.tasks)]) for task in study.tasks}
+    stacks = {task: rows[:, ~np.isnan(rows).any(axis=0)] for task, rows in stacks.items()}
+    sizes = {task: rows.shape[1] for task, rows in stacks.items()}
+    outcome = settle_order(study.tasks, sizes, lambda task, start, stop: stacks[task][:, start:stop])
+    alone = measure(policies, study.tasks)
+    return outcome.saved, outcome.settled, alone is not None and outcome.decision.order == decide(alone[0]).order
 
 
 def _proxies(study: Study, seeds: Sequence[int]) -> list[ProxyRow]:

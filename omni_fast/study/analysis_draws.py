@@ -21,12 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from omni_fast.curriculum.scores import DRAWS, Estimate, Floats, ItemScores, resample, wilson
+from omni_fast.curriculum.scores import DRAWS, NOT_KNOWN, Estimate, Floats, ItemScores, resample, wilson
 
 Runs = Mapping[int, ItemScores]  # seed -> task -> item scores [n_items], NaN where the infrastructure failed
 Names = tuple[str, ...]
 Statistic = Callable[[Floats], Floats]  # scores [..., A, K] -> a number for each leading index [...]
-NOT_KNOWN = Estimate(math.nan, 0, math.nan, math.nan)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from omni_fast.curriculum import order as orders_
 from omni_fast.curriculum.entropy import effective_temperature, entropy_aware
-from omni_fast.curriculum.predict import additive_rows
+from omni_fast.curriculum.predict import walk
 from omni_fast.curriculum.scores import Floats
 from omni_fast.study.analysis import competitors, measure, single_runs
 from omni_fast.study.analysis_draws import UNKNOWN, Contrast, Draws, Names, over_seeds
@@ -139,7 +139,7 @@ def _correction(study: Study, at: Realised) -> dict[str, Residual]:
         rows = []
         for (seed, order), node in leaves.items():
             base, stages = bases[seed], [index[task] for task in order]
-            told = additive_rows(scores_MK[0], np.diagonal(scores_MK[1:]), scores_MK[1:] - scores_MK[0], stages)[-1]
+            told = walk(scores_MK, (), stages)[-1]
             rows.append(np.abs(np.array(_decoded(base, node, study.tasks, corrected)) - np.clip(told, 0.0, 1.0)))
         off_PNK.append(np.stack(rows))
     seed_N = np.array([seed for seed, _ in leaves])

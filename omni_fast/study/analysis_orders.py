@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from scipy import stats
@@ -140,14 +141,8 @@ def realised(study: Study) -> Realised | None:
 def predicted(transfer: Transfer, order: Names) -> dict[str, Floats]:
     """Name of a forecast -> final scores [K] of an order, inside 0..1."""
     stages = [transfer.tasks.index(task) for task in order]
-    base, own = transfer.base_K, transfer.own_K
-    ratios = predict.smoothed_ratios(transfer.scores_MK, transfer.n_K)
-    out = {
-        "additive": predict.additive_rows(base, own, transfer.matrix_KK, stages)[-1],
-        "multiplicative": predict.multiplicative_rows(base, own, ratios, stages)[-1],
-        NO_TRANSFER: own,
-    }
-    return {name: np.clip(scores, 0.0, 1.0) for name, scores in out.items()}
+    out = {form: predict.walk(transfer.scores_MK, transfer.n_K, stages, form)[-1] for form in get_args(predict.Form)}
+    return {name: np.clip(scores, 0.0, 1.0) for name, scores in (out | {NO_TRANSFER: transfer.own_K}).items()}
 
 
 def forecast_part(study: Study, at: Realised) -> ForecastPart | None:

@@ -8,17 +8,20 @@ stages; a merge has the samples of the runs it merges; sft generates as many and
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import get_args
 
 from omni_fast.config import Config, CurriculumConfig
 from omni_fast.curriculum.order import random_order
 from omni_fast.curriculum.stages import Stage
+from omni_fast.errors import UserError
 from omni_fast.run import BASE
-from omni_fast.study.config import StudyConfig
+from omni_fast.study.config import Family, StudyConfig
 from omni_fast.study.records import Arm, Kind, slug
 
 Path = tuple[str, ...]
@@ -33,6 +36,15 @@ class Design:
     name: str
     config: Config
     study: StudyConfig
+
+    def __post_init__(self) -> None:
+        """UserError for a primary contrast of what can be no arm, or of an arm with itself."""
+        names = [name for family in get_args(Family) for name, _ in self._names(family)]
+        unknown = [name for name in self.study.primary if name not in names]
+        if unknown or len(set(self.study.primary)) < 2:
+            near = difflib.get_close_matches(unknown[0], names, n=1) if unknown else []
+            hint = f"did you mean '{near[0]}'?" if near else "name two different arms, for example solved and joint"
+            raise UserError(f"study.primary is {' - '.join(self.study.primary)}: {hint}")
 
     @property
     def tasks(self) -> list[str]:

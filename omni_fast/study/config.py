@@ -22,16 +22,18 @@ Family = Literal[
 ]  # fmt: skip
 Method = Literal["linear", "task_arithmetic", "ties", "dare", "dare_ties"]
 Online = Literal["sec", "dump", "pac", "tac"]
+Arms = Annotated[list[Family], Field(min_length=1)]
+Scale = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 RESERVED = ("base", "joint", "sft", "merge", "online")  # as names of tasks: they name stages
 
 
 class StudyConfig(Section):
-    arms: list[Family] = ["base", "single", "joint", "solved", "reversed", "random", "merge", "sft", "online"]
+    arms: Arms = ["base", "single", "joint", "solved", "reversed", "random", "merge", "sft", "online"]
     primary: list[str] = ["solved", "joint"]  # the one contrast declared beforehand, first minus second
     seeds: Positive = 5  # of base, single, joint, solved, reversed, merge
     other_seeds: Positive = 2  # of all other arms
     merges: list[Method] = ["linear", "task_arithmetic", "ties", "dare"]
-    merge_scales: list[float] = [1.0, 2.0, 3.0, 4.0]  # of the merged task vector, the best one on `select` is taken
+    merge_scales: list[Scale] = [1.0, 2.0, 3.0, 4.0]  # of the merged task vector, the best one on `select` is taken
     merge_density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5  # ties, dare: share of a task vector that is kept
     online: list[Online] = ["sec", "dump", "pac", "tac"]
     probe_steps: NonNegative = 0  # of the arm "probe": short single-task runs as a proxy of transfer

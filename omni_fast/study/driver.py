@@ -32,7 +32,7 @@ from omni_fast.checkpoint import run_lock, write_json
 from omni_fast.config import Config
 from omni_fast.curriculum import scores
 from omni_fast.curriculum.decide import decide
-from omni_fast.curriculum.stages import refresh_stage
+from omni_fast.curriculum.stages import fell_furthest
 from omni_fast.curriculum.transfer import measure
 from omni_fast.errors import RunError, UserError
 from omni_fast.run import Interrupted, added_tasks
@@ -42,7 +42,7 @@ from omni_fast.study.arms import Path as Stages
 from omni_fast.study.progress import StudyProgress
 from omni_fast.study.records import Arm
 from omni_fast.study.seed_run import SeedRun
-from omni_fast.study.tree import Tree
+from omni_fast.study.tree import Tree, said
 
 EVALUATION_WORK = 10.0  # steps that scoring a policy counts for, in the time left
 PACKAGES = ("omni-fast", "torch", "transformers", "numpy")
@@ -141,7 +141,7 @@ class _Seed:
         single_scores = {task: self.tree.scores(path, "select") for task, path in self._singles().items()}
         for task in self.design.tasks:
             columns = [base[task], *(row[task] for row in single_scores.values())]
-            if all(np.array_equal(column, columns[0], equal_nan=True) for column in columns):
+            if all(np.array_equal(column, columns[0]) for column in columns):
                 self.progress.warn(
                     f"{task}: every policy has the same score ({scores.score(columns[0]).value:.3f}), so nothing is known of"
                     " what other tasks do to it; look at its prompts and its verifier"
@@ -160,10 +160,8 @@ class _Seed:
         final = self.tree.scores(path, "select")
         after = {task: scores.score(found[task]) for task, found in own.items()}
         now = {task: scores.score(final[task]) for task in own}
-        steps = self.design.config.curriculum.refresh_steps
-        stage = refresh_stage(after, now, steps)
-        task = stage.own[0] if stage else path[0].partition(":")[0]  # nothing fell: the oldest, for an equal budget
-        return (*path, f"{task}:{steps}")
+        task = fell_furthest(after, now) or path[0].partition(":")[0]  # nothing fell: the oldest, for an equal budget
+        return (*path, f"{task}:{self.design.config.curriculum.refresh_steps}")
 
     def _reach(self, arm: Arm, path: Stages, temperatures: Sequence[float] = ()) -> None:
         """Every policy of the path, with its place among all of them in the seed."""
@@ -171,8 +169,7 @@ class _Seed:
         for length in range(len(path) + 1):
             part = path[:length]
             done = len(list(self.tree.run.folder.glob("nodes/*.json")))
-            label = " > ".join(part) or "the initial policy"
-            self.progress.head = f"seed {self.seed}  {arm.name}  node {done + 1} of {len(known) + 1}  {label}"
+            self.progress.head = f"seed {self.seed}  {arm.name}  node {done + 1} of {len(known) + 1}  {said(part)}"
             before = self.tree.run.file(self.tree.name(part)).is_file()
             self.tree.reach(part, temperatures if length == len(path) else ())
             if part not in self.told:

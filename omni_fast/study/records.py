@@ -234,10 +234,10 @@ def _study(whole: dict[str, Any]) -> Study:
         seed = data["seed"]
         if (data["arm"], seed) not in declared:
             continue  # of an arm or a seed that was taken out of the study again
-        if {(seed, node) for node in data["stages"]} - by_id.keys():
-            data = data | {"status": "pending", "stages": []}
-        stages = tuple(by_id[seed, node] for node in data["stages"])
+        stages = tuple(by_id[seed, node] for node in data["stages"] if (seed, node) in by_id)
         base = by_id.get((seed, data["base"]))
+        if data["status"] == "finished" and (base is None or len(stages) < len(data["stages"])):
+            data = data | {"status": "pending"}  # its files are gone, or a task was added
         cells.append(Cell(**{**data, "order": tuple(data["order"]), "stages": stages, "base": base}))
     first, second = whole["primary"]
     return Study(

@@ -60,7 +60,9 @@ class SeedRun(Run):
         """What there is of the policy goes, so that the next call trains it from its start."""
         shutil.rmtree(self._checkpoints(name), ignore_errors=True)
         self.drop_weights(name)
-        raise RunError(f"{name} diverged: {what}")
+        raise RunError(
+            f"{name} diverged: {what}; look at its rewards, or lower optimizer.learning_rate in another folder"
+        )
 
     def _begun(self) -> str:
         """Nothing: a policy's name holds the tasks that it depends on."""

@@ -63,7 +63,7 @@ def schedule(trainer: Trainer, stage: Stage, start: str, method: str) -> None:
         scheduler.observe(seen)
 
     def load(state: dict[str, object]) -> None:
-        scheduler.load_state_dict(state)  # type: ignore[arg-type]  # as `state_dict` gave it
+        scheduler.load_state_dict(state)
 
     _run(trainer, stage, start, step, lambda: dict(scheduler.state_dict()), load)
 

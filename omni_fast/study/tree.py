@@ -35,6 +35,10 @@ from omni_fast.train import Trainer
 SKETCH = 256  # numbers: the cosine of two tasks' gradients is then known to about 0.06
 
 
+def said(path: Stages) -> str:
+    return " > ".join(path) or "the initial policy"
+
+
 class Tree:
     """Reaches policies by their path. Failures are remembered: what starts from a failed policy fails at once."""
 
@@ -66,7 +70,7 @@ class Tree:
         for length in range(len(path) + 1):
             part = path[:length]
             if part in self.failed:
-                raise RunError(f"it starts from {' > '.join(part)}, which failed: {self.failed[part]}")
+                raise RunError(f"it starts from {said(part)}, which failed: {self.failed[part]}")
             if self._unscored(part):
                 self._attempt(part, self._finish)
                 self.lost |= set() if part else set(self._unscored(part))

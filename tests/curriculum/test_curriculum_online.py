@@ -67,7 +67,7 @@ def test_state_of_another_scheduler_is_refused():
 
 
 def test_pac_starts_even_and_posterior_follows_its_formula():
-    pac = Pac(("a", "b"), seed=0, cold=2, drift=0.02)
+    pac = Pac(("a", "b"), seed=0, cold=2)
     assert sorted(pac.allocate(7).values()) == [3, 4]
     pac.observe({"a": Feedback(6, 0.5, 0.4), "b": Feedback(2, 0.5, 0.0)})
     # rho = c / (B / N): 6 / 4 and 2 / 4; no slope yet, so u = s_adv

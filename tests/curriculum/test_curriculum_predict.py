@@ -20,8 +20,10 @@ def test_closed_form_equals_stage_by_stage(k, seed):
     base, own = rng.random(k), rng.random(k)
     matrix = rng.uniform(-0.1, 0.05, (k, k))
     order = list(rng.permutation(k))
-    closed = predict.additive(own, matrix, order)
-    walked = predict.additive_rows(base, own, matrix, order)
+    later = [[order.index(i) > order.index(j) for j in range(k)] for i in range(k)]
+    closed = own + (matrix * later).sum(axis=0)
+    np.fill_diagonal(matrix, own - base)
+    walked = predict.walk(np.vstack([base, base + matrix]), [1] * k, order)
     assert np.allclose(closed, walked[-1], atol=1e-12, rtol=0)
     assert closed.sum() == pytest.approx(own.sum() + order_value(matrix, order), abs=1e-12)
     assert walked.shape == (k + 1, k)
@@ -58,8 +60,8 @@ def test_forms_agree_when_nothing_transfers_and_base_row_is_the_base():
 
 def test_ratio_is_finite_at_a_base_of_zero_and_forecast_stays_a_score():
     transfer = _transfer(zero_base=True)
-    ratios = predict.smoothed_ratios(transfer.scores_MK, transfer.n_K)
-    assert np.isfinite(ratios).all() and (ratios > 0).all()
+    rows = predict.walk(transfer.scores_MK, transfer.n_K, [1, 2], "multiplicative")
+    assert np.isfinite(rows).all() and (rows[:, 1:] > 0).all()
     out = predict.forecast(transfer, ["t0", "t1", "t2"], "multiplicative")
     assert all(0 <= est.value <= 1 for est in out.values())
 

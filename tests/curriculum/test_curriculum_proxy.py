@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from omni_fast.curriculum import order as orders
 from omni_fast.curriculum.entropy import effective_temperature, entropy_aware
-from omni_fast.curriculum.proxy import agreement, cosine_matrix, first_order_transfer
+from omni_fast.curriculum.proxy import agreement, cosine_matrix
 
 
 @given(st.integers(2, 6), st.integers(0, 1000))
@@ -30,14 +30,6 @@ def test_a_symmetric_proxy_leaves_every_pair_open():
     assert agreement(full, cosines).pairs == pytest.approx(0.5)
     assert math.isnan(agreement(full, np.zeros((4, 4))).spearman)
     assert cosine_matrix([np.zeros(3), np.ones(3)])[0, 1] == 0.0
-
-
-def test_first_order_effect_is_exact_on_linear_rewards():
-    rng = np.random.default_rng(1)
-    gradients = [rng.normal(size=20) for _ in range(3)]
-    changes = [0.1 * g + 0.01 * rng.normal(size=20) for g in gradients]
-    truth = np.array([[g @ d for g in gradients] for d in changes])
-    assert np.allclose(first_order_transfer(changes, gradients), truth)
 
 
 def _softmax_entropy(logits, temperature):

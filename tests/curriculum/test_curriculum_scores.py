@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from omni_fast.curriculum import scores
-from omni_fast.curriculum.transfer import measure, single_scores
+from omni_fast.curriculum.transfer import measure
 from omni_fast.errors import RunError
 
 
@@ -28,7 +28,7 @@ def test_score_leaves_out_failed_items():
     assert est.n == 3 and est.value == pytest.approx(2 / 3)
     empty = scores.score(np.array([math.nan, math.nan]))
     assert empty.n == 0 and empty.as_dict() == {"value": None, "n": 0, "low": None, "high": None}
-    assert scores.Estimate.from_dict(empty.as_dict()).n == 0
+    assert empty.as_dict() == {"value": None, "n": 0, "low": None, "high": None}
 
 
 def test_fractional_score_interval_is_close_to_normal():
@@ -107,8 +107,6 @@ def test_bwt_counts_a_refresh_as_recovery_and_needs_two_stages():
 def test_holm():
     assert scores.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
     assert scores.holm({"a": 0.9, "b": 0.8}) == pytest.approx({"a": 1.0, "b": 1.0})
-    assert scores.sign_p_value(np.ones(999)) == pytest.approx(2 / 1000)
-    assert scores.sign_p_value(np.array([-1.0, 1.0] * 50)) == 1.0
 
 
 item = st.sampled_from([0.0, 0.5, 1.0, math.nan])
@@ -135,9 +133,8 @@ def test_transfer_is_consistent(k, seed):
         assert transfer.n_K[j] == ok.sum() and transfer.dropped_K[j] == 40 - ok.sum()
         for i, trained in enumerate(names):
             assert transfer.matrix_KK[i, j] == pytest.approx((columns[i + 1] - columns[0])[ok].mean())
-            assert transfer.flips()[trained][task] == dict(
-                zip(("lost", "gained"), scores.flips(columns[0][ok], columns[i + 1][ok]), strict=True)
-            )
+            flips = transfer.lost_KK[i][j], transfer.gained_KK[i][j]
+            assert flips == scores.flips(columns[0][ok], columns[i + 1][ok]), (trained, task)
 
 
 def test_transfer_draws_share_the_base_and_are_centred():
@@ -148,7 +145,7 @@ def test_transfer_draws_share_the_base_and_are_centred():
     transfer = measure(base, {"a": after, "b": after})
     assert np.array_equal(transfer.matrix_draws_BKK[:, 0], transfer.matrix_draws_BKK[:, 1])
     assert np.allclose(transfer.matrix_draws_BKK.mean(axis=0), transfer.matrix_KK, atol=0.01)
-    effect = transfer.effect("a", "b")
+    effect = transfer.effects()["a"]["b"]
     direct = scores.difference(base["b"], after["b"])
     assert effect.value == pytest.approx(direct.value) and effect.low == pytest.approx(direct.low, abs=0.02)
     again = measure(base, {"a": after, "b": after})
@@ -161,7 +158,3 @@ def test_transfer_failures_are_named():
         measure({"a": ok, "b": ok}, {"a": {"a": ok, "b": ok}, "b": {"a": bad, "b": ok}})
     with pytest.raises(RunError, match="same items"):
         measure({"a": ok}, {"a": {"a": np.ones(5)}})
-
-
-def test_single_scores():
-    assert single_scores({"a": {"a": np.ones(4)}})["a"]["a"].value == 1.0

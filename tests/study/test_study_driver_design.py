@@ -87,6 +87,9 @@ def test_a_stage_is_what_the_trainer_runs() -> None:
         ("study.probe_steps=0", "the arm probe needs probe_steps"),
         ("study.temperatures=[0]", "greater than 0"),
         ("study.merge_scales=[]", "at least one of merges"),
+        ("study.merge_scales=[nan]", "finite number"),
+        ("study.arms=[]", "at least 1 item"),
+        ("study.seeds=0", "greater than 0"),
         ("rolout.prompts_per_step=3", "did you mean 'rollout'"),
         ("curriculum.refresh_steps=6", "multiple of the number of tasks (4)"),
         ("curriculum.refresh_steps=0", "multiple of the number of tasks"),
@@ -100,6 +103,19 @@ def test_a_mistake_is_named_with_its_remedy(override: str, words: str) -> None:
     with pytest.raises(UserError, match="^study-tiny: ") as caught:
         configs.load("study-tiny", [override, 'curriculum.order=["a"]'] if override.startswith("tasks") else [override])
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        ('["solved", "jont"]', "did you mean 'joint'"),
+        ('["joint", "joint"]', "two different arms"),
+        ('["user", "sft:1"]', "sft:1: did you mean 'sft'"),
+    ],
+)
+def test_the_primary_contrast_is_of_two_arms(pair: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        design(f"study.primary={pair}")
 
 
 def test_one_task_is_no_study(tmp_path: Path) -> None:

@@ -286,6 +286,26 @@ def test_an_engine_lost_during_an_arm_costs_that_arm_alone(
     assert joint == [1, 2, 3, 4, 5, 6], "from the third step on, which was saved when the engine was lost"
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [([7.0] * 12, "gave the value 7"), ([1.0], "gave 1 values for 12 items"), ([-0.5] * 12, "gave the value -0.5")],
+)
+def test_a_metric_that_is_no_score_is_told(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: list[float], words: str
+) -> None:
+    monkeypatch.setattr(tiny.Sort, "metric", lambda self, items, completions: values)
+    study, told = run(written(tmp_path, model, ["base", "joint"]), tmp_path / "run")
+    assert {cell.status for cell in study.cells} == {"failed"} and f"the metric of task 'sort' {words}" in told
+    assert "it starts from the initial policy, which failed" in told
+
+
+def test_a_seed_that_is_gone_is_pending(whole: tuple[Path, Path, Study], tmp_path: Path) -> None:
+    part = shutil.copytree(whole[1], tmp_path / "part", ignore=shutil.ignore_patterns("weights", "seeds"))
+    assert {cell.status for cell in records.read(part).cells} == {"pending"}
+    write_report(part)
+    assert "is not measured yet" in (part / "summary.md").read_text()
+
+
 def test_a_constant_score_is_told(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny.Sort, "metric", lambda self, items, completions: [1.0] * len(items))
     study, told = run(written(tmp_path, model, ["base", "single", "solved"]), tmp_path / "run")
