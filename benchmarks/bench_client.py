@@ -6,8 +6,9 @@ Client: groups of n = 8 samples of 64 tokens with log-probs, asked and read as i
 nothing (tests/rollout/fake_sglang.py, in a process of its own, answering from memory), so that client and server have a
 core each. The peers are the parts that no client of this contract is without: parsing the same answers (`json.loads`), and
 the same requests through httpx alone. Sync: SmolLM2's shapes with 6 of its 30 layers (49 M weights, fp32), random, by each
-transport to the same server; `verify` reads two tensors back. `as bf16`: cast on the way, for servers that hold bf16. The
-cast's peer is a plain copy of the same numbers, both in one thread.
+transport to the same server, in 7 buckets; `verify` reads two tensors back. `as bf16`: cast on the way, for servers that
+hold bf16. `two buffers`: memory for two buckets alone, so that the others are packed while servers stand still. The cast's
+peer is a plain copy of the same numbers, both in one thread.
 Contenders take turns in every round; medians over rounds, with the spread.
 """
 
@@ -23,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -44,6 +46,7 @@ from fake_sglang import FakeSGLang, sample
 N, TOKENS, GROUPS, IN_FLIGHT = 8, 64, 400, 32
 SAMPLING = Sampling(max_new_tokens=TOKENS)
 PROMPTS = [Prompt([1 + place % 50, *range(3, 130)], place) for place in range(GROUPS)]
+BUCKET_BYTES = 16 << 20
 TARGETS = {"client samples/s": 4000}
 SHAPES = {
     "vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 6, "num_attention_heads": 9, "num_key_value_heads": 3,
@@ -121,16 +124,18 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         fleet = Fleet([url], in_flight=IN_FLIGHT, say=print)
-        syncs = {kind: WeightSync(fleet, policy, Path(folder), transport=kind) for kind in get_args(Transport)[:3]}
+        sync = partial(WeightSync, fleet, policy, Path(folder), bucket_bytes=BUCKET_BYTES)
+        syncs: dict[str, WeightSync] = {kind: sync(transport=kind) for kind in get_args(Transport)[:3]}
         for kind in ("tensor", "distributed"):
-            syncs[f"{kind}, as bf16"] = WeightSync(fleet, policy, Path(folder), transport=kind)
-            syncs[f"{kind}, as bf16"].plan = make_plan(policy, dtype=torch.bfloat16)
+            syncs[f"{kind}, two buffers"] = sync(transport=kind, packed_bytes=1)
+            syncs[f"{kind}, as bf16"] = sync(transport=kind)
+            syncs[f"{kind}, as bf16"].plan = make_plan(policy, BUCKET_BYTES, torch.bfloat16)
         engine = SGLangEngine(fleet, syncs["tensor"])
         engine.generate(PROMPTS[:50], N, SAMPLING)  # opens the connections
         bytes_ = answer(syncs["tensor"].tag)
         for round_ in range(options.rounds):
-            for version, (kind, sync) in enumerate(syncs.items(), 1 + round_ * 9):
-                for phase, seconds in sync.push(version).items():
+            for version, (kind, weights) in enumerate(syncs.items(), 1 + round_ * 9):
+                for phase, seconds in weights.push(version).items():
                     note(f"sync {kind} {phase} ms", 1e3 * seconds)
             engine.sync(9 + round_ * 9)
             for name, into in casts.items():

@@ -40,11 +40,6 @@ class ServerError(Exception):
         super().__init__(f"{url}{path}: {reason}")
         self.url, self.path, self.reason, self.status = url, path, reason, status
 
-    @property
-    def own_fault(self) -> bool:
-        """Whether the request itself was refused, as another server would refuse it."""
-        return self.status in (400, 401, 403, 404, 413, 422)
-
 
 @dataclass(eq=False, slots=True)
 class Server:

@@ -31,6 +31,7 @@ from omni_fast.rollout.engine import Finished, Progress, Prompt, Sample, Samplin
 from omni_fast.rollout.fleet import MAX_PROBE_S, OLDEST, Fleet, Json, Server, ServerError, member, parse_version
 
 ATTEMPTS = 4  # of one group
+REFUSED = (400, 401, 403, 404, 413, 422)  # by HTTP status: the request itself, as another server would refuse it
 NO_ADAPTER = "never been loaded"  # says a server that was started again meanwhile
 LOOK_S = 0.05  # between two looks at drained servers, and at what has come back
 Done = tuple[int, list[Sample]]
@@ -298,7 +299,7 @@ class SGLangEngine:
             except Aborted as error:
                 told.append(str(error))
             except ServerError as error:
-                if error.own_fault and NO_ADAPTER not in error.reason:
+                if error.status in REFUSED and NO_ADAPTER not in error.reason:
                     raise UserError(
                         f"an engine server refuses prompt {place} of {len(tokens)} tokens: {error}"
                     ) from error

@@ -162,7 +162,8 @@ def restart_if_dead(folder: Path, url: str, *, timeout_s: float = START_TIMEOUT_
             raise RunError(f"{name} died {MAX_RESTARTS + 1} times; {_last_words(server)}")
         say(f"{name} at {server.url} died and is started again (its last log: {server.log}.{server.restarts})")
         _stop(server)  # children that outlived it
-        port = _same_port(server)
+        here = replace(server.launch, port=int(server.url.rpartition(":")[2]))
+        port = _free_ports([here], PORT_TIMEOUT_S)[name]  # a killed process can hold it until its memory is freed
         Path(server.log).rename(f"{server.log}.{server.restarts}")
         place = servers.index(server)
         servers[place] = fresh = replace(_spawn(server.launch, folder, port), restarts=server.restarts + 1)
@@ -317,35 +318,25 @@ def _key_file(server: Server) -> Path:
     return Path(server.log).with_name(f".{server.launch.name}-key.yaml")
 
 
-def _same_port(server: Server) -> int:
-    """The server's own port, once the system has taken it back: a killed process can hold it until its memory is freed."""
-    wanted = replace(server.launch, port=int(server.url.rpartition(":")[2]))
-    until = time.monotonic() + PORT_TIMEOUT_S
-    while True:
-        try:
-            return _free_ports([wanted])[wanted.name]
-        except UserError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.2)
-
-
-def _free_ports(wanted: Sequence[Launch]) -> dict[str, int]:
-    """Name -> port: the given one, which must be free, or one that is; all held at once, so they differ."""
-    ports = {}
+def _free_ports(wanted: Sequence[Launch], patience_s: float = 0.0) -> dict[str, int]:
+    """Name -> port: the given one, which must be or become free, or one that is; all held at once, so they differ."""
+    ports, until = {}, time.monotonic() + patience_s
     with ExitStack() as held:
         for launch in wanted:
             probe = held.enter_context(socket.socket())
             if launch.port:  # connections of a server that died do not count
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((launch.host, launch.port))
-            except OSError as error:
-                raise UserError(
-                    f"{launch.name} cannot listen on {launch.host}:{launch.port} ({error.strerror}): stop what is there, "
-                    "or change --host and --port in engine.flags (without --port a free one is taken)."
-                ) from error
-            ports[launch.name] = probe.getsockname()[1]
+            while launch.name not in ports:
+                try:
+                    probe.bind((launch.host, launch.port))
+                    ports[launch.name] = probe.getsockname()[1]
+                except OSError as error:
+                    if time.monotonic() >= until:
+                        raise UserError(
+                            f"{launch.name} cannot listen on {launch.host}:{launch.port} ({error.strerror}): stop what is "
+                            "there, or change --host and --port in engine.flags (without --port a free one is taken)."
+                        ) from error
+                    time.sleep(0.2)
     return ports
 
 

@@ -117,50 +117,43 @@ class WeightSync:
 
         Raises UserError where they differ, ServerError where the server does not answer.
         """
-        info = self.fleet.run(self.fleet.ask(server, "/model_info"))
-        kinds, own = member(info, "architectures"), type(self.model).__name__
-        if isinstance(kinds, list) and own not in kinds:
-            self._refuse(server, f"architecture {', '.join(map(str, kinds))}", own)
-        size = self._vocabulary(server)
-        if size != self.model.config.vocab_size:
-            self._refuse(server, f"a vocabulary of {size}", f"one of {self.model.config.vocab_size}")
-        layers = self.model.config.num_hidden_layers
-        shapes = {name: value.shape for name, value in tensors(self.model)}
-        embedding = next(name for name in shapes if "embed_tokens" in name)
-        server.shows_weights = self.fleet.run(self._rows(server, embedding, 1)) is not None
-        if not server.shows_weights:
-            return self.fleet.say(
-                f"{server.url} does not show its weights ({own}): they are checked by log-probs alone"
+        if difference := self.fleet.run(self._difference(server)):
+            raise UserError(
+                f"the engine server {server.url} has another model: it has {difference}. Start it with the policy's model "
+                "folder, or correct engine.urls"
             )
-        for name, shape in shapes.items():
-            if ".layers." in name and f".layers.{layers - 1}." not in name:
-                continue
-            rows = self.fleet.run(self._rows(server, name, 1))
-            if rows is None or rows.shape[1:] != shape[1:]:
-                self._refuse(
-                    server, "nothing" if rows is None else f"rows of {list(rows.shape[1:])}", f"{name} {list(shape)}"
-                )
-        deeper = next(name for name in shapes if f".layers.{layers - 1}." in name)
-        deeper = deeper.replace(f".layers.{layers - 1}.", f".layers.{layers}.")
-        if self.fleet.run(self._rows(server, deeper, 1)) is not None:
-            self._refuse(server, f"a layer {layers}", f"{layers} layers")
 
-    def _refuse(self, server: Server, has: str, wanted: str) -> None:
-        raise UserError(
-            f"the engine server {server.url} has another model: it has {has}, the policy {wanted}. Start it with the "
-            "policy's model folder, or correct engine.urls"
-        )
+    async def _difference(self, server: Server) -> str:
+        """The first that is found, in words; empty where there is none."""
+        config, own = self.model.config, type(self.model).__name__
+        kinds = member(await self.fleet.ask(server, "/model_info"), "architectures")
+        if isinstance(kinds, list) and own not in kinds:
+            return f"architecture {', '.join(map(str, kinds))}, the policy {own}"
+        if (size := await self._vocabulary(server)) != config.vocab_size:
+            return f"a vocabulary of {size}, the policy one of {config.vocab_size}"
+        shapes = {name: list(value.shape) for name, value in tensors(self.model)}
+        embedding = next(name for name in shapes if "embed_tokens" in name)
+        server.shows_weights = await self._rows(server, embedding, 1) is not None
+        if not server.shows_weights:
+            self.fleet.say(f"{server.url} does not show its weights ({own}): they are checked by log-probs alone")
+            return ""
+        layers = config.num_hidden_layers
+        last = [name for name in shapes if f".layers.{layers - 1}." in name]
+        for name in [*(name for name in shapes if ".layers." not in name), *last]:
+            rows = await self._rows(server, name, 1)
+            if rows is None or list(rows.shape[1:]) != shapes[name][1:]:
+                has = "nothing" if rows is None else f"rows of {list(rows.shape[1:])}"
+                return f"{has}, the policy {name} {shapes[name]}"
+        deeper = last[0].replace(f".layers.{layers - 1}.", f".layers.{layers}.")
+        shown = await self._rows(server, deeper, 1)
+        return "" if shown is None else f"a layer {layers}, the policy {layers} layers"
 
-    def _vocabulary(self, server: Server) -> int | None:
+    async def _vocabulary(self, server: Server) -> int | None:
         """A server names the valid range when it refuses a token; None where it does not."""
-        ask: Json = {
-            "input_ids": [0],
-            "sampling_params": {"max_new_tokens": 1},
-            "return_logprob": True,
-            "token_ids_logprob": [1 << 30],
-        }
+        draw: Json = {"max_new_tokens": 1}
+        ask: Json = {"input_ids": [0], "sampling_params": draw, "return_logprob": True, "token_ids_logprob": [1 << 30]}
         try:
-            self.fleet.run(self.fleet.ask(server, "/generate", ask))
+            await self.fleet.ask(server, "/generate", ask)
         except ServerError as error:
             if error.status != 400:
                 raise

@@ -1,7 +1,7 @@
 """How fast do weights reach a real SGLang server, does it then sample from the policy, how fast, and how quickly does it sleep?
 
-    python benchmarks/bench_engine_gpu.py [--output FILE] [--budget-s 540]     on a GPU
-    python benchmarks/bench_engine_gpu.py --small                              a tiny model, on any machine: shows that it runs
+    python benchmarks/gpu_engine.py [--output FILE] [--budget-s 540]     on a GPU
+    python benchmarks/gpu_engine.py --small                              a tiny model, on any machine: shows that it runs
 
 Random weights in the shapes of a 0.6B and a 7B model; the policy and its server share the GPU. A server starts without
 weights and gets them from the policy, so nothing is downloaded. Measured: the seconds of a weight sync by phase, each
