@@ -77,34 +77,24 @@ class Monitor:
         if len(baseline) < BASELINE:
             baseline.append(length)
         usual = sum(baseline) / len(baseline)
-        judged = [pair for group in groups for pair in _judged(group)]
+        alike = [Counter(text.strip() for text in group.completions) for group in groups]
+        judged = [pair for group in groups for pair in zip(group.rewards, group.checks or (), strict=False)]
+        contradicted = [_contradicts(r, c) for r, c in judged if r is not None and c is not None]
         signals = Signals(
             words=length,
             drift=math.log((length + 1.0) / (usual + 1.0)) if len(baseline) == BASELINE else 0.0,
             repeated=sum(repeated_ngram_share(row, 3) > 0.2 for row in tokens) / count,
-            identical=sum(_identical(group.completions) for group in groups) / count,
+            identical=sum(n for same in alike for n in same.values() if n > 1) / count,
             stuffed=sum(_stuffed(text, group.gold) for group in groups for text in group.completions) / count,
-            disagreement=sum(map(_contradicts, judged)) / len(judged) if judged else None,
+            disagreement=sum(contradicted) / len(contradicted) if contradicted else None,
         )
         rewards = [value for group in groups for value in group.rewards if value is not None]
         return signals, _signs(signals, usual, sum(rewards) / len(rewards) if rewards else None)
 
 
-def _judged(group: WatchedGroup) -> list[tuple[float, float]]:
-    if group.checks is None:
-        return []
-    return [(r, c) for r, c in zip(group.rewards, group.checks, strict=True) if r is not None and c is not None]
-
-
-def _contradicts(pair: tuple[float, float]) -> bool:
+def _contradicts(reward: float, check: float) -> bool:
     """The judge pays what the checks refuse, or refuses what passes every check."""
-    reward, check = pair
     return (reward >= 0.75 and check < 0.5) or (reward <= 0.25 and check > 0.95)
-
-
-def _identical(completions: Sequence[str]) -> int:
-    """Completions that occur more than once."""
-    return sum(n for n in Counter(text.strip() for text in completions).values() if n > 1)
 
 
 def _stuffed(text: str, gold: Sequence[str]) -> bool:

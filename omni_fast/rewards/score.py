@@ -36,8 +36,3 @@ class Score:
     def valid(self) -> bool:
         """A score is valid when each of its parts is."""
         return all(part.valid for part in self.parts.values())
-
-    @property
-    def reasons(self) -> list[str]:
-        """The reasons of the parts that are not "ok", as `part:reason`."""
-        return [f"{name}:{part.reason}" for name, part in self.parts.items() if part.reason != "ok"]

@@ -72,7 +72,9 @@ def test_the_embedded_judge_reaches_its_bar(judge):
 def test_the_embedded_judge_passes_the_audit(judge):
     result = audit(judge)
     assert result.passed, result.table()
-    assert result.shares["position_bias"].value == 0.0 and (result.shares["agreement"].value or 0.0) >= 0.8, result.table()
+    assert result.shares["position_bias"].value == 0.0 and (result.shares["agreement"].value or 0.0) >= 0.8, (
+        result.table()
+    )
     assert (result.families["by_hand"].value or 0.0) >= 0.6, "pairs that no grammar made"
 
 

@@ -29,16 +29,11 @@ WEIGHTS = {"required": 0.4, "topic": 0.15, "one_sentence": 0.15, "clean_end": 0.
 _TASK_WORDS = word_set("write sentence sentences use uses using word words short one story include includes")
 
 
-def topic_words(prompt: str, required: Sequence[str]) -> list[str]:
-    """Content words of the prompt that are neither required words nor words of the instruction itself."""
-    skip = FUNCTION_WORDS | _TASK_WORDS | {word.lower() for word in required}
-    return [word for word in words(prompt) if word not in skip]
-
-
 def checks(prompt: str, text: str, required: Sequence[str]) -> dict[str, float]:
     """Each check of `WEIGHTS`, 0..1."""
     tokens = words(text)
-    topics = topic_words(prompt, required)
+    instruction = FUNCTION_WORDS | _TASK_WORDS | {word.lower() for word in required}
+    topics = [word for word in words(prompt) if word not in instruction]
     content = [token for token in tokens if token not in FUNCTION_WORDS]
     return {
         "required": coverage(tokens, required),
@@ -56,12 +51,12 @@ class RubricJudge:
     name = "rubric"
 
     def judge(self, replies: Sequence[Reply]) -> list[Part]:
-        return [self._one(reply) for reply in replies]
-
-    @staticmethod
-    def _one(reply: Reply) -> Part:
-        refused = gate(reply.prompt, reply.completion, reply.required)
-        if refused:
-            return Part(0.0, refused)
-        passed = checks(reply.prompt, reply.completion, reply.required)
-        return Part(sum(weight * passed[name] for name, weight in WEIGHTS.items()))
+        parts = []
+        for reply in replies:
+            refused = gate(reply.prompt, reply.completion, reply.required)
+            if refused:
+                parts.append(Part(0.0, refused))
+                continue
+            passed = checks(reply.prompt, reply.completion, reply.required)
+            parts.append(Part(sum(weight * passed[name] for name, weight in WEIGHTS.items())))
+        return parts
