@@ -11,14 +11,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Literal, cast
@@ -41,20 +41,19 @@ class _Worker:
     """One outer process and the inner one that answers. For one thread at a time."""
 
     def __init__(self, memory_bytes: int, timeout_s: float) -> None:
-        self._memory_bytes = memory_bytes
-        self._timeout_s = timeout_s
+        self._limits = (memory_bytes, timeout_s)
         self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
         self.inner = 0
-        self._buffer = b""
 
     def check(self, gold: str, answer: str) -> Verdict:
         """Raises _Lost or _Died; the next call starts a new worker."""
-        process = self._running()
-        assert process.stdin is not None
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        assert self._pipe is not None
         try:
-            process.stdin.write(json.dumps([gold, answer]).encode("ascii") + b"\n")
-            process.stdin.flush()
-            line = self._line(self._timeout_s * PATIENCE)
+            self._pipe.send_bytes(json.dumps([gold, answer]).encode("ascii"))
+            line = self._line(self._limits[1] * PATIENCE)
         except OSError:
             self.stop()
             raise _Died from None
@@ -71,40 +70,30 @@ class _Worker:
         raise _Died
 
     def stop(self) -> None:
-        if self._process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-        self._process = None
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is not None and self._process.poll() is None:
-            return self._process
+    def _start(self) -> None:
         self.stop()
-        self._buffer = b""
+        self._pipe, theirs = Pipe()
+        script = str(Path(__file__).with_name("math_worker.py"))
+        # -P: this folder must not be on its path, a file here is named like the standard library's `math`
+        line = [sys.executable, "-P", script, str(theirs.fileno()), *map(str, self._limits)]
+        null = subprocess.DEVNULL
         try:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    str(Path(__file__).with_name("math_worker.py")),
-                    str(self._memory_bytes),
-                    str(self._timeout_s),
-                ],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                # (-P: this folder must not be on its path, a file here is named like the standard library's `math`)
-                start_new_session=True,  # one group to kill, and Ctrl-C stays with the trainer
-            )
+            with theirs:  # start_new_session: one group to kill, and Ctrl-C stays with the trainer
+                self._process = subprocess.Popen(
+                    line, stdin=null, stdout=null, stderr=null, pass_fds=[theirs.fileno()], start_new_session=True
+                )
         except OSError as error:
             raise _Lost(str(error)) from None
         self._await_ready()
-        return self._process
 
     def _await_ready(self) -> None:
         try:
@@ -117,20 +106,12 @@ class _Worker:
         self.inner = int(line[6:])
 
     def _line(self, timeout_s: float) -> str | None:
-        """The next line, or None after the time limit. Raises OSError at the end of the output."""
-        assert self._process is not None and self._process.stdout is not None
-        deadline = time.monotonic() + timeout_s
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            while b"\n" not in self._buffer:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    return None
-                chunk = os.read(self._process.stdout.fileno(), 4096)
-                if not chunk:
-                    raise BrokenPipeError("the worker ended")
-                self._buffer += chunk
-        line, self._buffer = self._buffer.split(b"\n", 1)
-        return line.decode("ascii", "replace")
+        """The next message, or None after the time limit. Raises OSError at the end of them."""
+        assert self._pipe is not None
+        try:
+            return self._pipe.recv_bytes(100).decode("ascii", "replace") if self._pipe.poll(timeout_s) else None
+        except EOFError:
+            raise BrokenPipeError("the worker ended") from None
 
 
 class MathPool:

@@ -1,9 +1,9 @@
 """The worker of `math_pool`: compares two answers with math-verify, in a process that may be killed at any moment.
 
-Run as a script by path, so it needs math-verify and nothing of this project: `math_worker.py MEMORY_BYTES CPU_SECONDS`.
-The outer process imports once (a second of work) and forks; the inner one answers requests on the inherited pipes, under
+Run as a script by path, so it needs math-verify and nothing of this project: `math_worker.py FD MEMORY_BYTES CPU_SECONDS`.
+The outer process imports once (a second of work) and forks; the inner one answers requests on the inherited pipe, under
 a timer of processor time that ends it even inside one long C call. The outer one then forks the next: 10 ms.
-Lines in: JSON [gold, answer]. Lines out: `ready PID` from every new inner process, then one of ok, wrong, memory per
+Messages in: JSON [gold, answer]. Messages out: `ready PID` from every new inner process, then one of ok, wrong, memory per
 request, or timeout from the outer one.
 
 math-verify evaluates with sympy's parser only texts of digits and operators; LaTeX goes through a grammar, not through
@@ -21,14 +21,11 @@ import resource
 import signal
 import sys
 from functools import lru_cache
+from multiprocessing.connection import Connection
 
 
-def say(line: str) -> None:
-    os.write(1, line.encode("ascii") + b"\n")
-
-
-def serve(cpu_s: float) -> None:
-    """Answer requests until the input ends, each within `cpu_s` seconds of processor time."""
+def serve(pipe: Connection, cpu_s: float) -> None:
+    """Answer requests until there are no more, each within `cpu_s` seconds of processor time."""
     from math_verify import parse, verify
 
     @lru_cache(maxsize=4096)
@@ -44,15 +41,18 @@ def serve(cpu_s: float) -> None:
             return "wrong"
         return "ok" if right else "wrong"
 
-    say(f"ready {os.getpid()}")
-    for line in sys.stdin:
-        gold, answer = json.loads(line)
+    pipe.send_bytes(b"ready %d" % os.getpid())
+    while True:
+        try:
+            gold, answer = json.loads(pipe.recv_bytes())
+        except (EOFError, OSError):  # the trainer is gone or has closed us
+            return
         # SIGPROF is not handled, so the kernel ends the process. Processor time, because a busy machine is not the
         # answer's doing; and an orphan of a dead trainer ends by it too.
         signal.setitimer(signal.ITIMER_PROF, cpu_s)
         reply = verdict(gold, answer)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        say(reply)
+        pipe.send_bytes(reply.encode("ascii"))
 
 
 def quicken() -> None:
@@ -86,7 +86,7 @@ def quicken() -> None:
 
 
 def main() -> None:
-    memory_bytes, cpu_s = int(sys.argv[1]), float(sys.argv[2])
+    pipe, memory_bytes, cpu_s = Connection(int(sys.argv[1])), int(sys.argv[2]), float(sys.argv[3])
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)
@@ -99,13 +99,13 @@ def main() -> None:
     while True:
         pid = os.fork()
         if pid == 0:
-            serve(cpu_s)
+            serve(pipe, cpu_s)
             os._exit(0)
         _, status = os.waitpid(pid, 0)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
-            return  # the input ended: the trainer is gone or has closed us
+            return
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
-            say("timeout")
+            pipe.send_bytes(b"timeout")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,10 @@ def test_a_worker_that_cannot_start_makes_scores_invalid(monkeypatch):
 def test_a_request_that_kills_its_worker_twice_scores_0(monkeypatch, tmp_path):
     """Stand-in for a crash inside sympy: a worker whose inner process ends at any request."""
     script = tmp_path / "math_worker.py"
-    script.write_text("import os\nwhile True:\n    print('ready', os.getpid(), flush=True)\n    input()\n")
+    script.write_text(
+        "import os, sys\nfrom multiprocessing.connection import Connection\npipe = Connection(int(sys.argv[1]))\n"
+        "while True:\n    pipe.send_bytes(b'ready %d' % os.getpid())\n    pipe.recv_bytes()\n"
+    )
     monkeypatch.setattr("omni_fast.rewards.math_pool.__file__", str(tmp_path / "math_pool.py"))
     with MathVerifier(workers=1) as verifier:
         assert verifier.score([r"\boxed{x}"], ["y"]) == [Part(0.0, "crash")]
