@@ -162,20 +162,37 @@ std::tuple<int, int, int> plan_of(std::int64_t vocab, int dtype) {
   return {plan.cluster, plan.slice_vectors, plan.shared_bytes};
 }
 
-void linear_forward(std::uintptr_t hidden, std::uintptr_t weight, std::int64_t rows, std::int64_t vocab,
-                    std::int64_t depth, std::uintptr_t bias, std::uintptr_t targets, float inv_t,
-                    std::uintptr_t inv_t_rows, float softcap, std::uintptr_t workspace, std::uintptr_t logp,
-                    std::uintptr_t entropy, std::uintptr_t lse, int device, std::uintptr_t stream) {
-  const py::gil_scoped_release release;
-  const bool some = rows > 0;
+void check_linear(std::int64_t rows, std::int64_t vocab, float inv_t, const float* inv_t_rows, float softcap) {
   constexpr std::int64_t most = std::numeric_limits<std::int32_t>::max() / 2;
   if (rows < 0 || rows > most) fail("rows = " + std::to_string(rows) + " is out of range");
   if (vocab < 1 || vocab > most) fail("vocab = " + std::to_string(vocab) + " is out of range");
-  if (depth < kTileDepth || depth % kTileDepth || depth > most)
+  if (softcap != 0.0f) check_scale(softcap, "softcap");
+  if (!inv_t_rows) check_scale(inv_t, "inv_temperature");
+}
+
+// values, references and folds of the exponentials to keep, or nothing.
+Exponentials make_exponentials(const std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>& exps) {
+  const auto& [values, references, folds] = exps;
+  if (values % kVectorBytes || folds % kVectorBytes) fail("exponentials must start at multiples of 16 bytes");
+  return {at<std::uint16_t>(values, "values", false), at<float>(references, "references", values != 0),
+          at<float>(folds, "folds", values != 0)};
+}
+
+void linear_forward(std::uintptr_t hidden, std::uintptr_t weight, std::int64_t rows, std::int64_t vocab,
+                    std::int64_t depth, std::uintptr_t bias, std::uintptr_t targets, float inv_t,
+                    std::uintptr_t inv_t_rows, float softcap, std::uintptr_t workspace, std::uintptr_t logp,
+                    std::uintptr_t entropy, std::uintptr_t lse,
+                    const std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>& exps, int device,
+                    std::uintptr_t stream) {
+  const py::gil_scoped_release release;
+  const bool some = rows > 0;
+  LinearArgs args{};
+  args.inv_t_rows = at<float>(inv_t_rows, "inv_temperature", false);
+  check_linear(rows, vocab, inv_t, args.inv_t_rows, softcap);
+  if (depth < kTileDepth || depth % kTileDepth || depth > std::numeric_limits<std::int32_t>::max() / 2)
     fail("depth = " + std::to_string(depth) + " must be a multiple of " + std::to_string(kTileDepth));
   for (const std::uintptr_t matrix : {hidden, weight, workspace})
     if (matrix % kVectorBytes) fail("hidden, weight and workspace must start at multiples of 16 bytes");
-  LinearArgs args{};
   args.hidden = at<std::uint16_t>(hidden, "hidden", some);
   args.weight = at<std::uint16_t>(weight, "weight", some);
   args.rows = rows;
@@ -184,15 +201,36 @@ void linear_forward(std::uintptr_t hidden, std::uintptr_t weight, std::int64_t r
   args.bias = at<float>(bias, "bias", false);
   args.targets = at<std::int64_t>(targets, "targets", some);
   args.inv_t = inv_t;
-  args.inv_t_rows = at<float>(inv_t_rows, "inv_temperature", false);
   args.softcap = softcap;
-  if (softcap != 0.0f) check_scale(softcap, "softcap");
-  if (!args.inv_t_rows) check_scale(inv_t, "inv_temperature");
   args.partial = at<float>(workspace, "workspace", some);
   args.logp = at<float>(logp, "logp", some);
   args.entropy = at<float>(entropy, "entropy", false);
   args.lse = at<float>(lse, "lse", some);
+  args.exps = make_exponentials(exps);
   if (some) raise_on(launch_linear_forward(args, device, reinterpret_cast<void*>(stream)));
+}
+
+void linear_gradient(const std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>& exps, std::int64_t rows,
+                     std::int64_t vocab, std::uintptr_t targets, float inv_t, std::uintptr_t inv_t_rows, float softcap,
+                     std::uintptr_t a, std::uintptr_t b, std::uintptr_t z, std::uintptr_t factor, int device,
+                     std::uintptr_t stream) {
+  const py::gil_scoped_release release;
+  const bool some = rows > 0;
+  GradientArgs args{};
+  args.inv_t_rows = at<float>(inv_t_rows, "inv_temperature", false);
+  check_linear(rows, vocab, inv_t, args.inv_t_rows, softcap);
+  args.exps = make_exponentials(exps);
+  if (some && !args.exps.values) fail("values is a null address; pass what linear_forward has written");
+  args.rows = rows;
+  args.vocab = vocab;
+  args.targets = at<std::int64_t>(targets, "targets", some);
+  args.inv_t = inv_t;
+  args.softcap = softcap;
+  args.a = at<float>(a, "a", some);
+  args.b = at<float>(b, "b", false);
+  args.z = at<float>(z, "z", false);
+  args.factor = at<float>(factor, "factor", some);
+  if (some) raise_on(launch_linear_gradient(args, device, reinterpret_cast<void*>(stream)));
 }
 
 }  // namespace
@@ -220,8 +258,12 @@ PYBIND11_MODULE(_native_cuda, m) {
         py::arg("logp"), py::arg("entropy"), py::arg("lse"), py::arg("program"), py::arg("columns"), py::arg("device"),
         py::arg("stream"));
   m.def("linear_workspace_bytes", &linear_workspace_bytes, py::arg("rows"), py::arg("vocab"));
+  m.def("linear_pitch", &exp_pitch, py::arg("vocab"), "columns from one row of exponentials to the next");
   m.def("linear_forward", &linear_forward, py::arg("hidden"), py::arg("weight"), py::arg("rows"), py::arg("vocab"),
         py::arg("depth"), py::arg("bias"), py::arg("targets"), py::arg("inv_t"), py::arg("inv_t_rows"),
-        py::arg("softcap"), py::arg("workspace"), py::arg("logp"), py::arg("entropy"), py::arg("lse"),
+        py::arg("softcap"), py::arg("workspace"), py::arg("logp"), py::arg("entropy"), py::arg("lse"), py::arg("exps"),
         py::arg("device"), py::arg("stream"));
+  m.def("linear_gradient", &linear_gradient, py::arg("exps"), py::arg("rows"), py::arg("vocab"), py::arg("targets"),
+        py::arg("inv_t"), py::arg("inv_t_rows"), py::arg("softcap"), py::arg("a"), py::arg("b"), py::arg("z"),
+        py::arg("factor"), py::arg("device"), py::arg("stream"));
 }

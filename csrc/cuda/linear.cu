@@ -3,9 +3,9 @@
 //
 // A block has one thread that fetches tiles of both operands into a ring of stages in shared memory, and two warpgroups
 // that multiply them, 64 rows each, into 128 fp32 registers a thread. After each tile of 256 columns these are folded,
-// in fp32 and never rounded, into running (m, s, t) of the thread's two rows; four threads share a row and merge once a
-// piece of work (linear_plan.h) is done. Meanwhile the ring fills with the next tiles. A small second kernel merges the
-// splits of a row in order. No atomics; the result of a row depends on its hidden state, the weight and V alone.
+// in fp32 and never rounded, into running (m, s, t) of the thread's two rows, and where a gradient is to follow their
+// exponentials are stored; four threads share a row and merge once a piece of work (linear_plan.h) is done. Meanwhile
+// the ring fills with the next tiles. A small second kernel merges the splits of a row in order. No atomics; the result of a row depends on its hidden state, the weight and V alone.
 #include "linear.h"
 
 #include <cuda.h>
@@ -54,8 +54,9 @@ __device__ void fetch_all(Shared& shared, const CUtensorMap* hidden, const CUten
         std::uint64_t* const full = &shared.full[at.stage];
         ptx::barrier_wait(&shared.empty[at.stage], at.parity ^ 1);  // the first time round they are empty
         ptx::barrier_expect(full, kStageBytes);
-        ptx::copy_box(stage.hidden, hidden, step * kTileDepth, piece.row_tile * kTileRows, full);
-        ptx::copy_box(stage.weight, weight, step * kTileDepth, tile * kTileColumns, full);
+        const Boxes boxes = boxes_of(piece, tile, step);
+        ptx::copy_box(stage.hidden, hidden, boxes.depth, boxes.hidden_row, full);
+        ptx::copy_box(stage.weight, weight, boxes.depth, boxes.weight_row, full);
       }
     }
   }
@@ -89,10 +90,26 @@ __device__ __forceinline__ Running shuffle_xor(const Running& r, int mask) {
           __shfl_xor_sync(~0u, r.v_target, mask)};
 }
 
-template <bool CAP>
+// Stores a part of this thread's exponentials of a tile's row.
+__device__ __forceinline__ void keep_part(std::uint16_t* tile, const float (&e)[kPart], float lift, int part, int quad,
+                                          bool exists) {
+#pragma unroll
+  for (int k = 0; k < kPart; k += 4) {
+    const std::uint32_t of_j = to_bf16x2(e[k] * lift, e[k + 1] * lift);
+    const std::uint32_t of_next = to_bf16x2(e[k + 2] * lift, e[k + 3] * lift);
+    const std::uint32_t received = __shfl_xor_sync(~0u, sent_pair(quad, of_j, of_next), 1);
+    const FourColumns four = four_columns(quad, of_j, of_next, received);
+    if (exists)
+      *reinterpret_cast<uint2*>(tile + four_columns_at(quad, (part * kPart + k) / 2)) =
+          make_uint2(four.low, four.high);
+  }
+}
+
+template <bool CAP, bool KEEP>
 __device__ void multiply_all(Shared& shared, const LinearArgs& args, const LinearPlan& plan, int steps) {
   const int thread = static_cast<int>(threadIdx.x) - 128, group = thread / 128, lane = thread % 32;
   const int vocab = static_cast<int>(args.vocab), pieces = plan.row_tiles * plan.splits;
+  const std::int64_t pitch = exp_pitch(args.vocab);
   const float inv_cap = CAP ? 1.0f / args.softcap : 0.0f;
   Cursor at;
   for (int index = static_cast<int>(blockIdx.x); index < pieces; index += static_cast<int>(gridDim.x)) {
@@ -116,8 +133,27 @@ __device__ void multiply_all(Shared& shared, const LinearArgs& args, const Linea
       multiply(acc, shared, at, group, steps);
       const int column = tile * kTileColumns + lane % 4 * 2;
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        fold_tile<CAP>(running[half], acc, half, column, vocab, args.bias, inv_cap, target[half], c[half]);
+      for (int half = 0; half < 2; ++half) {
+        const Share share{half, column, vocab, args.bias};
+        const std::int64_t i = row + 8 * half;
+        float reference = 0.0f, lift = 0.0f;
+        if constexpr (KEEP) {
+          float top = largest_of<CAP>(share, acc, inv_cap);
+          top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+          top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+          raise(running[half].fold, top, c[half]);
+          reference = reference_of(running[half].fold.m, c[half]);
+          lift = lift_of(running[half].fold.m, reference, c[half]);
+        }
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          float e[kPart];
+          fold_part<CAP>(running[half], share, acc, part, inv_cap, target[half], c[half], e);
+          if constexpr (KEEP)
+            keep_part(args.exps.values + i * pitch + tile * kTileColumns, e, lift, part, lane % 4, i < args.rows);
+        }
+        if (KEEP && lane % 4 == 0 && i < args.rows) args.exps.references[i * plan.column_tiles + tile] = reference;
+      }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -132,7 +168,7 @@ __device__ void multiply_all(Shared& shared, const LinearArgs& args, const Linea
   }
 }
 
-template <bool CAP>
+template <bool CAP, bool KEEP>
 __global__ void __launch_bounds__(kMmaThreads, 1)
     linear_kernel(const __grid_constant__ CUtensorMap hidden, const __grid_constant__ CUtensorMap weight,
                   const __grid_constant__ LinearArgs args) {
@@ -156,7 +192,7 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     if (threadIdx.x == 0) fetch_all(shared, &hidden, &weight, plan, steps);
   } else {
     ptx::take_registers<232>();
-    multiply_all<CAP>(shared, args, plan, steps);
+    multiply_all<CAP, KEEP>(shared, args, plan, steps);
   }
 }
 
@@ -165,21 +201,44 @@ __global__ void __launch_bounds__(128) merge_kernel(const __grid_constant__ Line
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= args.rows) return;
   const std::int64_t y = args.targets[i];
-  Stats st{};
-  if (y != kIgnore) {
-    const Scale sc = scale_of(args.inv_t_rows ? args.inv_t_rows[i] : args.inv_t, args.softcap);
-    const int splits = plan_linear(args.rows, args.vocab).splits;
-    Running all = nothing_yet();
-    for (int split = 0; split < splits; ++split) {
-      const float4 part = reinterpret_cast<const float4*>(args.partial)[split * args.rows + i];
-      all = merge(all, {{part.x, part.y, part.z}, part.w}, sc.c);
-    }
-    const bool exists = y >= 0 && y < args.vocab;
-    st = stats_of(all.fold, exists ? all.v_target : from_bits(0x7fc00000u), sc);
+  const Scale sc = scale_of(args.inv_t_rows ? args.inv_t_rows[i] : args.inv_t, args.softcap);
+  const int splits = plan_linear(args.rows, args.vocab).splits;
+  Running all = nothing_yet();
+  for (int split = 0; split < splits; ++split) {
+    const float4 part = reinterpret_cast<const float4*>(args.partial)[split * args.rows + i];
+    all = merge(all, {{part.x, part.y, part.z}, part.w}, sc.c);
   }
+  if (y < 0 || y >= args.vocab) all.v_target = from_bits(0x7fc00000u);
+  if (args.exps.values)
+    reinterpret_cast<float4*>(args.exps.folds)[i] = make_float4(all.fold.m, all.fold.s, all.fold.t, all.v_target);
+  const Stats st = y == kIgnore ? Stats{} : stats_of(all.fold, all.v_target, sc);
   args.logp[i] = st.logp;
   args.lse[i] = st.lse;
   if (args.entropy) args.entropy[i] = st.entropy;
+}
+
+// A block a row of exponentials, a warp a tile of it.
+template <bool CAP>
+__global__ void __launch_bounds__(256) gradient_kernel(const __grid_constant__ GradientArgs args) {
+  const std::int64_t i = blockIdx.x, y = args.targets[i];
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const Scale sc = scale_of(args.inv_t_rows ? args.inv_t_rows[i] : args.inv_t, args.softcap);
+  const float4 fold = reinterpret_cast<const float4*>(args.exps.folds)[i];
+  const Coefficients k{args.a[i], args.b ? args.b[i] : 0.0f, args.z ? args.z[i] : 0.0f};
+  const ExpRow row = exp_row<CAP>({{fold.x, fold.y, fold.z}, fold.w}, y == kIgnore, k, sc);
+  const std::int64_t pitch = exp_pitch(args.vocab);
+  std::uint16_t* const values = args.exps.values + i * pitch;
+  const int tiles = static_cast<int>(pitch / kTileColumns);
+  for (int tile = warp; tile < tiles; tile += 8) {
+    const float reference = args.exps.references[i * tiles + tile];
+    if (is_finished(row, reference)) continue;
+    Vector* const at = reinterpret_cast<Vector*>(values + tile * kTileColumns) + lane;
+    *at = finish<CAP>(*at, row, reference);
+  }
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  args.factor[i] = row.factor;
+  if (!row.idle && y >= 0 && y < args.vocab) store_one(values + y, row.hit);
 }
 
 // A tensor map of a bf16 matrix [rows, depth] in boxes of box_rows by kTileDepth. The driver's function is asked for by
@@ -218,13 +277,23 @@ std::string launch_linear_forward(const LinearArgs& args, int device, void* stre
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const LinearPlan plan = plan_linear(args.rows, args.vocab);
   const int pieces = plan.row_tiles * plan.splits, grid = pieces < processors ? pieces : processors;
-  const auto kernel = args.softcap > 0.0f ? &linear_kernel<true> : &linear_kernel<false>;
+  const bool cap = args.softcap > 0.0f;
+  const auto kernel = args.exps.values ? (cap ? &linear_kernel<true, true> : &linear_kernel<false, true>)
+                                       : (cap ? &linear_kernel<true, false> : &linear_kernel<false, false>);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kLinearSharedBytes);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const auto queue = static_cast<cudaStream_t>(stream);
   kernel<<<grid, kMmaThreads, kLinearSharedBytes, queue>>>(hidden, weight, args);
   merge_kernel<<<static_cast<unsigned>((args.rows + 127) / 128), 128, 0, queue>>>(args);
   error = cudaGetLastError();
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
+std::string launch_linear_gradient(const GradientArgs& args, int device, void* stream) {
+  const DeviceGuard guard(device);
+  const auto kernel = args.softcap > 0.0f ? &gradient_kernel<true> : &gradient_kernel<false>;
+  kernel<<<static_cast<unsigned>(args.rows), 256, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 

@@ -41,4 +41,16 @@ OMNI_HD Piece piece_of(const LinearPlan& plan, int index) {
           plan.column_tiles * (split + 1) / plan.splits};
 }
 
+// Columns from one row of exponentials to the next: whole tiles. Those from vocab on are 0.
+OMNI_HD std::int64_t exp_pitch(std::int64_t vocab) { return (vocab + kTileColumns - 1) / kTileColumns * kTileColumns; }
+
+// Where the boxes of both operands begin that a step along the depth needs.
+struct Boxes {
+  int depth, hidden_row, weight_row;
+};
+
+OMNI_HD Boxes boxes_of(const Piece& piece, int tile, int step) {
+  return {step * kTileDepth, piece.row_tile * kTileRows, tile * kTileColumns};
+}
+
 }  // namespace omni::cuda

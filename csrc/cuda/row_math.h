@@ -38,6 +38,17 @@ OMNI_HD float exp2_fast(float x) {
 #endif
 }
 
+// log2 of x >= 0, to 2^-22; -inf below the normal range.
+OMNI_HD float log2_fast(float x) {
+#if defined(__CUDA_ARCH__)
+  float out;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+#else
+  return x < 0x1p-126f ? kNegInf : log2f(x);
+#endif
+}
+
 OMNI_HD float from_bits(std::uint32_t bits) {
   float out;
   memcpy(&out, &bits, 4);
@@ -120,20 +131,26 @@ OMNI_HD Fold merge(const Fold& a, const Fold& b, float c) {
   return {m, ea * a.s + eb * b.s, ea * (a.t + da * a.s) + eb * (b.t + db * b.s)};
 }
 
-// Takes n values in. -inf adds nothing.
+// Makes way for values up to top.
+OMNI_HD void raise(Fold& f, float top, float c) {
+  if (top > f.m) f = merge(f, {top, 0.0f, 0.0f}, c);
+}
+
+// Takes n values in. -inf adds nothing. e: their 2^y.
 template <int N>
-OMNI_HD void fold_in(Fold& f, const float (&v)[N], float c) {
+OMNI_HD void fold_in(Fold& f, const float (&v)[N], float c, float (&e)[N]) {
   float top = v[0];
 #pragma unroll
   for (int k = 1; k < N; ++k) top = fmaxf(top, v[k]);  // a NaN is passed over: it shows in the sum
-  if (top > f.m) f = merge(f, {top, 0.0f, 0.0f}, c);
+  raise(f, top, c);
   const float m = f.m > kNegInf ? f.m : 0.0f;
   float s = 0.0f, t = 0.0f;
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    const float y = max_nan((v[k] - m) * c, kTiny), e = exp2_fast(y);
-    s += e;
-    t = fmaf(e, y, t);
+    const float y = max_nan((v[k] - m) * c, kTiny);
+    e[k] = exp2_fast(y);
+    s += e[k];
+    t = fmaf(e[k], y, t);
   }
   f.s += s;
   f.t += t;
@@ -153,7 +170,7 @@ OMNI_HD Fold fold_lane(const Vector* slice, Span span, int lane, Extent x, const
   Fold f = nothing();
 #pragma unroll 2
   for (int i = lane; i < span.count; i += 32) {
-    float v[N];
+    float v[N], e[N];
     unpack(slice[i], v);
 #pragma unroll
     for (int k = 0; k < N; ++k) v[k] = v_of<CAP>(v[k], sc.inv_cap);
@@ -162,7 +179,7 @@ OMNI_HD Fold fold_lane(const Vector* slice, Span span, int lane, Extent x, const
 #pragma unroll
       for (int k = 0; k < N; ++k) v[k] = inside(x, j * N + k) ? v[k] : kNegInf;
     }
-    fold_in(f, v, sc.c);
+    fold_in(f, v, sc.c, e);
   }
   return f;
 }

@@ -67,6 +67,7 @@ def rows_fused(
     stream: int,
 ) -> None: ...
 def linear_workspace_bytes(rows: int, vocab: int) -> int: ...
+def linear_pitch(vocab: int) -> int: ...
 def linear_forward(
     hidden: int,
     weight: int,
@@ -82,6 +83,22 @@ def linear_forward(
     logp: int,
     entropy: int,
     lse: int,
+    exps: tuple[int, int, int],
+    device: int,
+    stream: int,
+) -> None: ...
+def linear_gradient(
+    exps: tuple[int, int, int],
+    rows: int,
+    vocab: int,
+    targets: int,
+    inv_t: float,
+    inv_t_rows: int,
+    softcap: float,
+    a: int,
+    b: int,
+    z: int,
+    factor: int,
     device: int,
     stream: int,
 ) -> None: ...

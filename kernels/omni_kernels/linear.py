@@ -4,6 +4,7 @@ Rows go through in chunks whose logits fit a workspace. Per chunk: logits = x W^
 
 `policy_head` needs 3 GEMMs: (a, b) of a token follow from its own log-prob, so dz is made while the chunk's logits are
 there. Losses that couple tokens of different chunks (`losses.row_wise`) cost a fourth, unless one chunk holds all rows.
+A backend may own the first GEMM and leave exponentials instead of logits; a factor a row then goes with the products.
 Rows that are not trained on never enter. On the CPU, rows whose coefficients turn out 0 (clipped, dropped) leave before
 dX and dW; on a GPU counting them would cost a host sync.
 
@@ -15,18 +16,19 @@ picks its kernels by shape; `tile_rows` fixes the shape of what it sees, and wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from omni_kernels.gemms import Matrices, wide_of
 from omni_kernels.losses import Coefficients, Prepared, coefficients, prepare, row_wise
 from omni_kernels.metrics import METRICS
 from omni_kernels.plan import Plan, plan
 from omni_kernels.spec import IGNORE, LossSpec, Tokens
 
-_PANEL_BYTES = 4 << 20  # of fp32 dW
 _COMPACT_BELOW = 0.9  # share of rows with a gradient below which gathering them pays
 
 
@@ -72,6 +74,24 @@ class Head:
             return sweep(logits, targets, batch, spec, self.inv_temperature, self.softcap, want_entropy)
         except NotImplementedError:
             return None
+
+    def exponentials(
+        self, m: Matrices, rows: slice, targets: Tensor, want_entropy: bool
+    ) -> tuple[tuple[Tensor, Tensor | None, Tensor], Tensor, Finish] | None:
+        """(logp, entropy, lse) [C], a matrix [C, V], and what makes it the gradient; there are no logits.
+
+        None, and nothing done, where the backend leaves this GEMM to torch.
+        """
+        make = getattr(self.rows, "linear_exponentials", None)
+        if make is None or self.tile_rows:
+            return None
+        try:
+            found, exps = make(
+                m.hidden[rows], m.weight, m.bias, targets, self.inv_temperature, self.softcap, want_entropy
+            )
+        except NotImplementedError:
+            return None
+        return found, exps.values, lambda gradient: exps.gradient_(gradient.a, gradient.b, gradient.z)
 
     def backward_(self, logits: Tensor, targets: Tensor, stats: Stats, gradient: Gradient) -> None:
         """Overwrites logits [C, V] with their gradient.
@@ -133,93 +153,8 @@ class Gradient:
         return live
 
 
-class Matrices:
-    """The operands of the GEMMs, and the gradients as they grow chunk by chunk.
-
-    chunk_rows: most rows at a time. A fresh large tensor costs a CPU as much in page faults as the GEMM that fills it,
-    so all chunks share one buffer of logits: those of the last call are gone.
-    once: all rows come in one chunk, so dW is a plain product.  into: an fp32 [V, H] tensor to add dW * scale to.
-    """
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int,
-        needs: tuple[bool, bool, bool] = (False, False, False), tile_rows: int = 0, once: bool = False,
-        into: Tensor | None = None, scale: float = 1.0,
-    ) -> None:  # fmt: skip
-        self.hidden, self.tile_rows, self.once, self.scale = hidden, tile_rows, once, scale
-        self.weight = weight.to(hidden.dtype)
-        self.bias = None if bias is None else bias.to(hidden.dtype)
-        self.need_dx, self.need_dw, self.need_db = needs
-        self.buffer = hidden.new_empty(chunk_rows, len(weight))
-        self.dx = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if self.need_dx else None
-        self.dw: Tensor | None = into
-        self.keeps_dw = self.need_dw and into is None
-        self.db: Tensor | None = None
-
-    @property
-    def wanted(self) -> bool:
-        return self.need_dx or self.need_dw or self.need_db
-
-    def logits(self, rows: Tensor | slice) -> Tensor:
-        """[C, V] of some rows, in the shared buffer."""
-        x = self.hidden[rows]
-        logits = self._product(x, self.weight.t(), self.buffer[: len(x)])
-        return logits if self.bias is None else logits.add_(self.bias)
-
-    def add(self, dlogits: Tensor, rows: Tensor | slice) -> None:
-        """Takes dlogits [C, V] of some rows into dX, dW and the bias gradient."""
-        x = self.hidden[rows]
-        if self.dx is not None:
-            if isinstance(rows, slice):
-                self._product(dlogits, self.weight, self.dx[rows])
-            else:
-                self.dx[rows] = self._product(dlogits, self.weight, torch.empty_like(x))
-        if self.need_dw:
-            self._add_dw(dlogits, x)
-        if self.need_db:
-            total = dlogits.sum(0, dtype=_wide(dlogits.dtype))
-            self.db = total if self.db is None else self.db.add_(total)
-
-    def _add_dw(self, dlogits: Tensor, x: Tensor) -> None:
-        wide, first = _wide(x.dtype), self.dw is None
-        if first and (self.once or x.dtype == wide):
-            self.dw = torch.mm(dlogits.t(), x)
-            return
-        if x.is_cuda and x.dtype != wide:
-            part = torch.mm(dlogits.t(), x, out_dtype=wide)
-            self.dw = part if self.dw is None else self.dw.add_(part, alpha=self.scale)
-            return
-        if self.dw is None:
-            self.dw = torch.empty(dlogits.shape[1], x.shape[1], dtype=wide, device=x.device)
-        if x.dtype == self.dw.dtype:
-            self.dw.addmm_(dlogits.t(), x, alpha=self.scale)
-        else:
-            self._add_dw_by_panels(self.dw, dlogits, x, first)
-
-    def _add_dw_by_panels(self, dw: Tensor, dlogits: Tensor, x: Tensor, first: bool) -> None:
-        """A CPU GEMM rounds its result to bf16; the sum over chunks is fp32. Panels of it stay in cache on the way."""
-        height = min(len(dw), max(1, _PANEL_BYTES // (4 * x.shape[1])))
-        part, wide = x.new_empty(height, x.shape[1]), dw.new_empty(height, x.shape[1])
-        for start in range(0, len(dw), height):
-            rows = slice(start, min(len(dw), start + height))
-            count = rows.stop - rows.start
-            torch.mm(dlogits[:, rows].t(), x, out=part[:count])
-            if first:
-                dw[rows] = part[:count]
-            else:  # add_ of bf16 to fp32 is not vectorised, copy_ is
-                dw[rows].add_(wide[:count].copy_(part[:count]), alpha=self.scale)
-
-    def _product(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-        tile = self.tile_rows
-        if tile == 0:
-            return torch.mm(left, right, out=out)
-        for start in range(0, len(left), tile):
-            part = left[start : start + tile]
-            count = len(part)
-            if count < tile:
-                part = torch.cat([part, part.new_zeros(tile - count, part.shape[1])])
-            out[start : start + count] = torch.mm(part, right)[:count]
-        return out
+Finish = Callable[[Gradient], Tensor | None]
+"""Makes a matrix that a backend prepared the gradient dlogits, but for the factor [C] of its rows where it returns one."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +174,7 @@ def policy_head(
     needs: tuple[bool, bool, bool], into: Tensor | None = None, scale: float = 1.0,
 ) -> PolicyResult:  # fmt: skip
     """Loss, metrics and the wanted ones of (dX, dW, dbias)."""
-    n, dtype = len(hidden), _wide(hidden.dtype)
+    n, dtype = len(hidden), wide_of(hidden.dtype)
     trained = tokens.trained()
     rows = _subset(trained) if tokens.rows is None and not trained.is_cuda else tokens.rows
     targets = torch.where(trained, tokens.targets, IGNORE)
@@ -260,12 +195,12 @@ def policy_head(
         metrics = torch.zeros(len(METRICS), dtype=torch.float64, device=hidden.device)
         for chunk in chunks:
             part = batch.rows(chunk)
-            logits, ready = _forward(m, head, targets, stats, chunk, (part, spec) if m.wanted else None)
+            logits, finish = _forward(m, head, targets, stats, chunk, (part, spec) if m.wanted else None)
             known = _coefficients(stats[chunk], part, spec)
             metrics += known.metrics
             if m.wanted:
-                _backward(m, head, logits, targets, stats, Gradient(known.a, known.b, known.z), chunk, ready)
-            del logits
+                _backward(m, head, logits, targets, stats, Gradient(known.a, known.b, known.z), chunk, finish)
+            del logits, finish
     else:
         logits = None
         for chunk in chunks:
@@ -305,7 +240,7 @@ def logprob_forward(
         hidden, targets, head = hidden[rows], targets[rows], head.at(rows)
     chunks = _chunks(hidden, weight, head, True)
     m = Matrices(hidden, weight, bias, _most(chunks), tile_rows=head.tile_rows)
-    stats = _empty_stats(len(hidden), _wide(hidden.dtype), hidden.device, want_entropy)
+    stats = _empty_stats(len(hidden), wide_of(hidden.dtype), hidden.device, want_entropy)
     parts = []
     for chunk in chunks:
         logits, _ = _forward(m, head, targets, stats, chunk)
@@ -358,32 +293,39 @@ def extras(logits: Tensor, targets: Tensor, lse: Tensor, head: Head, top_k: int)
 
 def _forward(
     m: Matrices, head: Head, targets: Tensor, stats: Stats, chunk: slice, loss: tuple[Prepared, LossSpec] | None = None
-) -> tuple[Tensor, bool]:
-    """Fills in the statistics of a chunk; returns its logits [C, V] and whether they are their gradient already.
+) -> tuple[Tensor, Finish | None]:
+    """Fills in the statistics of a chunk; returns its logits [C, V], or what the backend made of them, and the rest of it.
 
-    loss: the row-wise loss to make the gradient of, where the backend does both in one sweep over a row.
+    loss: the row-wise loss to make the gradient of.
     """
-    logits, want_entropy = m.logits(chunk), stats.entropy is not None
-    found = None if loss is None else head.at(chunk).policy_loss_(logits, targets[chunk], *loss, want_entropy)
-    ready = found is not None
-    if found is None:
-        found = head.at(chunk).forward(logits, targets[chunk], want_entropy)
+    want_entropy, finish = stats.entropy is not None, None
+    head, targets = head.at(chunk), targets[chunk]
+    made = None if loss is None else head.exponentials(m, chunk, targets, want_entropy)
+    if made is not None:
+        found, logits, finish = made
+    else:
+        logits = m.logits(chunk)
+        swept = None if loss is None else head.policy_loss_(logits, targets, *loss, want_entropy)
+        finish = None if swept is None else _finished
+        found = head.forward(logits, targets, want_entropy) if swept is None else swept
     logp, entropy, lse = found
     stats.logp[chunk], stats.lse[chunk] = logp, lse
     if stats.entropy is not None and entropy is not None:
         stats.entropy[chunk] = entropy
-    return logits, ready
+    return logits, finish
+
+
+def _finished(gradient: Gradient) -> None:
+    """The matrix is the gradient already."""
 
 
 def _backward(
     m: Matrices, head: Head, logits: Tensor | None, targets: Tensor, stats: Stats, gradient: Gradient, chunk: slice,
-    ready: bool = False,
+    finish: Finish | None = None,
 ) -> None:  # fmt: skip
-    """Takes a chunk into the gradients. Its logits are consumed, or computed again where they are None.
-
-    ready: they hold their gradient already.
-    """
+    """Takes a chunk into the gradients. Its logits are consumed, or computed again where they are None."""
     rows: Tensor | slice = chunk
+    factor = None if finish is None else finish(gradient)
     head, targets, stats = head.at(chunk), targets[chunk], stats[chunk]
     if not targets.is_cuda:
         live = gradient.live()
@@ -394,12 +336,12 @@ def _backward(
             index = live.nonzero()[:, 0]
             rows = index + chunk.start
             head, targets, stats, gradient = head.at(index), targets[index], stats[index], gradient[index]
-            logits = None if logits is None else logits[index]
+            logits, factor = _pick(logits, index), _pick(factor, index)
     if logits is None:
         logits = m.logits(rows)
-    if not ready:
+    if finish is None:
         head.backward_(logits, targets, stats, gradient)
-    m.add(logits, rows)
+    m.add(logits, rows, factor)
 
 
 def _coefficients(stats: Stats, batch: Prepared, spec: LossSpec) -> Coefficients:
@@ -421,10 +363,6 @@ def _gradients(
 
 def _pick(values: Tensor | None, index: Tensor | slice) -> Tensor | None:
     return None if values is None else values[index]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _empty_stats(n: int, dtype: torch.dtype, device: torch.device, want_entropy: bool) -> Stats:

@@ -1,4 +1,4 @@
-// The row kernels' algorithm on the host: the same functions as rows.cu, lane by lane, in the same order; only copies,
+// The kernels' algorithms on the host: the same functions as rows.cu and linear.cu, lane by lane, in the same order; only copies,
 // barriers and shuffles are played by loops. A C interface, for tests/kernels/test_kernels_cuda.py.
 #include <cstdint>
 #include <cstring>
@@ -106,9 +106,47 @@ Running merge_quad(const Running (&lanes)[4], float c) {
   return merge(low, high, c);
 }
 
+// What the fused linear forward leaves for the gradient; values null: it is not to.
+struct Kept {
+  std::uint16_t* values;
+  float* references;
+  Running* folds;
+};
+
+// A row's four threads, a tile: fold, and keep the exponentials.
+template <bool CAP>
+void fold_quad(Running (&lanes)[4], const float (&acc)[4][128], int half, int tile, int vocab, const float* bias,
+               int target, const Scale& sc, std::uint16_t* values, float* reference) {
+  const auto share = [=](int quad) { return Share{half, tile * kTileColumns + 2 * quad, vocab, bias}; };
+  float top = kNegInf;
+  for (int quad = 0; quad < 4; ++quad) top = fmaxf(top, largest_of<CAP>(share(quad), acc[quad], sc.inv_cap));
+  for (Running& lane : lanes)
+    if (values) raise(lane.fold, top, sc.c);
+  for (int part = 0; part < kParts; ++part) {
+    float e[4][kPart], lift = 0.0f;
+    for (int quad = 0; quad < 4; ++quad)
+      fold_part<CAP>(lanes[quad], share(quad), acc[quad], part, sc.inv_cap, target, sc.c, e[quad]);
+    if (!values) continue;
+    *reference = reference_of(lanes[0].fold.m, sc.c);
+    for (int k = 0; k < kPart; k += 4) {
+      std::uint32_t of_j[4], of_next[4];
+      for (int quad = 0; quad < 4; ++quad) {
+        lift = lift_of(lanes[quad].fold.m, *reference, sc.c);
+        of_j[quad] = to_bf16x2(e[quad][k] * lift, e[quad][k + 1] * lift);
+        of_next[quad] = to_bf16x2(e[quad][k + 2] * lift, e[quad][k + 3] * lift);
+      }
+      for (int quad = 0; quad < 4; ++quad) {
+        const std::uint32_t received = sent_pair(quad ^ 1, of_j[quad ^ 1], of_next[quad ^ 1]);
+        const FourColumns four = four_columns(quad, of_j[quad], of_next[quad], received);
+        std::memcpy(values + tile * kTileColumns + four_columns_at(quad, (part * kPart + k) / 2), &four, sizeof four);
+      }
+    }
+  }
+}
+
 // The fused linear forward, its logits u [rows, vocab] given instead of multiplied: pieces, tiles, lanes, splits.
 template <bool CAP>
-void run_linear(const Args& args, const float* bias) {
+void run_linear(const Args& args, const float* bias, const Kept& kept) {
   const auto* u = static_cast<const float*>(args.logits);
   const int vocab = static_cast<int>(args.vocab);
   const LinearPlan plan = plan_linear(args.rows, args.vocab);
@@ -121,18 +159,17 @@ void run_linear(const Args& args, const float* bias) {
       if (i >= args.rows) continue;
       const int half = local % 16 / 8;
       const Scale sc = scale_of(args.inv_t[i], args.softcap);
-      Running lanes[4];
-      for (int quad = 0; quad < 4; ++quad) {
-        lanes[quad] = nothing_yet();
-        for (int tile = piece.first; tile < piece.last; ++tile) {
-          float acc[128];
+      Running lanes[4] = {nothing_yet(), nothing_yet(), nothing_yet(), nothing_yet()};
+      for (int tile = piece.first; tile < piece.last; ++tile) {
+        float acc[4][128];
+        for (int quad = 0; quad < 4; ++quad)
           for (int k = 0; k < 128; ++k) {
             const int column = tile * kTileColumns + 8 * (k / 4) + 2 * quad + k % 2;
-            acc[k] = k % 4 / 2 == half && column < vocab ? u[i * args.row_stride + column] : 0.0f;
+            acc[quad][k] = k % 4 / 2 == half && column < vocab ? u[i * args.row_stride + column] : 0.0f;
           }
-          fold_tile<CAP>(lanes[quad], acc, half, tile * kTileColumns + 2 * quad, vocab, bias, sc.inv_cap,
-                         static_cast<int>(args.targets[i]), sc.c);
-        }
+        fold_quad<CAP>(lanes, acc, half, tile, vocab, bias, static_cast<int>(args.targets[i]), sc,
+                       kept.values ? kept.values + i * exp_pitch(vocab) : nullptr,
+                       kept.values ? kept.references + i * plan.column_tiles + tile : nullptr);
       }
       partial[piece.split * args.rows + i] = merge_quad(lanes, sc.c);
     }
@@ -141,8 +178,33 @@ void run_linear(const Args& args, const float* bias) {
     const Scale sc = scale_of(args.inv_t[i], args.softcap);
     Running all = nothing_yet();
     for (int split = 0; split < plan.splits; ++split) all = merge(all, partial[split * args.rows + i], sc.c);
-    const Stats st = stats_of(all.fold, all.v_target, sc);
+    if (kept.values) kept.folds[i] = all;
+    const Stats st = args.targets[i] == kIgnore ? Stats{} : stats_of(all.fold, all.v_target, sc);
     args.logp[i] = st.logp, args.entropy[i] = st.entropy, args.lse[i] = st.lse;
+  }
+}
+
+// Exponentials to du / factor.
+template <bool CAP>
+void run_gradient(const Args& args, const Kept& kept, float* factor) {
+  const std::int64_t pitch = exp_pitch(args.vocab), tiles = pitch / kTileColumns;
+  for (std::int64_t i = 0; i < args.rows; ++i) {
+    const Scale sc = scale_of(args.inv_t[i], args.softcap);
+    const Coefficients k{args.a[i], args.b ? args.b[i] : 0.0f, args.z_loss ? args.z_loss[i] : 0.0f};
+    const ExpRow row = exp_row<CAP>(kept.folds[i], args.targets[i] == kIgnore, k, sc);
+    std::uint16_t* const values = kept.values + i * pitch;
+    for (std::int64_t tile = 0; tile < tiles; ++tile) {
+      const float reference = kept.references[i * tiles + tile];
+      if (is_finished(row, reference)) continue;
+      for (int lane = 0; lane < 32; ++lane) {
+        Vector at;
+        std::memcpy(&at, values + tile * kTileColumns + 8 * lane, sizeof at);
+        at = finish<CAP>(at, row, reference);
+        std::memcpy(values + tile * kTileColumns + 8 * lane, &at, sizeof at);
+      }
+    }
+    factor[i] = row.factor;
+    if (!row.idle) store_one(values + args.targets[i], row.hit);
   }
 }
 
@@ -161,11 +223,55 @@ int linear_pieces(std::int64_t rows, std::int64_t vocab, int* out, int most) {
   return count;
 }
 
+// u [rows, vocab] = x w^T by the boxes and steps of the kernel; what a box has outside its matrix is 0.
+void linear_product(const float* x, const float* w, std::int64_t rows, std::int64_t vocab, std::int64_t depth,
+                    float* u) {
+  const LinearPlan plan = plan_linear(rows, vocab);
+  const auto element = [depth](const float* matrix, std::int64_t most, std::int64_t row, std::int64_t column) {
+    return row < most && column < depth ? matrix[row * depth + column] : 0.0f;
+  };
+  for (int index = 0; index < plan.row_tiles * plan.splits; ++index) {
+    const Piece piece = piece_of(plan, index);
+    for (int tile = piece.first; tile < piece.last; ++tile) {
+      std::vector<float> acc(kTileRows * kTileColumns);
+      for (int step = 0; step < depth / kTileDepth; ++step) {
+        const Boxes at = boxes_of(piece, tile, step);
+        for (int r = 0; r < kTileRows; ++r)
+          for (int k = 0; k < kTileDepth && at.hidden_row + r < rows; ++k) {
+            const float left = element(x, rows, at.hidden_row + r, at.depth + k);
+            for (int c = 0; c < kTileColumns; ++c)
+              acc[r * kTileColumns + c] += left * element(w, vocab, at.weight_row + c, at.depth + k);
+          }
+      }
+      for (int r = 0; r < kTileRows; ++r)
+        for (int c = 0; c < kTileColumns; ++c) {
+          const std::int64_t i = piece.row_tile * kTileRows + r, j = tile * kTileColumns + c;
+          if (i < rows && j < vocab) u[i * vocab + j] = acc[r * kTileColumns + c];
+        }
+    }
+  }
+}
+
+std::int64_t linear_pitch(std::int64_t vocab) { return exp_pitch(vocab); }
+
+// values [rows, pitch] may be null; then so may references [rows, pitch / 256] and folds [rows, 4].
 void linear(void* u, std::int64_t rows, std::int64_t vocab, const float* bias, const std::int64_t* targets,
-            const float* inv_t, float softcap, float* logp, float* entropy, float* lse) {
+            const float* inv_t, float softcap, float* logp, float* entropy, float* lse, std::uint16_t* values,
+            float* references, float* folds) {
+  static_assert(sizeof(Running) == 16, "four floats a row");
   const Args args{u,    rows,    vocab, vocab,   targets, inv_t,   softcap,
                   logp, entropy, lse,   nullptr, nullptr, nullptr, nullptr};
-  softcap > 0.0f ? run_linear<true>(args, bias) : run_linear<false>(args, bias);
+  const Kept kept{values, references, reinterpret_cast<Running*>(folds)};
+  softcap > 0.0f ? run_linear<true>(args, bias, kept) : run_linear<false>(args, bias, kept);
+}
+
+void linear_gradient(std::uint16_t* values, float* references, float* folds, std::int64_t rows, std::int64_t vocab,
+                     const std::int64_t* targets, const float* inv_t, float softcap, const float* a, const float* b,
+                     const float* z, float* factor) {
+  const Args args{nullptr, rows,    vocab, 0, targets, inv_t, softcap,
+                  nullptr, nullptr, nullptr, a, b,       z,     nullptr};
+  const Kept kept{values, references, reinterpret_cast<Running*>(folds)};
+  softcap > 0.0f ? run_gradient<true>(args, kept, factor) : run_gradient<false>(args, kept, factor);
 }
 
 const char* op_name(int op) { return op < static_cast<int>(omni::Op::kCount) ? kOpNames[op] : ""; }

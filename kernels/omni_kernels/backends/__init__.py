@@ -6,6 +6,7 @@ A backend is a module with these functions; logits are [N, V], bf16 or fp32, row
     rows_forward(logits, targets, inv_temperature, softcap, want_entropy) -> (logp, entropy | None, lse), fp32 [N]
     rows_backward_(logits, targets, lse, entropy, a, b, inv_temperature, softcap, z_loss=0.0)    logits become dlogits
 
+and, where they have them, `rows_policy_loss_` (both in one sweep) and `linear_exponentials` (the head's first GEMM as well).
 Rows whose target is -100 are never read: their outputs and gradients are 0.
 """
 
@@ -18,8 +19,8 @@ from types import ModuleType
 
 from torch import bfloat16, device, dtype, float16, float32, float64  # `torch` here is the backend of that name
 
-# The backend cuda: on the cards of `cuda.VALIDATED` only, or by name.
-_PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+# The CUDA ones: on the cards of `cuda.VALIDATED` only, or by name.
+_PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("cuda_exp", "cuda", "triton", "torch")}
 _DTYPES = {"torch": (float32, bfloat16, float16, float64)}  # the others: float32 and bfloat16
 
 
@@ -52,6 +53,6 @@ def select(place: device, kind: dtype, name: str | None = None) -> ModuleType:
         module, _ = _load(candidate)
         if module is None or kind not in _DTYPES.get(candidate, (float32, bfloat16)):
             continue
-        if candidate != "cuda" or module.is_validated(place):
+        if not candidate.startswith("cuda") or module.is_validated(place):
             return module
     raise RuntimeError("unreachable: the torch backend is always available")

@@ -8,11 +8,12 @@ other rows; only a row that starts at another offset from a 16-byte boundary (an
 Limits: bf16 or fp32 CUDA tensors; a row of at most 900,000 bf16 or 450,000 fp32 logits; the module must have been built
 (`pip install -C cmake.define.OMNI_CUDA=ON .`; `reason_unavailable` says why not). A target outside the vocabulary makes its
 row NaN. So does a NaN or +inf logit, or nothing but -inf; -inf elsewhere is a probability of 0. `linear_forward` is for
-callers that ask for it by name.
+callers that ask for it by name, `linear_exponentials` for those of the backend `cuda_exp`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -151,9 +152,86 @@ def linear_forward(
     A row's result depends on its own hidden state only, bit for bit. Raises NotImplementedError for operands that are not
     bf16, contiguous and 16-byte aligned, or an H that is no multiple of 64: the caller then makes the logits.
     """
+    _check_linear(hidden, weight, bias, targets)
+    return _linear(hidden, weight, bias, targets, inv_temperature, softcap, want_entropy, (0, 0, 0))
+
+
+@dataclass(frozen=True)
+class Exponentials:
+    """What `linear_exponentials` keeps of C rows. values: bf16 [C, V], e^z of each logit times a number of its row."""
+
+    values: Tensor
+    references: Tensor
+    folds: Tensor
+    targets: Tensor
+    inv_temperature: float | Tensor
+    softcap: float | None
+
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        return self.values.data_ptr(), self.references.data_ptr(), self.folds.data_ptr()
+
+    def gradient_(self, a: Tensor, b: Tensor | None, z_loss: Tensor | None) -> Tensor:
+        """Makes dloss/dlogits = factor[:, None] * values of a = dloss/dlogp, b = dloss/dentropy, the weight of lse^2, [C].
+
+        Returns factor, fp32 [C]. Without b, z_loss and softcap only the targets' values change: the gradient is a multiple
+        of p, and of p - 1 there. Else the values are read and written once. Rows without gradient have factor 0.
+        """
+        factor = torch.empty_like(a)
+        scale, scale_rows = _scalar_or_rows(self.inv_temperature, "inv_temperature", self.values)
+        for name, vector in (("a", a), ("b", b), ("z_loss", z_loss)):
+            if vector is not None:
+                _check_vector(vector, name, torch.float32, self.values)
+        native.linear_gradient(
+            self.addresses, len(self.values), self.values.shape[1], self.targets.data_ptr(), scale, _pointer(scale_rows), self.softcap or 0.0,
+            a.data_ptr(), _pointer(b), _pointer(z_loss), factor.data_ptr(), *_place(a),
+        )  # fmt: skip
+        return factor
+
+
+def linear_exponentials(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    inv_temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    want_entropy: bool = True,
+) -> tuple[tuple[Tensor, Tensor | None, Tensor], Exponentials]:
+    """`linear_forward` that keeps the exponentials it computes, of which the gradient is made: one GEMM, and two to come.
+
+    Memory: 2 V bytes a token, V rounded up to 256. Raises as `linear_forward` does.
+    """
+    _check_linear(hidden, weight, bias, targets)
+    pitch = native.linear_pitch(len(weight))
+    exps = Exponentials(
+        torch.empty(len(hidden), pitch, dtype=torch.bfloat16, device=hidden.device)[:, : len(weight)],
+        hidden.new_empty(len(hidden), pitch // 256, dtype=torch.float32),
+        hidden.new_empty(len(hidden), 4, dtype=torch.float32), targets, inv_temperature, softcap,
+    )  # fmt: skip
+    return _linear(hidden, weight, bias, targets, inv_temperature, softcap, want_entropy, exps.addresses), exps
+
+
+def _linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, inv_temperature: float | Tensor,
+    softcap: float | None, want_entropy: bool, exps: tuple[int, int, int],
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
+    scale, scale_rows = _scalar_or_rows(inv_temperature, "inv_temperature", hidden)
+    logp, lse, entropy = _outputs(hidden, want_entropy)
+    workspace = hidden.new_empty(native.linear_workspace_bytes(len(hidden), len(weight)), dtype=torch.uint8)
+    native.linear_forward(
+        hidden.data_ptr(), weight.data_ptr(), len(hidden), len(weight), weight.shape[1], _pointer(wide_bias), targets.data_ptr(), scale,
+        _pointer(scale_rows), softcap or 0.0, workspace.data_ptr(), logp.data_ptr(), _pointer(entropy), lse.data_ptr(),
+        exps, *_place(hidden),
+    )  # fmt: skip
+    return logp, entropy, lse
+
+
+def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
     if native is None:
         raise RuntimeError(_reason)
-    n, depth = hidden.shape
+    depth = hidden.shape[1]
     for name, matrix in (("hidden", hidden), ("weight", weight)):
         if matrix.dtype != torch.bfloat16 or depth % 64 or not matrix.is_contiguous() or matrix.data_ptr() % 16:
             given = f"{name} is {matrix.dtype} {list(matrix.shape)}, strides {matrix.stride()}"
@@ -164,17 +242,7 @@ def linear_forward(
             )
     if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
         raise ValueError(f"bias is {list(bias.shape)} on {bias.device}; pass {[len(weight)]} on {weight.device}")
-    wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
     _check_vector(targets, "targets", torch.int64, hidden)
-    scale, scale_rows = _scalar_or_rows(inv_temperature, "inv_temperature", hidden)
-    logp, lse, entropy = _outputs(hidden, want_entropy)
-    workspace = hidden.new_empty(native.linear_workspace_bytes(n, len(weight)), dtype=torch.uint8)
-    native.linear_forward(
-        hidden.data_ptr(), weight.data_ptr(), n, len(weight), depth, _pointer(wide_bias), targets.data_ptr(), scale,
-        _pointer(scale_rows), softcap or 0.0, workspace.data_ptr(), logp.data_ptr(), _pointer(entropy), lse.data_ptr(),
-        *_place(hidden),
-    )  # fmt: skip
-    return logp, entropy, lse
 
 
 @lru_cache(maxsize=64)

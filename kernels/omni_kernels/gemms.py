@@ -1,0 +1,122 @@
+"""The GEMMs of a head: logits = x W^T of some rows at a time; dX = dz W and dW += dz^T x as their gradients come.
+
+dW is accumulated in fp32 over chunks of rows and rounded once, by the caller. GEMMs run in the dtype of hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PANEL_BYTES = 4 << 20  # of fp32 dW
+
+
+class Matrices:
+    """The operands of the GEMMs, and the gradients as they grow chunk by chunk.
+
+    chunk_rows: most rows at a time. A fresh large tensor costs a CPU as much in page faults as the GEMM that fills it,
+    so all chunks share one buffer of logits: those of the last call are gone.
+    once: all rows come in one chunk, so dW is a plain product.  into: an fp32 [V, H] tensor to add dW * scale to.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int,
+        needs: tuple[bool, bool, bool] = (False, False, False), tile_rows: int = 0, once: bool = False,
+        into: Tensor | None = None, scale: float = 1.0,
+    ) -> None:  # fmt: skip
+        self.hidden, self.tile_rows, self.once, self.scale = hidden, tile_rows, once, scale
+        self.weight = weight.to(hidden.dtype)
+        self.bias = None if bias is None else bias.to(hidden.dtype)
+        self.need_dx, self.need_dw, self.need_db = needs
+        self.chunk_rows, self.buffer = chunk_rows, hidden.new_empty(0)
+        self.dx = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if self.need_dx else None
+        self.dw: Tensor | None = into
+        self.keeps_dw = self.need_dw and into is None
+        self.db: Tensor | None = None
+
+    @property
+    def wanted(self) -> bool:
+        return self.need_dx or self.need_dw or self.need_db
+
+    def logits(self, rows: Tensor | slice) -> Tensor:
+        """[C, V] of some rows, in the shared buffer."""
+        x = self.hidden[rows]
+        if not self.buffer.numel():
+            self.buffer = x.new_empty(self.chunk_rows, len(self.weight))
+        logits = self._product(x, self.weight.t(), self.buffer[: len(x)])
+        return logits if self.bias is None else logits.add_(self.bias)
+
+    def add(self, dlogits: Tensor, rows: Tensor | slice, factor: Tensor | None = None) -> None:
+        """Takes dlogits [C, V] of some rows, times factor [C], into dX, dW and the bias gradient."""
+        x = self.hidden[rows]
+        if self.dx is not None:
+            if factor is not None:
+                self.dx[rows] = _wide_product(dlogits, self.weight).mul_(factor[:, None]).to(x.dtype)
+            elif isinstance(rows, slice):
+                self._product(dlogits, self.weight, self.dx[rows])
+            else:
+                self.dx[rows] = self._product(dlogits, self.weight, torch.empty_like(x))
+        if factor is not None:  # in a sum over rows it goes with the other operand; 0 leaves the row out
+            x = torch.where(factor[:, None] == 0, 0, x * factor[:, None]).to(x.dtype)
+        if self.need_dw:
+            self._add_dw(dlogits, x)
+        if self.need_db:
+            if factor is None:
+                total = dlogits.sum(0, dtype=wide_of(dlogits.dtype))
+            else:
+                total = _wide_product(dlogits.t(), factor[:, None].to(x.dtype))[:, 0]
+            self.db = total if self.db is None else self.db.add_(total)
+
+    def _add_dw(self, dlogits: Tensor, x: Tensor) -> None:
+        wide, first = wide_of(x.dtype), self.dw is None
+        if first and (self.once or x.dtype == wide):
+            self.dw = torch.mm(dlogits.t(), x)
+            return
+        if x.is_cuda and x.dtype != wide:
+            part = _wide_product(dlogits.t(), x)
+            self.dw = part if self.dw is None else self.dw.add_(part, alpha=self.scale)
+            return
+        if self.dw is None:
+            self.dw = torch.empty(dlogits.shape[1], x.shape[1], dtype=wide, device=x.device)
+        if x.dtype == self.dw.dtype:
+            self.dw.addmm_(dlogits.t(), x, alpha=self.scale)
+        else:
+            self._add_dw_by_panels(self.dw, dlogits, x, first)
+
+    def _add_dw_by_panels(self, dw: Tensor, dlogits: Tensor, x: Tensor, first: bool) -> None:
+        """A CPU GEMM rounds its result to bf16; the sum over chunks is fp32. Panels of it stay in cache on the way."""
+        height = min(len(dw), max(1, _PANEL_BYTES // (4 * x.shape[1])))
+        part, wide = x.new_empty(height, x.shape[1]), dw.new_empty(height, x.shape[1])
+        for start in range(0, len(dw), height):
+            rows = slice(start, min(len(dw), start + height))
+            count = rows.stop - rows.start
+            torch.mm(dlogits[:, rows].t(), x, out=part[:count])
+            if first:
+                dw[rows] = part[:count]
+            else:  # add_ of bf16 to fp32 is not vectorised, copy_ is
+                dw[rows].add_(wide[:count].copy_(part[:count]), alpha=self.scale)
+
+    def _product(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+        tile = self.tile_rows
+        if tile == 0:
+            return torch.mm(left, right, out=out)
+        for start in range(0, len(left), tile):
+            part = left[start : start + tile]
+            count = len(part)
+            if count < tile:
+                part = torch.cat([part, part.new_zeros(tile - count, part.shape[1])])
+            out[start : start + count] = torch.mm(part, right)[:count]
+        return out
+
+
+def _wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """The product in fp32 (fp64); a CPU rounds it to the operands' dtype first."""
+    wide = wide_of(left.dtype)
+    if left.is_cuda and left.dtype != wide:
+        return torch.mm(left, right, out_dtype=wide)
+    return torch.mm(left, right).to(wide)
+
+
+def wide_of(dtype: torch.dtype) -> torch.dtype:
+    """Of sums over rows of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
