@@ -45,11 +45,9 @@ def _lines(file: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _parquet(file: Path) -> Iterator[tuple[int, Row]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise UserError(f"'{file}' needs pyarrow; install it with `pip install pyarrow`, or give JSON lines") from error
+    import pyarrow  # slow to import
+    import pyarrow.parquet as parquet
+
     try:
         table = parquet.read_table(file)
     except pyarrow.ArrowException as error:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from omni_fast.errors import UserError
 from omni_fast.rewards.qa import QaMatcher, normalise
 from omni_fast.rewards.score import Score
 from omni_fast.tasks.base import Item, Json, Split
@@ -54,13 +53,9 @@ class Country:
 
 @cache
 def countries() -> tuple[Country, ...]:
-    """Countries with a capital and a continent, by name; raises UserError when the package is missing."""
-    try:
-        folder = resources.files("countryinfo") / "data"
-    except ModuleNotFoundError as error:
-        raise UserError("the qa task needs countryinfo; install it with `pip install countryinfo`") from error
+    """Countries with a capital and a continent, by name."""
     found = {}
-    for entry in folder.iterdir():
+    for entry in (resources.files("countryinfo") / "data").iterdir():
         if not entry.name.endswith(".json"):
             continue
         row = json.loads(entry.read_text(encoding="utf-8"))

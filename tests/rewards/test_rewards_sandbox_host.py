@@ -54,18 +54,18 @@ def test_a_report_is_read_or_refused(payload):
 
 
 # Programs in the jail's place, each with the socket as `s`. All let the host believe in a start first, or not even that.
-READY = "s.sendall(struct.pack('<Ic', 2, b'X') + b'{}')\n"
+READY = "s.sendall(struct.pack('<I', 5) + b'ready')\n"
 LIARS = {
     "never ready": "time.sleep(60)",
     "ends at once": "",
     "random bytes": READY + "s.recv(9)\nimport random\ns.sendall(random.Random(0).randbytes(5000))",
-    "huge size": READY + "s.recv(9)\ns.sendall(struct.pack('<Ic', 2**32 - 1, b'O'))\ntime.sleep(60)",
-    "half a frame": READY + "s.recv(9)\ns.sendall(struct.pack('<Ic', 500, b'O') + b'x' * 10)",
+    "huge size": READY + "s.recv(9)\ns.sendall(struct.pack('<I', 2**32 - 1))\ntime.sleep(60)",
+    "half a frame": READY + "s.recv(9)\ns.sendall(struct.pack('<I', 500) + b'x' * 10)",
     "stalls": READY + "time.sleep(60)",
-    "endless output": READY + "s.recv(9)\nwhile True:\n    s.sendall(struct.pack('<Ic', 65536, b'O') + b'x' * 65536)",
-    "bad report": READY + "s.recv(9)\ns.sendall(struct.pack('<Ic', 5, b'X') + b'[[[[[')",
-    "report without fields": READY + "s.recv(9)\ns.sendall(struct.pack('<Ic', 2, b'X') + b'{}')",
-    "deep report": READY + "s.recv(9)\ns.sendall(struct.pack('<Ic', 60000, b'X') + b'[' * 60000)",
+    "endless output": READY + "s.recv(9)\nwhile True:\n    s.sendall(struct.pack('<I', 65536) + b'x' * 65536)",
+    "bad report": READY + "s.recv(9)\ns.sendall(struct.pack('<I', 5) + b'[[[[[')",
+    "report without fields": READY + "s.recv(9)\ns.sendall(struct.pack('<I', 2) + b'{}')",
+    "deep report": READY + "s.recv(9)\ns.sendall(struct.pack('<I', 60000) + b'[' * 60000)",
     "dies": READY + "s.recv(9)\nimport os\nos.abort()",
 }
 

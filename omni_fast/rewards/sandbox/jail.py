@@ -4,9 +4,9 @@ Runs as `python -I -S -B jail.py SETTINGS` with an inherited socket to the trust
 because it runs on the system's interpreter (3.9 or newer), not in the trainer's environment.
 This process is trusted but needs no trust: it holds no expected values, and the host treats its bytes as hostile.
 
-Frames: u32 little-endian length, from the jail one kind byte, payload.
-  host -> jail  one job: lines of `wire` data, first {"source", "entry"}, then one tuple of arguments a line
-  jail -> host  O  bytes the child wrote (hostile);  X  its end: {"exit", "signal", "cpu_s", "cut"}
+Frames: u32 little-endian length, payload. From the jail "ready" once, then one for each job.
+  host -> jail  lines of `wire` data, first {"source", "entry"}, then one tuple of arguments a line
+  jail -> host  a line on how the child ended, {"exit", "signal", "cpu_s", "cut"}; then what it wrote (hostile)
 Lines the child writes: ["load", outcome, detail], then one [index, outcome, value or detail] a call.
 """
 
@@ -242,15 +242,10 @@ class Memory:
             self.start = self.stop = 0
 
 
-def write_frame(sock: socket.socket, kind: bytes, payload) -> None:  # noqa: ANN001 -- bytes or memoryview
-    sock.sendall(struct.pack("<Ic", len(payload), kind))
-    sock.sendall(payload)
-
-
 def relay(sock: socket.socket, child: Child, inbox: Memory, outbox: Memory, settings: dict) -> None:
     """Carry bytes between host and child until the child ends, the wall clock runs out or the output cap is reached."""
     deadline = time.monotonic() + settings["wall_s"]
-    budget, cut = settings["output_bytes"], ""
+    outbox.stop, cut = 0, ""
     while True:
         poller = select.poll()
         poller.register(child.result_fd, select.POLLIN)
@@ -267,14 +262,13 @@ def relay(sock: socket.socket, child: Child, inbox: Memory, outbox: Memory, sett
         if child.job_fd in events:  # never blocks: a child that stops reading must not stop the server
             inbox.write_some(child.job_fd)
         if child.result_fd in events:
-            size = os.readv(child.result_fd, [outbox.view])
-            budget -= size
+            size = os.readv(child.result_fd, [outbox.view[outbox.stop :]])
+            outbox.stop += size
             if size == 0:
                 break
-            if budget < 0:
+            if outbox.stop == len(outbox.view):
                 cut = "output"
                 break
-            write_frame(sock, b"O", outbox.view[:size])
     status, usage = child.end()
     report = {
         "exit": os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1,
@@ -282,7 +276,9 @@ def relay(sock: socket.socket, child: Child, inbox: Memory, outbox: Memory, sett
         "cpu_s": usage.ru_utime + usage.ru_stime,
         "cut": cut,
     }
-    write_frame(sock, b"X", json.dumps(report).encode())
+    line = json.dumps(report).encode() + b"\n"
+    sock.sendall(struct.pack("<I", len(line) + outbox.stop) + line)
+    sock.sendall(outbox.view[: outbox.stop])
 
 
 def rehearse() -> None:
@@ -304,12 +300,12 @@ def main() -> None:
     program = bytes.fromhex(settings["seccomp"])
     buffer = ctypes.create_string_buffer(program, len(program))  # lives as long as this process
     settings["filter"] = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))  # struct sock_fprog
-    inbox, outbox = Memory(wire.MAX_FRAME_BYTES), Memory(1 << 16)
+    inbox, outbox = Memory(wire.MAX_FRAME_BYTES), Memory(settings["output_bytes"] + 1)
     rehearse()
     gc.collect()
     gc.freeze()  # children then share these pages instead of copying them at the first collection
     child = Child(settings)
-    write_frame(sock, b"X", b"{}")  # ready
+    sock.sendall(struct.pack("<I", 5) + b"ready")
     while True:
         inbox.read_job(sock)
         relay(sock, child, inbox, outbox, settings)

@@ -74,7 +74,7 @@ class Jail:
         try:
             with theirs, contextlib.ExitStack() as fds:
                 self._spawn(theirs.fileno(), fds)
-            if self._read_frame(time.monotonic() + START_S)[0] != b"X":
+            if self._read_frame(time.monotonic() + START_S) != b"ready":
                 raise JailError("the fork-server did not report ready")
         except (JailError, OSError, KeyError) as error:
             text = self._last_words()
@@ -142,15 +142,9 @@ class Jail:
         except wire.WireError as error:
             return [Call("error", detail=str(error))] * len(job.calls)
         self._write_job(message)
-        deadline = time.monotonic() + self.limits.wall_s + GRACE_S
-        output = b""
-        while True:
-            kind, payload = self._read_frame(deadline)
-            if kind == b"X":
-                return outcomes(output, len(job.calls), parse_exit(payload), self.limits)
-            output += payload
-            if len(output) > self.limits.output_bytes:
-                raise JailError("more output than the fork-server lets through")
+        reply = self._read_frame(time.monotonic() + self.limits.wall_s + GRACE_S)
+        report, _, output = reply.partition(b"\n")
+        return outcomes(output, len(job.calls), parse_exit(report), self.limits)
 
     def _write_job(self, message: bytes) -> None:
         if self._socket is None:
@@ -161,11 +155,11 @@ class Jail:
         except OSError as error:
             raise JailError(f"the jail does not read: {error}") from None
 
-    def _read_frame(self, deadline: float) -> tuple[bytes, bytes]:
-        size, kind = struct.unpack("<Ic", self._read(5, deadline))
-        if kind not in (b"O", b"X") or size > self.limits.output_bytes + 4096:
+    def _read_frame(self, deadline: float) -> bytes:
+        (size,) = struct.unpack("<I", self._read(4, deadline))
+        if size > self.limits.output_bytes + 4096:
             raise JailError("bytes that are not a frame")
-        return kind, self._read(size, deadline)
+        return self._read(size, deadline)
 
     def _read(self, size: int, deadline: float) -> bytes:
         assert self._socket is not None
