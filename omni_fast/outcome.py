@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import time
 from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from itertools import pairwise
@@ -22,12 +23,13 @@ from omni_fast.groups import Group, task_rows
 from omni_fast.plan import item_scores, refresh, singles, solve, task_names
 from omni_fast.policy.pack import Trajectory
 from omni_fast.records import EvalRow, Evaluated, ProbeRow, Shown, StepRow, TaskScores
-from omni_fast.report import write_report
+from omni_fast.report.charts import write_page
+from omni_fast.report.page import render
 from omni_fast.report.result import Json, assemble
 from omni_fast.rewards.monitors import Monitor
 from omni_fast.rollout.engine import Prompt, Sampling
 from omni_fast.run import BASE, Run
-from omni_fast.tasks.base import Split, Task
+from omni_fast.tasks.base import Split
 
 SHOWN_COMPLETIONS = 4  # per task, before and after, for the report
 PACKAGES = ("omni-fast", "torch", "transformers", "numpy")
@@ -40,7 +42,7 @@ def record_step(
     step: int,
     clock: Sequence[float],
     groups: Sequence[Group],
-    tasks: Mapping[str, Task],
+    parts: Parts,
     update: dict[str, float],
     monitor: Monitor,
     scoring_s: float,
@@ -54,7 +56,7 @@ def record_step(
         event="step",
         stage=stage.name,
         step=step,
-        tasks=task_rows(groups, tasks, {name: update.get(f"entropy/{name}") for name in stage.tasks}, monitor),
+        tasks=task_rows(groups, parts.tasks, {name: update.get(f"entropy/{name}") for name in stage.tasks}, monitor),
         loss=update.get("loss"),  # absent when no group was mixed
         grad_norm=update["grad_norm"],
         update=update,
@@ -70,23 +72,33 @@ def record_step(
     run.add_seconds(scoring=scoring_s)  # overlaps with `generate`
     run.add_counts(rollout_tokens=new_tokens, train_tokens=update.get("sample_tokens", 0.0))
     run.record(row)
+    parts.trackers.log(row)
     return row
 
 
-def record_evaluation(run: Run, name: str, split: Split, results: Mapping[str, Evaluation], seconds: float) -> EvalRow:
-    """Write an evaluation's row and add its time to the totals. RunError where a metric gave what is no score."""
-    for task, result in results.items():
-        wrong = [f"{value:g}" for value in result.values if value < 0 or value > 1]
-        if wrong or len(result.values) != len(result.items):
-            told = f"the value {wrong[0]}" if wrong else f"{len(result.values)} values for {len(result.items)} items"
-            raise RunError(
-                f"the metric of task '{task}' gave {told}; it has to give each item one number in 0..1, or None"
-            )
-    found = {task: scores.score(result.values).as_dict() for task, result in results.items()}
-    row = EvalRow(event="eval", stage=name, split=split, scores=found, seconds=seconds)
-    run.add_seconds(eval=seconds)
-    run.record(row)
-    return row
+def score(parts: Parts, name: str, splits: Sequence[Split], tasks: Collection[str]) -> Evaluated:
+    """Evaluate the policy as it is now; write a row a split, add its time."""
+    results: dict[Split, dict[str, Evaluation]] = {}
+    for split in splits:
+        start = time.perf_counter()
+        results[split] = {task: checked(task, parts.evaluate(task, parts.items[task][split])) for task in tasks}
+        seconds = time.perf_counter() - start
+        found = {task: scores.score(result.values).as_dict() for task, result in results[split].items()}
+        row = EvalRow(event="eval", stage=name, split=split, scores=found, seconds=seconds)
+        parts.run.add_seconds(eval=seconds)
+        parts.run.record(row)
+        parts.trackers.log(row)
+        parts.progress.evaluated(row)
+    return evaluated(results, entropies(parts, tasks))
+
+
+def checked(task: str, found: Evaluation) -> Evaluation:
+    """RunError where a metric gave what is no score."""
+    wrong = [f"{value:g}" for value in found.values if value < 0 or value > 1]
+    if wrong or len(found.values) != len(found.items):
+        told = f"the value {wrong[0]}" if wrong else f"{len(found.values)} values for {len(found.items)} items"
+        raise RunError(f"the metric of task '{task}' gave {told}; it has to give each item one number in 0..1, or None")
+    return found
 
 
 def evaluated(results: Mapping[Split, Mapping[str, Evaluation]], entropy: dict[str, float]) -> Evaluated:
@@ -95,12 +107,13 @@ def evaluated(results: Mapping[Split, Mapping[str, Evaluation]], entropy: dict[s
     return Evaluated(splits={str(split): tasks for split, tasks in splits.items()}, entropy=entropy)
 
 
-def entropies(run: Run, parts: Parts, tasks: Collection[str]) -> dict[str, float]:
+def entropies(parts: Parts, tasks: Collection[str]) -> dict[str, float]:
     """Task -> mean token entropy, in nats, of the policy as it is now on the probe (split `select`).
 
     The probe is fixed completions of the initial policy, which is the first to be scored on any task: the same tokens for
     every policy, so a change of the mean is a change of the policy and not of what it happened to write.
     """
+    run = parts.run
     known = {row["task"] for row in run.state["probe"]}
     if parts.config.evaluation.probe_items and (new := [task for task in tasks if task not in known]):
         run.keep_probe([*run.state["probe"], *(row for task in new for row in _probe(parts, task))])
@@ -133,7 +146,7 @@ def finish(run: Run) -> Path:
     data = result(run)
     write_json(run.folder / "result.json", data)
     path = run.folder / "report.html"
-    write_report(data, run.rows(), _samples(run), path)
+    write_page(path, render(data, run.rows(), _samples(run)))
     return path
 
 

@@ -6,8 +6,9 @@ score the initial policy -> one short run per task -> transfer -> order -> stage
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omni_fast import outcome, plan
 from omni_fast.ahead import Ahead
@@ -15,8 +16,7 @@ from omni_fast.build import Parts, build
 from omni_fast.config import Config
 from omni_fast.curriculum.stages import PromptStream, Stage
 from omni_fast.errors import RunError
-from omni_fast.evaluate import Evaluation
-from omni_fast.groups import set_advantages, trajectories
+from omni_fast.groups import Group, set_advantages, trajectories
 from omni_fast.progress import Progress
 from omni_fast.records import Trained
 from omni_fast.rewards.monitors import Monitor
@@ -31,7 +31,7 @@ def train(config: Config, folder: Path, progress: Progress) -> Path:
             progress.say("this run is finished already")
             return outcome.finish(run)
         with build(config, run, progress) as parts:
-            trainer = Trainer(config, run, parts, progress)
+            trainer = Trainer(parts)
             trainer.measure()
             solved = plan.solve(run)
             progress.say(solved.statement)
@@ -45,14 +45,16 @@ def train(config: Config, folder: Path, progress: Progress) -> Path:
 def measure(config: Config, folder: Path, progress: Progress) -> None:
     """Only the first half of `train`: what the order is solved from. `train` on the same folder goes on from there."""
     with Run.open(folder, config) as run, build(config, run, progress) as parts:
-        Trainer(config, run, parts, progress).measure()
+        Trainer(parts).measure()
 
 
 class Trainer:
     """The policy under training with its engine and tasks; each method is a phase that a resume skips or continues."""
 
-    def __init__(self, config: Config, run: Run, parts: Parts, progress: Progress) -> None:
-        self.config, self.run, self.parts, self.progress = config, run, parts, progress
+    Stream = PromptStream
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.config, self.run, self.progress = parts, parts.config, parts.run, parts.progress
         self.policy, self.engine, self.tasks = parts.policy, parts.engine, parts.tasks
 
     def measure(self) -> None:
@@ -80,16 +82,14 @@ class Trainer:
         if self.run.trained(stage.name) or plan.reuse(self.run, stage, start):
             return self.progress.skip(steps=stage.steps)
         self.progress.stage(stage.name)
-        stream = PromptStream(self.parts.train_sizes, stage.tasks, stage.weights, self.config.seed)
         saved, done = self.run.load_checkpoint(stage.name, self.progress.warn), 0
-        self.monitor = Monitor(saved.state["monitor"] if saved else {})
+        stream = self.begin(stage, saved.state if saved else None)
         if saved is None:
             self.parts.load_weights(start)
             self.policy.reset_optimizer()
         else:
             done = saved.state["step"]
             self.policy.load(saved.path, saved.state["policy"])
-            stream.load_state_dict(saved.state["stream"])
             self.progress.resumed(done)
         self.parts.holds = f"{stage.name}, under way"
         self.engine.sync(self.engine.version + 1)
@@ -102,18 +102,26 @@ class Trainer:
         self.parts.keep_weights(stage.name)
         self.run.finish_stage(stage.name, Trained(tasks=list(stage.own), steps=stage.steps, same_as=""))
 
-    def checkpoint(self, stage: Stage, ahead: Ahead) -> None:
-        """Everything that a resume after the trained steps needs."""
-        rest = {"policy": self.policy.numbers(), "stream": dict(ahead.state), "monitor": self.monitor.baselines}
-        self.run.save_checkpoint(stage.name, ahead.step, self.policy.save, rest)
+    def begin(self, stage: Stage, saved: Mapping[str, Any] | None) -> PromptStream:
+        """What a stage needs besides the policy, from its start or as a checkpoint has it."""
+        self.monitor = Monitor(saved["monitor"] if saved else {})
+        stream = self.Stream(self.parts.train_sizes, stage.tasks, stage.weights, self.config.seed)
+        if saved:
+            stream.load_state_dict(saved["stream"])
+        return stream
 
-    def step(self, stage: Stage, ahead: Ahead) -> None:
+    def checkpoint(self, stage: Stage, ahead: Ahead, **more: Any) -> None:
+        """Everything that a resume after the trained steps needs."""
+        more |= {"policy": self.policy.numbers(), "stream": dict(ahead.state), "monitor": self.monitor.baselines}
+        self.run.save_checkpoint(stage.name, ahead.step, self.policy.save, more)
+
+    def step(self, stage: Stage, ahead: Ahead) -> list[Group]:
         """One GRPO step: groups from the engine, each scored as soon as it is complete; update, sync, the step's row."""
         clock = [time.perf_counter()]
         try:
             groups = ahead.next()
             clock.append(time.perf_counter())
-            work_s = self.parts.scorer.finish(groups)
+            busy = self.parts.scorer.finish(groups)
         except RunError:  # no samples, no scores, or stopped meanwhile: the policy is still that of the step before
             self.checkpoint(stage, ahead)
             raise
@@ -121,31 +129,21 @@ class Trainer:
         clock.append(time.perf_counter())
         self.progress.wait("the policy update")
         self.parts.sleep()
-        metrics = self.policy.update(trajectories(groups)) | ahead.done()
+        told = self.policy.update(trajectories(groups)) | ahead.done()
         clock.append(time.perf_counter())
-        metrics |= self.engine.sync(self.engine.version + 1)
+        told |= self.engine.sync(self.engine.version + 1)
         clock.append(time.perf_counter())
-        row = outcome.record_step(self.run, stage, ahead.step, clock, groups, self.tasks, metrics, self.monitor, work_s)
-        self.parts.trackers.log(row)
-        self.progress.step(row, stage.steps)
+        self.row = outcome.record_step(self.run, stage, ahead.step, clock, groups, self.parts, told, self.monitor, busy)
+        self.progress.step(self.row, stage.steps)
+        return groups
 
     def evaluate(self, name: str, *splits: Split) -> None:
         """Score every task that has no score yet with the weights `name`: a row of the accuracy matrix, item by item."""
         wanted = self.run.unscored(name, self.tasks)
-        done = [task for task in self.tasks if task not in wanted]
+        done = self.tasks.keys() - wanted
         self.progress.skip(items=sum(len(self.parts.items[task][split]) for task in done for split in splits))
-        if not wanted:
-            return
-        if self.parts.holds != name:
+        if wanted and self.parts.holds != name:
             self.parts.load_weights(name)
             self.engine.sync(self.engine.version + 1)
-        results: dict[Split, dict[str, Evaluation]] = {}
-        for split in splits:
-            start = time.perf_counter()
-            results[split] = {task: self.parts.evaluate(task, self.parts.items[task][split]) for task in wanted}
-            seconds = time.perf_counter() - start
-            row = outcome.record_evaluation(self.run, name, split, results[split], seconds)
-            self.parts.trackers.log(row)
-            self.progress.evaluated(row)
-        entropy = outcome.entropies(self.run, self.parts, wanted)
-        self.run.finish_evaluation(name, outcome.evaluated(results, entropy))
+        if wanted:
+            self.run.finish_evaluation(name, outcome.score(self.parts, name, splits, wanted))

@@ -2,8 +2,8 @@
 
 `decide` solves the order on the measured matrix and on every bootstrap draw, compares it with the second best order,
 and says in plain language whether the data can tell the two apart. When it cannot, it works out how many more `select`
-items of which
-task would: the gap between two orders is a sum of one term per task, so its variance splits over the tasks, and the
+items of which task
+would: the gap between two orders is a sum of one term per task, so its variance splits over the tasks, and the
 cheapest allocation gives each task items in proportion to its standard deviation (Neyman 1934). That number supposes
 that the measured gap is the true one.
 Limit: the draws hold the items' noise only; how much another training seed would move the matrix is not in them.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -77,42 +77,37 @@ def decide(transfer: Transfer) -> Decision:
     k = len(names)
     pair_KK = orders.pairwise_probability(draws)
     pairs = {a: {b: float(pair_KK[i, j]) for j, b in enumerate(names) if i != j} for i, a in enumerate(names)}
+    unknown: dict[str, Any] = dict.fromkeys(("probability", "second", "gap", "beats_second", "more_items"))
+    unknown |= {"pairs": pairs, "optima": 1, "regret_bound": 0.0, "method": "exact"}
     if k > EXACT_LIMIT:
         best = orders.improve_by_swaps(matrix, orders.greedy_net(matrix))
-        bound = orders.regret_bound(matrix, best)
+        value, bound = orders.order_value(matrix, best), orders.regret_bound(matrix, best)
         text = (
             f"With {k} tasks the order {_arrow(names, best)} was found by greedy search and pairwise swaps; the best"
             f" order can exceed its summed score by at most {bound:.3f}."
         )
-        value = orders.order_value(matrix, best)
-        return Decision(
-            _named(names, best), "greedy_net+swaps", value, bound, None, None, None, None, 1, None, pairs, text
-        )
-
+        found = {"method": "greedy_net+swaps", "regret_bound": bound}
+        return Decision(order=_named(names, best), value=value, statement=text, **unknown | found)
     solution = orders.exact(matrix)
-    probability = orders.order_probability(draws[: max(100, (1 << 22) >> k)], solution.order)  # seconds at any k
+    order = _named(names, solution.order)
     if solution.second is None:
         text = f"There is one task, {names[0]}: nothing to order."
-        return Decision(_named(names, solution.order), "exact", 0.0, 0.0, 1.0, None, None, None, 1, None, pairs, text)
+        return Decision(order=order, value=0.0, statement=text, **unknown | {"probability": 1.0})
     lead_B = orders.order_values(draws, solution.order) - orders.order_values(draws, solution.second)
-    low, high = interval(lead_B)
-    gap = Estimate(solution.value - solution.second_value, sum(transfer.n_K), low, high)
+    gap = Estimate(solution.value - solution.second_value, sum(transfer.n_K), *interval(lead_B))
     beats = float(np.mean(lead_B > orders.TIE) + 0.5 * np.mean(np.abs(lead_B) <= orders.TIE))
+    probability = orders.order_probability(draws[: max(100, (1 << 22) >> k)], solution.order)  # seconds at any k
     more = further_items(transfer, solution.order, solution.second)
-    return Decision(
-        order=_named(names, solution.order),
-        method="exact",
-        value=solution.value,
-        regret_bound=0.0,
-        probability=probability,
-        second=_named(names, solution.second),
-        gap=gap,
-        beats_second=beats,
-        optima=solution.optima,
-        more_items=more,
-        pairs=pairs,
-        statement=_statement(transfer, solution, probability, gap, beats, more),
-    )
+    found = {
+        "probability": probability,
+        "second": _named(names, solution.second),
+        "gap": gap,
+        "beats_second": beats,
+        "optima": solution.optima,
+        "more_items": more,
+    }
+    text = _statement(transfer, solution, probability, gap, beats, more)
+    return Decision(order=order, value=solution.value, statement=text, **unknown | found)
 
 
 def further_items(transfer: Transfer, best: Order, second: Order) -> dict[str, int] | None:
@@ -124,41 +119,32 @@ def further_items(transfer: Transfer, best: Order, second: Order) -> dict[str, i
     gap = float((coefficients * transfer.matrix_KK).sum())
     if gap <= orders.TIE:
         return None
-    term_BK = (coefficients[None] * transfer.matrix_draws_BKK).sum(axis=1)
     n_K = np.array(transfer.n_K, dtype=np.float64)
     allowed = (gap / Z95) ** 2
-    variance_K = term_BK.var(axis=0)
+    variance_K = (coefficients[None] * transfer.matrix_draws_BKK).sum(axis=1).var(axis=0)
     if variance_K.sum() <= allowed:
         return {}
-    sd_K = np.sqrt(variance_K * n_K)  # per item
-    wanted_K = _neyman(sd_K, n_K, allowed)
+    wanted_K = _neyman(np.sqrt(variance_K * n_K), n_K, allowed)
     extra = {name: math.ceil(wanted_K[j] - n_K[j] - 1e-9) for j, name in enumerate(transfer.tasks)}
     return {name: count for name, count in extra.items() if count > 0}
 
 
 def _neyman(sd_K: Floats, n_K: Floats, allowed: float) -> Floats:
-    """Fewest items N_k >= n_k with sum of sd_k^2 / N_k <= allowed: in proportion to sd_k where that exceeds n_k."""
+    """Fewest items N_k >= n_k with sum of sd_k^2 / N_k <= allowed, sd_k of one item: in proportion to sd_k above n_k."""
     free = sd_K > 0
-    wanted = n_K.copy()
-    while free.any():
+    while True:
         budget = allowed - float((sd_K[~free] ** 2 / n_K[~free]).sum())
-        trial = sd_K * sd_K[free].sum() / budget
-        short = free & (trial < n_K)
+        wanted_K = np.where(free, sd_K * sd_K[free].sum() / budget, n_K)
+        short = wanted_K < n_K
         if not short.any():
-            wanted[free] = trial[free]
-            break
+            return wanted_K
         free &= ~short
-    return wanted
 
 
 def _pair_signs(order: Order) -> Floats:
     """[K, K]: 1 at (i, j) where j is trained before i."""
-    k = len(order)
-    signs = np.zeros((k, k))
-    for a, j in enumerate(order):
-        for i in order[a + 1 :]:
-            signs[i, j] = 1.0
-    return signs
+    place = np.argsort(order)
+    return (place[:, None] > place[None, :]).astype(np.float64)
 
 
 def _statement(

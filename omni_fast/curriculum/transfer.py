@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from omni_fast.curriculum.scores import DRAWS, Estimate, Floats, ItemScores, flips, interval, resample
+from omni_fast.curriculum.scores import DRAWS, Estimate, Floats, ItemScores, interval, resample
 from omni_fast.errors import RunError
 
 
@@ -31,7 +31,6 @@ class Transfer:
     scores_MK: mean scores, row 0 the initial policy, row i + 1 after the single-task run of task i.
     draws_BMK: the same for each bootstrap draw.
     n_K: items behind each task's column.   dropped_K: items left out because a checkpoint has no score for them.
-    lost_KK, gained_KK: items of task j that run i turned from 1 to 0 and from 0 to 1.
     """
 
     tasks: tuple[str, ...]
@@ -39,8 +38,6 @@ class Transfer:
     draws_BMK: Floats
     n_K: tuple[int, ...]
     dropped_K: tuple[int, ...]
-    lost_KK: tuple[tuple[int, ...], ...]
-    gained_KK: tuple[tuple[int, ...], ...]
 
     @property
     def base_K(self) -> Floats:
@@ -84,8 +81,6 @@ def measure(base: ItemScores, single: Mapping[str, ItemScores], *, draws: int = 
     tasks = tuple(single)
     rng = np.random.default_rng(seed)
     means, drawn, n_items, dropped = [], [], [], []
-    lost: list[tuple[int, ...]] = []
-    gained: list[tuple[int, ...]] = []
     for task in tasks:
         columns = [base[task], *(single[i][task] for i in tasks)]
         if len({c.shape for c in columns}) > 1:
@@ -111,15 +106,10 @@ def measure(base: ItemScores, single: Mapping[str, ItemScores], *, draws: int = 
         drawn.append(resample(n, draws, rng) @ stack_MN.T)
         n_items.append(n)
         dropped.append(int((~ok).sum()))
-        pairs = [flips(stack_MN[0], row) for row in stack_MN[1:]]
-        lost.append(tuple(pair[0] for pair in pairs))
-        gained.append(tuple(pair[1] for pair in pairs))
     return Transfer(
         tasks=tasks,
         scores_MK=np.stack(means, axis=1),
         draws_BMK=np.stack(drawn, axis=2),
         n_K=tuple(n_items),
         dropped_K=tuple(dropped),
-        lost_KK=tuple(zip(*lost, strict=True)),
-        gained_KK=tuple(zip(*gained, strict=True)),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -423,6 +424,16 @@ def tiles(facts: Sequence[tuple[str, str, str]]) -> str:
         for what, big, small in facts
     )
     return f"<div class=tiles>{drawn}</div>" if facts else ""
+
+
+def write_page(path: Path, page: str) -> None:
+    """In one rename: OSError leaves an older file as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(page.encode("utf-8", "replace"))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def frame(title: str, kicker: str, headline: str, body: str, footer: str) -> str:

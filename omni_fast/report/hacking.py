@@ -6,16 +6,11 @@ Drawn from `signals` and `signs` of each task's rows in metrics.jsonl (`rewards.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-
-from pydantic import JsonValue
 
 from omni_fast.report import charts
 from omni_fast.report.charts import Line, table, text
+from omni_fast.report.training import Json, Rows, Steps, average, label
 from omni_fast.report.verdict import mapping, names, number
-
-Json = Mapping[str, JsonValue]
-Rows = Sequence[Json]
 
 SHARES = {
     "repeated": "repeats itself",
@@ -25,25 +20,22 @@ SHARES = {
 }
 
 
-def signs(result: Json, steps: Mapping[str, Rows]) -> str:
+def signs(result: Json, steps: Steps) -> str:
     """Warnings first, then one panel per task: its last stage, whose first steps are the baseline of the length."""
-    last: dict[str, tuple[str, list[Json]]] = {}
+    last: dict[str, tuple[str, Rows]] = {}
     warnings, lengths, count = [], [], 0
-    for stage, everything in steps.items():
-        for task in dict.fromkeys(str(row.get("task", "")) for row in everything):
-            rows = [row for row in everything if str(row.get("task", "")) == task and mapping(row.get("signals"))]
-            if not rows:
-                continue
-            count += len(rows)
-            last[task] = stage, rows
-            warnings += _warnings(stage, task, rows)
-            words = [number(mapping(row.get("signals")).get("words")) for row in rows]
-            name = stage if stage.endswith(f":{task}") else f"{stage}, {task}"
-            lengths.append([name, *(f"{_mean(some):.1f}" for some in (words[:3], words[-3:]))])
+    for (stage, task), everything in steps.items():
+        rows = [row for row in everything if mapping(row.get("signals"))]
+        if not rows:
+            continue
+        count += len(rows)
+        last[task] = stage, rows
+        warnings += _warnings(stage, task, rows)
+        words = [number(mapping(row.get("signals")).get("words")) for row in rows]
+        lengths.append([label(stage, task), *(f"{average(some):.1f}" for some in (words[:3], words[-3:]))])
     if not last:
         return ""
-    known = names(result.get("tasks"))
-    order = [*(task for task in known if task in last), *(task for task in last if task not in known)]
+    order = dict.fromkeys([task for task in names(result.get("tasks")) if task in last] + list(last))
     found = f"<ul>{''.join(warnings)}</ul>" if warnings else f"<p>None in {count} steps.</p>"
     panels = "".join(_panel(task, *last[task]) for task in order)
     shown = table(["stage", "words per completion, first 3 steps", "last 3 steps"], lengths)
@@ -67,8 +59,3 @@ def _panel(task: str, stage: str, rows: Rows) -> str:
         if any(math.isfinite(y) for y in ys):
             lines.append(Line(name, [number(row.get("step")) for row in rows], ys, style))
     return charts.line_panel(f"{task} ({stage})", lines, y_range=(0.0, 1.0), x_label="step")
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [x for x in values if math.isfinite(x)]
-    return sum(known) / len(known) if known else math.nan

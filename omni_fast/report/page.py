@@ -15,35 +15,65 @@ from pydantic import JsonValue
 
 from omni_fast.report import charts, hacking, training
 from omni_fast.report.charts import Cell, Mark, MarkRow, duration, facts_table, table, text
-from omni_fast.report.verdict import brief, headline, listing, mapping, names, number, points, sentences, span, typeset
+from omni_fast.report.verdict import brief, headline, listing, mapping, names, number, points, sentences, span
 
 Json = Mapping[str, JsonValue]
 Rows = Sequence[Json]
 
 MAX_SAMPLES_PER_TASK = 3
-MAX_TRANSFER_ROWS = 30
+NOTES = {
+    "Accuracy matrix": (
+        "Test score of every task (columns) for the initial policy and after each stage (rows). The framed cell is the task"
+        " that the stage trained. Small print: the 95 % interval."
+    ),
+    "Transfer": (
+        "How training one task (rows) moved the score of the others (columns), from the initial policy, on the split select."
+        " Hatched cells are losses; the framed diagonal is the task's own gain, which no order can change."
+    ),
+    "Forecast against realised": (
+        "The forecast adds the measured transfer of every later task to the score a task reached in its own run. It was made"
+        " on the split select before the curriculum ran; realised scores are those of the split test."
+    ),
+    "Reward while training": (
+        "Mean reward of the samples of a step. Curves of one task share a panel: its own run and its stage."
+    ),
+    "Entropy while training": (
+        "Mean token entropy of the policy's samples, in nats. A collapse in one stage limits what later stages can explore."
+    ),
+    "Signs of reward hacking": (
+        "Shares of a step's samples, 0 to 1. None of them proves a hack and none changes a reward: they say where to look."
+    ),
+    "Item flips": (
+        "Test items solved before and no longer (lost), and the other way round (gained). A net 0 can hide many."
+    ),
+    "Completions before and after": "The same prompts, answered by the initial and by the final policy.",
+}
 
 
 def render(result: Json, metrics: Rows, samples: Rows) -> str:
-    """The whole page."""
+    """The whole page.
+
+    result: what result.json holds, complete or not.   metrics: the rows of metrics.jsonl.
+    samples: rows {"task", "prompt", "before", "after", "score_before", "score_after"}, "reference" optional.
+    """
     steps = training.latest_steps(metrics)
-    sections: list[tuple[str, str, str]] = [
-        ("What happened", "", _verdict(result)),
-        ("Accuracy matrix", MATRIX_NOTE, _matrix(result)),
-        ("Transfer", TRANSFER_NOTE, _transfer(result)),
-        ("The order", "", _order(result)),
-        ("Forecast against realised", FORECAST_NOTE, _forecast(result)),
-        ("Reward while training", CURVE_NOTE, training.curves(result, steps, "reward", (0.0, 1.0))),
-        ("Entropy while training", ENTROPY_NOTE, training.curves(result, steps, "entropy", None) + _probe(result)),
-        ("Signs of reward hacking", HACKING_NOTE, hacking.signs(result, steps)),
-        ("Item flips", FLIP_NOTE, _flips(result)),
-        ("Completions before and after", SAMPLE_NOTE, _samples(result, samples)),
-        ("Stages", "", training.stages(result, steps)),
-        ("Time and throughput", "", training.timings(result, steps)),
-        ("How it was measured", "", _setting(result)),
-    ]
-    drawn = "".join(charts.section(title, note, body) for title, note, body in sections if body)
-    missing = [title for title, _, body in sections if not body]
+    sections = {
+        "What happened": _verdict(result),
+        "Accuracy matrix": _matrix(result),
+        "Transfer": _transfer(result),
+        "The order": _order(result),
+        "Forecast against realised": _forecast(result),
+        "Reward while training": training.curves(result, steps, "reward", (0.0, 1.0)),
+        "Entropy while training": training.curves(result, steps, "entropy", None) + _probe(result),
+        "Signs of reward hacking": hacking.signs(result, steps),
+        "Item flips": _flips(result),
+        "Completions before and after": _samples(result, samples),
+        "Stages": training.stages(result, steps),
+        "Time and throughput": training.timings(result, steps),
+        "How it was measured": _setting(result),
+    }
+    drawn = "".join(charts.section(title, NOTES.get(title, ""), body) for title, body in sections.items() if body)
+    missing = [title for title, body in sections.items() if not body]
     if missing:
         drawn += charts.section("Not there yet", "", f"<p>Nothing was recorded for: {text(', '.join(missing))}.</p>")
     head = headline(result)
@@ -56,31 +86,6 @@ def render(result: Json, metrics: Rows, samples: Rows) -> str:
         "Intervals are 95 %. They hold the noise of the test items, not that of the training seed: another seed can differ by"
         " more. The split select decided the order; results come from the split test, which decides nothing.",
     )
-
-
-MATRIX_NOTE = (
-    "Test score of every task (columns) for the initial policy and after each stage (rows). The framed cell is the"
-)
-MATRIX_NOTE += " task that the stage trained. Small print: the 95 % interval."
-TRANSFER_NOTE = (
-    "How training one task (rows) moved the score of the others (columns), from the initial policy, on the split"
-)
-TRANSFER_NOTE += (
-    " select. Hatched cells are losses; the framed diagonal is the task's own gain, which no order can change."
-)
-FORECAST_NOTE = (
-    "The forecast adds the measured transfer of every later task to the score a task reached in its own run. It was"
-)
-FORECAST_NOTE += " made on the split select before the curriculum ran; realised scores are those of the split test."
-CURVE_NOTE = "Mean reward of the samples of a step. Curves of one task share a panel: its own run and its stage."
-ENTROPY_NOTE = (
-    "Mean token entropy of the policy's samples, in nats. A collapse in one stage limits what later stages can explore."
-)
-HACKING_NOTE = (
-    "Shares of a step's samples, 0 to 1. None of them proves a hack and none changes a reward: they say where to look."
-)
-FLIP_NOTE = "Test items solved before and no longer (lost), and the other way round (gained). A net 0 can hide many."
-SAMPLE_NOTE = "The same prompts, answered by the initial and by the final policy."
 
 
 def _kicker(result: Json) -> str:
@@ -163,30 +168,14 @@ def _transfer(result: Json) -> str:
     tasks, matrix = names(result.get("tasks")), mapping(result.get("transfer"))
     if not matrix:
         return ""
-    rows, effects = [], []
+    rows = []
     for trained in tasks:
-        row, cells = mapping(matrix.get(trained)), []
-        for scored in tasks:
-            effect = mapping(row.get(scored))
-            x = number(effect.get("value"))
-            cells.append(Cell(x, points(x), brief(effect), trained == scored))
-            if trained != scored and math.isfinite(x):
-                effects.append((f"{trained} → {scored}", effect))
+        effects = [mapping(mapping(matrix.get(trained)).get(scored)) for scored in tasks]
+        values = [number(effect.get("value")) for effect in effects]
+        cells = [Cell(x, points(x), brief(e), trained == j) for x, e, j in zip(values, effects, tasks, strict=True)]
         rows.append((trained, cells))
-    off = [abs(number(effect.get("value"))) for _, effect in effects]
-    body = charts.heat_table(tasks, rows, scale=max([*off, 0.05]) * 1.2, corner="trained \\ scored on")
-    effects.sort(key=lambda pair: number(pair[1].get("value")))
-    cut = ""
-    if len(effects) > MAX_TRANSFER_ROWS:
-        effects.sort(key=lambda pair: -abs(number(pair[1].get("value"))))
-        cut = f"<p class=dim>The {MAX_TRANSFER_ROWS} largest of {len(effects)} effects.</p>"
-        effects = sorted(effects[:MAX_TRANSFER_ROWS], key=lambda pair: number(pair[1].get("value")))
-    marks = [
-        MarkRow(label, [_mark(effect, 0)], f"{points(number(effect.get('value')))}  ({span(effect)})")
-        for label, effect in effects
-    ]
-    body += "<h3>Each effect with its interval, worst first</h3>" + cut
-    return body + charts.mark_rows(marks, zero=True, label="change of score")
+    off = [abs(c.value) for _, cells in rows for c in cells if not c.outlined and math.isfinite(c.value)]
+    return charts.heat_table(tasks, rows, scale=max([*off, 0.05]) * 1.2, corner="trained \\ scored on")
 
 
 def _mark(score: Json, style: int, hollow: bool = False) -> Mark:
@@ -198,25 +187,7 @@ def _order(result: Json) -> str:
     if not order:
         return ""
     body = f"<div class=order>{'<i>→</i>'.join(f'<span>{text(task)}</span>' for task in order)}</div>"
-    statement = result.get("statement")
-    if isinstance(statement, str) and statement:
-        body += f"<p>{text(typeset(statement))}</p>"
-    facts = [("found by", text(str(result.get("order_method", "–"))))]
-    probability = number(result.get("order_probability"))
-    if math.isfinite(probability):
-        facts.append(("probability of being the best order", f"{probability:.1%}"))
-    second, gap = names(result.get("second_order")), mapping(result.get("order_gap"))
-    if second:
-        facts.append(("second best", text(" → ".join(second))))
-    if math.isfinite(number(gap.get("value"))):
-        facts.append(
-            ("ahead of the second best, summed over tasks", f"{points(number(gap.get('value')))} ({span(gap)})")
-        )
-    more = mapping(result.get("more_items"))
-    if more:
-        listed = ", ".join(f"{text(task)} {int(number(n)):,}" for task, n in more.items() if math.isfinite(number(n)))
-        facts.append(("further select items that would settle it", listed))
-    body += facts_table(facts)
+    body += facts_table([("found by", text(str(result.get("order_method", "–"))))])
     tasks, pairs = names(result.get("tasks")), mapping(result.get("pairs"))
     if len(tasks) > 2 and pairs:
         rows = []

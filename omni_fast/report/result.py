@@ -78,10 +78,6 @@ def _solved(
     run = list(order or decision.order)
     out: Json = {
         "transfer": {i: _dicts(row) for i, row in transfer.effects().items()},
-        "transfer_flips": {
-            i: {j: {"lost": lost, "gained": gained} for j, lost, gained in zip(transfer.tasks, *rows, strict=True)}
-            for i, *rows in zip(transfer.tasks, transfer.lost_KK, transfer.gained_KK, strict=True)
-        },
         "items_dropped": dict(zip(transfer.tasks, transfer.dropped_K, strict=True)),
         "order": list(run),
         "order_method": order_method or decision.method,
@@ -89,7 +85,6 @@ def _solved(
         "order_probability": decision.probability,
         "order_settled": decision.settled,
         "second_order": list(decision.second) if decision.second else None,
-        "beats_second": decision.beats_second,
         "order_gap": _dict(decision.gap) if decision.gap else None,
         "more_items": dict(decision.more_items) if decision.more_items is not None else None,
         "pairs": {a: dict(row) for a, row in decision.pairs.items()},
@@ -104,8 +99,6 @@ def _solved(
         for form in ("additive", "multiplicative"):
             rows = predict.forecast_rows(transfer, stages, form)[1 : len(realised) + 1]
             predicted = np.array([[row[t].value for t in names] for row in rows])
-            if form == "additive":
-                out["forecast_rows"] = [_dicts(row) for row in rows]
             if len(realised):
                 error = predict.forecast_error(predicted[: len(realised)], realised)
                 errors[form] = {name: _number(getattr(error, name)) for name in error.__dataclass_fields__}

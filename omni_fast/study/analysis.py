@@ -30,7 +30,7 @@ FEW_SEEDS = 5
 class ArmRow:
     """One arm in the table. p_holm: of `over_joint`, NaN for the primary contrast (whose p stands alone).
 
-    unfinished: seed -> why it is not there.   bwt: backward transfer, for arms of several stages.
+    bwt: backward transfer, for arms of several stages.
     flips: task -> items (lost, gained) from the initial to the final policy, summed over the seeds.
     samples, samples_transfer, completions (on `select`, to measure transfer), seconds: means over the finished seeds.
     orders: realised order -> seeds.
@@ -38,7 +38,6 @@ class ArmRow:
 
     arm: Arm
     seeds: tuple[int, ...]
-    unfinished: dict[int, str]
     scores: dict[str, Estimate]
     average: Estimate
     over_joint: Contrast
@@ -123,13 +122,6 @@ def _draws(finished: Mapping[str, Runs], arms: Sequence[str], tasks: Names) -> D
 
 def _row(study: Study, arm: Arm, finished: Mapping[str, Runs]) -> ArmRow:
     cells, tasks = study.of(arm.name), study.tasks
-    states = {cell.seed: cell for cell in study.cells if cell.arm == arm.name}
-    done = {cell.seed for cell in cells}
-    unfinished = {
-        seed: (states[seed].reason or states[seed].status) if seed in states else "pending"
-        for seed in arm.seeds
-        if seed not in done
-    }
     own = _draws(finished, [arm.name], tasks)
     over = {
         other: None if other == arm.name else _draws(finished, [arm.name, other], tasks) for other in (JOINT, MERGE)
@@ -139,7 +131,6 @@ def _row(study: Study, arm: Arm, finished: Mapping[str, Runs]) -> ArmRow:
     return ArmRow(
         arm=arm,
         seeds=own.seeds if own else (),
-        unfinished=unfinished,
         scores={task: own.mean(arm.name, task) if own else NOT_KNOWN for task in tasks},
         average=own.mean(arm.name) if own else NOT_KNOWN,
         over_joint=joint.gain(arm.name, JOINT) if joint else UNKNOWN,
@@ -186,12 +177,7 @@ def measure(policies: Mapping[str, Runs], tasks: Names) -> tuple[Transfer, Draws
     draws = joint_draws({name: policies.get(name, {}) for name in (BASE, *tasks)}, tasks)
     if draws is None or not np.isfinite(draws.value_AK).all():
         return None
-    counts = [
-        [np.sum([flips(policies[BASE][seed][j], policies[i][seed][j]) for seed in draws.seeds], axis=0) for j in tasks]
-        for i in tasks
-    ]
-    lost, gained = (tuple(tuple(int(pair[k]) for pair in row) for row in counts) for k in (0, 1))
-    return Transfer(tasks, draws.value_AK, draws.draws_BAK, draws.n_K, draws.dropped_K, lost, gained), draws
+    return Transfer(tasks, draws.value_AK, draws.draws_BAK, draws.n_K, draws.dropped_K), draws
 
 
 def single_runs(study: Study, seeds: Sequence[int], split: str = "select", arm: str = "single") -> dict[str, Runs]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -71,21 +71,12 @@ def _study(source: str, data: Mapping[str, Any]) -> StudyConfig:
     except ValidationError as error:
         problems = []
         for item in error.errors():
-            where = ".".join(str(part) for part in item["loc"])
-            words = list(StudyConfig.model_fields) if item["type"] == "extra_forbidden" else _choices(item["loc"])
-            close = difflib.get_close_matches(
-                str(item["input"] if words and len(item["loc"]) > 1 else where), words, n=1
-            )
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            said = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
-            problems.append(f"'study{'.' if where else ''}{where}': {said}{hint}")
+            where, said = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
+            if item["type"] == "extra_forbidden":
+                close = difflib.get_close_matches(where, StudyConfig.model_fields, n=1)
+                said = "unknown key" + (f"; did you mean '{close[0]}'?" if close else "")
+            problems.append(f"'study{'.' if where else ''}{where}': {said}")
         raise UserError(f"{source}: " + "; ".join(problems)) from None
-
-
-def _choices(location: tuple[int | str, ...]) -> list[str]:
-    """The names that a list of the section takes."""
-    names = {"arms": Family, "merges": Method, "online": Online}
-    return list(get_args(names[str(location[0])])) if location and location[0] in names else []
 
 
 def check(config: Config, study: StudyConfig) -> str:

@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -346,7 +347,7 @@ def _describe(design: Design, folder: Path) -> None:
         "tasks": design.tasks,
         "primary": list(design.study.primary),
         "temperatures": list(design.study.temperatures),
-        "arms": records.arm_dicts(tuple(design.arms())),
+        "arms": [asdict(arm) for arm in design.arms()],
         "facts": facts
         | {
             "seconds": seconds,

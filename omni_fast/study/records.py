@@ -18,7 +18,7 @@ import gzip
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,12 +57,10 @@ class Scores:
     """One evaluation. values: split -> task -> item scores [n_items] in 0..1, NaN where the infrastructure failed.
 
     entropy: task -> mean token entropy (nats per token) on the probe's fixed tokens; in a sweep at that temperature.
-    truncated: task -> share of `test` completions that met the token limit.
     """
 
     values: dict[str, dict[str, Floats]]
     entropy: dict[str, float]
-    truncated: dict[str, float]
 
     def mean(self, split: str, task: str) -> float:
         """Mean over the valid items; NaN where there is none."""
@@ -239,41 +237,27 @@ def _study(whole: dict[str, Any]) -> Study:
         if data["status"] == "finished" and (base is None or len(stages) < len(data["stages"])):
             data = data | {"status": "pending"}  # its files are gone, or a task was added
         cells.append(Cell(**{**data, "order": tuple(data["order"]), "stages": stages, "base": base}))
-    first, second = whole["primary"]
-    return Study(
-        name=whole["name"],
-        config=whole["config"],
-        tasks=tuple(whole["tasks"]),
-        primary=(first, second),
-        temperatures=tuple(whole["temperatures"]),
-        arms=arms,
-        cells=tuple(cells),
-        nodes=nodes,
-        facts=whole["facts"],
-    )
+    plain: dict[str, Any] = {key: whole[key] for key in ("name", "config", "facts")}
+    lists: dict[str, Any] = {key: tuple(whole[key]) for key in ("tasks", "primary", "temperatures")}
+    return Study(**plain, **lists, arms=arms, cells=tuple(cells), nodes=nodes)
 
 
 def _node(data: dict[str, Any]) -> Node:
-    sweep = {float(temperature): _scores(found) for temperature, found in data["sweep"].items()}
-    rest = {key: data[key] for key in ("id", "seed", "steps", "samples", "seconds", "weights")}
-    scores, sketch = _scores(data["evaluated"]), data["sketch"]
-    path, tasks = tuple(data["path"]), tuple(data["tasks"])
+    plain = {key: data[key] for key in ("id", "seed", "steps", "samples", "seconds", "weights")}
     return Node(
-        path=path, tasks=tasks, scores=scores, sweep=sweep, sketch=None if sketch is None else np.array(sketch), **rest
+        **plain,
+        path=tuple(data["path"]),
+        tasks=tuple(data["tasks"]),
+        scores=_scores(data["evaluated"]),
+        sweep={float(temperature): _scores(found) for temperature, found in data["sweep"].items()},
+        sketch=None if data["sketch"] is None else np.array(data["sketch"]),
     )
 
 
 def _scores(evaluated: dict[str, Any]) -> Scores:
     """From `omni_fast.records.Evaluated`."""
-    splits = evaluated["splits"]
     values = {
         split: {task: np.array(kept["values"], dtype=np.float64) for task, kept in tasks.items()}
-        for split, tasks in splits.items()
+        for split, tasks in evaluated["splits"].items()
     }
-    truncated = {task: float(kept["truncated"]) for task, kept in splits.get("test", {}).items()}
-    return Scores(values, dict(evaluated["entropy"]), truncated)
-
-
-def arm_dicts(arms: tuple[Arm, ...]) -> list[dict[str, Any]]:
-    """JSON form, for study.json."""
-    return [asdict(arm) for arm in arms]
+    return Scores(values, dict(evaluated["entropy"]))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,18 +71,9 @@ def write_report(folder: Path) -> Path:
     UserError when the folder holds no study or a damaged one, OSError when it cannot be written.
     """
     found = analyse(records.read(folder))
-    _write(folder / "summary.md", summary(found))
-    _write(folder / "report.html", page(found))
+    charts.write_page(folder / "summary.md", summary(found))
+    charts.write_page(folder / "report.html", page(found))
     return folder / "report.html"
-
-
-def _write(path: Path, content: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content.encode("utf-8", "replace"))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def summary(found: Findings) -> str:
@@ -150,8 +140,7 @@ def _tiles(found: Findings) -> list[tuple[str, str, str]]:
     out = []
     if math.isfinite(found.primary.estimate.value):
         out.append((f"{first} − {second}", points(found.primary.estimate.value), span(found.primary.estimate)))
-    row = next((row for row in found.rows if row.arm.name == first), None)
-    if row:
+    if row := found.first:
         for what, gain in (("joint", row.relative_joint), ("merging", row.relative_merge)):
             if math.isfinite(gain.estimate.value):
                 big, _, rest = percent(gain).partition(" (")
@@ -315,8 +304,7 @@ def _by_stage(found: Findings, tables_: dict[str, Floats], what: str) -> list[st
 
 
 def _flips(found: Findings) -> str:
-    row = next((row for row in found.rows if row.arm.name == found.study.primary[0] and row.seeds), None)
-    if row is None:
+    if not (row := found.first) or not row.seeds:
         return ""
     return f"<h3>{text(row.arm.name)}</h3>" + charts.flip_bars([(task, *pair) for task, pair in row.flips.items()])
 

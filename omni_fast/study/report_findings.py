@@ -7,7 +7,7 @@ below 0.05 (the rest); otherwise it says that the data cannot tell. No sentence 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,11 @@ class Findings:
     entropy: EntropyPart | None
     warnings: list[str]
     missing: list[str]
+
+    @property
+    def first(self) -> ArmRow | None:
+        """The row of the primary contrast's first arm."""
+        return next((row for row in self.rows if row.arm.name == self.study.primary[0]), None)
 
 
 Value = str | int | float | Estimate | Contrast
@@ -262,16 +267,14 @@ def headline(found: Findings) -> Sentence:
         return Sentence("open", f"The declared contrast, {first} − {second}, is not measured yet.")
     size = f"{points(contrast.estimate.value)} (95 % interval {span(contrast.estimate)})"
     if contrast.seeds < 2:
-        return Sentence(
-            "open", f"With one seed {first} − {second} is {size}; the seed's own noise is not in it: no claim."
-        )
-    tone = _tone(contrast)
+        text = f"With one seed {first} − {second} is {size}; the seed's own noise is not in it: no claim."
+        return Sentence("open", text)
     what = {
         "good": f"{first} beats {second}: its average test score is ahead by",
         "bad": f"{first} falls behind {second}: its average test score differs by",
         "open": f"The data do not tell {first} from {second}: their average test scores differ by",
-    }[tone]
-    return Sentence(tone, f"{what} {size}, over {contrast.seeds} seeds.")
+    }[_tone(contrast)]
+    return Sentence(_tone(contrast), f"{what} {size}, over {contrast.seeds} seeds.")
 
 
 def verdict(found: Findings) -> list[Sentence]:
@@ -293,134 +296,137 @@ def _tone(contrast: Contrast) -> Tone:
     return "open" if contrast.seeds < 2 else "good" if low > 0 else "bad" if high < 0 else "open"
 
 
+def _turned(tone: Tone) -> Tone:
+    """Of a quantity that is better when it is lower."""
+    turned: dict[Tone, Tone] = {"good": "bad", "bad": "good", "open": "open"}
+    return turned[tone]
+
+
 def _against_the_rest(found: Findings) -> list[Sentence]:
-    ahead = [r.arm.name for r in found.rows if r.p_holm < LEVEL and r.over_joint.estimate.value > 0]
-    behind = [r.arm.name for r in found.rows if r.p_holm < LEVEL and r.over_joint.estimate.value < 0]
-    open_ = [r.arm.name for r in found.rows if r.p_holm >= LEVEL]
-    out = []
-    for tone, names, what in (
-        ("good", ahead, "Ahead of"),
-        ("bad", behind, "Behind"),
-        ("open", open_, "Not told from"),
-    ):
-        if names:
-            out.append(Sentence(tone, f"{what} {JOINT} after Holm's correction: {', '.join(names)}."))  # type: ignore[arg-type]
-    first = found.study.primary[0]
-    row = next((r for r in found.rows if r.arm.name == first), None)
+    groups: dict[tuple[Tone, str], list[str]] = {
+        ("good", "Ahead of"): [],
+        ("bad", "Behind"): [],
+        ("open", "Not told from"): [],
+    }
+    for r in found.rows:
+        if math.isfinite(r.p_holm):
+            ahead, behind, open_ = groups
+            told = open_ if r.p_holm >= LEVEL else ahead if r.over_joint.estimate.value > 0 else behind
+            groups[told].append(r.arm.name)
+    out = [
+        Sentence(tone, f"{what} {JOINT} after Holm's correction: {', '.join(names)}.")
+        for (tone, what), names in groups.items()
+        if names
+    ]
+    row = found.first
     if row and math.isfinite(row.relative_joint.estimate.value):
-        merge = row.relative_merge.estimate
-        over_merge = f", over {MERGE} {percent(row.relative_merge)}" if math.isfinite(merge.value) else ""
-        text = f"Relative gain of {first}'s average score over {JOINT} {percent(row.relative_joint)}{over_merge}."
-        out.append(Sentence(_tone(row.relative_joint), text))
-    return out
-
-
-def _does_order_matter(found: Findings) -> list[Sentence]:
-    out, part, first = [], found.orders, found.study.primary[0]
-    if part is not None:
-        count = f"All {len(part.means)} orders were run with {len(part.seeds)} seeds"
-        gap = f"the best and the worst, chosen on the other seeds, differ by {cell(part.gap)}"
-        if part.p < LEVEL:
-            text = f"{count}: order matters beyond noise (p {_equals(part.p)}; true standard deviation about {part.sd:.3f}; {gap})."
-            out.append(Sentence("good", text))
-        else:
-            text = f"{count}: order does not matter beyond noise (p {_equals(part.p)}; {gap})."
-            out.append(Sentence("open", text))
-        if part.solved is not None:
-            order, gain = part.solved
-            tone = _tone(gain)
-            said = {"good": "better than", "bad": "worse than", "open": "not told from"}[tone]
-            place = 1 + sum(other.estimate.value > gain.estimate.value for _, other in part.means.values())
-            text = f"The order solved on other seeds, {arrow(order)}, is {said} the mean of all orders: {cell(gain)}; it is"
-            text += f" number {place} of {len(part.means)}."
-            out.append(Sentence(tone, text))
-    for (arm, other), contrast in found.pairs.items():
-        if other != MERGE and math.isfinite(contrast.estimate.value):
-            tone = _tone(contrast)
-            told = {"good": "ahead of", "bad": "behind", "open": "not told from"}[tone]
-            text = f"At the same budget, {arm} is {told} {other} (uncorrected): {cell(contrast)}."
-            out.append(Sentence(tone, text))
-    if found.transfer is not None and found.transfer.decision.second is not None:
-        decision = found.transfer.decision
-        settled = f"The best order by measured transfer, {arrow(decision.order)}, is the optimum in {decision.probability or 0:.0%}"
-        verdict_ = "told from" if decision.settled else "not told from"
-        text = f"{settled} of the draws over seeds and items; it is {verdict_} the second best, {arrow(decision.second or ())}."
-        out.append(Sentence("good" if decision.settled else "open", text))
-    if not out:
+        known = math.isfinite(row.relative_merge.estimate.value)
+        over_merge = f", over {MERGE} {percent(row.relative_merge)}" if known else ""
+        gain = f"{percent(row.relative_joint)}{over_merge}"
         out.append(
-            Sentence("open", f"Whether order matters is not known yet: it needs {first} and its reversal, finished.")
+            Sentence(_tone(row.relative_joint), f"Relative gain of {row.arm.name}'s average score over {JOINT} {gain}.")
         )
     return out
 
 
-def _equals(p: float) -> str:
-    return p_value(p) if p < 0.001 else f"= {p_value(p)}"
+def _does_order_matter(found: Findings) -> list[Sentence]:
+    out, part = [], found.orders
+    if part is not None:
+        matters = part.p < LEVEL
+        said = "order matters" if matters else "order does not matter"
+        sd = f"true standard deviation about {part.sd:.3f}; " if matters else ""
+        p = p_value(part.p) if part.p < 0.001 else f"= {p_value(part.p)}"
+        text = (
+            f"All {len(part.means)} orders were run with {len(part.seeds)} seeds: {said} beyond noise (p {p}; {sd}the best and"
+            f" the worst, chosen on the other seeds, differ by {cell(part.gap)})."
+        )
+        out.append(Sentence("good" if matters else "open", text))
+        if part.solved is not None:
+            order, gain = part.solved
+            said = {"good": "better than", "bad": "worse than", "open": "not told from"}[_tone(gain)]
+            place = 1 + sum(other.estimate.value > gain.estimate.value for _, other in part.means.values())
+            text = (
+                f"The order solved on other seeds, {arrow(order)}, is {said} the mean of all orders: {cell(gain)}; it is"
+                f" number {place} of {len(part.means)}."
+            )
+            out.append(Sentence(_tone(gain), text))
+    for (arm, other), contrast in found.pairs.items():
+        if other != MERGE and math.isfinite(contrast.estimate.value):
+            said = {"good": "ahead of", "bad": "behind", "open": "not told from"}[_tone(contrast)]
+            text = f"At the same budget, {arm} is {said} {other} (uncorrected): {cell(contrast)}."
+            out.append(Sentence(_tone(contrast), text))
+    decision = found.transfer.decision if found.transfer else None
+    if decision is not None and decision.second is not None:
+        text = (
+            f"The best order by measured transfer, {arrow(decision.order)}, is the optimum in {decision.probability or 0:.0%}"
+            f" of the draws over seeds and items; it is {'told' if decision.settled else 'not told'} from the second best,"
+            f" {arrow(decision.second)}."
+        )
+        out.append(Sentence("good" if decision.settled else "open", text))
+    first = found.study.primary[0]
+    nothing = f"Whether order matters is not known yet: it needs {first} and its reversal, finished."
+    return out or [Sentence("open", nothing)]
 
 
 def _is_it_forecast(part: ForecastPart | None) -> list[Sentence]:
     if part is None:
-        return [
-            Sentence("open", "The forecast is not tested yet: it needs transfer from one seed and orders from another.")
-        ]
+        text = "The forecast is not tested yet: it needs transfer from one seed and orders from another."
+        return [Sentence("open", text)]
     additive, ratios, none = (part.errors[k] for k in ("additive", "multiplicative", NO_TRANSFER))
-    twin, level = part.errors.get(TWIN), _tone(part.closer)
+    twin, level = part.errors.get(TWIN), _turned(_tone(part.closer))
     ranks, orders = all(r > 0 for r in part.by_seed), part.errors[f"additive{AVERAGE}"].pearson
+    same = f", the same order in another seed by {twin.mean_absolute:.3f}" if twin else ""
+    judged = {
+        "good": "It is closer than assuming no transfer",
+        "bad": "It is farther off than assuming no transfer",
+        "open": "In level it is no better than assuming no transfer, beyond noise",
+    }[level]
     text = (
         f"On new seeds the additive forecast is off by {additive.mean_absolute:.3f} on average, that of ratios by"
-        f" {ratios.mean_absolute:.3f}, no transfer at all by {none.mean_absolute:.3f}"
+        f" {ratios.mean_absolute:.3f}, no transfer at all by {none.mean_absolute:.3f}{same}. {judged} (by seed"
+        f" {points(part.closer.estimate.value)}, {span(part.closer.estimate) or 'one seed'})."
     )
-    text += f", the same order in another seed by {twin.mean_absolute:.3f}." if twin else "."
-    text += {
-        "bad": " It is closer than assuming no transfer",
-        "good": " It is farther off than assuming no transfer",
-        "open": " In level it is no better than assuming no transfer, beyond noise",
-    }[level]
-    text += f" (by seed {points(part.closer.estimate.value)}, {span(part.closer.estimate) or 'one seed'})."
-    seeds = ", ".join(points(r) for r in part.by_seed)
-    more = f"The additive forecast correlates with realised scores: {points(additive.pearson)} within task (by seed {seeds})"
-    more += f", and {points(orders)} for the average over tasks, which decides the order"
-    if twin:
-        average = part.errors[f"{TWIN}{AVERAGE}"]
-        more += f"; two seeds of one order agree to {points(twin.pearson)} and {points(average.pearson)}"
-    more += "." if ranks else ". The sign within task is not the same in every seed."
-    more += " It does not tell good orders from bad ones." if orders <= 0 else ""
-    tone: Tone = "bad" if orders <= 0 else "good" if ranks else "open"
-    turned: dict[Tone, Tone] = {"bad": "good", "good": "bad", "open": "open"}
-    return [Sentence(turned[level], text), Sentence(tone, more)]
+    average = part.errors[f"{TWIN}{AVERAGE}"].pearson if twin else math.nan
+    agree = f"; two seeds of one order agree to {points(twin.pearson)} and {points(average)}" if twin else ""
+    more = (
+        f"The additive forecast correlates with realised scores: {points(additive.pearson)} within task (by seed"
+        f" {', '.join(points(r) for r in part.by_seed)}), and {points(orders)} for the average over tasks, which decides the"
+        f" order{agree}.{'' if ranks else ' The sign within task is not the same in every seed.'}"
+        f"{' It does not tell good orders from bad ones.' if orders <= 0 else ''}"
+    )
+    return [Sentence(level, text), Sentence("bad" if orders <= 0 else "good" if ranks else "open", more)]
 
 
 def _do_assumptions_hold(part: AssumptionPart | None) -> list[Sentence]:
     if part is None:
         return [Sentence("open", "Neither assumption is tested yet: no stage starts from a trained checkpoint.")]
     out = []
-    tested = holm({str(key): s.p for key, (_, _, s) in part.constant.items() if math.isfinite(s.p)})
+    tested = rejected({f"{i} → {j}": s.p for (i, j), (_, _, s) in part.constant.items()})
     if tested:
-        broken = sum(p < LEVEL for p in tested.values())
+        broken = sum(tested.values())
         spreads = [s for _, _, s in part.constant.values() if math.isfinite(s.p)]
         sd, noise = (math.sqrt(np.mean([getattr(s, k) ** 2 for s in spreads])) for k in ("sd", "noise"))
-        told = (
-            f"rejected for {broken} of {len(tested)} effects"
-            if broken
-            else f"not rejected for any of {len(tested)} effects"
-        )
+        told = "rejected for" if broken else "not rejected for any"
         text = (
-            f"Assumption 1 (constant transfer) is {told}: over starting checkpoints T spreads by {sd:.3f}, noise removed, where"
-            f" one measurement has a noise of {noise:.3f} (root mean squares)."
+            f"Assumption 1 (constant transfer) is {told}{f' {broken}' if broken else ''} of {len(tested)} effects: over starting"
+            f" checkpoints T spreads by {sd:.3f}, noise removed, where one measurement has a noise of {noise:.3f} (root mean"
+            " squares)."
         )
         out.append(Sentence("bad" if broken else "good", text))
-    second = holm({task: c.p for task, c in part.second_pass.items() if math.isfinite(c.p)})
+    second = rejected({task: c.p for task, c in part.second_pass.items()})
     if second:
-        moved = [f"{task} {points(part.second_pass[task].estimate.value)}" for task, p in second.items() if p < LEVEL]
-        largest = max(abs(part.second_pass[task].estimate.value) for task in second)
+        changes = {task: part.second_pass[task].estimate.value for task in second}
+        moved = [f"{task} {points(changes[task])}" for task, no in second.items() if no]
+        largest = max(map(abs, changes.values()))
         text = (
             f"Assumption 2 (saturation) is rejected by a second pass for: {', '.join(moved)}."
             if moved
             else f"A second pass changes no task beyond noise (largest change {largest:.3f}): assumption 2 is not rejected by it."
         )
         out.append(Sentence("bad" if moved else "good", text))
-    starts = holm({task: s.p for task, s in part.saturation.items() if math.isfinite(s.p)})
+    starts = rejected({task: s.p for task, s in part.saturation.items()})
     if starts:
-        uneven = [f"{task} (spread {part.saturation[task].sd:.3f})" for task, p in starts.items() if p < LEVEL]
+        uneven = [f"{task} (spread {part.saturation[task].sd:.3f})" for task, no in starts.items() if no]
         text = (
             f"What a task's own stage reaches depends on where it starts for: {', '.join(uneven)}."
             if uneven
@@ -430,17 +436,18 @@ def _do_assumptions_hold(part: AssumptionPart | None) -> list[Sentence]:
     return out
 
 
+def rejected(p_values: Mapping[str, float]) -> dict[str, bool]:
+    """Whether each p that is known is below the level after Holm's correction."""
+    return {name: p < LEVEL for name, p in holm({k: p for k, p in p_values.items() if math.isfinite(p)}).items()}
+
+
 def _is_it_entropy(part: EntropyPart | None) -> list[Sentence]:
     whole = part.residuals.get(ALL) if part else None
     if part is None or whole is None or whole.change.seeds == 0:
         text = "Whether temperature explains the residuals is not known: it needs sweeps of base, runs and orders."
         return [Sentence("open", text)]
-    told: dict[Tone, tuple[Tone, str]] = {
-        "bad": ("good", "shrinks"),
-        "good": ("bad", "widens"),
-        "open": ("open", "does not change beyond noise"),
-    }
-    tone, what = told[_tone(whole.change)]
+    tone = _turned(_tone(whole.change))
+    what = {"good": "shrinks", "bad": "widens", "open": "does not change beyond noise"}[tone]
     outside = f" ({whole.at_edge:.0%} of the scores only as far as the sweep reaches)" if whole.at_edge > 0 else ""
     text = (
         f"Decoding each policy at its own effective temperature {what} what the forecast misses: from {whole.before:.3f} to"
@@ -458,23 +465,19 @@ def _is_it_entropy(part: EntropyPart | None) -> list[Sentence]:
 
 
 def _is_it_cheap(found: Findings) -> list[Sentence]:
-    out = []
-    if found.transfer is not None:
-        part = found.transfer
+    out, part, row = [], found.transfer, found.first
+    if part is not None:
         text = (
             f"Evaluating until the order is settled would save {part.saved:.0%} of one seed's transfer evaluations; it settled"
             f" in {part.settled:.0%} of the seeds and gave the full measurement's order in {part.same_order:.0%}."
         )
         out.append(Sentence("open", text))
-    row = next((r for r in found.rows if r.arm.name == found.study.primary[0]), None)
     if row and row.samples > 0 and row.samples_transfer > 0:
         share = 1 + row.samples_transfer / row.samples
         text = f"With the measurement of transfer charged, {row.arm.name} costs {share:.2f} times the samples of its training."
         out.append(Sentence("open", text))
-    budgets = {
-        r.arm.name: r.samples for r in found.rows if r.arm.kind in ("joint", "order", "refresh", "online") and r.seeds
-    }
-    if budgets and max(budgets.values()) > 1.01 * min(budgets.values()):
-        listed = ", ".join(f"{name} {count:,.0f}" for name, count in budgets.items())
+    full = [r for r in found.rows if r.arm.kind in ("joint", "order", "refresh", "online") and r.seeds]
+    if full and max(r.samples for r in full) > 1.01 * min(r.samples for r in full):
+        listed = ", ".join(f"{r.arm.name} {r.samples:,.0f}" for r in full)
         out.append(Sentence("bad", f"The budgets are not equal: {listed} training samples."))
     return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from omni_fast.study.arms import Design
 from omni_fast.study.arms import Path as Stages
 from omni_fast.study.progress import StudyProgress
 from omni_fast.study.seed_run import SeedRun
-from omni_fast.study.stages import imitate, schedule
+from omni_fast.study.stages import Imitation, Scheduled
 from omni_fast.train import Trainer
 
 SKETCH = 256  # numbers: the cosine of two tasks' gradients is then known to about 0.06
@@ -45,9 +45,8 @@ class Tree:
     def __init__(self, design: Design, seed: int, run: SeedRun, parts: Parts, progress: StudyProgress) -> None:
         """parts: built with the study's own seed, so that items and initial policy are those of every seed."""
         self.design, self.seed, self.run, self.progress = design, seed, run, progress
-        given = {field.name: getattr(parts, field.name) for field in fields(parts)}
-        self.parts = Parts(**{**given, "config": design.run_config(seed)})
-        self.trainer = Trainer(design.run_config(seed), run, self.parts, progress)
+        self.parts = replace(parts, config=design.run_config(seed))
+        self.trainer = Trainer(self.parts)
         self.failed: dict[Stages, str] = {}
         self.lost: set[str] = set()  # tasks that even the initial policy has no score on, tried again in this call
         self.paths: dict[str, Stages] = {}
@@ -130,9 +129,11 @@ class Tree:
         if what.startswith("merge."):
             self._merge(path, what.removeprefix("merge."))
         elif what.startswith("online."):
-            schedule(self.trainer, self.design.stage(path, self.seed), start, what.removeprefix("online."))
+            scheduled = Scheduled(self.parts)
+            scheduled.method = what.removeprefix("online.")
+            scheduled.train_stage(self.design.stage(path, self.seed), start)
         elif what == "sft":
-            imitate(self.trainer, self.run, self.design.stage(path, self.seed), start)
+            Imitation(self.parts).train_stage(self.design.stage(path, self.seed), start)
         else:
             self.trainer.train_stage(self.design.stage(path, self.seed), start)
 
@@ -185,7 +186,7 @@ class Tree:
         for temperature, tasks in missing.items():
             found = {task: parts.evaluate(task, parts.items[task]["test"], temperature) for task in tasks}
             parts.policy.inv_temperature = 1.0 / temperature
-            entropy = outcome.entropies(self.run, parts, tasks)
+            entropy = outcome.entropies(parts, tasks)
             parts.policy.inv_temperature = kept
             sweep[repr(temperature)] = joined(sweep.get(repr(temperature)), outcome.evaluated({"test": found}, entropy))
         self.run.write_node(name, node)

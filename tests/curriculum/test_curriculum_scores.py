@@ -131,10 +131,8 @@ def test_transfer_is_consistent(k, seed):
         columns = np.stack([base[task], *(single[i][task] for i in names)])
         ok = ~np.isnan(columns).any(axis=0)
         assert transfer.n_K[j] == ok.sum() and transfer.dropped_K[j] == 40 - ok.sum()
-        for i, trained in enumerate(names):
+        for i in range(len(names)):
             assert transfer.matrix_KK[i, j] == pytest.approx((columns[i + 1] - columns[0])[ok].mean())
-            flips = transfer.lost_KK[i][j], transfer.gained_KK[i][j]
-            assert flips == scores.flips(columns[0][ok], columns[i + 1][ok]), (trained, task)
 
 
 def test_transfer_draws_share_the_base_and_are_centred():

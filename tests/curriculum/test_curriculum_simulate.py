@@ -58,7 +58,7 @@ def test_a_given_matrix_and_bad_ones():
 
 def test_twelve_tasks_and_noise_that_never_makes_a_regret_negative():
     for row in simulate(random_matrices(3, (12,), np.random.default_rng(1)), noise=0.03, repeats=2):
-        assert row.instances == 6 and -1e-12 <= row.mean <= row.worst + 1e-12
+        assert row.instances == 6 and row.mean >= -1e-12
 
 
 def _figures(table: str) -> dict[str, list[float]]:

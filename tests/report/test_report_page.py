@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_fast.report import charts, render, write_report
+from omni_fast.report import charts
+from omni_fast.report.charts import write_page
+from omni_fast.report.page import render
 from omni_fast.report.result import assemble
 from omni_fast.report.training import latest_steps
 from omni_fast.report.verdict import headline, sentences
@@ -66,7 +68,7 @@ def check(page: str) -> str:
 def test_full_report(fake_run, tmp_path):
     result, metrics, samples = fake_run
     path = tmp_path / "report.html"
-    write_report(result, metrics, samples, path)
+    write_page(path, render(result, metrics, samples))
     page = path.read_text(encoding="utf-8")
     words = check(page)
     for part in ("Accuracy matrix", "Transfer", "The order", "Forecast against realised", "Entropy", "Item flips"):
@@ -156,7 +158,7 @@ def test_joint_steps_give_each_task_its_curve_and_count_time_once(fake_run):
     words = check(render(result, joint, []))
     assert "joint, math" in words and "joint, qa" in words
     assert "28.0 s" in words, "14 steps of 2 s"
-    assert latest_steps(joint)["joint"][1]["entropy"] == 1.25
+    assert latest_steps(joint)["joint", "qa"][0]["entropy"] == 1.25
 
 
 json_values = st.recursive(
@@ -191,14 +193,14 @@ def test_completions_are_escaped(fake_run, answer):
 def test_surrogates_and_control_characters_are_written(fake_run, tmp_path):
     result, _, _ = fake_run
     path = tmp_path / "report.html"
-    write_report(result, [], [{"task": "math", "before": "a\ud800b\x00c\x1b[31m", "after": "ok"}], path)
+    write_page(path, render(result, [], [{"task": "math", "before": "a\ud800b\x00c\x1b[31m", "after": "ok"}]))
     assert "\x00" not in path.read_text(encoding="utf-8")
 
 
 def test_a_failed_write_leaves_the_old_report(fake_run, tmp_path):
     folder = tmp_path / "gone"
     with pytest.raises(OSError):
-        write_report(fake_run[0], [], [], folder / "report.html")
+        write_page(folder / "report.html", render(fake_run[0], [], []))
 
 
 @pytest.mark.parametrize("count", [1, 2, 9])

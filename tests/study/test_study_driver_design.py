@@ -81,8 +81,8 @@ def test_a_stage_is_what_the_trainer_runs() -> None:
     ("override", "words"),
     [
         ("study.sedes=3", "did you mean 'seeds'"),
-        ('study.arms=["base", "refreshed"]', "did you mean 'refresh'"),
-        ('study.merges=["tie"]', "did you mean 'ties'"),
+        ('study.arms=["base", "refreshed"]', "'online', 'refresh', 'repeat'"),
+        ('study.merges=["tie"]', "'task_arithmetic', 'ties', 'dare'"),
         ('study.primary=["solved"]', "primary names two arms"),
         ("study.probe_steps=0", "the arm probe needs probe_steps"),
         ("study.temperatures=[0]", "greater than 0"),
