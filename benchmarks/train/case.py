@@ -22,6 +22,8 @@ NOUNS = (
     "river dog king tower garden letter clock ship forest baker mirror horse storm teacher stone island lamp wolf "
     "market bridge sailor violin winter castle orange doctor window farmer dragon train"
 ).split()
+ASK = "Write a story about a {} and a {}."
+BEFORE = "Here is what happened before:"
 FILLER = (
     "the people of the town had heard about it long before and they told the story in many ways when the evening came "
     "some said that it was only a dream but others were sure because they had seen it with their own eyes near the old "
@@ -31,7 +33,10 @@ FILLER = (
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison. prompt_tokens: the exact length of each prompt with its template; None: as the question comes."""
+    """One comparison. prompt_tokens: the exact length of each prompt with its template; None: as the question comes.
+
+    rows_per_pass: omni_fast's `tokens_per_microbatch`; None: what ours.py says.
+    """
 
     question: str
     prompt_tokens: int | None
@@ -41,6 +46,9 @@ class Case:
     samples: int = 8
     learning_rate: float = 2e-5
     threads: int = 2
+    device: str = "cpu"
+    model: str = "SmolLM2-135M-Instruct"
+    rows_per_pass: int | None = None
 
     @property
     def name(self) -> str:
@@ -75,15 +83,15 @@ def questions(case: Case, tokenizer: PreTrainedTokenizerBase, seed: int) -> list
 
 
 def _question(case: Case, tokenizer: PreTrainedTokenizerBase, first: str, second: str, draw: random.Random) -> str:
-    ask = f"Write a story about a {first} and a {second}."
+    ask = ASK.format(first, second)
     if case.prompt_tokens is None:
         return ask
     start, words = draw.randrange(len(FILLER)), 0
     text = ask
-    while len(prompt_tokens(tokenizer, text)) < case.prompt_tokens:
-        words += 1
+    while missing := max(0, case.prompt_tokens - len(prompt_tokens(tokenizer, text))):
+        words += max(1, missing // 2)  # a word can be two tokens
         filler = " ".join(FILLER[(start + number) % len(FILLER)] for number in range(words))
-        text = f"{ask} Here is what happened before: {filler}"
+        text = f"{ask} {BEFORE} {filler}"
     assert len(prompt_tokens(tokenizer, text)) == case.prompt_tokens
     return text
 
@@ -106,20 +114,21 @@ def advantages(rewards: list[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Limits:
-    """gemm: FLOP/s of a bf16 product of 2,048 cubed. copy: bytes/s, reads and writes counted."""
+    """gemm: FLOP/s of a bf16 product of 2,048 cubed (on a GPU 8,192). copy: bytes/s, reads and writes counted."""
 
     gemm: float
     copy: float
 
     @classmethod
-    def measured(cls) -> Limits:
-        a, b = torch.randn(2, 2048, 2048).bfloat16()
+    def measured(cls, device: str = "cpu") -> Limits:
+        size = 8192 if device == "cuda" else 2048
+        a, b = torch.randn(2, size, size, device=device).bfloat16()
         out = torch.empty_like(a)
-        source = torch.ones(1 << 26)
+        source = torch.ones(1 << 26, device=device)
         target = torch.empty_like(source)
         return cls(
-            2 * 2048**3 / _median_seconds(lambda: torch.mm(a, b, out=out)),
-            2 * source.nbytes / _median_seconds(lambda: target.copy_(source)),
+            2 * size**3 / _median_seconds(lambda: torch.mm(a, b, out=out), device),
+            2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device),
         )
 
     def seconds(
@@ -146,18 +155,53 @@ class Limits:
 
 
 def parameters(model: PretrainedConfig) -> int:
-    """Of a Llama-style decoder with tied embeddings."""
-    hidden, size = model.hidden_size, model.hidden_size // model.num_attention_heads
-    attention = 2 * hidden * hidden + 2 * hidden * model.num_key_value_heads * size
+    """Of a Llama-style decoder with tied embeddings, biases left out."""
+    hidden = model.hidden_size
+    size = getattr(model, "head_dim", None) or hidden // model.num_attention_heads
+    attention = 2 * hidden * size * (model.num_attention_heads + model.num_key_value_heads)
     layer = attention + 3 * hidden * model.intermediate_size + 2 * hidden
     return model.vocab_size * hidden + model.num_hidden_layers * layer + hidden
 
 
-def _median_seconds(call: Callable[[], object], repeats: int = 9) -> float:
+@dataclass(frozen=True)
+class Work:
+    """Arithmetic of one step in FLOPs: products with weights, and those of attention over what a row sees."""
+
+    generate: float
+    update: float
+
+    @classmethod
+    def of(cls, case: Case, model: PretrainedConfig, prompt_rows: int, tokens: int, rows: int, shared: bool) -> Work:
+        """prompt_rows: prompt tokens of the step, each prompt once. tokens: sampled ones. rows: of the update's forward pass.
+
+        shared: each prompt is computed once, not once a sample. Lengths are taken as equal.
+        """
+        head = model.vocab_size * model.hidden_size
+        layers = parameters(model) - head
+        copies = case.prompts if shared else case.batch
+        prompt, completion = prompt_rows / case.prompts, tokens / case.batch
+        pairs = copies * prompt**2 / 2 + case.batch * completion * (prompt + completion / 2)
+        size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+        attention = 4 * pairs * model.num_hidden_layers * model.num_attention_heads * size
+        return cls(
+            2 * (layers * (copies * prompt + tokens) + head * tokens) + attention,
+            3 * (2 * (layers * rows + head * tokens) + attention),
+        )
+
+
+def settle(device: str) -> None:
+    """Waits for what the device is still doing: clocks are read after that."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _median_seconds(call: Callable[[], object], device: str, repeats: int = 9) -> float:
     call()
     times = []
     for _ in range(repeats):
+        settle(device)
         start = time.perf_counter()
         call()
+        settle(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times)

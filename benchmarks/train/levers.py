@@ -7,8 +7,7 @@ trainer itself has no switch for doing more work than it must.
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
+import math
 import random
 import statistics
 import time
@@ -25,10 +24,12 @@ from benchmarks.scoreboard import Run
 from benchmarks.train import case as shared
 from benchmarks.train import ours
 from benchmarks.train.case import Case
+from benchmarks.train.race import versions
 from omni_fast.policy import pack as packing
 from omni_fast.policy import update
 from omni_fast.policy.model import load, stop_tokens
 from omni_fast.policy.pack import MicroBatch, Trajectory
+from omni_fast.policy.update import Policy
 from omni_fast.rollout.engine import Prompt, Sampling
 from omni_fast.rollout.local import LocalEngine
 from omni_kernels import LossOutput, LossSpec, Tokens, policy_loss
@@ -45,81 +46,154 @@ class Lever:
     against: str = "all"
 
 
-def measure(case: Case, model_path: str, rounds: int, between: Callable[[], None]) -> list[dict[str, object]]:
-    """The rows of one case."""
+@dataclass(frozen=True)
+class Setup:
+    """What the variants share. calls: the phases with all savings; "packed" has completions of mixed length, none shared."""
+
+    case: Case
+    policy: Policy
+    engine: LocalEngine
+    sampling: Sampling
+    prompts: list[Prompt]
+    batch: list[Trajectory]
+    ragged: list[Trajectory]
+    calls: dict[str, Callable[[], object]]
+
+
+def measure(
+    case: Case,
+    model_path: str,
+    rounds: int,
+    which: Callable[[Setup], Sequence[Lever]],
+    between: Callable[[], None] = lambda: None,
+    end: float = math.inf,
+    question: str = "TRL levers",
+) -> list[dict[str, object]]:
+    """The rows of one case. A variant that fails gets a row with the reason.
+
+    between: called now and then. end: on the monotonic clock; then no variant is tried, and no round but the first begun.
+    """
     torch.set_num_threads(case.threads)
     case = replace(case, learning_rate=0.0)
-    model, tokenizer = load(model_path, dtype=torch.float32)
-    policy, engine = ours.make_policy(case, model), LocalEngine(model)
-    prompts = [shared.prompt_tokens(tokenizer, text) for text in shared.questions(case, tokenizer, 0)[0]]
+    model, tokenizer = load(model_path, dtype=torch.float32, device=case.device)
+    policy, engine = ours.make_policy(case, model), ours.local_engine(case, model)
+    asked = [shared.prompt_tokens(tokenizer, text) for text in shared.questions(case, tokenizer, 0)[0]]
     sampling = Sampling(case.new_tokens, 1.0, stop_tokens(model, tokenizer), 0)
-    once = [Prompt(tokens, number) for number, tokens in enumerate(prompts)]
-    repeated = [prompt for prompt in once for _ in range(case.samples)]
-    batch, _ = ours.score(tokenizer, prompts, engine.generate(once, case.samples, sampling))
+    prompts = [Prompt(tokens, number) for number, tokens in enumerate(asked)]
+    batch, _ = ours.score(tokenizer, asked, engine.generate(prompts, case.samples, sampling))
     ragged = _cut(batch)
     baselines = {
-        "generate": lambda: engine.generate(once, case.samples, sampling),
+        "generate": lambda: engine.generate(prompts, case.samples, sampling),
         "update": lambda: policy.update(batch),
-        "packed": _with(lambda: policy.update(ragged), policy, share="none"),
+        "packed": changed(lambda: policy.update(ragged), policy, share="none"),
     }
-    levers = (
-        Lever("shared prompt in rollout", "generate", "each prompt computed for each of its samples",
-              lambda: engine.generate(repeated, 1, sampling), "generate"),
-        Lever("2 threads in rollout", "generate", "1 thread", _with(baselines["generate"], engine, threads=1), "generate"),
-        Lever("shared prompt in training (prefix tree)", "update", "each sample with its own copy of the prompt",
-              _with(baselines["update"], policy, share="none"), "update"),
-        Lever("shared beginnings of completions", "update", "only the prompt shared",
-              _with(baselines["update"], policy, share="prompt"), "update"),
-        Lever("no second forward", "update", "old log-probs by a forward pass of their own",
-              lambda: (policy.measure(batch), policy.update(batch)), "update"),
-        Lever("no logits (linear_policy_loss)", "update", "fp32 logits, log_softmax and autograd",
-              _with(baselines["update"], update, linear_policy_loss=materialised), "update"),
-        Lever("head on active rows only", "update", "head on every row, prompts too",
-              _with(baselines["update"], update, pack=_every_row), "update"),
-        Lever("packing, nothing padded", "update", "samples padded to the longest, none shared",
-              _with(_with(lambda: policy.update(ragged), packing, _lay_out=_padded), policy, share="none"), "packed"),
-        Lever("2 threads in training", "update", "1 thread", _one_thread(baselines["update"]), "update"),
-    )  # fmt: skip
+    levers = which(Setup(case, policy, engine, sampling, prompts, batch, ragged, baselines))
     calls = baselines | {lever.name: lever.call for lever in levers}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    peaks = {}
-    for name, call in calls.items():
-        call()
-        peaks[name] = scoreboard.peak_bytes(Run(call))
-        between()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-        between()
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    seconds, peaks, failed = _timed(case, calls, rounds, between, end)
+    if lost := [f"{name}: {failed[name]}" for name in ("generate", "update") if name in failed]:
+        raise RuntimeError("; ".join(lost))
+    medians = {name: statistics.median(values) for name, values in seconds.items() if name not in failed}
     step = medians["generate"] + medians["update"]
     rows: list[dict[str, object]] = []
     for lever in levers:
+        row: dict[str, object] = {
+            "question": question,
+            "case": case.name,
+            "model": case.model,
+            "dtype": "bfloat16",
+            "contender": lever.name,
+            "phase": lever.phase,
+            "without_it": lever.off,
+            "machine": scoreboard.machine(),
+            "versions": versions(),
+        }
+        if reason := failed.get(lever.name) or failed.get(lever.against):
+            print(f"  {case.question}  {lever.name}: {reason}", flush=True)
+            rows.append(row | {"error": reason})
+            continue
         on, off = medians[lever.against], medians[lever.name]
+        of_step = lever.against in ("generate", "update")
         rows.append(
-            {
-                "question": "TRL levers",
-                "case": case.name,
-                "dtype": "bfloat16",
-                "contender": lever.name,
-                "phase": lever.phase,
-                "without_it": lever.off,
+            row
+            | {
                 "seconds_on": round(on, 4),
                 "seconds_off": round(off, 4),
                 "spread_off": [round(min(seconds[lever.name]), 4), round(max(seconds[lever.name]), 4)],
-                "rounds": rounds,
+                "rounds": len(seconds[lever.name]),
                 "times_faster": round(off / on, 3),
-                "step_times_faster": round((step - on + off) / step, 3) if lever.against != "packed" else None,
+                "step_times_faster": round((step - on + off) / step, 3) if of_step else None,
                 "peak_bytes_on": peaks[lever.against],
                 "peak_bytes_off": peaks[lever.name],
-                "versions": {"python": platform.python_version(), "torch": importlib.metadata.version("torch")},
             }
         )
         print(f"  {case.question}  {lever.name:42} on {on:7.3f} s  off {off:7.3f} s  x{off / on:.2f}", flush=True)
     engine.close()
     return rows
+
+
+def _timed(
+    case: Case, calls: dict[str, Callable[[], object]], rounds: int, between: Callable[[], None], end: float
+) -> tuple[dict[str, list[float]], dict[str, int | None], dict[str, str]]:
+    """Seconds by round and peak memory of each call, and why those failed that did."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    peaks: dict[str, int | None] = {}
+    failed: dict[str, str] = {}
+    for number in range(-1, rounds):  # the first time nothing is timed
+        for name, call in calls.items():
+            if time.monotonic() > end and number < 0:
+                failed[name] = "left out: no time"
+            if name in failed:
+                continue
+            try:
+                if number < 0:
+                    call()
+                    peaks[name] = scoreboard.peak_bytes(Run(call))
+                    continue
+                shared.settle(case.device)
+                start = time.perf_counter()
+                call()
+                shared.settle(case.device)
+                seconds[name].append(time.perf_counter() - start)
+            except Exception as error:  # whatever it is, the other variants are still worth measuring
+                failed[name] = f"{type(error).__name__}: {error}"[:600]
+                if case.device == "cuda":
+                    torch.cuda.empty_cache()
+            between()
+        if number >= 0 and time.monotonic() > end:
+            break
+    return seconds, peaks, failed
+
+
+def savings(setup: Setup) -> tuple[Lever, ...]:
+    """Those that every device has."""
+    policy, engine, sampling = setup.policy, setup.engine, setup.sampling
+    learn, ragged = setup.calls["update"], setup.ragged
+    repeated = [prompt for prompt in setup.prompts for _ in range(setup.case.samples)]
+    return (
+        Lever("shared prompt in rollout", "generate", "each prompt computed for each of its samples",
+              lambda: engine.generate(repeated, 1, sampling), "generate"),
+        Lever("shared prompt in training (prefix tree)", "update", "each sample with its own copy of the prompt",
+              changed(learn, policy, share="none"), "update"),
+        Lever("shared beginnings of completions", "update", "only the prompt shared",
+              changed(learn, policy, share="prompt"), "update"),
+        Lever("no second forward", "update", "old log-probs by a forward pass of their own",
+              lambda: (policy.measure(setup.batch), policy.update(setup.batch)), "update"),
+        Lever("no logits (linear_policy_loss)", "update", "fp32 logits, log_softmax and autograd",
+              changed(learn, update, linear_policy_loss=materialised), "update"),
+        Lever("head on active rows only", "update", "head on every row, prompts too",
+              changed(learn, update, pack=_every_row), "update"),
+        Lever("packing, nothing padded", "update", "samples padded to the longest, none shared",
+              changed(changed(lambda: policy.update(ragged), packing, _lay_out=_padded), policy, share="none"), "packed"),
+    )  # fmt: skip
+
+
+def threads(setup: Setup) -> tuple[Lever, ...]:
+    """Those of a CPU besides."""
+    generate, learn = setup.calls["generate"], setup.calls["update"]
+    return (
+        Lever("2 threads in rollout", "generate", "1 thread", changed(generate, setup.engine, threads=1), "generate"),
+        Lever("2 threads in training", "update", "1 thread", _one_thread(learn), "update"),
+    )
 
 
 def _cut(batch: Sequence[Trajectory]) -> list[Trajectory]:
@@ -145,12 +219,14 @@ def _changed(owner: object, **values: object) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _with(call: Callable[[], object], owner: object, **values: object) -> Callable[[], object]:
-    def changed() -> object:
+def changed(call: Callable[[], object], owner: object, **values: object) -> Callable[[], object]:
+    """`call` with other attributes of `owner`."""
+
+    def inside() -> object:
         with _changed(owner, **values):
             return call()
 
-    return changed
+    return inside
 
 
 def _one_thread(call: Callable[[], object]) -> Callable[[], object]:
@@ -179,10 +255,10 @@ def _every_row(batch: Sequence[Trajectory], **settings) -> list[MicroBatch]:
     """Packed as ever, with a head output for each row that predicts no completion token (its advantage is 0)."""
     micro_batches = packing.pack(batch, **settings)
     for micro in micro_batches:
-        used = torch.zeros(micro.input_ids.numel(), dtype=torch.bool)
+        used = torch.zeros(micro.input_ids.numel(), dtype=torch.bool, device=micro.predicts.device)
         used[micro.predicts] = True
         others = (~used).nonzero().squeeze(1)
-        zeros = torch.zeros(len(others))
+        zeros = torch.zeros(len(others), device=micro.predicts.device)
         micro.predicts = torch.cat((micro.predicts, others))
         micro.targets = torch.cat((micro.targets, micro.input_ids[0, others]))
         micro.advantages, micro.rollout = torch.cat((micro.advantages, zeros)), torch.cat((micro.rollout, zeros))

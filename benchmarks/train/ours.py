@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.train import case as shared
 from benchmarks.train.case import Case
 from benchmarks.train.worker import Hello, Reporter
+from omni_fast.policy import update
 from omni_fast.policy.model import load, stop_tokens
 from omni_fast.policy.pack import Trajectory
+from omni_fast.policy.slots import Clock
 from omni_fast.policy.update import ADAM_EPS, Policy
-from omni_fast.rollout.engine import Prompt, Sample, Sampling
+from omni_fast.rollout.engine import Engine, Prompt, Sample, Sampling
 from omni_fast.rollout.local import LocalEngine
 from omni_kernels import LossSpec
 
@@ -24,35 +26,42 @@ TOKENS_PER_MICROBATCH = 4096
 NAME = "omni_fast"
 
 
-def run(connection: Connection, case: Case, model_path: str, seed: int) -> None:
+def run(connection: Connection, case: Case, model_path: str, seed: int, server: str | None = None) -> None:
+    """server: the URL of an SGLang server of this model; without one the engine is in this process."""
     torch.set_num_threads(case.threads)
-    reporter = Reporter(connection)
-    model, tokenizer = load(model_path, dtype=torch.float32)
+    reporter = Reporter(connection, case.device)
+    model, tokenizer = load(model_path, dtype=torch.float32, device=case.device)
     policy = make_policy(case, model)
-    engine = LocalEngine(model)
+    engine = (
+        local_engine(case, model)
+        if server is None
+        else served_engine(case, model, server, Path(model_path) / "weights")
+    )
+    if case.device == "cuda":
+        update.Clock = SettledClock  # type: ignore[misc]
     prompts = [
         [shared.prompt_tokens(tokenizer, text) for text in texts] for texts in shared.questions(case, tokenizer, seed)
     ]
     settings: dict[str, object] = {
-        "weights": "bf16, fp32 masters", "optimiser": "fused AdamW, fp32", "engine": "LocalEngine",
-        "tokens_per_microbatch": TOKENS_PER_MICROBATCH, "share": "tree",
+        "weights": "bf16, fp32 masters", "optimiser": "fused AdamW, fp32", "engine": type(engine).__name__,
+        "tokens_per_microbatch": policy.tokens_per_microbatch, "share": policy.share,
     }  # fmt: skip
     reporter.hello(Hello(settings, state_bytes(policy), prompts))
     sampling = Sampling(case.new_tokens, 1.0, stop_tokens(model, tokenizer), seed)
     for step, asked in enumerate(prompts):
         if not reporter.wait():
-            return
-        clock = [time.perf_counter()]
+            break
+        clock = [reporter.now()]
         samples = engine.generate(
             [Prompt(ids, step * case.prompts + n) for n, ids in enumerate(asked)], case.samples, sampling
         )
-        clock.append(time.perf_counter())
+        clock.append(reporter.now())
         batch, rewards = score(tokenizer, asked, samples)
-        clock.append(time.perf_counter())
+        clock.append(reporter.now())
         metrics = policy.update(batch)
-        clock.append(time.perf_counter())
+        clock.append(reporter.now())
         engine.sync(step + 1)
-        clock.append(time.perf_counter())
+        clock.append(reporter.now())
         names = ("generate", "reward", "update", "sync")
         reporter.step.phases = {name: end - start for name, start, end in zip(names, clock, clock[1:], strict=False)}
         reporter.step.phases |= {
@@ -64,15 +73,42 @@ def run(connection: Connection, case: Case, model_path: str, seed: int) -> None:
         reporter.step.tokens = sum(len(sample.completion) for sample in batch)
         reporter.step.rows = int(metrics["rows"])
         reporter.done()
+    engine.close()
 
 
-def make_policy(case: Case, model: torch.nn.Module) -> Policy:
+def make_policy(case: Case, model: PreTrainedModel) -> Policy:
     assert shared.ADAMW["eps"] == ADAM_EPS
     return Policy(
         model, loss=LossSpec(eps_low=shared.EPSILON, eps_high=shared.EPSILON), learning_rate=case.learning_rate,
         betas=shared.ADAMW["betas"], weight_decay=shared.ADAMW["weight_decay"], max_grad_norm=shared.MAX_GRAD_NORM,
-        tokens_per_microbatch=TOKENS_PER_MICROBATCH, dtype=torch.bfloat16,
+        tokens_per_microbatch=case.rows_per_pass or TOKENS_PER_MICROBATCH, dtype=torch.bfloat16,
     )  # fmt: skip
+
+
+def local_engine(case: Case, model: PreTrainedModel) -> LocalEngine:
+    """On a GPU all rows decode together."""
+    if case.device == "cpu" or case.prompt_tokens is None:
+        return LocalEngine(model)
+    columns = case.prompt_tokens + case.new_tokens
+    return LocalEngine(model, max_rows=case.batch, tokens_in_flight=case.batch * columns)
+
+
+def served_engine(case: Case, model: PreTrainedModel, url: str, folder: Path) -> Engine:
+    from omni_fast.rollout.fleet import Fleet
+    from omni_fast.rollout.sglang import SGLangEngine
+    from omni_fast.sync import WeightSync
+
+    fleet = Fleet([url], in_flight=case.batch)
+    weights = WeightSync(fleet, model, folder, transport="tensor" if case.device == "cuda" else "disk")
+    return SGLangEngine(fleet, weights, request_s=120, wait_s=10)
+
+
+class SettledClock(Clock):
+    """Waits for the GPU before it is read."""
+
+    def lap(self, part: str) -> None:
+        shared.settle("cuda")
+        super().lap(part)
 
 
 def score(

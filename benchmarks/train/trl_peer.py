@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 import warnings
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 
 import torch
 import transformers
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
 from benchmarks.train import case as shared
 from benchmarks.train.case import Case
 from benchmarks.train.worker import Hello, Reporter
+
+PAGED: dict[str, object] = {"max_memory_percent": 0.2}  # the other contenders share the GPU
 
 
 @dataclass(frozen=True)
@@ -28,28 +29,36 @@ class Setting:
 
     weights: "float32" trains fp32 weights under bf16 autocast, as TRL's defaults do; "bfloat16" has weights, gradients and
     moments in bf16. samples: of a micro-batch. checkpointing: keep only each layer's input (TRL's default).
+    continuous_batching: generate with transformers' paged engine, not with `generate`.
     """
 
     weights: str = "bfloat16"
     samples: int = 48
     checkpointing: bool = False
+    continuous_batching: bool = False
 
     @property
     def name(self) -> str:
         weights = "bf16 weights" if self.weights == "bfloat16" else "fp32 weights, bf16 autocast"
-        return f"TRL, {weights}, {self.samples} samples a pass" + (", checkpointing" if self.checkpointing else "")
+        more = (", checkpointing" if self.checkpointing else "") + (", paged" if self.continuous_batching else "")
+        return f"TRL, {weights}, {self.samples} samples a pass{more}"
 
 
 def run(connection: Connection, case: Case, model_path: str, seed: int, setting: Setting) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    from trl import GRPOConfig, GRPOTrainer  # nothing else of this program should pay for it
+    from datasets import Dataset  # nothing else of this program should pay for these, or need them
+    from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(case.threads)
-    reporter = Reporter(connection)
+    reporter = Reporter(connection, case.device)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, setting.weights))
+    fused = is_flash_attn_2_available() and case.device == "cuda"
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path, dtype=getattr(torch, setting.weights), attn_implementation="flash_attention_2" if fused else "sdpa"
+    )
+    liger = is_liger_kernel_available() and case.device == "cuda"
     steps = shared.questions(case, tokenizer, seed)
     data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for texts in steps for text in texts])
 
@@ -60,7 +69,7 @@ def run(connection: Connection, case: Case, model_path: str, seed: int, setting:
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            output_dir=folder, seed=seed, use_cpu=True, bf16=True, report_to="none", save_strategy="no", disable_tqdm=True,
+            output_dir=folder, seed=seed, use_cpu=case.device == "cpu", bf16=True, report_to="none", save_strategy="no", disable_tqdm=True,
             logging_steps=1000, shuffle_dataset=False, max_steps=case.steps, num_generations=case.samples,
             per_device_train_batch_size=setting.samples, gradient_accumulation_steps=case.batch // setting.samples,
             max_completion_length=case.new_tokens, temperature=1.0, top_p=1.0, top_k=0, beta=0.0, num_iterations=1,
@@ -68,7 +77,9 @@ def run(connection: Connection, case: Case, model_path: str, seed: int, setting:
             lr_scheduler_type="constant", optim="adamw_torch_fused", adam_beta1=shared.ADAMW["betas"][0],
             adam_beta2=shared.ADAMW["betas"][1], adam_epsilon=shared.ADAMW["eps"],
             weight_decay=shared.ADAMW["weight_decay"], max_grad_norm=shared.MAX_GRAD_NORM,
-            gradient_checkpointing=setting.checkpointing,
+            gradient_checkpointing=setting.checkpointing, use_liger_kernel=liger,
+            use_transformers_continuous_batching=setting.continuous_batching,
+            transformers_continuous_batching_config=PAGED if setting.continuous_batching else None,
         )  # fmt: skip
         trainer = GRPOTrainer(model, short_words, config, train_dataset=data, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
@@ -78,7 +89,10 @@ def run(connection: Connection, case: Case, model_path: str, seed: int, setting:
         state = 4 * size * sum(parameter.numel() for parameter in model.parameters())
         grouped = [prompts[start : start + case.prompts] for start in range(0, len(prompts), case.prompts)]
         _clock(trainer, reporter)
-        reporter.hello(Hello(asdict(setting) | {"optimiser": "adamw_torch_fused", "loss_type": "dapo"}, state, grouped))
+        more = {"attention": model.config._attn_implementation, "liger": liger}
+        reporter.hello(
+            Hello(asdict(setting) | more | {"optimiser": "adamw_torch_fused", "loss_type": "dapo"}, state, grouped)
+        )
         trainer.train()
 
 
@@ -116,9 +130,9 @@ def _clock(trainer, reporter: Reporter) -> None:
     def create_optimizer(*args: object, **kwargs: object):
         optimizer = create(*args, **kwargs)
         started: list[float] = []
-        optimizer.register_step_pre_hook(lambda *_: started.append(time.perf_counter()))
+        optimizer.register_step_pre_hook(lambda *_: started.append(reporter.now()))
         optimizer.register_step_post_hook(
-            lambda *_: reporter.step.phases.update({"update/optimizer": time.perf_counter() - started.pop()})
+            lambda *_: reporter.step.phases.update({"update/optimizer": reporter.now() - started.pop()})
         )
         return optimizer
 

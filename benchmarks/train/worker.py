@@ -1,7 +1,7 @@
 """A contender in a process of its own, which makes a step when told to and says what it cost.
 
 Memory is the process's own: resident bytes at the peak of a step, less what was resident once everything was imported and
-no model loaded.
+no model loaded; on a GPU the bytes that PyTorch had allocated there at the peak.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ import gc
 import multiprocessing
 import re
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+import torch
+
+from benchmarks.train.case import settle
 
 
 @dataclass
@@ -45,10 +50,11 @@ class Hello:
 class Reporter:
     """The child's side: waits for the word, clocks phases, sends what they took."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, device: str) -> None:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         self.baseline = _status("VmRSS")
+        self.device = device
         self.connection = connection
         self.step = Step()
         self.started = 0.0
@@ -63,58 +69,97 @@ class Reporter:
                 return False
         except EOFError:
             return False
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
         self.step = Step()
         self.started = time.perf_counter()
         return True
 
     def done(self) -> None:
-        self.step.seconds = time.perf_counter() - self.started
-        self.step.peak_bytes = _status("VmHWM") - self.baseline
+        self.step.seconds = self.now() - self.started
+        on_gpu = self.device == "cuda"
+        self.step.peak_bytes = torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM") - self.baseline
         self.connection.send(self.step)
+
+    def now(self) -> float:
+        """Seconds, once the device has done all it was told to."""
+        settle(self.device)
+        return time.perf_counter()
 
     def timed(self, phase: str, function: Callable) -> Callable:
         """`function` with its seconds added to `phase`."""
 
         def call(*args: object, **kwargs: object) -> object:
-            start = time.perf_counter()
+            start = self.now()
             result = function(*args, **kwargs)
-            self.step.phases[phase] = self.step.phases.get(phase, 0.0) + time.perf_counter() - start
+            self.step.phases[phase] = self.step.phases.get(phase, 0.0) + self.now() - start
             return result
 
         return call
 
 
-class Worker:
-    """The parent's side. `target(connection, *args)` runs in a fresh process."""
+class Failed(Exception):
+    """A contender that ended, or did not answer in time."""
 
-    def __init__(self, name: str, target: Callable[..., None], *args: object) -> None:
+
+class Worker:
+    """The parent's side. `target(connection, *args)` runs in a fresh process, which begins at once."""
+
+    def __init__(self, name: str, target: Callable[..., None], *args: object, answer_s: float = 1800.0) -> None:
+        """answer_s: how long its start, and each of its steps, may take."""
         context = multiprocessing.get_context("spawn")
         self.name = name
+        self.answer_s = answer_s
         self.connection, child = context.Pipe()
-        self.process = context.Process(target=target, args=(child, *args), daemon=True)
+        self.process = context.Process(target=_run, args=(target, child, *args), daemon=True)
         self.process.start()
         child.close()
-        self.hello: Hello = self._receive()
         self.steps: list[Step] = []
 
+    def hello(self) -> Hello:
+        """Waits until the contender has prepared itself. Raises Failed, as `step` does."""
+        found = self.receive()
+        assert isinstance(found, Hello)
+        return found
+
     def step(self) -> Step:
-        self.connection.send(True)
-        self.steps.append(self._receive())
-        return self.steps[-1]
+        with suppress(BrokenPipeError):
+            self.connection.send(True)
+        found = self.receive()
+        assert isinstance(found, Step)
+        self.steps.append(found)
+        return found
 
     def close(self) -> None:
         with suppress(BrokenPipeError):
             self.connection.send(False)
-        self.process.join(60)
+        self.process.join(60 if self.process.is_alive() else 0)
         self.process.kill()
 
-    def _receive(self):
+    def receive(self) -> object:
+        """What it sends next."""
         try:
-            return self.connection.recv()
-        except EOFError:
+            found = self.connection.recv() if self.connection.poll(self.answer_s) else None
+        except (EOFError, ConnectionResetError):
             self.process.join(10)
-            raise SystemExit(f"{self.name} ended with exit code {self.process.exitcode}; its output is above") from None
+            raise Failed(f"ended with exit code {self.process.exitcode}") from None
+        if found is None:
+            self.process.kill()
+            raise Failed(f"did not answer within {self.answer_s:.0f} s")
+        if isinstance(found, Failed):
+            raise found
+        return found
+
+
+def _run(target: Callable[..., None], connection: Connection, *args: object) -> None:
+    try:
+        target(connection, *args)
+    except Exception as error:  # whatever it is, the other contenders are still worth measuring
+        traceback.print_exc()
+        with suppress(BrokenPipeError):
+            connection.send(Failed(f"{type(error).__name__}: {error}"[:1500]))
 
 
 def _status(field_name: str) -> int:

@@ -22,7 +22,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from omni_fast.policy.tree_attention import TreeLayout
 
 BLOCK_ROWS = 128
-ROW_STEP = 1024  # rows are padded to a multiple of this: each number of rows is compiled once
+ROW_STEP = (
+    2048  # rows are padded to a multiple of this: each number of rows is compiled, and PyTorch compiles 8 at most
+)
 _newest: list[tuple[TreeLayout, BlockMask]] = []  # of the micro-batch under way
 
 
