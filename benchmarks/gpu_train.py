@@ -6,7 +6,7 @@
 TRL gpu short, TRL gpu long   a model in the shape of Qwen2.5-0.5B, random weights; both trainers in a process of their own
                               on the same GPU, taking turns step by step (train/race.py). Prompts, group size, lengths, loss and
                               AdamW are the same; TRL generates by transformers (vLLM is not compared), by its own `generate` and
-                              by its paged engine.
+                              by its paged engine, with Liger's layers where they are.
 TRL gpu levers                the short case with each of omni_fast's savings taken away alone (train/levers.py).
 TRL gpu kernels               the short case with what a GPU offers besides: FlexAttention, varlen attention of PyTorch and of
                               flash-attn, compiled layers, other sizes (train/gpu_levers.py).
@@ -39,6 +39,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from transformers.utils import is_liger_kernel_available
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -77,7 +78,10 @@ def peers(case: Case) -> list[Setting]:
     rows = 2 * (case.rows_per_pass or 0)
     samples = max(size for size in (1, 2, 4, 8, 16, 32, 64) if size * (case.prompt_tokens + case.new_tokens) <= rows)
     plain = Setting("bfloat16", min(samples, case.batch))
-    return [plain, replace(plain, continuous_batching=True)] if case.device == "cuda" else [plain]
+    if case.device == "cpu":
+        return [plain]
+    liger = [replace(plain, liger=True)] if is_liger_kernel_available() else []
+    return [plain, *liger, replace(plain, continuous_batching=True)]
 
 
 @contextmanager

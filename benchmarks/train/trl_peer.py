@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
-from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
+from transformers.utils import is_flash_attn_2_available
 
 from benchmarks.train import case as shared
 from benchmarks.train.case import Case
@@ -29,19 +29,20 @@ class Setting:
 
     weights: "float32" trains fp32 weights under bf16 autocast, as TRL's defaults do; "bfloat16" has weights, gradients and
     moments in bf16. samples: of a micro-batch. checkpointing: keep only each layer's input (TRL's default).
-    continuous_batching: generate with transformers' paged engine, not with `generate`.
+    continuous_batching: generate with transformers' paged engine, not with `generate`. liger: Liger's layers.
     """
 
     weights: str = "bfloat16"
     samples: int = 48
     checkpointing: bool = False
     continuous_batching: bool = False
+    liger: bool = False
 
     @property
     def name(self) -> str:
         weights = "bf16 weights" if self.weights == "bfloat16" else "fp32 weights, bf16 autocast"
-        more = (", checkpointing" if self.checkpointing else "") + (", paged" if self.continuous_batching else "")
-        return f"TRL, {weights}, {self.samples} samples a pass{more}"
+        more = {", checkpointing": self.checkpointing, ", paged": self.continuous_batching, ", Liger": self.liger}
+        return f"TRL, {weights}, {self.samples} samples a pass" + "".join(name for name, on in more.items() if on)
 
 
 def run(connection: Connection, case: Case, model_path: str, seed: int, setting: Setting) -> None:
@@ -58,7 +59,6 @@ def run(connection: Connection, case: Case, model_path: str, seed: int, setting:
     model = AutoModelForCausalLM.from_pretrained(
         model_path, dtype=getattr(torch, setting.weights), attn_implementation="flash_attention_2" if fused else "sdpa"
     )
-    liger = is_liger_kernel_available() and case.device == "cuda"
     steps = shared.questions(case, tokenizer, seed)
     data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for texts in steps for text in texts])
 
@@ -77,7 +77,7 @@ def run(connection: Connection, case: Case, model_path: str, seed: int, setting:
             lr_scheduler_type="constant", optim="adamw_torch_fused", adam_beta1=shared.ADAMW["betas"][0],
             adam_beta2=shared.ADAMW["betas"][1], adam_epsilon=shared.ADAMW["eps"],
             weight_decay=shared.ADAMW["weight_decay"], max_grad_norm=shared.MAX_GRAD_NORM,
-            gradient_checkpointing=setting.checkpointing, use_liger_kernel=liger,
+            gradient_checkpointing=setting.checkpointing, use_liger_kernel=setting.liger,
             use_transformers_continuous_batching=setting.continuous_batching,
             transformers_continuous_batching_config=PAGED if setting.continuous_batching else None,
         )  # fmt: skip
@@ -89,7 +89,7 @@ def run(connection: Connection, case: Case, model_path: str, seed: int, setting:
         state = 4 * size * sum(parameter.numel() for parameter in model.parameters())
         grouped = [prompts[start : start + case.prompts] for start in range(0, len(prompts), case.prompts)]
         _clock(trainer, reporter)
-        more = {"attention": model.config._attn_implementation, "liger": liger}
+        more = {"attention": model.config._attn_implementation}
         reporter.hello(
             Hello(asdict(setting) | more | {"optimiser": "adamw_torch_fused", "loss_type": "dapo"}, state, grouped)
         )
