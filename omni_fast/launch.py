@@ -14,7 +14,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -62,14 +62,12 @@ def render(kind: Kind, source: str, overrides: Sequence[str], place: Place) -> s
     width = _server_gpus(config, place)
     servers = _servers(width, place)
     name = _name(source)
-    values: dict[str, object] = {
+    values: dict[str, object] = asdict(place) | {
         "name": name,
         "source": source,
         "overrides": list(overrides),
         "run": place.run or f"runs/{name}",
-        "nodes": place.nodes,
         "gpus": place.gpus_per_node,
-        "trainer_gpus": place.trainer_gpus,
         "trainer": _trainer(place),
         "devices": ",".join(str(gpu) for gpu in range(place.trainer_gpus)),
         "width": width,
@@ -84,7 +82,7 @@ def render(kind: Kind, source: str, overrides: Sequence[str], place: Place) -> s
         return _fill("k8s.yaml", _yaml, values | _pods(source, config, overrides, place, servers))
     # The list of flags stays open: the script adds host and port of each server.
     flags = "engine.flags=[" + "".join(f"{json.dumps(flag)}, " for flag in config.engine.flags)
-    return _fill(f"{kind}.sh", _shell, values | {"flags": flags, "lines": list(place.lines)})
+    return _fill(f"{kind}.sh", _shell, values | {"flags": flags})
 
 
 def _refuse_secrets(config: Config) -> None:
@@ -172,9 +170,6 @@ def _pods(source: str, config: Config, overrides: Sequence[str], place: Place, s
         "train": _words(*_trainer(place), "train", "--run", str(run), "--", *([f"/etc/omni-fast/{name}.toml"] if file.is_file() else [source]), *overrides, *engine),
         "serve": _words(*command(launch, Path("python3"), PORT, None)),
         "mount": MOUNT,
-        "image": place.image,
-        "server_image": place.server_image,
-        "claim": place.claim,
     }  # fmt: skip
 
 
