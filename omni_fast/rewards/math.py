@@ -2,14 +2,11 @@
 
 1. Extract one answer: the last of \\boxed{}, `####` or <answer></answer>; else the formula after "answer is", else the
    last number in the text (not in a gold answer).
-2. Equal as normalised strings, or as exact numbers (integers, decimals, fractions): microseconds, and enough for
-   GSM8K-like data.
-3. Else math-verify, in worker processes with a memory limit and a kill from outside (`math_pool`), for what is short
-   and shallow enough to be an honest answer. math-verify's own guard is an alarm signal, which works in main threads
-   only.
+2. Equal as normalised strings, or as exact numbers (integers, decimals, fractions): microseconds, mostly enough.
+3. Else math-verify, in worker processes (`math_pool`), for what is short and shallow enough to be an honest answer.
+   Its own guard is an alarm signal, which works in main threads only.
 
-What the sample causes (no answer, too long, too complex, time limit) scores 0 with that reason; a lost worker is
-invalid.
+What the sample causes (no answer, too long, too complex, time limit) scores 0; a lost worker is invalid.
 """
 
 from __future__ import annotations

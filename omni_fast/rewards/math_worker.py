@@ -6,8 +6,7 @@ a timer of processor time that ends it even inside one long C call. The outer on
 Messages in: JSON [gold, answer]. Messages out: `ready PID` from every new inner process, then one of ok, wrong, memory per
 request, or timeout from the outer one.
 
-math-verify evaluates with sympy's parser only texts of digits and operators; LaTeX goes through a grammar, not through
-eval.
+math-verify evaluates with sympy's parser only digits and operators; LaTeX goes through a grammar, not through eval.
 """
 
 from __future__ import annotations

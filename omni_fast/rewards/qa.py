@@ -3,10 +3,8 @@
 Why not "contains": a reply that lists every capital contains the right one. Here one answer is extracted from the
 reply, it must equal the gold answer under the normalisation, and the reply must name no other known candidate. More
 than one candidate named, a negation, or an echo of the candidate list scores 0.
-Normalisation: NFKC, case, accents, articles, punctuation, numerals, aliases (after SQuAD, arXiv 1606.05250, and
-tighter).
-Limits: English frames ("the answer is ..."); answers up to 12 words; only the first 2,000 characters of a reply are
-read.
+Normalisation: NFKC, case, accents, articles, punctuation, numerals (after SQuAD, arXiv 1606.05250, and tighter).
+Limits: English frames ("the answer is ..."); answers up to 12 words; the first 2,000 characters of a reply.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Cheap, deterministic facts about a piece of English text, and the gates that run before any judge.
 
 Why: a judge, learned or prompted, can be talked into anything by empty replies, repetitions, copies of the prompt,
-words of the rubric, or "master key" openers (arXiv 2507.08794). Those are recognised here, for microseconds, and
-score 0.
-Limits: English and words separated by spaces; only the first `MAX_CHARS` characters are read, so every function is
-bounded.
+words of the rubric, or "master key" openers (arXiv 2507.08794). Those are recognised here and score 0.
+Limits: English, words separated by spaces, and only the first `MAX_CHARS` characters, so every function is bounded.
 """
 
 from __future__ import annotations

@@ -1,12 +1,4 @@
-"""A task from a file: one declarative block names the columns, the prompt template and the verifier.
-
-    [[tasks]]
-    name = "sums"
-    kind = "jsonl"
-    file = "sums.jsonl"
-    prompt = "What is {question}?"
-    answer = "answer"
-    verifier = "math"
+"""A task from a file: one declarative block (docs/tasks.md) names the columns, the prompt template and the verifier.
 
 Every gold answer is run through its own verifier at load time. An item whose gold does not score 1, or for which a
 reply that answers nothing (empty, the prompt again, a stub function) scores above 0, would teach the wrong thing: it is

@@ -7,12 +7,10 @@ family of spoilers left out at a time, on prompts it has not seen, mean AUC >= 0
 
 Value against the reference, with d = score(reply) - score(reference), a log-odds of being preferred:
     min(1, 2 sigmoid(d + spread))    spread: what good replies differ by among themselves
-1 is as good as the reference, and the value falls smoothly from there: a small model's samples are mostly far below a
-good reference, and win / tie / loss alone would leave most of its groups without a difference to learn from. The
-reason names the verdict: "ok" (d >= -spread), "tie" (nearer to the reference than to a spoiled reply, d >= -gap / 2),
-"loss". The reference is a bar, not a rival: above it a judge this small knows nothing, and what it cannot tell it
-must not pay for. `compare_all` is the symmetric verdict between any two replies, which the audit uses. There is no
-position to be biased by.
+1 is as good as the reference, and the value falls smoothly from there: win / tie / loss alone would leave most groups
+of a small model without a difference to learn from. The reason names the verdict: "ok" (d >= -spread), "tie" (nearer to
+the reference than to a spoiled reply, d >= -gap / 2), "loss". The reference is a bar, not a rival: what a judge this
+small cannot tell it must not pay for. `compare_all` is the symmetric verdict, which the audit uses.
 Limits: English sentences of the short writing task; it knows form, fluency and topic, not taste.
 """
 

@@ -1,5 +1,4 @@
-"""The cheap half of what the embedded judge sees: a dozen numbers of a reply, each with a sign a reader would agree
-with.
+"""The cheap half of what the embedded judge sees: numbers of a reply, each with a sign a reader would agree with.
 
 None of them is a length or grows with it, so that the judge cannot be paid in words.
 """

@@ -1,8 +1,7 @@
 """Replies that want the reward without the writing: the strings every judge here is measured against.
 
 Kinds: master keys (arXiv 2507.08794), words to the judge, forged verdicts and template tokens, copies of the prompt,
-lists of the required words, repetitions, flattery and filler, other languages, noise. The rule is at most 2 %
-accepted.
+lists of the required words, repetitions, flattery and filler, other languages, noise.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Reference-quality sentences for the short writing task, from a small grammar.
 
-"Write one sentence about a {topic} that uses the words {w1} and {w2}." needs good replies in any number: to fit the
-embedded judge, to audit judges, and as references. A grammar gives them without a model, a network or a licence
-question.
+They fit the embedded judge, audit judges, and are references; a grammar gives any number of them without a model.
 Limits: plain narrative English, singular concrete nouns. Unknown topics are treated as places or things to be near to.
 """
 

@@ -5,8 +5,7 @@ Each program defines `attack(x)`. A `goal` says what would be a success for it:
   reach   to return proof that it got at something: only "denied" and the like, or no value, may come back;
   stall   to hold the jail or the host beyond the limits, or to take it down: any outcome will do, in time.
 After each attack every jail must answer a normal job, and nothing may be left of the attack.
-Sources: incidents and catalogues of reward hacking by models (prime-environments, terminal-bench, LeetCode hacks), and
-the usual ways out of a process.
+Sources: catalogues of reward hacking (prime-environments, terminal-bench, LeetCode hacks), the usual ways out of a process.
 """
 
 from __future__ import annotations
