@@ -134,9 +134,9 @@ def too_complex(answer: str, gold: str = "") -> bool:
 class MathVerifier:
     """Part `correct` of a score: 1 when the final answer equals the gold answer, else 0."""
 
-    def __init__(self, workers: int = 2, timeout_s: float = 2.0, memory_bytes: int = 1 << 30) -> None:
+    def __init__(self, workers: int = 2, timeout_s: float = 2.0) -> None:
         """Workers start when an answer first needs them."""
-        self._pool = MathPool(workers, timeout_s, memory_bytes)
+        self._pool = MathPool(workers, timeout_s)
 
     def score(self, completions: Sequence[str], golds: Sequence[str]) -> list[Part]:
         """One part per completion. Never raises for any text.

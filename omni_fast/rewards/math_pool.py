@@ -25,6 +25,7 @@ from typing import Literal, cast
 
 Verdict = Literal["ok", "wrong", "memory", "timeout", "crash", "worker_lost"]
 PATIENCE = 30  # the clock's limit in units of the limit on processor time
+MEMORY_BYTES = 1 << 30  # of a worker
 START_S = 120.0  # importing sympy on a busy machine
 _CACHE_SIZE = 65536
 
@@ -40,8 +41,8 @@ class _Died(Exception):
 class _Worker:
     """One outer process and the inner one that answers. For one thread at a time."""
 
-    def __init__(self, memory_bytes: int, timeout_s: float) -> None:
-        self._limits = (memory_bytes, timeout_s)
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self.inner = 0
@@ -53,7 +54,7 @@ class _Worker:
         assert self._pipe is not None
         try:
             self._pipe.send_bytes(json.dumps([gold, answer]).encode("ascii"))
-            line = self._line(self._limits[1] * PATIENCE)
+            line = self._line(self._timeout_s * PATIENCE)
         except OSError:
             self.stop()
             raise _Died from None
@@ -84,7 +85,7 @@ class _Worker:
         self._pipe, theirs = Pipe()
         script = str(Path(__file__).with_name("math_worker.py"))
         # -P: this folder must not be on its path, a file here is named like the standard library's `math`
-        line = [sys.executable, "-P", script, str(theirs.fileno()), *map(str, self._limits)]
+        line = [sys.executable, "-P", script, str(theirs.fileno()), str(MEMORY_BYTES), str(self._timeout_s)]
         null = subprocess.DEVNULL
         try:
             with theirs:  # start_new_session: one group to kill, and Ctrl-C stays with the trainer
@@ -117,10 +118,9 @@ class _Worker:
 class MathPool:
     """`check` many pairs at once. Workers start at the first need; safe to call from several threads."""
 
-    def __init__(self, workers: int = 2, timeout_s: float = 2.0, memory_bytes: int = 1 << 30) -> None:
+    def __init__(self, workers: int = 2, timeout_s: float = 2.0) -> None:
         self.workers = workers
         self.timeout_s = timeout_s
-        self._memory_bytes = memory_bytes
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
         self._free: SimpleQueue[_Worker] = SimpleQueue()
@@ -133,7 +133,7 @@ class MathPool:
                 self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="math")
                 self._free = SimpleQueue()
                 for _ in range(self.workers):
-                    self._free.put(_Worker(self._memory_bytes, self.timeout_s))
+                    self._free.put(_Worker(self.timeout_s))
             threads = self._threads
         known = self._known  # another thread may begin a new one meanwhile
         wanted = [pair for pair in dict.fromkeys(pairs) if pair not in known]

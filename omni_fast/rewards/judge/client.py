@@ -4,7 +4,7 @@ Each request has a time limit over everything, some attempts with growing, jitte
 After `breaker_failures` failures in a row the circuit opens: everything waits, single probes go out, a line says so,
 and work goes on where it was when the server is back. After `pause_s` without an answer the rest fails with a reason;
 the next call tries again. No failure is ever a verdict, and nothing here raises for what a server does.
-Limits: one call at a time per client (the training thread's); a body beyond `max_body` bytes is refused.
+Limits: one call at a time per client (the training thread's); a body beyond `MAX_BODY` bytes is refused.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import httpx
 from omni_fast.errors import UserError
 from omni_fast.rewards.judge.pairwise import Json, Verdict
 
+MAX_BODY = 1 << 20
+
 Read = Callable[[Json], Verdict]  # of an answered JSON; ValueError when it is none
 
 
@@ -38,7 +40,6 @@ class ClientLimits:
     backoff_max_s: float = 20.0
     breaker_failures: int = 4
     pause_s: float = 600.0
-    max_body: int = 1 << 20
 
 
 class Unclear(ValueError):
@@ -193,7 +194,7 @@ class JsonClient:
                     body = bytearray()
                     async for chunk in response.aiter_bytes():
                         body += chunk
-                        if len(body) > self.limits.max_body:
+                        if len(body) > MAX_BODY:
                             raise Failure("too_large")
         except TimeoutError as error:
             raise Failure("timeout") from error

@@ -17,6 +17,9 @@ from omni_fast.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+MAX_TOKENS = 160  # of a text
+BATCH_TOKENS = 2048
+
 Encode = Callable[[Sequence[str]], torch.Tensor]  # n texts -> [n, H] float32
 
 
@@ -40,13 +43,11 @@ def pooled_encoder(
     tokenizer: PreTrainedTokenizerBase,
     layers: int = 4,
     dtype: torch.dtype | None = None,
-    max_tokens: int = 160,
-    batch_tokens: int = 2048,
 ) -> Encode:
     """An `Encode` over the model as it is now: later training does not move it.
 
     dtype: of the copy, None keeps the model's; bf16 is 3 to 5 times as fast where the processor multiplies it.
-    Texts are cut at `max_tokens`; an empty text becomes zeros. The result depends on the texts of the call alone.
+    Texts are cut at `MAX_TOKENS`; an empty text becomes zeros. The result depends on the texts of the call alone.
     """
     body = frozen_lower_layers(model, layers).to(dtype)
     device = next(body.parameters()).device
@@ -56,12 +57,12 @@ def pooled_encoder(
     def encode(texts: Sequence[str]) -> torch.Tensor:
         result_NH = torch.zeros(len(texts), width)
         ids = [
-            tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_tokens)["input_ids"]
+            tokenizer(text, add_special_tokens=False, truncation=True, max_length=MAX_TOKENS)["input_ids"]
             for text in texts
         ]
         order = sorted((i for i in range(len(ids)) if ids[i]), key=lambda i: len(ids[i]))
         while order:
-            size = max(1, batch_tokens // len(ids[order[-1]]))
+            size = max(1, BATCH_TOKENS // len(ids[order[-1]]))
             batch, order = order[-size:], order[:-size]
             longest = max(len(ids[i]) for i in batch)
             tokens_BT = torch.zeros(len(batch), longest, dtype=torch.long)
