@@ -12,24 +12,14 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings.h"
 #include "parallel.h"
 #include "program.h"
-#include "rows.h"
 
 namespace py = pybind11;
 using namespace omni;
 
 namespace {
-
-[[noreturn]] void fail(const std::string& message) { throw py::value_error(message); }
-
-template <class T>
-T* at(std::uintptr_t address, const char* name, bool required) {
-  if (required && address == 0) fail(std::string(name) + " is a null address; pass the data_ptr() of a tensor");
-  if (address % alignof(T))
-    fail(std::string(name) + " is not aligned to its elements; pass the data_ptr() of a tensor");
-  return reinterpret_cast<T*>(address);
-}
 
 void check_scale(float value, const char* name, std::int64_t row) {
   if (std::isfinite(value) && value > 0.0f) return;
@@ -69,23 +59,6 @@ Rows make_rows(std::uintptr_t logits, int dtype, std::int64_t rows, std::int64_t
     if (r.inv_t_rows) check_scale(r.inv_t_rows[i], "inv_temperature", i);
   }
   return r;
-}
-
-const RowKernels& kernels_named(const std::string& name) {
-  const RowKernels* kernels = select_kernels(name.c_str());
-  if (!kernels) fail("instruction set '" + name + "' is unknown or not run by this processor; use 'auto'");
-  return *kernels;
-}
-
-int checked_threads(int threads) {
-  if (threads < 1 || threads > 4096) fail("num_threads = " + std::to_string(threads) + " must be between 1 and 4096");
-  return threads;
-}
-
-// Ranges short enough to balance, long enough to stream.
-std::int64_t grain_of(std::int64_t rows, int threads) {
-  const std::int64_t grain = rows / (4 * static_cast<std::int64_t>(threads));
-  return grain < 1 ? 1 : grain > 16 ? 16 : grain;
 }
 
 void rows_forward(std::uintptr_t logits, int dtype, std::int64_t rows, std::int64_t vocab, std::int64_t row_stride,
@@ -214,5 +187,6 @@ PYBIND11_MODULE(_native_cpu, m) {
         py::arg("row_stride"), py::arg("targets"), py::arg("inv_t"), py::arg("inv_t_rows"), py::arg("softcap"),
         py::arg("logp"), py::arg("entropy"), py::arg("lse"), py::arg("program"), py::arg("columns"),
         py::arg("num_threads"), py::arg("isa") = "auto");
+  bind_decoder(m);
   m.def("vector_exp2", &vector_exp2, py::arg("x"), py::arg("y"), py::arg("n"), py::arg("isa") = "auto");
 }

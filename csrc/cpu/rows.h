@@ -10,12 +10,14 @@
 #pragma once
 #include <cstdint>
 
+#include "decoder.h"
+#include "dtype.h"
+#include "product.h"
+
 namespace omni {
 
 constexpr std::int64_t kIgnore = -100;
 constexpr std::int64_t kBlock = 2048;  // columns folded in fp32 before a look at the reference: at most 8 KiB, in L1
-
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
 
 struct Program;
 
@@ -45,6 +47,8 @@ struct RowKernels {
   void (*backward)(const Rows&, std::int64_t begin, std::int64_t end);
   void (*fused)(const Rows&, std::int64_t begin, std::int64_t end);
   void (*exp2)(const float* x, float* y, std::int64_t n);  // the kernels' own 2^x, to be tested for its ulps
+  DecoderKernels decoder;
+  ProductKernels product;
 };
 
 extern const RowKernels kPortable;

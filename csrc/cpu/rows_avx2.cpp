@@ -1,6 +1,7 @@
 #include "vec_avx2.h"
 #include "rows_kernel.h"
+#include "decoder_kernel.h"
 
 namespace omni {
-const RowKernels kAvx2 = {"avx2", &forward, &backward, &fused, &exp2_array};
+const RowKernels kAvx2 = {"avx2", &forward, &backward, &fused, &exp2_array, kDecoder, kProduct};
 }

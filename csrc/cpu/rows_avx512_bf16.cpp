@@ -1,6 +1,7 @@
 #include "vec_avx512.h"
 #include "rows_kernel.h"
+#include "decoder_kernel.h"
 
 namespace omni {
-const RowKernels kAvx512Bf16 = {"avx512_bf16", &forward, &backward, &fused, &exp2_array};
+const RowKernels kAvx512Bf16 = {"avx512_bf16", &forward, &backward, &fused, &exp2_array, kDecoder, kProduct};
 }

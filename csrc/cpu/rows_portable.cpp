@@ -1,6 +1,7 @@
 #include "vec_portable.h"
 #include "rows_kernel.h"
+#include "decoder_kernel.h"
 
 namespace omni {
-const RowKernels kPortable = {"portable", &forward, &backward, &fused, &exp2_array};
+const RowKernels kPortable = {"portable", &forward, &backward, &fused, &exp2_array, kDecoder, kProduct};
 }

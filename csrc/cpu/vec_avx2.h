@@ -31,6 +31,7 @@ struct V {
     return load(part);
   }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static void store(std::uint16_t* p, F x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(x)); }
   static void store_part(float* p, int n, F x) {
     float part[width];
     store(part, x);
@@ -40,6 +41,22 @@ struct V {
     std::uint16_t part[width];
     _mm_storeu_si128(reinterpret_cast<__m128i*>(part), narrow(x));
     std::memcpy(p, part, static_cast<std::size_t>(n) * 2);
+  }
+  // x rounded to bf16 and widened again.
+  static F as_bf16(F x) { return odd(_mm256_castsi256_ps(rounded(x))); }
+  // Pairs of bf16, as a product reads them: `width` of them side by side, or one in every place.
+  static F pairs(const std::uint16_t* p) { return load(reinterpret_cast<const float*>(p)); }
+  static F pair(const std::uint16_t* p) {
+    int bits;
+    std::memcpy(&bits, p, 4);
+    return _mm256_castsi256_ps(_mm256_set1_epi32(bits));
+  }
+  // acc + a.first b.first + a.second b.second
+  static F dot(F acc, F a, F b) { return fma(odd(a), odd(b), fma(even(a), even(b), acc)); }
+  // Writes first and second, rounded, as `width` pairs.
+  static void store_pairs(std::uint16_t* p, F first, F second) {
+    const __m256i high = _mm256_castps_si256(odd(_mm256_castsi256_ps(rounded(second))));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(_mm256_srli_epi32(rounded(first), 16), high));
   }
   // Two vectors at once. Those of bf16 hold the even and the odd elements: a shift and a mask widen them.
   static void load2(const float* p, F& x, F& y) { x = load(p), y = load(p + width); }
@@ -95,6 +112,8 @@ struct V {
   };
 
  private:
+  static F even(F x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 16)); }
+  static F odd(F x) { return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000u)))); }
   // Round to nearest even at bit 16. Arithmetic NaNs have a clear low half, so they stay NaN.
   static __m256i rounded(F x) {
     const __m256i bits = _mm256_castps_si256(x);

@@ -17,9 +17,37 @@ struct V {
     return _mm512_mask_blend_ps(mask(n), set(fill), widen(_mm256_maskz_loadu_epi16(mask(n), p)));
   }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static void store(std::uint16_t* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
   static void store_part(float* p, int n, F x) { _mm512_mask_storeu_ps(p, mask(n), x); }
   static void store_part(std::uint16_t* p, int n, F x) {
-    _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(x), 16)));
+    _mm256_mask_storeu_epi16(p, mask(n), narrow(x));
+  }
+  // x rounded to bf16 and widened again.
+  static F as_bf16(F x) { return widen(narrow(x)); }
+  // Pairs of bf16, as a product reads them: `width` of them side by side, or one in every place.
+  static F pairs(const std::uint16_t* p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
+  static F pair(const std::uint16_t* p) {
+    int bits;
+    __builtin_memcpy(&bits, p, 4);
+    return _mm512_castsi512_ps(_mm512_set1_epi32(bits));
+  }
+  // acc + a.first b.first + a.second b.second
+  static F dot(F acc, F a, F b) {
+#if defined(__AVX512BF16__)
+    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+#else
+    const F first = fma(even(a), even(b), acc);
+    return fma(odd(a), odd(b), first);
+#endif
+  }
+  // Writes first and second, rounded, as `width` pairs.
+  static void store_pairs(std::uint16_t* p, F first, F second) {
+#if defined(__AVX512BF16__)
+    store2(p, first, second);
+#else
+    const __m512i high = _mm512_and_si512(rounded(second), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+    _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(rounded(first), 16), high));
+#endif
   }
   // Two vectors at once. Those of bf16 hold the even and the odd elements: a shift and a mask widen them.
   static void load2(const float* p, F& x, F& y) { x = load(p), y = load(p + width); }
@@ -71,6 +99,15 @@ struct V {
 
  private:
   static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+#if defined(__AVX512BF16__)
+  static __m256i narrow(F x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
+#else
+  static __m256i narrow(F x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(x), 16)); }
+  static F even(F x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 16)); }
+  static F odd(F x) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+#endif
   static F widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
   // Round to nearest even at bit 16. Arithmetic NaNs have a clear low half, so they stay NaN.
   static __m512i rounded(F x) {

@@ -33,6 +33,35 @@ struct V {
     return each([&](int k) { return k < n ? widen(p[k]) : fill; });
   }
   static void store(float* p, F x) { std::memcpy(p, x.v, sizeof(x.v)); }
+  static void store(std::uint16_t* p, F x) { store_part(p, width, x); }
+  // x rounded to bf16 and widened again.
+  static F as_bf16(F x) {
+    return each([&](int k) { return widen(narrow(x.v[k])); });
+  }
+  // Pairs of bf16, as a product reads them: `width` of them side by side, or one in every place.
+  static F pairs(const std::uint16_t* p) {
+    F out;
+    std::memcpy(out.v, p, sizeof(out.v));
+    return out;
+  }
+  static F pair(const std::uint16_t* p) {
+    float bits;
+    std::memcpy(&bits, p, 4);
+    return set(bits);
+  }
+  // acc + a.first b.first + a.second b.second
+  static F dot(F acc, F a, F b) {
+    std::uint16_t x[2 * width], y[2 * width];
+    std::memcpy(x, a.v, sizeof(x));
+    std::memcpy(y, b.v, sizeof(y));
+    return each([&](int k) {
+      return acc.v[k] + widen(x[2 * k]) * widen(y[2 * k]) + widen(x[2 * k + 1]) * widen(y[2 * k + 1]);
+    });
+  }
+  // Writes first and second, rounded, as `width` pairs.
+  static void store_pairs(std::uint16_t* p, F first, F second) {
+    for (int k = 0; k < width; ++k) p[2 * k] = narrow(first.v[k]), p[2 * k + 1] = narrow(second.v[k]);
+  }
   static void store_part(float* p, int n, F x) { std::memcpy(p, x.v, static_cast<std::size_t>(n) * 4); }
   static void store_part(std::uint16_t* p, int n, F x) {
     for (int k = 0; k < n; ++k) p[k] = narrow(x.v[k]);

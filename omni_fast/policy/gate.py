@@ -1,9 +1,9 @@
-"""A gated MLP that keeps two of its four wide intermediates for the backward pass.
+"""A gated MLP as one autograd function that keeps its input and the two halves before the gate.
 
 Written out in plain operations, down(silu(gate) * up) leaves gate, up, silu(gate) and the product to autograd: half of the
-activations of SmolLM2-135M. The last two are one cheap operation each, so they are computed again, with the same roundings.
+activations of SmolLM2-135M. The last two are computed again, in the pass over memory that makes their gradients.
 
-Limits: SiLU, and a plain linear layer without bias at the end; other MLPs (an adapter's, for example) stay as they are.
+Limits: SiLU, and plain linear layers without bias; other MLPs (an adapter's, for example) stay as they are.
 """
 
 from __future__ import annotations
@@ -14,33 +14,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
+
+from omni_fast.policy import products
+from omni_kernels import decoder
 
 
-class _GatedDown(torch.autograd.Function):
+class _GatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up, weight):
-        ctx.save_for_backward(gate, up, weight)
-        return F.linear(F.silu(gate).mul_(up), weight)
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        flat = x.flatten(0, -2)
+        both = products.forward(flat, gate, up)
+        ctx.save_for_backward(flat, both, gate, up, down)
+        return products.forward(decoder.gate(both), down).view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        gate, up, weight = ctx.saved_tensors
-        opened = F.silu(gate)
-        dw = None
-        if ctx.needs_input_grad[2]:
-            dw = grad.flatten(0, -2).t().mm((opened * up).flatten(0, -2))
-        inner = grad.matmul(weight)
-        dup = inner * opened
-        return torch.ops.aten.silu_backward(inner.mul_(up), gate), dup, dw
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, both, gate, up, down = ctx.saved_tensors
+        flat = grad.reshape(x.shape)
+        dboth, inner = decoder.gate_backward(products.backward(flat, down), both)
+        wanted = ctx.needs_input_grad
+        (ddown,) = products.weight_gradients(flat, inner, [down], wanted[3:])
+        dgate, dup = products.weight_gradients(dboth, x, [gate, up], wanted[1:3])
+        dx = products.backward(dboth, gate, up).view(grad.shape) if wanted[0] else None
+        return dx, dgate, dup, ddown
+
+
+def gated_mlp(mlp: Any, x: Tensor) -> Tensor:
+    """The output of an MLP of plain linear layers."""
+    return _GatedMLP.apply(x, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
 
 
 def _forward(self: Any, x: Tensor) -> Tensor:
-    gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
-    if type(down) is not nn.Linear or down.bias is not None:
-        return down(self.act_fn(gate) * up)
-    return _GatedDown.apply(gate, up, down.weight)
+    if not products.is_plain(self.gate_proj, self.up_proj, self.down_proj):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return gated_mlp(self, x)
 
 
 def slim_gates(model: nn.Module) -> None:

@@ -10,38 +10,14 @@ from __future__ import annotations
 
 import types
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        wide = _wide(x)
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
-        ctx.save_for_backward(x, weight, inverse)
-        return weight * (wide * inverse).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight, inverse = ctx.saved_tensors
-        normal = _wide(x) * inverse
-        dw = None
-        if ctx.needs_input_grad[1]:
-            dw = (grad * normal).flatten(0, -2).sum(0).to(weight.dtype)
-        dx = _wide(grad * weight)
-        dx = (dx - normal * (dx * normal).mean(-1, keepdim=True)) * inverse
-        return dx.to(x.dtype), dw, None
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from omni_kernels.decoder import normed
 
 
 def _forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+    assert isinstance(self.weight, Tensor) and isinstance(self.variance_epsilon, float)
+    return normed(hidden_states, self.weight, self.variance_epsilon)
 
 
 def slim_norms(model: nn.Module) -> None:

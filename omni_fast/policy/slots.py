@@ -39,9 +39,20 @@ class Slot:
             self.filled = True
         return self.grad
 
+    def offer(self) -> None:
+        """Lets those who make gradients in fp32 find this slot by its parameter, where that is whole here."""
+        if not isinstance(self.working, DTensor):
+            self.working.slot = self  # type: ignore[attr-defined]
+
+    def place(self) -> tuple[Tensor, bool]:
+        """Where a gradient in fp32 goes, and whether it is added to what is there."""
+        before, self.filled = self.filled, True
+        return self.grad, before
+
     def drain(self, parameter: nn.Parameter) -> None:
-        """A hook: takes the gradient that autograd has just given the parameter."""
-        assert parameter.grad is not None
+        """A hook: takes the gradient that autograd has just given the parameter, unless it has its place already."""
+        if parameter.grad is None:
+            return
         self.add(parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
         parameter.grad = None
 

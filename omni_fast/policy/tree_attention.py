@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from omni_kernels.decoder import TreeBlocks, tree_blocks
+
 NAME = "omni_fast_tree"
 BLOCK_ROWS = 64
 KEEP_COLUMNS = 1024
@@ -47,15 +49,20 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class TreeLayout:
-    """All buckets of a micro-batch. place: int64 [T], where each row is in the buckets' concatenated outputs."""
+    """All buckets of a micro-batch. place: int64 [T], where each row is in the buckets' concatenated outputs.
+
+    blocks: the same blocks for the compiled kernels, on the CPU where those are built.
+    """
 
     buckets: tuple[Bucket, ...]
     place: Tensor
+    blocks: TreeBlocks | None = None
 
 
 def tree_layout(spans: Sequence[tuple[int, int]], parents: Sequence[Sequence[int]], device: torch.device) -> TreeLayout:
     """The layout of trees at rows [start, end) each, given every row's parent within its tree (-1: none)."""
     shapes: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+    whole = []
     for (start, end), tree in zip(spans, parents, strict=True):
         count = end - start
         sees = np.zeros((count, count), dtype=bool)
@@ -64,12 +71,15 @@ def tree_layout(spans: Sequence[tuple[int, int]], parents: Sequence[Sequence[int
                 sees[row] = sees[parent]
             sees[row, row] = True
         blocks = -(-count // BLOCK_ROWS)
+        own = []
         for number in range(blocks):
             rows = np.arange(count * number // blocks, count * (number + 1) // blocks)
             columns = np.flatnonzero(sees[rows].any(axis=0))
             height, width = -(-len(rows) // 8) * 8, -(-len(columns) // COLUMN_STEP) * COLUMN_STEP
             block = (rows + start, columns + start, sees[np.ix_(rows, columns)])
             shapes.setdefault((height, width), []).append(block)
+            own.append((torch.from_numpy(block[0]), torch.from_numpy(block[1]), torch.from_numpy(block[2])))
+        whole.append((start, end, own))
     place = np.empty(spans[-1][1], dtype=np.int64)
     buckets = []
     offset = 0
@@ -86,7 +96,9 @@ def tree_layout(spans: Sequence[tuple[int, int]], parents: Sequence[Sequence[int
         offset += all_rows.size
         tensors = [torch.from_numpy(array).to(device) for array in (all_rows.ravel(), all_columns.ravel(), mask)]
         buckets.append(Bucket(*tensors))
-    return TreeLayout(tuple(buckets), torch.from_numpy(place).to(device))
+    return TreeLayout(
+        tuple(buckets), torch.from_numpy(place).to(device), tree_blocks(whole) if device.type == "cpu" else None
+    )
 
 
 def tree_attention(

@@ -31,6 +31,7 @@ from omni_fast.errors import RunError, UserError
 from omni_fast.policy import shards, tree_attention
 from omni_fast.policy.adapter import add_adapter, without_adapter
 from omni_fast.policy.gate import slim_gates
+from omni_fast.policy.layer import slim_layers
 from omni_fast.policy.model import working_dtype
 from omni_fast.policy.norm import slim_norms
 from omni_fast.policy.pack import MicroBatch, Share, Trajectory, pack
@@ -88,6 +89,7 @@ class Policy:
         _check_model(model)
         slim_norms(model)
         slim_gates(model)
+        slim_layers(model)
         self.model = self.trained = model
         self.loss = loss
         self.learning_rate = learning_rate
@@ -121,6 +123,7 @@ class Policy:
         self._head = by_parameter.get(model.get_output_embeddings().weight)
         for slot in self.slots:
             slot.working.register_post_accumulate_grad_hook(slot.drain)
+            slot.offer()
 
     # -- one step ----------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 ATTENTION = "omni_wave"
 WIDEN = 32  # columns: a softmax over bf16 rows of another multiple is three times as slow with AVX-512
@@ -188,6 +188,38 @@ class Wave:
         )
         output = torch.bmm(torch.softmax(scores, dim=-1), values.flatten(0, 1))
         return output.view(self.rows, 1, heads * self.group, size)
+
+
+class ModuleWave:
+    """A wave through the modules of an inference copy: prefill, then a token a row and step."""
+
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], samples: Sequence[int], new: int
+    ) -> None:
+        self.decoder = model.get_decoder()
+        self.wave = Wave(model.config, prompts, samples, new, model.dtype, model.device)
+        self.prompt_of_row = self.wave.prompt_of_row
+        self.next = self.wave.lengths[self.prompt_of_row]
+
+    def prefill(self) -> Tensor:
+        """Hidden states of each prompt's last token, [prompts, hidden]."""
+        return self._forward(self.wave.tokens, self.wave.positions)[0, self.wave.last]
+
+    def step(self, token_R: Tensor) -> Tensor:
+        """Hidden states [rows, hidden] after one token more of each row."""
+        self.wave.advance()
+        hidden = self._forward(token_R[:, None], self.next[:, None])[:, 0]
+        self.next = self.next + 1
+        return hidden
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep `rows`, in that order."""
+        self.wave.keep(rows)
+        self.next = self.next[torch.tensor(rows, device=self.next.device)]
+
+    def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states [row, token, hidden]; the keyword `wave` travels to the attention function."""
+        return self.decoder(input_ids=tokens, position_ids=positions, use_cache=False, wave=self.wave).last_hidden_state
 
 
 def _round_up(columns: int) -> int:

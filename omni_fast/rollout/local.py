@@ -16,14 +16,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from omni_fast.errors import UserError
-from omni_fast.rollout.decode import ATTENTION, Wave
+from omni_fast.rollout.decode import ATTENTION, ModuleWave
 from omni_fast.rollout.engine import Deferred, Finished, Progress, Prompt, Rollout, Sample, Sampling
 from omni_fast.rollout.packed_linear import inference_copy
 from omni_fast.rollout.sampling import draw, uniforms
+from omni_fast.rollout.shared_cache import SharedWave, fits
 
 ROWS = 64  # what packed weights are laid out for
 ROW_STEP = 8  # rows leave the batch in such steps: a new row count costs the GEMM library a new kernel
@@ -65,6 +65,7 @@ class LocalEngine:
         """Take over the model as it is now, adapters included; samples from now on carry `version`."""
         self.fast = None  # the packed weights of the last version go first: never two of them in memory
         self.fast = inference_copy(self.model, ATTENTION, ROWS)
+        self.shared = fits(self.fast)
         self.version = version
         return {}
 
@@ -146,10 +147,11 @@ class LocalEngine:
     ) -> Iterator[tuple[int, list[int]]]:
         """Generate one wave into `results`; yields after each step the tokens added and the prompts of ended samples."""
         device = fast.device
-        decoder, head = fast.get_decoder(), fast.get_output_embeddings()
+        head = fast.get_output_embeddings()
         samples = Counter(index for index, _ in members)
         texts = [prompts[index].tokens for index in samples]
-        wave = Wave(self.config, texts, list(samples.values()), sampling.max_new_tokens, fast.dtype, device)
+        make = SharedWave if self.shared else ModuleWave
+        wave = make(fast, texts, list(samples.values()), sampling.max_new_tokens)
         streams = [
             uniforms(sampling.seed, prompts[index].key, number, sampling.max_new_tokens) for index, number in members
         ]
@@ -157,9 +159,7 @@ class LocalEngine:
         rows = [results[index][number] for index, number in members]
         owners = [index for index, _ in members]
         alive = [True] * len(rows)
-        position_R = wave.lengths[wave.prompt_of_row]
-        hidden_1TH = _forward(decoder, wave.tokens, wave.positions, wave)
-        logits_RV = head(hidden_1TH[0, wave.last])[wave.prompt_of_row]
+        logits_RV = head(wave.prefill())[wave.prompt_of_row]
         stops = frozenset(sampling.stop_token_ids)
         for step in range(sampling.max_new_tokens):
             token_R, logprob_R = draw(logits_RV, uniform_RT[:, step], sampling.temperature)
@@ -185,16 +185,8 @@ class LocalEngine:
                 rows, alive = [rows[row] for row in keep], [alive[row] for row in keep]
                 owners = [owners[row] for row in keep]
                 kept = torch.tensor(keep, device=device)
-                token_R, position_R, uniform_RT = token_R[kept], position_R[kept], uniform_RT[kept]
-            wave.advance()
-            hidden_R1H = _forward(decoder, token_R[:, None], position_R[:, None], wave)
-            position_R = position_R + 1
-            logits_RV = head(hidden_R1H[:, 0])
-
-
-def _forward(decoder: nn.Module, tokens: Tensor, positions: Tensor, wave: Wave) -> Tensor:
-    """Hidden states [row, token, hidden]; the keyword `wave` travels to the attention function."""
-    return decoder(input_ids=tokens, position_ids=positions, use_cache=False, wave=wave).last_hidden_state
+                token_R, uniform_RT = token_R[kept], uniform_RT[kept]
+            logits_RV = head(wave.step(token_R))
 
 
 def _compaction(alive: list[bool]) -> list[int] | None:

@@ -1,8 +1,8 @@
 """A decoder prepared for inference: the same modules and parameters, with its linear layers packed for the CPU.
 
 `inference_copy` makes a second module tree over the policy's own parameters (nothing is copied but the tree) and swaps in
-what generation gains from: on CPU, linear layers whose weight oneDNN has laid out once per weight version, with
-q/k/v and gate/up as one GEMM each and LoRA merged; everywhere, PyTorch's RMSNorm and an attention function of our own.
+what generation gains from: on CPU, linear layers whose weight is laid out once per weight version (by omni_kernels where
+the processor multiplies bf16 in AVX-512, else by oneDNN), with q/k/v and gate/up as one GEMM each and LoRA merged; everywhere, PyTorch's RMSNorm and an attention function of our own.
 The forward passes of the layers stay those of transformers.
 
 Limits: decoders with the Llama layout of names (`q_proj`, `k_proj`, `v_proj`, `gate_proj`, `up_proj`), called in that
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from omni_kernels import decoder
+
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class PackedLinear(nn.Module):
-    """One or more linear layers of the same input as one GEMM, with weights that oneDNN has reordered.
+    """One or more linear layers of the same input as one GEMM, with weights packed for it: ours in bf16, else oneDNN's.
 
     The sources are read once, here; a LoRA layer's adapter is merged into its weight. Inference only.
     """
@@ -35,12 +37,20 @@ class PackedLinear(nn.Module):
         weights = [_weight(source) for source in sources]
         biases = [bias for source in sources if isinstance(bias := source.bias, Tensor)]
         self.sizes = [len(weight) for weight in weights]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         self.bias = torch.cat(biases).detach() if biases else None
+        self.packed: decoder.Packed | None = None
+        self.weight: Tensor | None = None
+        if decoder.multiplies(*weights) and weights[0].shape[1] % 2 == 0:
+            self.packed = decoder.pack(*weights, transposed=True)
+        else:
+            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        if self.packed is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        y = decoder.linear(x, self.packed)
+        return y if self.bias is None else y.add_(self.bias)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -35,12 +35,11 @@ def test_values_and_gradients(dtype: torch.dtype, tolerance: float, frozen: bool
         out = mlp(leaf)
         wanted = [leaf, *(parameter for parameter in mlp.parameters() if parameter.requires_grad)]
         results.append((out, *torch.autograd.grad(out, wanted, grad)))
-    assert torch.equal(results[0][0], results[1][0])
     for ours, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
-def test_it_keeps_two_wide_tensors() -> None:
+def test_it_keeps_the_two_halves_before_the_gate() -> None:
     mlp, kept = make(), []
     slim_gates(mlp)
     x = torch.randn(5, 24, requires_grad=True)
@@ -48,7 +47,7 @@ def test_it_keeps_two_wide_tensors() -> None:
         lambda tensor: kept.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor
     ):
         mlp(x)
-    assert kept.count((5, 56)) == 2
+    assert kept.count((5, 112)) == 1 and (5, 56) not in kept
 
 
 def test_other_projections_keep_their_own_forward() -> None:

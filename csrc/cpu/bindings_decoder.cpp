@@ -1,0 +1,493 @@
+// The decoder's kernels and products in the Python module: omni_kernels/decoder.py is the interface to use. Addresses, shapes
+// and strides come from there, checked; numbers that would make a kernel leave its tensors are checked again here.
+#include <pybind11/stl.h>
+
+#include <cstddef>
+#include <new>
+#include <vector>
+
+#include "bindings.h"
+#include "parallel.h"
+
+namespace omni {
+namespace {
+
+using Address = std::uintptr_t;
+
+DType dtype_of(int dtype) {
+  if (dtype != 0 && dtype != 1) fail("dtype = " + std::to_string(dtype) + " must be 0 (float32) or 1 (bfloat16)");
+  return static_cast<DType>(dtype);
+}
+
+void at_least(std::int64_t value, std::int64_t least, const char* name) {
+  if (value < least)
+    fail(std::string(name) + " = " + std::to_string(value) + " must be at least " + std::to_string(least));
+}
+
+template <class T = void>
+T* there(Address address, const char* name, std::int64_t rows = 1) {
+  if (address == 0 && rows > 0) fail(std::string(name) + " is a null address; pass the data_ptr() of a tensor");
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T = void>
+T* maybe(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Norm norm_of(int dtype, std::int64_t rows, std::int64_t width, Address x, Address weight, Address inverse) {
+  at_least(rows, 0, "rows");
+  at_least(width, 1, "width");
+  Norm a{};
+  a.dtype = dtype_of(dtype);
+  a.rows = rows;
+  a.width = width;
+  a.x = there(x, "x", rows);
+  a.weight = there(weight, "weight");
+  a.inverse = there<float>(inverse, "inverse", rows);
+  return a;
+}
+
+void norm_forward(int dtype, std::int64_t rows, std::int64_t width, Address x, Address residual, Address weight,
+                  float eps, Address sum, Address y, Address inverse, int num_threads, const std::string& isa) {
+  const RowKernels& kernels = kernels_named(isa);
+  const int threads = checked_threads(num_threads);
+  Norm a = norm_of(dtype, rows, width, x, weight, inverse);
+  a.residual = maybe(residual);
+  a.eps = eps;
+  a.sum = there(sum, "sum", residual ? rows : 0);
+  a.y = there(y, "y", rows);
+  const py::gil_scoped_release release;
+  parallel_for(rows, grain_of(rows, threads), threads,
+               [&](std::int64_t begin, std::int64_t end) { kernels.decoder.norm_forward(a, begin, end); });
+}
+
+void norm_backward(int dtype, std::int64_t rows, std::int64_t width, Address x, Address weight, Address inverse,
+                   Address dy, Address dsum, Address dx, Address dweight, int num_threads, const std::string& isa) {
+  const RowKernels& kernels = kernels_named(isa);
+  const int threads = checked_threads(num_threads);
+  Norm a = norm_of(dtype, rows, width, x, weight, inverse);
+  a.dy = there(dy, "dy", rows);
+  a.dsum = maybe(dsum);
+  a.dx = there(dx, "dx", rows);
+  a.dweight = maybe<float>(dweight);
+  const py::gil_scoped_release release;
+  parallel_for((rows + kNormRows - 1) / kNormRows, 1, threads,
+               [&](std::int64_t begin, std::int64_t end) { kernels.decoder.norm_backward(a, begin, end); });
+}
+
+void gate(int dtype, std::int64_t rows, std::int64_t width, std::int64_t stride, Address gate, Address up, Address y,
+          Address dy, Address dgate, Address dup, int num_threads, const std::string& isa) {
+  const RowKernels& kernels = kernels_named(isa);
+  const int threads = checked_threads(num_threads);
+  at_least(rows, 0, "rows");
+  at_least(width, 1, "width");
+  at_least(stride, width, "stride");
+  Gate a{};
+  a.dtype = dtype_of(dtype);
+  a.rows = rows;
+  a.width = width;
+  a.stride = stride;
+  a.gate = there(gate, "gate", rows);
+  a.up = there(up, "up", rows);
+  a.y = there(y, "y", rows);
+  a.dy = maybe(dy);
+  a.dgate = there(dgate, "dgate", dy ? rows : 0);
+  a.dup = there(dup, "dup", dy ? rows : 0);
+  const auto kernel = dy ? kernels.decoder.gate_backward : kernels.decoder.gate_forward;
+  const py::gil_scoped_release release;
+  parallel_for(rows, grain_of(rows, threads), threads,
+               [&](std::int64_t begin, std::int64_t end) { kernel(a, begin, end); });
+}
+
+void rotate(int dtype, std::int64_t rows, std::int64_t heads, std::int64_t size, std::int64_t stride,
+            std::int64_t out_stride, Address x, Address cos, Address sin, Address y, bool backward, int num_threads,
+            const std::string& isa) {
+  const RowKernels& kernels = kernels_named(isa);
+  const int threads = checked_threads(num_threads);
+  at_least(rows, 0, "rows");
+  at_least(heads, 1, "heads");
+  at_least(size, 2, "size");
+  if (size % 2) fail("size = " + std::to_string(size) + " must be even");
+  at_least(stride, heads * size, "stride");
+  at_least(out_stride, heads * size, "out_stride");
+  Rotary a{};
+  a.dtype = dtype_of(dtype);
+  a.rows = rows;
+  a.heads = heads;
+  a.size = size;
+  a.stride = stride;
+  a.out_stride = out_stride;
+  a.x = there(x, "x", rows);
+  a.cos = there(cos, "cos", rows);
+  a.sin = there(sin, "sin", rows);
+  a.y = there(y, "y", rows);
+  a.backward = backward;
+  const py::gil_scoped_release release;
+  parallel_for(rows, grain_of(rows, threads), threads,
+               [&](std::int64_t begin, std::int64_t end) { kernels.decoder.rotate(a, begin, end); });
+}
+
+// The blocks of an attention over trees, checked once; calls bind tensors to them.
+class TreeBlocks {
+ public:
+  // Copies; each number is how many elements there are.
+  TreeBlocks(Address trees, std::int64_t tree_numbers, Address blocks, std::int64_t block_numbers, Address rows,
+             std::int64_t row_count, Address columns, std::int64_t column_count, Address bias, std::int64_t bias_count)
+      : trees_(copied<std::int64_t>(trees, tree_numbers)), blocks_(copied<std::int64_t>(blocks, block_numbers)),
+        rows_(copied<std::int32_t>(rows, row_count)), columns_(copied<std::int32_t>(columns, column_count)),
+        bias_(copied<std::uint16_t>(bias, bias_count)) {
+    const std::int64_t count = static_cast<std::int64_t>(blocks_.size() / 5);
+    if (trees_.size() % 4 || blocks_.size() % 5) fail("trees must have 4 numbers each and blocks 5");
+    for (std::size_t t = 0; t < trees_.size(); t += 4) {
+      if (trees_[t] < 0 || trees_[t] > trees_[t + 1] || trees_[t + 1] > count || trees_[t + 2] < 0 ||
+          trees_[t + 2] > trees_[t + 3])
+        fail("tree " + std::to_string(t / 4) + " has blocks or rows out of order");
+      all_ = trees_[t + 3] > all_ ? trees_[t + 3] : all_;
+      for (std::int64_t b = trees_[t]; b < trees_[t + 1]; ++b) check(b, trees_[t + 2], trees_[t + 3]);
+    }
+  }
+
+  std::int64_t rows() const { return all_; }
+  std::size_t bytes(std::int64_t group, std::int64_t size, bool backward) const {
+    std::size_t most = 0;
+    for (std::size_t b = 0; b < blocks_.size(); b += 5) {
+      const std::size_t own = attention_bytes(group, blocks_[b + 1], blocks_[b + 3], size, backward);
+      most = own > most ? own : most;
+    }
+    return most;
+  }
+  void bind(Attention& a) const {
+    a.trees = static_cast<std::int64_t>(trees_.size() / 4);
+    a.tree = trees_.data();
+    a.block = blocks_.data();
+    a.rows = rows_.data();
+    a.columns = columns_.data();
+    a.bias = bias_.data();
+  }
+
+ private:
+  template <class T>
+  static std::vector<T> copied(Address from, std::int64_t count) {
+    at_least(count, 0, "count");
+    const T* first = there<const T>(from, "a list of the blocks", count);
+    return std::vector<T>(first, first + count);
+  }
+  void check(std::int64_t index, std::int64_t first, std::int64_t last) const {
+    const std::int64_t* b = blocks_.data() + 5 * index;
+    const auto inside = [](std::int64_t start, std::int64_t length, std::size_t size) {
+      return start >= 0 && length >= 1 && start + length <= static_cast<std::int64_t>(size);
+    };
+    if (!inside(b[0], b[1], rows_.size()) || !inside(b[2], b[3], columns_.size()) ||
+        !inside(b[4], b[1] * padded(b[3]), bias_.size()))
+      fail("block " + std::to_string(index) + " reaches beyond its rows, columns or bias");
+    for (std::int64_t i = 0; i < b[1]; ++i) in_tree(rows_[static_cast<std::size_t>(b[0] + i)], first, last, index);
+    for (std::int64_t i = 0; i < b[3]; ++i) in_tree(columns_[static_cast<std::size_t>(b[2] + i)], first, last, index);
+  }
+  static void in_tree(std::int64_t row, std::int64_t first, std::int64_t last, std::int64_t index) {
+    if (row < first || row >= last)
+      fail("block " + std::to_string(index) + " names row " + std::to_string(row) + " outside its tree");
+  }
+
+  std::vector<std::int64_t> trees_, blocks_;
+  std::vector<std::int32_t> rows_, columns_;
+  std::vector<std::uint16_t> bias_;
+  std::int64_t all_ = 0;
+};
+
+Attention attention_of(const TreeBlocks& trees, int dtype, std::int64_t rows, std::int64_t heads,
+                       std::int64_t kv_heads, std::int64_t size, Address q, std::int64_t q_stride, Address k,
+                       std::int64_t k_stride, Address v, std::int64_t v_stride, float scale, Address lse) {
+  at_least(kv_heads, 1, "kv_heads");
+  if (heads < 1 || heads % kv_heads) fail("heads = " + std::to_string(heads) + " must be a multiple of kv_heads");
+  if (size < 32 || size % 32) fail("size = " + std::to_string(size) + " must be a multiple of 32");
+  if (rows < trees.rows()) fail("the trees have " + std::to_string(trees.rows()) + " rows, the tensors " + std::to_string(rows));
+  at_least(q_stride, heads * size, "q_stride");
+  at_least(k_stride, kv_heads * size, "k_stride");
+  at_least(v_stride, kv_heads * size, "v_stride");
+  Attention a{};
+  a.dtype = dtype_of(dtype);
+  a.heads = heads;
+  a.kv_heads = kv_heads;
+  a.size = size;
+  a.q_stride = q_stride;
+  a.k_stride = k_stride;
+  a.v_stride = v_stride;
+  a.q = there(q, "q", rows);
+  a.k = there(k, "k", rows);
+  a.v = there(v, "v", rows);
+  a.scale = scale;
+  a.lse = there<float>(lse, "lse", rows);
+  trees.bind(a);
+  return a;
+}
+
+// Memory for one range of tasks, on whole cache lines.
+struct Scratch {
+  explicit Scratch(std::size_t bytes) : start(::operator new(bytes, std::align_val_t(64))) {}
+  ~Scratch() { ::operator delete(start, std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* const start;
+};
+
+// The cache of a wave: which columns each prompt has, which rows go on from it.
+class Wave {
+ public:
+  Wave(const std::vector<std::vector<std::int32_t>>& columns, std::int64_t kv_heads, std::int64_t size)
+      : kv_heads_(kv_heads), size_(size), start_{0}, row_start_(columns.size() + 1) {
+    at_least(kv_heads, 1, "kv_heads");
+    if (size < 32 || size % 32) fail("size = " + std::to_string(size) + " must be a multiple of 32");
+    for (const auto& own : columns) {
+      at_least(static_cast<std::int64_t>(own.size()), 1, "columns of a prompt");
+      for (const std::int32_t column : own) {
+        at_least(column, 0, "a column");
+        tokens_ = column >= tokens_ ? column + 1 : tokens_;
+      }
+      columns_.insert(columns_.end(), own.begin(), own.end());
+      start_.push_back(static_cast<std::int64_t>(columns_.size()));
+      place_.push_back(numbers_);
+      numbers_ += kv_heads * padded(static_cast<std::int64_t>(own.size())) * size;
+      most_ = static_cast<std::int64_t>(own.size()) > most_ ? static_cast<std::int64_t>(own.size()) : most_;
+    }
+  }
+  std::int64_t numbers() const { return numbers_; }
+  // Which prompt each row goes on from.
+  void assign(const std::vector<std::int64_t>& prompt_of_row) {
+    std::vector<std::int64_t> start(row_start_.size());
+    std::vector<std::int32_t> rows(prompt_of_row.size());
+    for (const std::int64_t prompt : prompt_of_row) {
+      if (prompt < 0 || prompt >= static_cast<std::int64_t>(place_.size())) fail("a row has no prompt");
+      ++start[static_cast<std::size_t>(prompt) + 1];
+    }
+    for (std::size_t p = 1; p < start.size(); ++p) start[p] += start[p - 1];
+    row_start_ = start;
+    for (std::size_t row = 0; row < rows.size(); ++row)
+      rows[static_cast<std::size_t>(start[static_cast<std::size_t>(prompt_of_row[row])]++)] = static_cast<std::int32_t>(row);
+    rows_ = rows;
+  }
+  void store(int dtype, std::int64_t tokens, Address k, Address v, std::int64_t stride, Address keys, Address values,
+             int num_threads, const std::string& isa) const {
+    const RowKernels& kernels = kernels_named(isa);
+    const int threads = checked_threads(num_threads);
+    at_least(tokens, tokens_, "tokens");
+    const Prompts a = prompts_of(dtype, k, v, stride, keys, values);
+    const py::gil_scoped_release release;
+    parallel_for(a.prompts * kv_heads_, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t task = begin; task < end; ++task) kernels.decoder.store(a, task);
+    });
+  }
+  void decode(int dtype, std::int64_t rows, std::int64_t heads, Address q, Address k, Address v, std::int64_t stride,
+              Address keys, Address values, Address own_keys, Address own_values, std::int64_t capacity, std::int64_t own,
+              float scale, Address out, int num_threads, const std::string& isa) const {
+    const RowKernels& kernels = kernels_named(isa);
+    const int threads = checked_threads(num_threads);
+    if (rows != static_cast<std::int64_t>(rows_.size())) fail("the wave has " + std::to_string(rows_.size()) + " rows");
+    if (heads < 1 || heads % kv_heads_) fail("heads = " + std::to_string(heads) + " must be a multiple of kv_heads");
+    at_least(stride, heads * size_, "stride");
+    at_least(own, 1, "own");
+    at_least(capacity, own, "capacity");
+    Decode a{};
+    a.prompt = prompts_of(dtype, k, v, stride, keys, values);
+    a.heads = heads;
+    a.q_stride = stride;
+    a.capacity = capacity;
+    a.own = own;
+    a.row_start = row_start_.data();
+    a.rows = rows_.data();
+    a.q = there(q, "q", rows);
+    a.own_keys = there(own_keys, "own_keys", rows);
+    a.own_values = there(own_values, "own_values", rows);
+    a.scale = scale;
+    a.out = there(out, "out", rows);
+    const std::size_t bytes = decode_bytes(most_, own, size_);
+    const py::gil_scoped_release release;
+    parallel_for(a.prompt.prompts * kv_heads_, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+      const Scratch scratch(bytes);
+      for (std::int64_t task = begin; task < end; ++task) kernels.decoder.decode(a, task, scratch.start);
+    });
+  }
+
+ private:
+  Prompts prompts_of(int dtype, Address k, Address v, std::int64_t stride, Address keys, Address values) const {
+    at_least(stride, kv_heads_ * size_, "stride");
+    Prompts a{};
+    a.dtype = dtype_of(dtype);
+    a.prompts = static_cast<std::int64_t>(place_.size());
+    a.kv_heads = kv_heads_;
+    a.size = size_;
+    a.k_stride = a.v_stride = stride;
+    a.start = start_.data();
+    a.place = place_.data();
+    a.columns = columns_.data();
+    a.k = there(k, "k");
+    a.v = there(v, "v");
+    a.keys = there(keys, "keys");
+    a.values = there(values, "values");
+    return a;
+  }
+
+  std::int64_t kv_heads_, size_, numbers_ = 0, most_ = 0, tokens_ = 0;
+  std::vector<std::int64_t> start_, place_, row_start_;
+  std::vector<std::int32_t> columns_, rows_;
+};
+
+template <class Kernel>
+void over_trees(const Attention& a, std::size_t bytes, int threads, Kernel kernel) {
+  parallel_for(a.trees * a.kv_heads, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+    const Scratch scratch(bytes);
+    for (std::int64_t task = begin; task < end; ++task) kernel(a, task, scratch.start);
+  });
+}
+
+void attend_forward(const TreeBlocks& trees, int dtype, std::int64_t rows, std::int64_t heads, std::int64_t kv_heads,
+                    std::int64_t size, Address q, std::int64_t q_stride, Address k, std::int64_t k_stride, Address v,
+                    std::int64_t v_stride, float scale, Address lse, Address out, int num_threads,
+                    const std::string& isa) {
+  const RowKernels& kernels = kernels_named(isa);
+  const int threads = checked_threads(num_threads);
+  Attention a = attention_of(trees, dtype, rows, heads, kv_heads, size, q, q_stride, k, k_stride, v, v_stride, scale, lse);
+  a.out = there(out, "out", rows);
+  const py::gil_scoped_release release;
+  over_trees(a, trees.bytes(heads / kv_heads, size, false), threads, kernels.decoder.attend_forward);
+}
+
+void attend_backward(const TreeBlocks& trees, int dtype, std::int64_t rows, std::int64_t heads, std::int64_t kv_heads,
+                     std::int64_t size, Address q, std::int64_t q_stride, Address k, std::int64_t k_stride, Address v,
+                     std::int64_t v_stride, float scale, Address lse, Address dout, Address dq, std::int64_t dq_stride,
+                     Address dk, Address dv, std::int64_t dkv_stride, Address wide_dk, Address wide_dv, int num_threads, const std::string& isa) {
+  const RowKernels& kernels = kernels_named(isa);
+  const int threads = checked_threads(num_threads);
+  Attention a = attention_of(trees, dtype, rows, heads, kv_heads, size, q, q_stride, k, k_stride, v, v_stride, scale, lse);
+  a.dout = there(dout, "dout", rows);
+  at_least(dq_stride, heads * size, "dq_stride");
+  at_least(dkv_stride, kv_heads * size, "dkv_stride");
+  a.dq = there(dq, "dq", rows);
+  a.dq_stride = dq_stride;
+  a.dkv_stride = dkv_stride;
+  a.dk = there(dk, "dk", rows);
+  a.dv = there(dv, "dv", rows);
+  a.wide_dk = there<float>(wide_dk, "wide_dk", rows);
+  a.wide_dv = there<float>(wide_dv, "wide_dv", rows);
+  const py::gil_scoped_release release;
+  over_trees(a, trees.bytes(heads / kv_heads, size, true), threads, kernels.decoder.attend_backward);
+}
+
+std::int64_t panels_of(std::int64_t columns, std::int64_t width) { return (columns + width - 1) / width; }
+
+void pack(Address from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units, const std::string& how, Address to,
+          int num_threads, const std::string& isa) {
+  const ProductKernels& kernels = kernels_named(isa).product;
+  const int threads = checked_threads(num_threads);
+  at_least(n, 1, "n");
+  at_least(k, 1, "k");
+  const auto* source = there<const std::uint16_t>(from, "from");
+  auto* target = there<std::uint16_t>(to, "to");
+  if (how == "transposed") {
+    if (k % 2) fail("k = " + std::to_string(k) + " must be even");
+    at_least(stride, k, "stride");
+    const py::gil_scoped_release release;
+    return parallel_for(panels_of(n, kPanel), 1, threads, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t panel = begin; panel < end; ++panel) kernels.pack_transposed(source, stride, n, k, panel, target);
+    });
+  }
+  if (how != "panels" && how != "tiles") fail("how = '" + how + "' must be 'transposed', 'panels' or 'tiles'");
+  at_least(stride, n, "stride");
+  at_least(units, (k + 1) / 2, "units");
+  const bool panels = how == "panels";
+  const auto kernel = panels ? kernels.pack_panels : kernels.pack_tiles;
+  const py::gil_scoped_release release;
+  parallel_for(panels_of(n, panels ? kPanel : kTileRows), panels ? 1 : 8, threads,
+               [&](std::int64_t begin, std::int64_t end) { kernel(source, stride, n, k, units, begin, end, target); });
+}
+
+void multiply(Address a, std::int64_t a_stride, Address b, std::int64_t m, std::int64_t n, std::int64_t k, Address c,
+              std::int64_t c_stride, int out, int num_threads, const std::string& isa) {
+  const ProductKernels& kernels = kernels_named(isa).product;
+  const int threads = checked_threads(num_threads);
+  at_least(m, 0, "m");
+  at_least(n, 1, "n");
+  at_least(k, 2, "k");
+  if (k % 2) fail("k = " + std::to_string(k) + " must be even");
+  if (out < 0 || out > 2) fail("out = " + std::to_string(out) + " must be 0 (bfloat16), 1 (float32) or 2 (added)");
+  at_least(c_stride, n, "c_stride");
+  Product p{};
+  p.a = there<const std::uint16_t>(a, "a", m);
+  p.b = there<const std::uint16_t>(b, "b");
+  p.m = m;
+  p.n = n;
+  p.k = k;
+  p.tiled = a_stride == 0;
+  if (!p.tiled) at_least(a_stride, k, "a_stride");
+  p.a_tile = p.tiled ? kTileRows * k : kTileRows * a_stride;
+  p.a_row = p.tiled ? 2 : a_stride;
+  p.a_unit = p.tiled ? 2 * kTileRows : 2;
+  p.c = there(c, "c", m);
+  p.c_stride = c_stride;
+  p.out = static_cast<Out>(out);
+  // A task is some rows, that stay in the second cache, by some panels; enough tasks to be shared out evenly.
+  const std::int64_t tiles = panels_of(m, kTileRows), panels = panels_of(n, kPanel);
+  const std::int64_t high = 16;
+  const std::int64_t across = panels_of(tiles, high), wanted = 8 * threads;
+  std::int64_t wide = panels * across / wanted;
+  wide = wide < 1 ? 1 : wide > panels ? panels : wide;
+  const std::int64_t along = panels_of(panels, wide);
+  const py::gil_scoped_release release;
+  parallel_for(across * along, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t task = begin; task < end; ++task) {
+      const std::int64_t i = task / along, j = task % along;
+      kernels.multiply(p, tiles * i / across, tiles * (i + 1) / across, panels * j / along, panels * (j + 1) / along);
+    }
+  });
+}
+
+}  // namespace
+
+void bind_decoder(py::module_& m) {
+  m.attr("NORM_ROWS") = kNormRows;
+  m.attr("PANEL") = kPanel;
+  m.attr("TILE_ROWS") = kTileRows;
+  m.def("norm_forward", &norm_forward, py::arg("dtype"), py::arg("rows"), py::arg("width"), py::arg("x"),
+        py::arg("residual"), py::arg("weight"), py::arg("eps"), py::arg("sum"), py::arg("y"), py::arg("inverse"),
+        py::arg("num_threads"), py::arg("isa") = "auto");
+  m.def("norm_backward", &norm_backward, py::arg("dtype"), py::arg("rows"), py::arg("width"), py::arg("x"),
+        py::arg("weight"), py::arg("inverse"), py::arg("dy"), py::arg("dsum"), py::arg("dx"), py::arg("dweight"),
+        py::arg("num_threads"), py::arg("isa") = "auto");
+  m.def("gate", &gate, py::arg("dtype"), py::arg("rows"), py::arg("width"), py::arg("stride"), py::arg("gate"),
+        py::arg("up"), py::arg("y"), py::arg("dy"), py::arg("dgate"), py::arg("dup"), py::arg("num_threads"),
+        py::arg("isa") = "auto");
+  m.def("rotate", &rotate, py::arg("dtype"), py::arg("rows"), py::arg("heads"), py::arg("size"), py::arg("stride"),
+        py::arg("out_stride"), py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("y"), py::arg("backward"),
+        py::arg("num_threads"), py::arg("isa") = "auto");
+  py::class_<TreeBlocks>(m, "TreeBlocks")
+      .def(py::init<Address, std::int64_t, Address, std::int64_t, Address, std::int64_t, Address, std::int64_t, Address,
+                    std::int64_t>(),
+           py::arg("trees"), py::arg("tree_numbers"), py::arg("blocks"), py::arg("block_numbers"), py::arg("rows"),
+           py::arg("row_count"), py::arg("columns"), py::arg("column_count"), py::arg("bias"), py::arg("bias_count"));
+  m.def("attend_forward", &attend_forward, py::arg("trees"), py::arg("dtype"), py::arg("rows"), py::arg("heads"),
+        py::arg("kv_heads"), py::arg("size"), py::arg("q"), py::arg("q_stride"), py::arg("k"), py::arg("k_stride"),
+        py::arg("v"), py::arg("v_stride"), py::arg("scale"), py::arg("lse"), py::arg("out"), py::arg("num_threads"),
+        py::arg("isa") = "auto");
+  m.def("attend_backward", &attend_backward, py::arg("trees"), py::arg("dtype"), py::arg("rows"), py::arg("heads"),
+        py::arg("kv_heads"), py::arg("size"), py::arg("q"), py::arg("q_stride"), py::arg("k"), py::arg("k_stride"),
+        py::arg("v"), py::arg("v_stride"), py::arg("scale"), py::arg("lse"), py::arg("dout"), py::arg("dq"),
+        py::arg("dq_stride"), py::arg("dk"), py::arg("dv"), py::arg("dkv_stride"), py::arg("wide_dk"), py::arg("wide_dv"), py::arg("num_threads"),
+        py::arg("isa") = "auto");
+  py::class_<Wave>(m, "Wave")
+      .def(py::init<const std::vector<std::vector<std::int32_t>>&, std::int64_t, std::int64_t>(), py::arg("columns"),
+           py::arg("kv_heads"), py::arg("size"))
+      .def_property_readonly("numbers", &Wave::numbers)
+      .def("assign", &Wave::assign, py::arg("prompt_of_row"))
+      .def("store", &Wave::store, py::arg("dtype"), py::arg("tokens"), py::arg("k"), py::arg("v"), py::arg("stride"),
+           py::arg("keys"), py::arg("values"), py::arg("num_threads"), py::arg("isa") = "auto")
+      .def("decode", &Wave::decode, py::arg("dtype"), py::arg("rows"), py::arg("heads"), py::arg("q"), py::arg("k"),
+           py::arg("v"), py::arg("stride"), py::arg("keys"), py::arg("values"), py::arg("own_keys"),
+           py::arg("own_values"), py::arg("capacity"), py::arg("own"), py::arg("scale"), py::arg("out"),
+           py::arg("num_threads"), py::arg("isa") = "auto");
+  m.def("pack", &pack, py::arg("source"), py::arg("stride"), py::arg("n"), py::arg("k"), py::arg("units"), py::arg("how"), py::arg("target"),
+        py::arg("num_threads"), py::arg("isa") = "auto");
+  m.def("multiply", &multiply, py::arg("a"), py::arg("a_stride"), py::arg("b"), py::arg("m"), py::arg("n"), py::arg("k"),
+        py::arg("c"), py::arg("c_stride"), py::arg("out"), py::arg("num_threads"), py::arg("isa") = "auto");
+}
+
+}  // namespace omni

@@ -1,0 +1,161 @@
+// Products of matrices in tiles, written once over a vector type V (vec_*.h); the contract is in product.h. Under the same
+// rules as rows_kernel.h: an unnamed namespace, no templates of the standard library.
+//
+// A tile keeps kTileRows x 2 or 3 vectors of sums in registers and reads A one unit of each row at a time, B as units of
+// rows side by side. A unit is a pair of bf16, multiplied and added in one instruction where the processor has it, or one
+// fp32. Sums are fp32 over the whole inner dimension.
+#pragma once
+#include <cstring>
+
+#include "product.h"
+
+namespace {
+
+using omni::kPanel;
+using omni::kTileRows;
+using omni::Product;
+
+// How a product reads its elements: one by one, or in pairs.
+template <class T>
+struct Unit;
+template <>
+struct Unit<float> {
+  static constexpr int count = 1;
+  static V::F one(const float* p) { return V::set(*p); }
+  static V::F many(const float* p) { return V::load(p); }
+  static V::F add(V::F acc, V::F a, V::F b) { return V::fma(a, b, acc); }
+};
+template <>
+struct Unit<std::uint16_t> {
+  static constexpr int count = 2;
+  static V::F one(const std::uint16_t* p) { return V::pair(p); }
+  static V::F many(const std::uint16_t* p) { return V::pairs(p); }
+  static V::F add(V::F acc, V::F a, V::F b) { return V::dot(acc, a, b); }
+};
+
+constexpr int kRows = static_cast<int>(kTileRows);
+
+// acc[r][v] = sum over `steps` units of A[r] B[v]: units of A's rows are `unit` elements apart, those of B `next`. A cache
+// line of what is wanted next is fetched at each step.
+template <class T, int VECTORS>
+__attribute__((always_inline)) inline void tile(const T* const (&a)[kRows], std::int64_t unit, const T* b,
+                                                std::int64_t next, std::int64_t steps, const char* ahead,
+                                                V::F (&acc)[kRows][VECTORS]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) acc[r][v] = V::set(0.0f);
+  for (std::int64_t k = 0; k < steps; ++k) {
+    __builtin_prefetch(ahead + 64 * k, 0, 2);
+    V::F columns[VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) columns[v] = Unit<T>::many(b + k * next + v * V::width * Unit<T>::count);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const V::F x = Unit<T>::one(a[r] + k * unit);
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) acc[r][v] = Unit<T>::add(acc[r][v], x, columns[v]);
+    }
+  }
+}
+
+// C [kTileRows, n] = A B with n a multiple of the tile's width; B's units are [n] side by side.
+template <class T, class Out>
+inline void strip(const T* a, std::int64_t row, std::int64_t unit, const T* b, std::int64_t n, std::int64_t steps,
+                  Out out) {
+  constexpr int vectors = 2;
+  const T* rows[kRows];
+  for (int r = 0; r < kRows; ++r) rows[r] = a + r * row;
+  for (std::int64_t j = 0; j < n; j += vectors * V::width) {
+    V::F acc[kRows][vectors];
+    const T* from = b + j * Unit<T>::count;
+    tile<T, vectors>(rows, unit, from, n * Unit<T>::count, steps, reinterpret_cast<const char*>(from), acc);
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < vectors; ++v) out(r, j + v * V::width, acc[r][v]);
+  }
+}
+
+// Writes columns [j, j + lanes) of a row of C.
+inline void write(const Product& p, std::int64_t row, std::int64_t j, int lanes, V::F x) {
+  if (p.out == omni::Out::kBFloat16) {
+    std::uint16_t* to = static_cast<std::uint16_t*>(p.c) + row * p.c_stride + j;
+    return lanes == V::width ? V::store(to, x) : V::store_part(to, lanes, x);
+  }
+  float* to = static_cast<float*>(p.c) + row * p.c_stride + j;
+  if (p.out == omni::Out::kAdd) x = V::add(x, lanes == V::width ? V::load(to) : V::load_part(to, lanes, 0.0f));
+  lanes == V::width ? V::store(to, x) : V::store_part(to, lanes, x);
+}
+
+// Tiles [first, last) of rows, times panels [begin, end).
+void multiply(const Product& p, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end) {
+  constexpr int vectors = 3, width = vectors * V::width;
+  static_assert(kPanel % width == 0);
+  const std::int64_t steps = p.k / 2;
+  for (std::int64_t panel = begin; panel < end; ++panel)
+    for (std::int64_t part = 0; part < kPanel; part += width) {
+      const std::uint16_t* b = p.b + panel * p.k * kPanel + part * 2;
+      for (std::int64_t t = first; t < last; ++t) {
+        const std::int64_t row = t * kTileRows, rows = p.m - row < kTileRows ? p.m - row : kTileRows;
+        const std::uint16_t* a[kRows];
+        for (int r = 0; r < kRows; ++r) a[r] = p.a + t * p.a_tile + (r < rows || p.tiled ? r : rows - 1) * p.a_row;
+        // The next panel is on its way while the first tiles work on this one.
+        const std::int64_t done = t - first;
+        const char* ahead = reinterpret_cast<const char*>(done < 3 && panel + 1 < end ? p.b + (panel + 1) * p.k * kPanel + done * 32 * steps : b);
+        V::F acc[kRows][vectors];
+        tile<std::uint16_t, vectors>(a, p.a_unit, b, 2 * kPanel, steps, ahead, acc);
+        for (std::int64_t r = 0; r < rows; ++r)
+          for (int v = 0; v < vectors; ++v) {
+            const std::int64_t j = panel * kPanel + part + v * V::width, left = p.n - j;
+            if (left > 0) write(p, row + r, j, left < V::width ? static_cast<int>(left) : V::width, acc[r][v]);
+          }
+      }
+    }
+}
+
+// One panel of B out of B^T, [n, k] with `stride` elements from row to row.
+void pack_transposed(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t panel,
+                     std::uint16_t* to) {
+  constexpr std::int64_t block = 32;  // units that are written together, so that their lines stay in the first cache
+  const std::int64_t count = n - panel * kPanel < kPanel ? n - panel * kPanel : kPanel;
+  from += panel * kPanel * stride;
+  to += panel * kPanel * k;
+  if (count < kPanel) std::memset(to, 0, static_cast<std::size_t>(k * kPanel) * 2);
+  for (std::int64_t start = 0; start < k / 2; start += block) {
+    const std::int64_t stop = start + block < k / 2 ? start + block : k / 2;
+    for (std::int64_t j = 0; j < count; ++j)
+      for (std::int64_t u = start; u < stop; ++u) std::memcpy(to + (u * kPanel + j) * 2, from + j * stride + 2 * u, 4);
+  }
+}
+
+// Panels [begin, end) of WIDTH columns out of a matrix [k, n], in units of two of its rows; an odd last row is paired with
+// zeros. Row by row, for neighbouring panels share cache lines. units: of a whole panel, of which this matrix may be a part.
+template <int WIDTH>
+void pack_plain(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units,
+                std::int64_t begin, std::int64_t end, std::uint16_t* to) {
+  static constexpr std::uint16_t zeros[WIDTH] = {};
+  for (std::int64_t u = 0; u < (k + 1) / 2; ++u)
+    for (std::int64_t panel = begin; panel < end; ++panel) {
+      const std::int64_t left = n - panel * WIDTH;
+      const std::uint16_t* first = from + 2 * u * stride + panel * WIDTH;
+      const std::uint16_t* second = 2 * u + 1 < k ? first + stride : zeros;
+      std::uint16_t* out = to + (panel * units + u) * 2 * WIDTH;
+      if (left >= WIDTH) {
+        for (int j = 0; j < WIDTH; ++j) out[2 * j] = first[j], out[2 * j + 1] = second[j];
+      } else {
+        for (int j = 0; j < WIDTH; ++j) out[2 * j] = j < left ? first[j] : 0, out[2 * j + 1] = j < left ? second[j] : 0;
+      }
+    }
+}
+
+void pack_panels(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units, std::int64_t begin,
+                 std::int64_t end, std::uint16_t* to) {
+  pack_plain<static_cast<int>(kPanel)>(from, stride, n, k, units, begin, end, to);
+}
+void pack_tiles(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units, std::int64_t begin,
+                std::int64_t end, std::uint16_t* to) {
+  pack_plain<static_cast<int>(kTileRows)>(from, stride, n, k, units, begin, end, to);
+}
+
+constexpr omni::ProductKernels kProduct = {&multiply, &pack_transposed, &pack_panels, &pack_tiles};
+
+}  // namespace

@@ -1,0 +1,60 @@
+"""The linear layers of a block as products written out, forward and backward, for autograd functions of whole blocks.
+
+Layers that read the same input are one product. On processors with bf16 instructions the products are those of
+omni_kernels (fp32 sums, the weights packed as they are needed), and a weight's gradient goes straight into the fp32 sum of
+its `Slot`; elsewhere they are torch's, and autograd takes the gradients on as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from omni_fast.policy.slots import Slot
+from omni_kernels import decoder
+
+
+def is_plain(*modules: object) -> bool:
+    """Whether each is a linear layer without bias, and nothing else (no adapter around it)."""
+    return all(type(module) is nn.Linear and module.bias is None for module in modules)
+
+
+def forward(x: Tensor, *weights: Tensor) -> Tensor:
+    """x [T, inner] times each weight [width, inner] transposed, side by side: [T, sum of widths]."""
+    if decoder.multiplies(x, *weights):
+        return decoder.linear(x, decoder.pack(*weights, transposed=True))
+    return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights))
+
+
+def backward(grad: Tensor, *weights: Tensor) -> Tensor:
+    """The gradient of x, given that of `forward(x, *weights)`."""
+    if decoder.multiplies(grad, *weights):
+        return decoder.linear(grad, decoder.pack(*weights))
+    return grad.matmul(weights[0] if len(weights) == 1 else torch.cat(weights))
+
+
+def weight_gradients(
+    grad: Tensor, x: Tensor, weights: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The weights' gradients for autograd; None where one is not wanted or went into its slot."""
+    found: list[Tensor | None] = []
+    packed = decoder.pack(x) if any(wanted) and decoder.multiplies(grad, x) else None
+    for part, weight, want in zip(grad.split([len(weight) for weight in weights], dim=1), weights, wanted, strict=True):
+        if not want:
+            found.append(None)
+        elif packed is None:
+            found.append(part.t().mm(x))
+        else:
+            slot = slot_of(weight)
+            into, add = (torch.empty_like(weight), False) if slot is None else slot.place()
+            decoder.weight_gradient(part, packed, into, add=add)
+            found.append(into if slot is None else None)
+    return tuple(found)
+
+
+def slot_of(weight: Tensor) -> Slot | None:
+    """Where gradients of this parameter are summed, if it is trained as a whole by this process."""
+    return getattr(weight, "slot", None)

@@ -1,0 +1,247 @@
+"""The decoder's kernels and products of every instruction set, against plain formulas in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from omni_kernels import backends, decoder
+
+if backends.reason_unavailable("cpu") is not None:
+    pytest.skip(str(backends.reason_unavailable("cpu")), allow_module_level=True)
+
+from omni_kernels.backends.cpu import native
+
+ISAS = native.instruction_sets()
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+needs_products = pytest.mark.skipif("avx512_bf16" not in ISAS, reason="products need AVX512-BF16")
+
+
+def near(found: Tensor, exact: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
+    """Within a rounding of the result, or two; `factor` where more than one is made on the way."""
+    bound = factor * (2e-6 if dtype == torch.float32 else 8e-3)
+    error = (found.double() - exact).norm() / exact.norm().clamp(min=1e-30)
+    assert error < bound, f"relative error {error:.3g}"
+
+
+def leaf(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every call of the module runs this instruction set."""
+    for name in (
+        "norm_forward",
+        "norm_backward",
+        "gate",
+        "rotate",
+        "attend_forward",
+        "attend_backward",
+        "pack",
+        "multiply",
+    ):
+        plain = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *given, plain=plain: plain(*given, request.param))
+    return request.param
+
+
+@every_dtype
+@pytest.mark.parametrize(("rows", "width"), [(1, 5), (3, 40), (70, 576), (33, 17)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_rms_norm(isa: str, dtype: torch.dtype, rows: int, width: int, residual: bool) -> None:
+    x, weight, grad = (
+        leaf(*shape, dtype=dtype, seed=k) for k, shape in enumerate([(rows, width), (width,), (rows, width)])
+    )
+    other = leaf(rows, width, dtype=dtype, seed=9) if residual else None
+    grad_sum = leaf(rows, width, dtype=dtype, seed=4) if residual else None
+    s, y, inverse = decoder.rms_norm(x, weight, 1e-5, other)
+    assert torch.equal(s, x if other is None else x + other)
+    exact, w = s.double().requires_grad_(), weight.double().requires_grad_()
+    out = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5) * w
+    near(y, out.detach(), dtype)
+    dx, dw = decoder.rms_norm_backward(grad, s, weight, inverse, grad_sum)
+    truth = torch.autograd.grad(out, (exact, w), grad.double())
+    near(dx, truth[0] if grad_sum is None else truth[0] + grad_sum.double(), dtype, 4.0)
+    assert dw is not None and dw.dtype == torch.float32
+    near(dw, truth[1], torch.float32, 4.0)
+    assert decoder.rms_norm_backward(grad, s, weight, inverse, want_weight=False)[1] is None
+
+
+@every_dtype
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 33), (20, 1536)])
+def test_gate(isa: str, dtype: torch.dtype, rows: int, width: int) -> None:
+    both, grad = 3 * leaf(rows, 2 * width, dtype=dtype), leaf(rows, width, dtype=dtype)
+    exact = both.double().requires_grad_()
+    out = F.silu(exact[:, :width]) * exact[:, width:]
+    near(decoder.gate(both), out.detach(), dtype)
+    dboth, again = decoder.gate_backward(grad, both)
+    assert torch.equal(again, decoder.gate(both))
+    near(dboth, torch.autograd.grad(out, exact, grad.double())[0], dtype)
+
+
+def test_the_gate_of_large_numbers(isa: str) -> None:
+    both = torch.tensor([[1e30, -1e30, 200.0, -200.0, math.nan, 1.0, 1.0, 1.0, 1.0, 1.0]])
+    found = decoder.gate(both)[0]
+    torch.testing.assert_close(found[:4], torch.tensor([1e30, 0.0, 200.0, 0.0]), rtol=1e-6, atol=1e-4)
+    assert found[4].isnan()
+
+
+@every_dtype
+def test_rotate(isa: str, dtype: torch.dtype) -> None:
+    x, grad = leaf(7, 3, 64, dtype=dtype), leaf(7, 3, 64, dtype=dtype, seed=1)
+    cos, sin = leaf(7, 64, dtype=dtype, seed=2), leaf(7, 64, dtype=dtype, seed=3)
+    exact = x.double().requires_grad_()
+    turned = torch.cat((-exact[..., 32:], exact[..., :32]), dim=-1)
+    out = exact * cos.double()[:, None] + turned * sin.double()[:, None]
+    near(decoder.rotate(x, cos, sin), out.detach(), dtype)
+    near(decoder.rotate(grad, cos, sin, backward=True), torch.autograd.grad(out, exact, grad.double())[0], dtype)
+    inside = leaf(7, 6 * 64, dtype=dtype)
+    inside[:, 64:256] = x.flatten(1)
+    part = inside[:, 64:256].unflatten(1, (3, 64))
+    assert torch.equal(decoder.rotate(part, cos, sin, part), decoder.rotate(x, cos, sin))
+
+
+def forest(sizes: list[int], seed: int) -> tuple[list[tuple[int, int, list[tuple[Tensor, Tensor, Tensor]]]], Tensor]:
+    """Random trees, each in blocks of up to 11 rows, and who sees whom among all rows."""
+    generator = torch.Generator().manual_seed(seed)
+    sees = torch.zeros(sum(sizes), sum(sizes), dtype=torch.bool)
+    trees, start = [], 0
+    for size in sizes:
+        for row in range(start, start + size):
+            if row > start:
+                parent = int(torch.randint(max(start, row - 6), row, (1,), generator=generator))
+                sees[row] = sees[parent]
+            sees[row, row] = True
+        blocks = []
+        for first in range(start, start + size, 11):
+            rows = torch.arange(first, min(first + 11, start + size))
+            columns = sees[rows].any(0).nonzero().squeeze(1)
+            blocks.append((rows, columns, sees[rows][:, columns]))
+        trees.append((start, start + size, blocks))
+        start += size
+    return trees, sees
+
+
+@every_dtype
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(6, 2, 64), (2, 2, 32)])
+@settings(deadline=None, max_examples=8)
+@given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=3), seed=st.integers(0, 999))
+def test_attention(dtype: torch.dtype, heads: int, kv_heads: int, size: int, sizes: list[int], seed: int) -> None:
+    trees, sees = forest(sizes, seed)
+    blocks = decoder.tree_blocks(trees)
+    assert blocks is not None
+    rows, widths = sum(sizes), (heads * size, kv_heads * size, kv_heads * size)
+    together, grad = leaf(rows, sum(widths), dtype=dtype, seed=seed), leaf(rows, heads, size, dtype=dtype, seed=seed)
+
+    def by_head(states: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.unflatten(1, (-1, size)) for part in states.split(widths, dim=1))
+
+    parts = by_head(together)
+    out, lse = decoder.attend(*parts, blocks, 0.2)  # type: ignore[call-arg, arg-type]
+    exact = together.double().requires_grad_()
+    q, k, v = (part.transpose(0, 1) for part in by_head(exact))
+    k, v = (part.repeat_interleave(heads // kv_heads, 0) for part in (k, v))
+    scores = (0.2 * q @ k.transpose(1, 2)).masked_fill(~sees, -torch.inf)
+    truth = (scores.softmax(-1) @ v).transpose(0, 1)
+    near(out, truth.detach(), dtype)
+    near(lse * math.log(2), scores.detach().logsumexp(-1).t(), torch.float32, 10.0)
+    found = torch.empty_like(together)
+    decoder.attend_backward(grad, *parts, lse, blocks, 0.2, by_head(found))  # type: ignore[call-arg, arg-type]
+    near(found, torch.autograd.grad(truth, exact, grad.double())[0], dtype, 2.0)
+
+
+def test_attention_of_every_instruction_set(isa: str) -> None:
+    trees, _ = forest([40, 9], 1)
+    blocks = decoder.tree_blocks(trees)
+    assert blocks is not None
+    parts = [leaf(49, heads, 32, dtype=torch.bfloat16, seed=heads) for heads in (4, 2, 2)]
+    wide = [part.float() for part in parts]
+    (out, lse), (exact, _) = decoder.attend(*parts, blocks, 0.3), decoder.attend(*wide, blocks, 0.3)
+    near(out, exact.double(), torch.bfloat16)
+    grad = leaf(49, 4, 32, dtype=torch.bfloat16)
+    found, truth = [[torch.empty_like(part) for part in kind] for kind in (parts, wide)]
+    decoder.attend_backward(grad, *parts, lse, blocks, 0.3, found)  # type: ignore[arg-type]
+    decoder.attend_backward(grad.float(), *wide, lse, blocks, 0.3, truth)  # type: ignore[arg-type]
+    for mine, theirs in zip(found, truth, strict=True):
+        near(mine, theirs.double(), torch.bfloat16, 2.0)
+
+
+def test_blocks_outside_their_tree_are_refused() -> None:
+    trees, _ = forest([20], 0)
+    first, last, blocks = trees[0]
+    with pytest.raises(ValueError, match="outside its tree"):
+        decoder.tree_blocks([(first, last - 1, blocks)])
+
+
+@needs_products
+@pytest.mark.parametrize(("rows", "inner", "width"), [(1, 2, 1), (7, 64, 50), (21, 576, 192), (50, 96, 97)])
+def test_products(isa: str, rows: int, inner: int, width: int) -> None:
+    x, weight = leaf(rows, inner, dtype=torch.bfloat16), leaf(width, inner, dtype=torch.bfloat16, seed=1)
+    exact = x.double() @ weight.double().t()
+    near(decoder.linear(x, decoder.pack(weight, transposed=True)), exact, torch.bfloat16)
+    near(decoder.linear(x, decoder.pack(weight.t().contiguous())), exact, torch.bfloat16)
+    grad = leaf(rows, width, dtype=torch.bfloat16, seed=2)
+    exact = grad.double().t() @ x.double()
+    packed = decoder.pack(x)
+    sums = decoder.weight_gradient(grad, packed, torch.full((width, inner), torch.nan), add=False)
+    near(sums, exact, torch.float32)
+    near(decoder.weight_gradient(grad, packed, sums, add=True), 2 * exact, torch.float32)
+    rounded = decoder.weight_gradient(grad, packed, torch.empty(width, inner, dtype=torch.bfloat16), add=False)
+    near(rounded, exact, torch.bfloat16)
+
+
+@needs_products
+@pytest.mark.parametrize("widths", [(96, 48, 20), (32, 64, 6)])
+def test_products_of_several_weights_are_one(widths: tuple[int, ...]) -> None:
+    x = leaf(19, 64, dtype=torch.bfloat16)
+    weights = [leaf(width, 64, dtype=torch.bfloat16) for width in widths]
+    together = torch.cat(weights)
+    out = decoder.linear(x, decoder.pack(*weights, transposed=True))
+    assert torch.equal(out, decoder.linear(x, decoder.pack(together, transposed=True)))
+    near(decoder.linear(out, decoder.pack(*weights)), out.double() @ together.double(), torch.bfloat16)
+    inside = torch.cat((out, out), dim=1)[:, 5 : 5 + sum(widths)]  # rows apart
+    near(decoder.linear(inside, decoder.pack(*weights)), inside.double() @ together.double(), torch.bfloat16)
+
+
+@needs_products
+def test_products_that_do_not_fit_are_refused() -> None:
+    weight = leaf(6, 7, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="even"):
+        decoder.pack(weight, transposed=True)
+    with pytest.raises(TypeError, match="float32"):
+        decoder.pack(weight.float())
+    packed = decoder.pack(weight)
+    with pytest.raises(ValueError, match="columns"):
+        decoder.linear(leaf(3, 8, dtype=torch.bfloat16), packed)
+    with pytest.raises(ValueError, match="fit"):
+        decoder.weight_gradient(leaf(9, 8, dtype=torch.bfloat16), packed, torch.empty(8, 7), add=False)
+    with pytest.raises(TypeError, match="added in float32"):
+        decoder.weight_gradient(weight, packed, torch.empty(7, 7, dtype=torch.bfloat16), add=True)
+
+
+@every_dtype
+def test_without_the_module_the_formulas_are_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, both = leaf(5, 64, dtype=dtype), leaf(64, dtype=dtype), leaf(5, 80, dtype=dtype)
+    heads, cos = leaf(5, 2, 32, dtype=dtype), leaf(5, 32, dtype=dtype)
+    grad = leaf(5, 40, dtype=dtype, seed=5)
+
+    def everything() -> list[Tensor]:
+        s, y, inverse = decoder.rms_norm(x, weight, 1e-5, x)
+        dx, dw = decoder.rms_norm_backward(x, s, weight, inverse, y)
+        assert dw is not None
+        turned = [decoder.rotate(heads, cos, cos, backward=back) for back in (False, True)]
+        return [s, y, inverse, dx, dw, decoder.gate(both), *decoder.gate_backward(grad, both), *turned]
+
+    compiled = everything()
+    monkeypatch.setattr(decoder, "_best", lambda: "")
+    assert not decoder.native(x) and decoder.tree_blocks([]) is None
+    for mine, theirs in zip(compiled, everything(), strict=True):
+        near(mine, theirs.double(), dtype, 2.0)
