@@ -169,10 +169,8 @@ def result(run: Run) -> Json:
         single_test={name: item_scores(run, f"single:{name}", "test") for name in measured},
         rows_test=[item_scores(run, name, "test") for name in rows],
         trained=[("joint" if stage.joint else stage.own[0], stage.steps) for stage in stages],
-        order=[stage.own[0] for stage in planned] if plan and plan.decision else None,
-        order_method=None if config.curriculum.mode == "curriculum" else config.curriculum.mode,
-        draws=config.evaluation.bootstrap_draws,
-        seed=config.seed,
+        plan=plan,
+        mode=config.curriculum.mode,
     )
     if plan and not plan.decision:
         out |= {"order": [task for stage in planned for task in stage.own], "order_method": config.curriculum.mode}

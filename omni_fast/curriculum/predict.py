@@ -43,26 +43,20 @@ def walk(scores_MK: Floats, n_K: Sequence[int], stages: Sequence[int], form: For
     return np.stack(rows)
 
 
-def forecast_rows(transfer: Transfer, stages: Sequence[str], form: Form = "additive") -> list[dict[str, Estimate]]:
-    """Forecast of every task after each stage (row 0: the initial policy), in 0..1, with 95 % bootstrap intervals.
+def forecast(transfer: Transfer, order: Sequence[str], form: Form = "additive") -> dict[str, Estimate]:
+    """Forecast of every task's final score for an order, in 0..1, with 95 % bootstrap intervals.
 
     The interval holds the `select` items' noise in the measured transfer; a realised score on `test` has its own on top.
     """
-    index = [transfer.tasks.index(name) for name in stages]
-    centre_SK = np.clip(walk(transfer.scores_MK, transfer.n_K, index, form), 0.0, 1.0)
-    draws_SBK = np.clip(walk(transfer.draws_BMK, transfer.n_K, index, form), 0.0, 1.0)
-    return [
-        {
-            task: Estimate(float(centre_K[j]), transfer.n_K[j], *interval(draws_BK[:, j]))
-            for j, task in enumerate(transfer.tasks)
-        }
-        for centre_K, draws_BK in zip(centre_SK, draws_SBK, strict=True)
-    ]
-
-
-def forecast(transfer: Transfer, order: Sequence[str], form: Form = "additive") -> dict[str, Estimate]:
-    """Forecast of every task's final score for an order (task -> Estimate): the last of `forecast_rows`."""
-    return forecast_rows(transfer, order, form)[-1]
+    index = [transfer.tasks.index(name) for name in order]
+    final_K, draws_BK = (
+        np.clip(walk(scores, transfer.n_K, index, form)[-1], 0.0, 1.0)
+        for scores in (transfer.scores_MK, transfer.draws_BMK)
+    )
+    return {
+        task: Estimate(float(final_K[j]), transfer.n_K[j], *interval(draws_BK[:, j]))
+        for j, task in enumerate(transfer.tasks)
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,20 @@ def short(x: float) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Scale:
+    """From low..high to pixels start..end; what lies beyond is drawn at the end. NaN stays NaN."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, x: float) -> float:
+        inside = x if math.isnan(x) else min(max(x, self.low), self.high)
+        return self.start + (inside - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+@dataclass(frozen=True, slots=True)
 class Cell:
     """One cell of a heat map. value: what is coloured (NaN: empty); small: a second line; outlined: framed."""
 
@@ -98,26 +112,18 @@ def line_panel(title: str, lines: Sequence[Line], *, y_range: tuple[float, float
         )
     low, high = y_range or _padded(min(ys), max(ys))
     y_marks = ticks(low, high)
-    low, high = y_marks[0], y_marks[-1]
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
-
-    def px(x: float) -> float:
-        return left + (x - x_low) / (x_high - x_low) * (width - left - right)
-
-    def py(y: float) -> float:
-        return height - bottom - (min(max(y, low), high) - low) / (high - low) * (height - top - bottom)
-
+    px = Scale(min(xs), max(max(xs), min(xs) + 1), left, width - right)
+    py = Scale(y_marks[0], y_marks[-1], height - bottom, top)
     parts = [_y_axis(y_marks, py, left, width - right)]
-    for mark in ticks(x_low, x_high, 5):
-        if x_low <= mark <= x_high and mark == int(mark):
+    for mark in ticks(px.low, px.high, 5):
+        if px.low <= mark <= px.high and mark == int(mark):
             parts.append(f"<text x={px(mark):.1f} y={height - bottom + 15} class=mid>{short(mark)}</text>")
     parts.append(f'<text x={(left + width - right) / 2:.0f} y={height - 4} class="mid dim">{text(x_label)}</text>')
     for line in lines:
-        drawn = [(px(x), py(y) if math.isfinite(y) else math.nan) for x, y in zip(line.xs, line.ys, strict=True)]
-        many = len(drawn) > 24
-        if many:
+        drawn = [(px(x), py(y)) for x, y in zip(line.xs, line.ys, strict=True)]
+        if len(drawn) > 24:
             parts.append(_path(drawn, line.style, faint=True))
-            drawn = [(px(x), py(y) if math.isfinite(y) else math.nan) for x, y in _running_mean(line)]
+            drawn = [(px(x), py(y)) for x, y in zip(line.xs, _running_mean(line.ys), strict=True)]
         parts.append(_path(drawn, line.style))
         step = max(1, len(drawn) // 12)
         parts.extend(_marker(x, y, line.style) for x, y in drawn[::step] if math.isfinite(y))
@@ -127,12 +133,9 @@ def line_panel(title: str, lines: Sequence[Line], *, y_range: tuple[float, float
     return _panel(width, height, title, "".join(parts), legend)
 
 
-def _running_mean(line: Line, half: int = 3) -> list[tuple[float, float]]:
-    out = []
-    for k, x in enumerate(line.xs):
-        near = [y for y in line.ys[max(0, k - half) : k + half + 1] if math.isfinite(y)]
-        out.append((x, sum(near) / len(near) if near else math.nan))
-    return out
+def _running_mean(ys: Sequence[float], half: int = 3) -> list[float]:
+    near = [[y for y in ys[max(0, k - half) : k + half + 1] if math.isfinite(y)] for k in range(len(ys))]
+    return [sum(some) / len(some) if some else math.nan for some in near]
 
 
 def _panel(width: int, height: int, title: str, inner: str, legend: str = "") -> str:
@@ -175,17 +178,14 @@ def _path(points: Sequence[tuple[float, float]], style: int, faint: bool = False
 
 def _marker(x: float, y: float, style: int, size: float = 3.4, hollow: bool = False) -> str:
     """Circle, square, diamond or triangle, in the style's colour."""
-    shape = style % 4
     kind = f'class="dot{" hollow" if hollow else ""} s{style % SERIES}"'
-    if shape == 0:
-        return f"<circle cx={x:.1f} cy={y:.1f} r={size} {kind} />"
-    if shape == 1:
-        return f"<rect x={x - size:.1f} y={y - size:.1f} width={2 * size} height={2 * size} {kind} />"
-    if shape == 2:
-        big = size * 1.35
-        return f'<path d="M{x:.1f} {y - big:.1f}l{big} {big}l{-big} {big}l{-big} {-big}z" {kind} />'
-    big = size * 1.25
-    return f'<path d="M{x:.1f} {y - big:.1f}l{big} {2 * big}l{-2 * big} 0z" {kind} />'
+    big = size * (1.35 if style % 4 == 2 else 1.25)
+    return (
+        f"<circle cx={x:.1f} cy={y:.1f} r={size} {kind} />",
+        f"<rect x={x - size:.1f} y={y - size:.1f} width={2 * size} height={2 * size} {kind} />",
+        f'<path d="M{x:.1f} {y - big:.1f}l{big} {big}l{-big} {big}l{-big} {-big}z" {kind} />',
+        f'<path d="M{x:.1f} {y - big:.1f}l{big} {2 * big}l{-2 * big} 0z" {kind} />',
+    )[style % 4]
 
 
 def _swatch(style: int) -> str:
@@ -230,10 +230,7 @@ def mark_rows(
     right = 30 + 7 * max(len(row.note) for row in rows)
     width, row_height, top = 760, 14 + 13 * max(len(row.marks) for row in rows), 8
     height = top + row_height * len(rows) + 38
-
-    def px(x: float) -> float:
-        return left + (x - marks[0]) / (marks[-1] - marks[0]) * (width - left - right)
-
+    px = Scale(marks[0], marks[-1], left, width - right)
     parts = []
     for m in marks:
         heavy = " zero" if zero and abs(m) < 1e-12 else ""
@@ -282,14 +279,8 @@ def scatter_panel(
     values = [mark.value for pair in known for mark in pair]
     usual = halves[len(halves) // 2]
     marks = ticks(max(bounds[0], min(values) - usual), min(bounds[1], max(values) + usual), 4)
-
-    def px(v: float) -> float:
-        return left + (min(max(v, marks[0]), marks[-1]) - marks[0]) / (marks[-1] - marks[0]) * (width - left - right)
-
-    def py(v: float) -> float:
-        share = (min(max(v, marks[0]), marks[-1]) - marks[0]) / (marks[-1] - marks[0])
-        return height - bottom - share * (height - top - bottom)
-
+    px = Scale(marks[0], marks[-1], left, width - right)
+    py = Scale(marks[0], marks[-1], height - bottom, top)
     parts = [_y_axis(marks, py, left, width - right)]
     parts += [f"<text x={px(m):.1f} y={height - bottom + 15} class=mid>{short(m)}</text>" for m in marks]
     parts.append(_path([(px(m), py(m)) for m in (marks[0], marks[-1])], 7, faint=True))

@@ -10,14 +10,16 @@ the result.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import get_args
 
 import numpy as np
 from pydantic import JsonValue
 
 from omni_fast.curriculum import predict, scores
-from omni_fast.curriculum.decide import decide
+from omni_fast.curriculum.decide import Decision, Plan
 from omni_fast.curriculum.scores import Estimate, ItemScores
-from omni_fast.curriculum.transfer import measure
+from omni_fast.curriculum.transfer import Transfer
 
 Json = dict[str, JsonValue]
 
@@ -30,20 +32,15 @@ def assemble(
     single_test: Mapping[str, ItemScores] | None = None,
     rows_test: Sequence[ItemScores] = (),
     trained: Sequence[tuple[str, int]] = (),
-    order: Sequence[str] | None = None,
-    order_method: str | None = None,
-    draws: int = scores.DRAWS,
-    seed: int = 0,
+    plan: Plan | None = None,
+    mode: str = "curriculum",
 ) -> Json:
     """All sections of `result.json` that follow from item scores; what is not there yet is left out.
 
     base_select, single_select: item scores on `select` of the initial policy and of the single-task runs (trained task
-    -> task). Transfer, order and forecast appear once every task has its run.
-    single_test: the same on `test` where it was measured; `single` then comes from it.
+    -> task).   single_test: the same on `test` where it was measured; `single` then comes from it.
     rows_test: item scores on `test`, row 0 the initial policy, row s after stage s.   trained: (task or "joint", steps)
-    a stage.
-    order, order_method: the order that was run, when it is not the solved one ("order", "reversed", "random").
-    draws, seed: of the bootstrap behind transfer and order; the same as in the plan give the same probabilities.
+    a stage.   plan: once it is solved.   mode: "curriculum" where the order that was run is the solved one.
     """
     names = list(tasks)
     out: Json = {"tasks": list(names)}
@@ -55,32 +52,25 @@ def assemble(
     if reported:
         out["single"] = {task: _scores(row) for task, row in reported.items()}
         out["single_split"] = "test" if single_test else "select"
-    if base_select is not None and single_select is not None and set(single_select) == set(names):
-        out |= _solved(names, base_select, single_select, rows_test, trained, order, order_method, draws, seed)
+    if plan is not None and plan.transfer is not None and plan.decision is not None:
+        run = [task for stage in plan.stages for task in stage.own]
+        out |= _solved(plan.transfer, plan.decision, run) | {"forecast_error": {}}
+        if mode != "curriculum":
+            out["order_method"] = mode
+        stages = [task for task, _ in trained]
+        if rows_test[1:] and set(stages) <= set(names):
+            out["forecast_error"] = _forecast_error(plan.transfer, stages, rows_test[1:])
     if rows_test:
         out |= _realised(names, rows_test, trained, out)
     return out
 
 
-def _solved(
-    names: list[str],
-    base: ItemScores,
-    single: Mapping[str, ItemScores],
-    rows_test: Sequence[ItemScores],
-    trained: Sequence[tuple[str, int]],
-    order: Sequence[str] | None,
-    order_method: str | None,
-    draws: int,
-    seed: int,
-) -> Json:
-    transfer = measure(base, {task: single[task] for task in names}, draws=draws, seed=seed)
-    decision = decide(transfer)
-    run = list(order or decision.order)
-    out: Json = {
+def _solved(transfer: Transfer, decision: Decision, run: list[str]) -> Json:
+    return {
         "transfer": {i: _dicts(row) for i, row in transfer.effects().items()},
         "items_dropped": dict(zip(transfer.tasks, transfer.dropped_K, strict=True)),
         "order": list(run),
-        "order_method": order_method or decision.method,
+        "order_method": decision.method,
         "solved_order": list(decision.order),
         "order_probability": decision.probability,
         "order_settled": decision.settled,
@@ -92,17 +82,17 @@ def _solved(
         "forecast": _dicts(predict.forecast(transfer, run)),
         "forecast_multiplicative": _dicts(predict.forecast(transfer, run, "multiplicative")),
     }
-    stages = [task for task, _ in trained]
-    if stages and all(task in names for task in stages):
-        errors: Json = {}
-        realised = np.array([[scores.score(row[t]).value for t in names] for row in rows_test[1:]])
-        for form in ("additive", "multiplicative"):
-            rows = predict.forecast_rows(transfer, stages, form)[1 : len(realised) + 1]
-            predicted = np.array([[row[t].value for t in names] for row in rows])
-            if len(realised):
-                error = predict.forecast_error(predicted[: len(realised)], realised)
-                errors[form] = {name: _number(getattr(error, name)) for name in error.__dataclass_fields__}
-        out["forecast_error"] = errors
+
+
+def _forecast_error(transfer: Transfer, stages: Sequence[str], rows: Sequence[ItemScores]) -> Json:
+    """Form of the forecast -> measures over all stages that are done."""
+    index = [transfer.tasks.index(task) for task in stages][: len(rows)]
+    realised = np.array([[scores.score(row[task]).value for task in transfer.tasks] for row in rows])
+    out: Json = {}
+    for form in get_args(predict.Form):
+        predicted = np.clip(predict.walk(transfer.scores_MK, transfer.n_K, index, form)[1:], 0.0, 1.0)
+        error = predict.forecast_error(predicted, realised)
+        out[form] = {name: _number(value) for name, value in asdict(error).items()}
     return out
 
 

@@ -182,17 +182,14 @@ def _ablation(study: Study, at: Realised, draws: Draws) -> dict[float, tuple[Nam
     entropy_MK = _single(study, list(at.measured_on))
     if pooled is None or entropy_MK is None or not np.isfinite(entropy_MK).all():
         return {}
-    matrix = pooled[0].matrix_KK
-    named = {
-        weight: tuple(study.tasks[k] for k in orders_.exact(entropy_aware(matrix, entropy_MK, weight)).order)
-        for weight in (0.0, *WEIGHTS)
-    }
-    plain = ">".join(named[0.0])
-    return {
-        weight: (
-            named[weight],
-            None if ">".join(named[weight]) == plain else draws.gain(">".join(named[weight]), plain),
-        )
-        for weight in WEIGHTS
-        if plain in draws.arms and ">".join(named[weight]) in draws.arms
-    }
+
+    def solved(weight: float) -> Names:
+        aware = entropy_aware(pooled[0].matrix_KK, entropy_MK, weight)
+        return tuple(study.tasks[k] for k in orders_.exact(aware).order)
+
+    plain, out = solved(0.0), {}
+    for weight in WEIGHTS:
+        names = [">".join(order) for order in (solved(weight), plain)]
+        if set(names) <= set(draws.arms):
+            out[weight] = solved(weight), None if names[0] == names[1] else draws.gain(*names)
+    return out

@@ -67,15 +67,10 @@ class Design:
     def _names(self, family: str) -> list[tuple[str, Kind]]:
         if family == "every_order":
             return [(f"order:{'>'.join(order)}", "order") for order in permutations(self.tasks)]
-        if family == "merge":
-            return [(f"merge:{method}", "merge") for method in self.study.merges]
-        if family == "online":
-            return [(f"online:{method}", "online") for method in self.study.online]
-        kinds: dict[str, Kind] = {"single": "single", "repeat": "repeat", "probe": "probe"}
-        if family in kinds:
-            return [(f"{family}:{task}", kinds[family]) for task in self.tasks]
-        plain: dict[str, Kind] = {"base": "base", "joint": "joint", "sft": "sft", "refresh": "refresh"}
-        return [(family, plain.get(family, "order"))]
+        many: dict[str, Sequence[str]] = {"merge": self.study.merges, "online": self.study.online}
+        many |= dict.fromkeys(("single", "repeat", "probe"), self.tasks)
+        kind: Kind = "order" if family in ("solved", "reversed", "random", "user") else family  # type: ignore[assignment]
+        return [(f"{family}:{each}", kind) for each in many[family]] if family in many else [(family, kind)]
 
     def seeds(self) -> list[int]:
         return sorted({seed for arm in self.arms() for seed in arm.seeds})

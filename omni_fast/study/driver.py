@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from multiprocessing.process import BaseProcess
@@ -181,14 +181,14 @@ class _Seed:
         return {task: (f"{task}:{self.design.steps}",) for task in self.design.tasks}
 
     def _write(self, arm: Arm, path: Stages, status: str, reason: str) -> None:
-        run, design = self.tree.run, self.design
-        parts = [path[: length + 1] for length in range(len(path))]
-        nodes = [node for part in parts if (node := run.node(self.tree.name(part))) is not None]
-        singles = self._singles()
-        made_of = list(singles.values()) if arm.kind == "merge" else []
-        passed = [node for part in made_of if (node := run.node(self.tree.name(part))) is not None]
-        measured = [one for one in singles.values() if one not in parts] if arm.name in SOLVED else []
-        extra = [node for part in measured if (node := run.node(self.tree.name(part))) is not None]
+        run, design, solved = self.tree.run, self.design, arm.name in SOLVED
+
+        def reached(paths: Iterable[Stages]) -> list[dict[str, Any]]:
+            return [node for one in paths if (node := run.node(self.tree.name(one))) is not None]
+
+        parts, singles = [path[: length + 1] for length in range(len(path))], self._singles().values()
+        nodes, passed = reached(parts), reached(singles if arm.kind == "merge" else ())
+        extra = reached(one for one in singles if solved and one not in parts)
         items = sum(len(found["select"]) for found in self.tree.parts.items.values())
         groups = run.counted(self.tree.name(path)) if arm.kind == "online" else {}
         records.write_cell(
@@ -204,9 +204,9 @@ class _Seed:
                 "stages": [node["id"] for node in nodes],
                 "samples_train": sum(node["samples"] for node in (*nodes, *passed)),
                 "samples_transfer": sum(node["samples"] for node in extra),
-                "completions_transfer": items * (1 + len(singles)) if arm.name in SOLVED else 0,
+                "completions_transfer": items * (1 + len(singles)) if solved else 0,
                 "seconds": sum(node["seconds"] for node in (*nodes, *passed)),
-                "statement": self.statement if arm.name in SOLVED else "",
+                "statement": self.statement if solved else "",
                 "mixture": {task: n / sum(groups.values()) for task, n in groups.items()},
             },
         )
@@ -253,7 +253,6 @@ def _side_by_side(design: Design, folder: Path, shares: Sequence[Sequence[int]],
             if worker.is_alive():
                 worker.terminate()
 
-    before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read when the processes start
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -266,8 +265,6 @@ def _side_by_side(design: Design, folder: Path, shares: Sequence[Sequence[int]],
         for number, handler in previous.items():
             signal.signal(number, handler)
         del os.environ["OMP_NUM_THREADS"]
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
     if stopping:
         raise Interrupted(f"stopped; {AGAIN}")
     if UserError.exit_code in {worker.exitcode for worker in workers}:
@@ -335,11 +332,9 @@ def _keep(folder: Path, found: records.Study, name: str, console: Console) -> No
 def _describe(design: Design, folder: Path) -> None:
     """study.json."""
     path = folder / "study.json"
-    seconds = 0.0
+    states = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("seeds/*/state.json"))]
     facts: dict[str, Any] = {}
-    for state_path in sorted(folder.glob("seeds/*/state.json")):
-        state = json.loads(state_path.read_text(encoding="utf-8"))
-        seconds += state["totals"]["seconds"].get("total", 0.0)
+    for state in states:
         facts |= state["facts"]
     whole: dict[str, Any] = {
         "name": design.name,
@@ -350,7 +345,7 @@ def _describe(design: Design, folder: Path) -> None:
         "arms": [asdict(arm) for arm in design.arms()],
         "facts": facts
         | {
-            "seconds": seconds,
+            "seconds": sum(state["totals"]["seconds"].get("total", 0.0) for state in states),
             "machine": {"system": platform.platform(), "cores": len(os.sched_getaffinity(0))},
             "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
         },

@@ -29,57 +29,48 @@ TINY_STEP_S, TINY_EVALUATION_S = 0.03, 0.06  # one core, where overhead is all: 
 
 def describe(design: Design, folder: Path, jobs: int) -> list[str]:
     """What would run, in lines."""
-    config, study = design.config, design.study
-    arms = design.arms()
+    config, study, arms, tasks = design.config, design.study, design.arms(), len(design.tasks)
     nodes = {seed: design.nodes(seed) for seed in design.seeds()}
     policies = sum(len(own) + 1 for own in nodes.values())
     steps = sum(sum(own.values()) for own in nodes.values())
-    samples = design.samples(steps)
     tokens = max(task.max_new_tokens for task in config.tasks)
-    finals = sum(len(arm.seeds) for arm in arms)
-    limits, tasks = config.evaluation, len(config.tasks)
+    limits, finals = config.evaluation, sum(len(arm.seeds) for arm in arms)
     merges = sum(len(arm.seeds) * len(study.merge_scales) for arm in arms if arm.kind == "merge")
     scored = policies * (limits.select_items + limits.test_items) + merges * limits.select_items
     items = tasks * (scored + finals * len(study.temperatures) * limits.test_items)
-    budget = design.samples(design.steps * tasks)
-    lines = [
-        f"study folder     {folder}",
-        f"model            {config.model.path}, engine {config.engine.kind}",
-        f"tasks            {', '.join(design.tasks)}; {design.steps} steps a stage",
-        f"primary contrast {study.primary[0]} - {study.primary[1]}",
+    each = ", ".join(str(len(own) + 1) for own in nodes.values())
+    rows = [
+        ("study folder", folder),
+        ("model", f"{config.model.path}, engine {config.engine.kind}"),
+        ("tasks", f"{', '.join(design.tasks)}; {design.steps} steps a stage"),
+        ("primary contrast", " - ".join(study.primary)),
     ]
     for arm in arms:
         if not arm.every:
             path = " > ".join(design.path(arm.name, arm.seeds[0]) or ("order from measured transfer",))
-            lines.append(
-                f"  {arm.name:<22} seeds {len(arm.seeds)}  {path if arm.kind != 'base' else 'the initial policy'}"
+            rows.append(
+                (f"  {arm.name}", f"seeds {len(arm.seeds)}  {path if arm.kind != 'base' else 'the initial policy'}")
             )
     if orders := [arm for arm in arms if arm.every]:
-        lines.append(
-            f"  {'every order':<22} seeds {len(orders[0].seeds)}  {len(orders)} orders that share their first stages"
-        )
-    lines += [
-        f"policies         at most {policies:,} to train and score ({', '.join(str(len(own) + 1) for own in nodes.values())}"
-        " a seed)",
-        f"samples          {samples:,} to train on; every full arm has {budget:,}; at most {tokens} new tokens each",
-        f"evaluation       {items:,} completions of up to twice the length",
-        f"cost             {_cost(design, steps, samples * tokens, items * tokens, policies, jobs)}",
+        rows.append(("  every order", f"seeds {len(orders[0].seeds)}  {len(orders)} that share their first stages"))
+    samples, budget = design.samples(steps), design.samples(design.steps * tasks)
+    rows += [
+        ("policies", f"at most {policies:,} to train and score ({each} a seed)"),
+        ("samples", f"{samples:,} to train on; every full arm has {budget:,}; at most {tokens} new tokens each"),
+        ("evaluation", f"{items:,} completions of up to twice the length"),
+        ("cost", _cost(design, steps, samples * tokens, items * tokens, policies, jobs)),
     ]
-    few = [arm.name for arm in arms if len(arm.seeds) < 5 and arm.kind in ("base", "joint", "merge")]
-    if few:
-        lines.append(
-            f"note             fewer than 5 seeds for {', '.join(few)}: intervals between seeds are then a hint"
-        )
-    return lines
+    if few := [arm.name for arm in arms if len(arm.seeds) < 5 and arm.kind in ("base", "joint", "merge")]:
+        rows.append(("note", f"fewer than 5 seeds for {', '.join(few)}: intervals between seeds are then a hint"))
+    return [f"{name:<24} {what}" for name, what in rows]
 
 
 def _cost(design: Design, steps: int, trained: int, scored: int, policies: int, jobs: int) -> str:
     """Time, from the counts; the tokens are those that can be generated at most."""
-    config = design.config
+    config, tasks = design.config, len(design.tasks)
     size = SIZES.get(config.model.path)
     if size is None:
         return f"depends on {config.model.path}, which is not loaded here"
-    tasks = len(design.tasks)
     if size >= GPU_FROM:
         reading = trained * (1 + config.rollout.max_prompt_tokens / max(task.max_new_tokens for task in config.tasks))
         training = 6 * size * reading / GPU_FLOPS / 3600
@@ -94,7 +85,6 @@ def _cost(design: Design, steps: int, trained: int, scored: int, policies: int, 
         seconds += scored / 2000 / config.rollout.max_rows
         return f"about {max(1, round(seconds / 60 / min(jobs, cores)))} min with --jobs {jobs}"
     work = trained / TRAIN_TOKENS_PER_S + 2 * scored / EVAL_TOKENS_PER_S
-    seconds = (
-        size / MEASURED_PARAMETERS * MEASURED_CORES / cores * work + steps * STEP_S + policies * tasks * EVALUATION_S
-    )
+    seconds = size / MEASURED_PARAMETERS * MEASURED_CORES / cores * work
+    seconds += steps * STEP_S + policies * tasks * EVALUATION_S
     return f"about {seconds / 3600:.1f} h on {cores} cores, every sample counted at its longest"

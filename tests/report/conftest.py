@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from omni_fast.curriculum.decide import Plan, decide
+from omni_fast.curriculum.stages import build_stages
+from omni_fast.curriculum.transfer import measure
 from omni_fast.report.result import assemble
 
 TASKS = ["math", "code", "qa", "writing"]
@@ -80,6 +83,19 @@ def _metrics(rng: np.random.Generator, order: list[str]) -> list[dict]:
     return rows
 
 
+def _planned(base_select: dict, single_select: dict, steps: int, order: tuple[str, ...] = ()) -> Plan:
+    """The plan of the solved order, or of another one."""
+    transfer = measure(base_select, single_select)
+    decision = decide(transfer)
+    stages = build_stages("order", transfer.tasks, steps, order=order or decision.order, weights={})
+    return Plan(stages, decision.statement, transfer, decision)
+
+
+@pytest.fixture(scope="session")
+def planned():
+    return _planned
+
+
 class FakeRun(tuple):
     """A plain tuple that hypothesis can name without printing it all."""
 
@@ -93,8 +109,8 @@ def fake_run() -> FakeRun:
     rng = np.random.default_rng(11)
     base_select, single_select = _scores(rng, 100)
     base, single_test = _scores(rng, 100)
-    solved = assemble(TASKS, base_select=base_select, single_select=single_select)
-    order = [str(task) for task in solved["order"]]
+    plan = _planned(base_select, single_select, STEPS)
+    order = [task for stage in plan.stages for task in stage.own]
     level, rows = dict(BASE), [base]
     for task in order:
         level = {t: OWN[t] if t == task else level[t] + EFFECT[task][t] for t in TASKS}
@@ -106,6 +122,7 @@ def fake_run() -> FakeRun:
         single_test=single_test,
         rows_test=rows,
         trained=[(task, STEPS) for task in order],
+        plan=plan,
     )
     result["stages"][0]["reused"] = True
     result |= {

@@ -204,17 +204,19 @@ def test_a_failed_write_leaves_the_old_report(fake_run, tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2, 9])
-def test_other_numbers_of_tasks(count):
+def test_other_numbers_of_tasks(planned, count):
     rng = np.random.default_rng(0)
     names = [f"task {k}" for k in range(count)]
 
     def items():
         return {t: (rng.random(30) < 0.5) * 1.0 for t in names}
 
+    base, single = items(), {t: items() for t in names}
     result = assemble(
         names,
-        base_select=items(),
-        single_select={t: items() for t in names},
+        base_select=base,
+        single_select=single,
+        plan=planned(base, single, 3),
         rows_test=[items() for _ in range(count + 1)],
         trained=[(t, 3) for t in names],
     )
@@ -239,7 +241,7 @@ def test_result_is_valid_and_names_what_is_not(fake_run):
     assert not missing and result["bwt"]["n"] > 0
 
 
-def test_assemble_grows_with_what_is_known(fake_run):
+def test_assemble_grows_with_what_is_known(planned):
     names = ["a", "b"]
     x, y = np.zeros(10), np.ones(10)
     base = {"a": x, "b": x}
@@ -247,18 +249,16 @@ def test_assemble_grows_with_what_is_known(fake_run):
     assert "transfer" not in first and "final" not in first and first["single"]["a"]["a"]["value"] == 1.0
     single = {"a": {"a": y, "b": x}, "b": {"a": x, "b": y}}
     rows = [base, {"a": y, "b": x}]
-    half = assemble(names, base_select=base, single_select=single, rows_test=rows, trained=[("a", 5), ("b", 5)])
+    plan = planned(base, single, 5)
+    known = {"base_select": base, "single_select": single, "plan": plan, "trained": [("a", 5), ("b", 5)]}
+    half = assemble(names, **known, rows_test=rows)
     assert "final" not in half and len(half["stages"]) == 1 and half["forecast"]["a"]["value"] == 1.0
-    done = assemble(
-        names, base_select=base, single_select=single, rows_test=[*rows, {"a": y, "b": y}], trained=[("a", 5), ("b", 5)]
-    )
+    done = assemble(names, **known, rows_test=[*rows, {"a": y, "b": y}])
     assert done["bwt"]["value"] == 0.0 and done["flips"]["a"] == {"lost": 0, "gained": 10}
     assert done["intervals"]["gain_average"]["value"] == 1.0
     joint = assemble(names, rows_test=[base, {"a": y, "b": y}], trained=[("joint", 10)])
     assert joint["bwt"]["value"] is None and joint["final"]["a"]["value"] == 1.0
-    user = assemble(
-        names, base_select=base, single_select=single, order=["b", "a"], order_method="order", trained=[("b", 1)]
-    )
+    user = assemble(names, plan=planned(base, single, 1, ("b", "a")), mode="order", trained=[("b", 1)])
     assert user["order"] == ["b", "a"] and user["solved_order"] == ["a", "b"] and user["order_method"] == "order"
 
 

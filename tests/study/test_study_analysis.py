@@ -123,7 +123,7 @@ def test_transfer_and_its_cheap_forms(effect):
         if i != j
     ]
     assert len(inside) == 12 and sum(inside) >= 9
-    assert part.decision.order == EFFECT.best and part.transfer.flips()["math"]["math"]["gained"] > 50
+    assert part.decision.order == EFFECT.best
     proxies = {row.name: row for row in part.proxies}
     assert len(proxies) == 5 and all(-1 <= row.agreement.spearman <= 1 for row in part.proxies)
     whole, sketch = proxies["the full measurement, one seed"], proxies["cosine of gradient sketches"]
