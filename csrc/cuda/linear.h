@@ -45,7 +45,7 @@ std::int64_t linear_workspace_bytes(std::int64_t rows, std::int64_t vocab);
 // Enqueues two kernels; nothing is allocated and nothing waits. An empty string, or what CUDA reports.
 std::string launch_linear_forward(const LinearArgs& args, int device, void* stream);
 
-// Enqueues a kernel. Where b and z are null and there is no softcap it reads and writes next to nothing.
+// Enqueues a kernel. Where b is null and there is no softcap it reads and writes next to nothing.
 std::string launch_linear_gradient(const GradientArgs& args, int device, void* stream);
 
 }  // namespace omni::cuda

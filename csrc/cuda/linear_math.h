@@ -129,7 +129,7 @@ OMNI_HD ExpRow exp_row(const Running& row, bool ignored, Coefficients k, const S
   out.gradient = gradient_of_fold<CAP>(f, stats_of(f, row.v_target, sc), k, row.v_target, sc);
   out.reference = reference_of(f.m, sc.c);
   const float factor = out.gradient.k0 * exp2_fast((out.reference - f.m) * sc.c), size = fabsf(factor);
-  out.scaled = !CAP && k.b == 0.0f && k.z == 0.0f && size > 0x1p-100f && size < 0x1p100f;  // far from what bf16 loses
+  out.scaled = !CAP && k.b == 0.0f && size > 0x1p-100f && size < 0x1p100f;  // far from what bf16 loses
   out.factor = out.scaled ? factor : 1.0f;
   out.hit = out.gradient.hit / out.factor;
   return out;

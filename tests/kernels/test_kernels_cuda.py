@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from omni_kernels import IGNORE, LossSpec, Tokens, reference
+from omni_kernels import IGNORE, LossSpec, Tokens, backends, reference
+from omni_kernels.backends import cuda, cuda_exp
 from omni_kernels.backends import torch as plain
 from omni_kernels.backends.program import record
 from omni_kernels.linear import Head, policy_head
@@ -353,7 +354,7 @@ def exponentials(
     return (out[0], out[1], out[2]), exps
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=80)
 @given(data=st.data())
 def test_exponentials_become_the_gradient(emulator: Emulator, data: st.DataObject) -> None:
     """To two roundings to bf16, of p and of the gradient; a gradient of fp32 logits that is stored in bf16 has one."""
@@ -367,7 +368,7 @@ def test_exponentials_become_the_gradient(emulator: Emulator, data: st.DataObjec
         u[:, : v // 2] -= 100.0  # tiles of a row with references of their own
     bias = torch.randn(v, generator=g) if data.draw(st.booleans()) else None
     targets, inv_t = torch.randint(0, v, (n,), generator=g), torch.rand(n, generator=g) + 0.5
-    a = torch.randn(n, generator=g) * data.draw(st.sampled_from([1e-12, 1e-5, 1.0]))
+    a = torch.randn(n, generator=g) * data.draw(st.sampled_from([1e-30, 1e-12, 1e-5, 1.0]))
     b, z = (torch.randn(n, generator=g) * s * a.abs().max() if data.draw(st.booleans()) else None for s in (1.0, 0.01))
     targets[1::7] = IGNORE
     for weight in (a, b, z):
@@ -394,6 +395,15 @@ def test_exponentials_become_the_gradient(emulator: Emulator, data: st.DataObjec
     size = float((a.abs() + (0 if b is None else b.abs()) + (0 if z is None else 2 * z.abs() * lse)).norm())
     last_bit = 2e-7 + 2**-23 * float(lse.max())  # of lse, in fp32
     assert float((mine - truth).norm()) <= 2**-8 * bits + 2 * last_bit * size
+
+
+def test_a_factor_too_small_for_fp32_goes_into_the_exponentials(emulator: Emulator) -> None:
+    u = torch.randn(4, 700, generator=torch.Generator().manual_seed(0)) + 40.0  # exponentials near 2^58
+    targets, a = torch.tensor([3, 500, 1, 699]), torch.full((4,), 1e-30)
+    _, exps = exponentials(emulator, u, None, targets, 1.0, None)
+    mine = exps.gradient_(a, None, None)[:, None].double() * exps.values.double()
+    truth = a[:, None].double() * (torch.eye(700)[targets] - u.double().softmax(-1))
+    torch.testing.assert_close(mine, truth, rtol=1e-2, atol=1e-37)
 
 
 @pytest.mark.parametrize("n, v, h", [(1, 1, 64), (130, 300, 64), (5, 513, 128), (3, 257, 576)])
@@ -455,6 +465,19 @@ def test_the_head_on_exponentials(
     assert len(asked) > 1
     for mine, theirs in zip(*errors, strict=True):
         assert mine <= 1.5 * theirs + 1e-3
+
+
+def test_a_card_runs_by_default_only_what_was_validated_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, place = "some card", torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: card)
+    for functions, answers in (
+        ((), (False, False)),
+        (cuda.ROW_FUNCTIONS, (True, False)),
+        ((*cuda.ROW_FUNCTIONS, "linear_exponentials"), (True, True)),
+    ):
+        monkeypatch.setattr(cuda, "VALIDATED", frozenset((card, f) for f in functions))
+        assert (cuda.is_validated(place), cuda_exp.is_validated(place)) == answers
+    assert backends.reason_unavailable("cuda_exp") == backends.reason_unavailable("cuda")
 
 
 # --- the compiler's report ---------------------------------------------------------------------------------------------

@@ -14,12 +14,20 @@ callers that ask for it by name, `linear_exponentials` for those of the backend 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from omni_kernels.backends.program import Recorded, record
+from omni_kernels.backends.rows import (
+    Rows,
+    backward_,
+    check_vector,
+    forward,
+    outputs,
+    pointer,
+    policy_loss_,
+    scalar_or_rows,
+)
 from omni_kernels.losses import Prepared
 from omni_kernels.spec import LossSpec
 
@@ -34,8 +42,6 @@ except ImportError as error:
 # (card, function) pairs that `make gpu` has shown to be correct and faster than Triton: these run by default.
 VALIDATED: frozenset[tuple[str, str]] = frozenset()
 ROW_FUNCTIONS = ("rows_forward", "rows_backward_", "rows_policy_loss_")
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def reason_unavailable() -> str | None:
@@ -67,14 +73,7 @@ def rows_forward(
     inv_temperature > 0, scalar or fp32 [N]. Returns fp32 [N] each; entropy is None unless wanted.
     Raises ValueError or TypeError on arguments that do not fit.
     """
-    _check_rows(logits, targets)
-    scale, scale_rows = _scalar_or_rows(inv_temperature, "inv_temperature", logits)
-    logp, lse, entropy = _outputs(logits, want_entropy)
-    native.rows_forward(
-        *_address(logits), targets.data_ptr(), scale, _pointer(scale_rows), softcap or 0.0,
-        logp.data_ptr(), _pointer(entropy), lse.data_ptr(), *_place(logits),
-    )  # fmt: skip
-    return logp, entropy, lse
+    return forward(native, _rows(logits, targets, inv_temperature, softcap), want_entropy, *_place(logits))
 
 
 def rows_backward_(
@@ -93,18 +92,8 @@ def rows_backward_(
     lse and entropy are those of `rows_forward`; entropy is needed where b is given. One read and one write. Rows whose
     coefficients are all 0, and ignored ones, become 0 without being read. Rounded once, to the dtype of the logits.
     """
-    _check_rows(logits, targets)
-    scale, scale_rows = _scalar_or_rows(inv_temperature, "inv_temperature", logits)
-    z, z_rows = _scalar_or_rows(z_loss, "z_loss", logits)
-    for name, vector in (("lse", lse), ("a", a), ("b", b), ("entropy", entropy)):
-        if vector is not None:
-            _check_vector(vector, name, torch.float32, logits)
-    if b is not None and entropy is None:
-        raise ValueError("entropy is None but b is given; pass the entropy that rows_forward returned")
-    native.rows_backward(
-        *_address(logits), targets.data_ptr(), scale, _pointer(scale_rows), softcap or 0.0,
-        lse.data_ptr(), _pointer(entropy), a.data_ptr(), _pointer(b), z, _pointer(z_rows), *_place(logits),
-    )  # fmt: skip
+    rows = _rows(logits, targets, inv_temperature, softcap)
+    backward_(native, rows, lse, entropy, a, b, z_loss, *_place(logits))
 
 
 def rows_policy_loss_(
@@ -122,19 +111,8 @@ def rows_policy_loss_(
     result: `losses.coefficients(logp, entropy, lse, batch, spec)`. One read and one write of the logits; a row's coefficients
     are computed from the recorded loss between the two (`program.record`, NotImplementedError where that cannot be).
     """
-    _check_rows(logits, targets)
-    scale, scale_rows = _scalar_or_rows(inv_temperature, "inv_temperature", logits)
-    recorded = record(batch, spec)
-    columns = [getattr(batch, name).to(torch.float32).contiguous() for name in recorded.columns]
-    for name, column in zip(recorded.columns, columns, strict=True):
-        _check_vector(column, name, torch.float32, logits)
-    logp, lse, entropy = _outputs(logits, want_entropy or spec.needs_entropy)
-    native.rows_fused(
-        *_address(logits), targets.data_ptr(), scale, _pointer(scale_rows), softcap or 0.0,
-        logp.data_ptr(), _pointer(entropy), lse.data_ptr(), _compiled(recorded),
-        [column.data_ptr() for column in columns], *_place(logits),
-    )  # fmt: skip
-    return logp, entropy, lse
+    rows = _rows(logits, targets, inv_temperature, softcap)
+    return policy_loss_(native, rows, batch, spec, want_entropy, *_place(logits))
 
 
 def linear_forward(
@@ -174,17 +152,17 @@ class Exponentials:
     def gradient_(self, a: Tensor, b: Tensor | None, z_loss: Tensor | None) -> Tensor:
         """Makes dloss/dlogits = factor[:, None] * values of a = dloss/dlogp, b = dloss/dentropy, the weight of lse^2, [C].
 
-        Returns factor, fp32 [C]. Without b, z_loss and softcap only the targets' values change: the gradient is a multiple
+        Returns factor, fp32 [C]. Without b and softcap only the targets' values change: the gradient is a multiple
         of p, and of p - 1 there. Else the values are read and written once. Rows without gradient have factor 0.
         """
         factor = torch.empty_like(a)
-        scale, scale_rows = _scalar_or_rows(self.inv_temperature, "inv_temperature", self.values)
+        scale, scale_rows = scalar_or_rows(self.inv_temperature, "inv_temperature", self.values)
         for name, vector in (("a", a), ("b", b), ("z_loss", z_loss)):
             if vector is not None:
-                _check_vector(vector, name, torch.float32, self.values)
+                check_vector(vector, name, torch.float32, self.values)
         native.linear_gradient(
-            self.addresses, len(self.values), self.values.shape[1], self.targets.data_ptr(), scale, _pointer(scale_rows), self.softcap or 0.0,
-            a.data_ptr(), _pointer(b), _pointer(z_loss), factor.data_ptr(), *_place(a),
+            self.addresses, len(self.values), self.values.shape[1], self.targets.data_ptr(), scale, pointer(scale_rows),
+            self.softcap or 0.0, a.data_ptr(), pointer(b), pointer(z_loss), factor.data_ptr(), *_place(a),
         )  # fmt: skip
         return factor
 
@@ -217,12 +195,12 @@ def _linear(
     softcap: float | None, want_entropy: bool, exps: tuple[int, int, int],
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
-    scale, scale_rows = _scalar_or_rows(inv_temperature, "inv_temperature", hidden)
-    logp, lse, entropy = _outputs(hidden, want_entropy)
+    scale, scale_rows = scalar_or_rows(inv_temperature, "inv_temperature", hidden)
+    logp, entropy, lse = outputs(hidden, want_entropy)
     workspace = hidden.new_empty(native.linear_workspace_bytes(len(hidden), len(weight)), dtype=torch.uint8)
     native.linear_forward(
-        hidden.data_ptr(), weight.data_ptr(), len(hidden), len(weight), weight.shape[1], _pointer(wide_bias), targets.data_ptr(), scale,
-        _pointer(scale_rows), softcap or 0.0, workspace.data_ptr(), logp.data_ptr(), _pointer(entropy), lse.data_ptr(),
+        hidden.data_ptr(), weight.data_ptr(), len(hidden), len(weight), weight.shape[1], pointer(wide_bias), targets.data_ptr(), scale,
+        pointer(scale_rows), softcap or 0.0, workspace.data_ptr(), logp.data_ptr(), pointer(entropy), lse.data_ptr(),
         exps, *_place(hidden),
     )  # fmt: skip
     return logp, entropy, lse
@@ -242,73 +220,19 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: 
             )
     if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
         raise ValueError(f"bias is {list(bias.shape)} on {bias.device}; pass {[len(weight)]} on {weight.device}")
-    _check_vector(targets, "targets", torch.int64, hidden)
+    check_vector(targets, "targets", torch.int64, hidden)
 
 
-@lru_cache(maxsize=64)
-def _compiled(recorded: Recorded) -> native.CoefficientProgram:
-    if 3 + len(recorded.columns) + len(recorded.code) > native.MAX_REGISTERS:
-        raise NotImplementedError(
-            f"a coefficient program of {len(recorded.code)} instructions is too long for the cuda backend"
-        )
-    codes = {name: code for code, name in enumerate(native.OPS)}
-    code = [(codes[op], dst, x, y, z, value) for op, dst, x, y, z, value in recorded.code]
-    return native.CoefficientProgram(code, len(recorded.columns), recorded.results)
-
-
-def _outputs(logits: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    logp = logits.new_empty(len(logits), dtype=torch.float32)
-    return logp, torch.empty_like(logp), torch.empty_like(logp) if want_entropy else None
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _address(logits: Tensor) -> tuple[int, int, int, int, int]:
-    rows, vocab = logits.shape
-    stride = logits.stride(0) if rows > 1 else vocab  # the stride of a single row means nothing
-    return logits.data_ptr(), _DTYPES[logits.dtype], rows, vocab, stride
-
-
-def _place(logits: Tensor) -> tuple[int, int]:
-    """(device, stream)."""
-    device = logits.get_device()
-    return device, torch.cuda.current_stream(device).cuda_stream
-
-
-def _check_rows(logits: Tensor, targets: Tensor) -> None:
+def _rows(logits: Tensor, targets: Tensor, inv_temperature: float | Tensor, softcap: float | None) -> Rows:
     if native is None:
         raise RuntimeError(_reason)
-    if logits.dtype not in _DTYPES:
-        raise TypeError(f"logits are {logits.dtype}; the cuda backend takes float32 or bfloat16")
-    if logits.device.type != "cuda":
-        raise ValueError(f"logits are on {logits.device}; the cuda backend takes CUDA tensors")
-    if logits.dim() != 2 or logits.shape[1] < 1:
-        raise ValueError(f"logits have shape {tuple(logits.shape)}; pass [tokens, vocabulary] with at least one column")
-    rows, vocab = logits.shape
-    if rows and (logits.stride(1) != 1 and vocab > 1 or rows > 1 and logits.stride(0) < vocab):
-        raise ValueError(
-            f"logits have strides {logits.stride()}; pass rows with unit column stride: logits.contiguous()"
-        )
-    if native.row_plan(vocab, _DTYPES[logits.dtype])[0] == 0:
-        raise ValueError(f"a row of {vocab} {logits.dtype} logits does not fit on chip; use backend='triton'")
-    _check_vector(targets, "targets", torch.int64, logits)
+    rows = Rows("cuda", "cuda", logits, targets, inv_temperature, softcap)
+    if native.row_plan(rows.vocab, 0 if logits.dtype == torch.float32 else 1)[0] == 0:
+        raise ValueError(f"a row of {rows.vocab} {logits.dtype} logits does not fit on chip; use backend='triton'")
+    return rows
 
 
-def _check_vector(vector: Tensor, name: str, dtype: torch.dtype, logits: Tensor) -> None:
-    if vector.dtype != dtype:
-        raise TypeError(f"{name} is {vector.dtype}; pass {dtype}")
-    if vector.shape != logits.shape[:1] or vector.device != logits.device or not vector.is_contiguous():
-        found = f"shape {tuple(vector.shape)}, strides {vector.stride()}, {vector.device}"
-        raise ValueError(f"{name} has {found}; pass a contiguous vector of length {len(logits)} on {logits.device}")
-
-
-def _scalar_or_rows(value: float | Tensor, name: str, logits: Tensor) -> tuple[float, Tensor | None]:
-    """(number, None) or (1, [N]); a 0-d tensor is spread over the rows, as reading it would wait for the GPU."""
-    if not isinstance(value, Tensor):
-        return float(value), None
-    if value.dim() == 0:
-        value = value.to(logits.device, torch.float32).repeat(len(logits))
-    _check_vector(value, name, torch.float32, logits)
-    return 1.0, value
+def _place(rows: Tensor) -> tuple[int, int]:
+    """(device, stream)."""
+    device = rows.get_device()
+    return device, torch.cuda.current_stream(device).cuda_stream

@@ -2,11 +2,13 @@
 
 The GEMM folds its logits, unrounded, into log-probs and entropies while they are accumulators, and writes e^z in bf16. That
 is the gradient already, but for the targets' entries and a factor a row, where the loss asks for multiples of p: no pass over
-[N, V] lies between the GEMM and the products that make dX and dW, to which the factors go. An entropy bonus, a z-loss or a
-softcap costs one such pass. The idea of scaled exponentials is QuACK's (linear_cross_entropy, SM90).
+[N, V] lies between the GEMM and the products that make dX and dW, to which the factors go. An entropy bonus or a softcap
+costs one such pass, as do logits over 44 nats from 0 for their rows. The idea of scaled exponentials is QuACK's
+(linear_cross_entropy, SM90).
 
-Limits: those of `cuda.linear_forward`, else, and for batch-invariant products, `cuda` does it. A probability below 2^-62 of
-the row's largest is 0, and the entropy's gradient knows log p to as many digits as bf16 has of p. By name only, until a results file shows it right and faster (`cuda.VALIDATED`).
+Limits: where `cuda.linear_forward` cannot, and for batch-invariant products, it is the backend `cuda`. A probability below
+2^-62 of the row's largest is 0, and the entropy's gradient knows log p to as many digits as bf16 has of p. By name only,
+until a results file shows it right and faster (`cuda.VALIDATED`).
 """
 
 from __future__ import annotations

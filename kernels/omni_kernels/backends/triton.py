@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from omni_kernels.backends.program import Recorded, record
+from omni_kernels.backends.rows import Rows, check_coefficients, check_vector, outputs, scalar_or_rows
 from omni_kernels.losses import Prepared
 from omni_kernels.spec import LossSpec
 
@@ -41,8 +42,6 @@ try:
 except ImportError as error:
     kernels = None  # type: ignore[assignment]
     _reason = f"triton is not importable ({error}); pip install triton"
-
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -126,12 +125,8 @@ def rows_backward_(
     ignored ones, become 0 without being read. The gradient is rounded once, to the dtype of the logits.
     """
     rows = _Rows(logits, targets, inv_temperature, softcap)
-    z, z_rows = rows.scalar_or_rows(z_loss, "z_loss")
-    for name, vector in (("lse", lse), ("a", a), ("b", b), ("entropy", entropy)):
-        if vector is not None:
-            rows.check_vector(vector, name, torch.float32)
-    if b is not None and entropy is None:
-        raise ValueError("entropy is None but b is given; pass the entropy that rows_forward returned")
+    z, z_rows = scalar_or_rows(z_loss, "z_loss", logits)
+    check_coefficients(rows, lse, entropy, a, b)
     launch = GRADIENT[logits.dtype].fit(rows.vocab)
     blocks = triton.cdiv(rows.vocab, launch.block)
     with rows.on_device():
@@ -160,7 +155,7 @@ def rows_policy_loss_(
     program = _compiled(record(batch, spec))
     columns = tuple(_column(getattr(batch, name)) for name in program.columns)
     for name, column in zip(program.columns, columns, strict=True):
-        rows.check_vector(column, name, column.dtype)
+        check_vector(column, name, column.dtype, logits)
     want_entropy = want_entropy or spec.needs_entropy
     launch = (ROW_CAPPED if rows.capped else ROW[logits.dtype]).fit(rows.vocab)
     segments = triton.cdiv(rows.vocab, launch.span)
@@ -176,7 +171,7 @@ def rows_policy_loss_(
             )  # fmt: skip
         return logp, entropy, lse
 
-    logp, entropy, lse = _outputs(rows, want_entropy)
+    logp, entropy, lse = outputs(rows.logits, want_entropy)
     with rows.on_device():
         kernels.row_policy_loss[(rows.count,)](
             *rows.arguments, logp, entropy, lse, columns, program.constants, *program.code,
@@ -190,7 +185,7 @@ def _statistics(
     rows: _Rows, launch: Launch, want_entropy: bool, shift: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """rows_forward; shift [2, N] takes (peak, log2 of the sum of exponentials)."""
-    logp, entropy, lse = _outputs(rows, want_entropy)
+    logp, entropy, lse = outputs(rows.logits, want_entropy)
     segments = triton.cdiv(rows.vocab, launch.span)
     partials = torch.empty(3, rows.count, segments, dtype=torch.float32, device=logp.device)
     with rows.on_device():
@@ -205,48 +200,15 @@ def _statistics(
     return logp, entropy, lse
 
 
-class _Rows:
-    """Checked logits and targets, and the arguments that all kernels begin with."""
+class _Rows(Rows):
+    """With the arguments that all kernels begin with."""
 
     def __init__(self, logits: Tensor, targets: Tensor, inv_temperature: float | Tensor, softcap: float | None) -> None:
         if kernels is None:
             raise RuntimeError(_reason)
-        if logits.dtype not in _DTYPES:
-            raise TypeError(f"logits are {logits.dtype}; the triton backend takes float32 or bfloat16")
-        if logits.dim() != 2 or logits.shape[1] < 1:
-            raise ValueError(
-                f"logits have shape {tuple(logits.shape)}; pass [tokens, vocabulary] with at least one column"
-            )
-        self.device = logits.device
-        if self.device.type != "cuda" and not _interpreted():
-            raise ValueError(f"logits are on {self.device}; the triton backend takes CUDA tensors")
-        self.count, self.vocab = logits.shape
+        super().__init__("triton", None if _interpreted() else "cuda", logits, targets, inv_temperature, softcap)
         self.capped = softcap is not None
-        if self.count and (
-            logits.stride(1) != 1 and self.vocab > 1 or self.count > 1 and logits.stride(0) < self.vocab
-        ):
-            raise ValueError(
-                f"logits have strides {logits.stride()}; pass rows with unit column stride: logits.contiguous()"
-            )
-        self.check_vector(targets, "targets", torch.int64)
-        scale, scale_rows = self.scalar_or_rows(inv_temperature, "inv_temperature")
-        stride = logits.stride(0) if self.count > 1 else self.vocab  # the stride of a single row means nothing
-        self.arguments = (logits, stride, self.vocab, targets, scale, scale_rows, softcap or 1.0)
-
-    def check_vector(self, vector: Tensor, name: str, dtype: torch.dtype) -> None:
-        if vector.dtype != dtype:
-            raise TypeError(f"{name} is {vector.dtype}; pass {dtype}")
-        if vector.shape != (self.count,) or vector.device != self.device or not vector.is_contiguous():
-            found = f"shape {tuple(vector.shape)}, strides {vector.stride()}, {vector.device}"
-            raise ValueError(f"{name} has {found}; pass a contiguous vector of length {self.count} on {self.device}")
-
-    def scalar_or_rows(self, value: float | Tensor, name: str) -> tuple[float, Tensor | None]:
-        if not isinstance(value, Tensor):
-            return float(value), None
-        if value.dim() == 0:
-            value = value.to(self.device, torch.float32).expand(self.count).contiguous()  # to look would be a host sync
-        self.check_vector(value, name, torch.float32)
-        return 1.0, value
+        self.arguments = (logits, self.stride, self.vocab, targets, self.scale, self.scale_rows, softcap or 1.0)
 
     def on_device(self) -> contextlib.AbstractContextManager[object]:
         """Triton launches on the current device; this makes it that of the logits."""
@@ -295,11 +257,6 @@ def _column(column: Tensor) -> Tensor:
     if column.dtype == torch.bool:
         return column.contiguous().view(torch.uint8)
     return column.to(torch.float32).contiguous()
-
-
-def _outputs(rows: _Rows, want_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    logp, lse = (torch.empty(rows.count, dtype=torch.float32, device=rows.device) for _ in range(2))
-    return logp, torch.empty_like(logp) if want_entropy else None, lse
 
 
 def _padded(segments: int) -> int:
