@@ -236,6 +236,8 @@ def measure(record: Record, size: str, case: Case, label: str, flags: tuple[str,
                 if transport == "tensor" and not worked:
                     record.by = "disk"
             record.part(f"{label} parity", lambda: parity(place[0], case, record.by))
+            if not case.on_gpu:  # nothing to give back, and no server of its own for that
+                record.part(f"{label} sleep", lambda: sleep(place[0], case, record.by))
         record.part(f"{label} speed", lambda: speed(place[0], case, record.by))
 
 
@@ -250,7 +252,8 @@ def main() -> None:
         case = Case(rounds=2, prompts=4, n=2, tokens=16, on_gpu=torch.cuda.is_available())
         plain = ("--disable-cuda-graph",) if case.on_gpu else ()
         measure(record, "small", case, "small", plain, full=True)
-        measure(record, "small", case, "small, saver", (*plain, "--enable-memory-saver"), full=True)
+        if case.on_gpu:
+            measure(record, "small", case, "small, saver", (*plain, "--enable-memory-saver"), full=True)
     else:
         case = Case(rounds=7, prompts=64, n=8, tokens=256, on_gpu=True)
         eager = ("--disable-cuda-graph",)  # first what is least likely to fail

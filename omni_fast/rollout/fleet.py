@@ -56,6 +56,7 @@ class Server:
     ready: bool = False
     reason: str = "not asked yet"
     in_flight: int = 0
+    doubts: int = 0  # how often its weights were in doubt: what was under way there then is not taken
     asleep: tuple[str, ...] = ()  # what of its memory it has given back, as SGLang names it
     next_probe: float = 0.0
     probe_gap: float = PROBE_S

@@ -24,15 +24,17 @@ import queue
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Protocol
 
 from omni_fast.errors import RunError, UserError
 from omni_fast.rollout.engine import Finished, Progress, Prompt, Sample, Sampling
-from omni_fast.rollout.fleet import MAX_PROBE_S, OLDEST, Fleet, Json, Server, ServerError, member, parse_version
+from omni_fast.rollout.fleet import ASK_S, MAX_PROBE_S, OLDEST, Fleet, Json, Server, ServerError, member, parse_version
 
 ATTEMPTS = 4  # of one group
 REFUSED = (400, 401, 403, 404, 413, 422)  # by HTTP status: the request itself, as another server would refuse it
 NO_ADAPTER = "never been loaded"  # says a server that was started again meanwhile
+MAX_HEALTH_S = 3.0  # of a server that may be back; a healthy one takes 1
 LOOK_S = 0.05  # between two looks at drained servers, and at what has come back
 Done = tuple[int, list[Sample]]
 
@@ -116,7 +118,7 @@ class SGLangEngine:
     def _answers(self, server: Server) -> bool:
         """Whether it is up; else `server.reason` says why not."""
         try:
-            self.fleet.run(self.fleet.ask(server, "/health"))
+            self.fleet.run(self._health(server, ASK_S))
         except ServerError as error:
             if error.status in (401, 403):
                 raise UserError(
@@ -126,6 +128,13 @@ class SGLangEngine:
             return False
         server.reason = ""
         return True
+
+    async def _health(self, server: Server, limit_s: float) -> None:
+        """SGLang answers after a token that it generates. One that a failed sync, or a trainer that died in one, has left
+        paused would never do that: it goes on first, which no prompt of ours sees."""
+        with suppress(ServerError):
+            await self.fleet.ask(server, "/continue_generation", {}, limit_s)
+        await self.fleet.ask(server, "/health", timeout_s=limit_s)
 
     def _introduce(self, server: Server) -> None:
         """Ask who it is. Raises UserError where it is not fit for the policy, ServerError where it does not answer."""
@@ -255,7 +264,7 @@ class SGLangEngine:
         return dark
 
     def _bring_back(self, server: Server) -> None:
-        self.fleet.run(self.fleet.ask(server, "/health", timeout_s=2.0))
+        self.fleet.run(self._health(server, MAX_HEALTH_S))
         how = "is back" if server.known else "has joined"
         if not server.known:
             self._introduce(server)
@@ -290,9 +299,12 @@ class SGLangEngine:
         for _ in range(ATTEMPTS):
             server = await self.fleet.take(turn)
             version, tag = self.version, self._tag  # before the answer, servers may come to hold newer ones
+            doubts = server.doubts
             try:
                 body = request(tokens, n, sampling, tag, self.adapter)
                 data = await self.fleet.ask(server, "/generate", body, self.request_s)
+                if server.doubts > doubts:  # and perhaps its tag is still the old one
+                    raise Aborted(server.url, "/generate", "a sync failed there meanwhile")
                 samples = read(server, data, n, version, tag, self.adapter)
                 self._look_at_ends(server, samples, sampling)
                 return samples

@@ -101,7 +101,7 @@ def up(
     folder: logs and state. adapter_rank: of the LoRA adapters that they shall take. Raises UserError for what the config can mend, RunError otherwise; nothing is left running then.
     """
     device = default_device()
-    saver = ["--enable-memory-saver"] if section.sleep else []
+    saver = ["--enable-memory-saver"] if section.sleep and device == "cuda" else []  # a CPU has nothing to give back
     flags = [*adapter_flags(adapter_rank, device), *saver, *section.flags]
     wanted = launches(role, str(model_folder), device, section.dtype, flags, section.servers)
     started = start(wanted, folder, role=role, timeout_s=section.start_timeout_s, say=say)

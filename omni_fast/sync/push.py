@@ -11,9 +11,9 @@ never stops. Any way old keys and values are not read again, since the cache is 
 A server that fails at any point is drained, so that it gets no prompt while its weights are in doubt; `catch_up` loads the
 current version from disk, for it as for one that was restarted. One sync is under way at a time.
 
-Limits: SGLang shows its weights for the Llama family alone, and no adapter. A server of this host refuses an adapter whose
-checksums are not the trainer's. For all others the version is checked here, the numbers only by the mismatch between the
-server's log-probs and the trainer's, which every step's row has (`rollout_kl_k3`).
+Limits: SGLang shows its weights for the Llama family alone, and no adapter. A server on one GPU gets an adapter inside the
+request, with a checksum of each tensor, and loads no other. For all else the version is checked here, the numbers only by
+the mismatch between the server's log-probs and the trainer's, which every step's row has (`rollout_kl_k3`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import time
@@ -44,7 +45,7 @@ from transformers import PreTrainedModel
 
 from omni_fast.errors import RunError, UserError
 from omni_fast.policy.adapter import save_adapter
-from omni_fast.rollout.fleet import BRACKETS, Fleet, Json, Server, ServerError, member
+from omni_fast.rollout.fleet import ASK_S, BRACKETS, Fleet, Json, Server, ServerError, member
 from omni_fast.sync.broadcast import BroadcastGroup, GroupLost
 from omni_fast.sync.plan import BUCKET_BYTES, Plan, checksum, make_plan, tensors
 
@@ -93,7 +94,7 @@ class WeightSync:
         self._turn = 0
         self._memory: dict[int, Tensor] = {}  # for packed buckets, by number
         self._group: BroadcastGroup | None = None
-        self._adapter: dict[str, Tensor] = {}  # of this tag, in shared memory
+        self._adapter: dict[str, Json] = {}  # of this tag, as a request carries it
         self._adapters: dict[str, list[str]] = {}  # of each server, oldest first
         whole = transport != "adapter"  # beside an adapter the server shows the base alone, which does not change
         self._readable = [name for name, _ in tensors(model) if whole and _readable(model, name)]
@@ -106,8 +107,9 @@ class WeightSync:
         return make_plan(self.model, self.bucket_bytes, dtype)
 
     def close(self) -> None:
-        """While the fleet still runs."""
+        """While the fleet still runs. Servers keep none of the adapters."""
         self._end_group()
+        self.fleet.each(self.fleet.ready, lambda server: self._unload(server, 0, ASK_S))
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # -- before the first step ---------------------------------------------------------------------------------------
@@ -225,7 +227,11 @@ class WeightSync:
     def _on_ready(self, work: Callable[[Server], Awaitable[Json]]) -> None:
         for server, result in self.fleet.each(self.fleet.ready, work):
             if isinstance(result, ServerError):
-                self.fleet.drain(server, f"weight sync: {result.path} {result.reason}")
+                self._doubt(server, result)
+
+    def _doubt(self, server: Server, error: ServerError) -> None:
+        server.doubts += 1
+        self.fleet.drain(server, f"weight sync: {error.path} {error.reason}")
 
     # -- disk --------------------------------------------------------------------------------------------------------
 
@@ -239,40 +245,36 @@ class WeightSync:
     async def _load_folder(self, server: Server) -> Json:
         if self.transport == "adapter":
             return await self._load_adapter(server)
-        body: Json = {"model_path": str(self._folder), "weight_version": self.tag, "flush_cache": False}
+        body: Json = {
+            "model_path": str(self._folder), "load_format": "auto",  # whatever the server was started with
+            "weight_version": self.tag, "flush_cache": False,
+        }  # fmt: skip
         return await self.fleet.ask(server, "/update_weights_from_disk", body, self.load_s)
 
     async def _load_adapter(self, server: Server) -> Json:
-        """The version beside those before it, then the oldest away, which its requests may hold up.
-
-        A server of this host gets the tensors, and loads them if they have the checksums that it is told.
-        """
-        loaded = self._adapters.setdefault(server.url, [])
-        path, body = "/load_lora_adapter", dict[str, Json](lora_name=self.tag, lora_path=str(self._folder))
-        if server.here:
-            path, body = "/load_lora_adapter_from_tensors", self._adapter_by_handle(server.tensor_parallel)
+        """The version beside those before it, then the oldest away, which its requests may hold up."""
+        path, body = "/load_lora_adapter_from_tensors", self._adapter
+        if server.tensor_parallel > 1:  # each of its GPUs would need a copy of its own in the request
+            path, body = "/load_lora_adapter", {"lora_name": self.tag, "lora_path": str(self._folder)}
         try:
             await self.fleet.ask(server, path, body, self.load_s)
         except ServerError as error:
             if "already loaded" not in error.reason:
                 raise
-        loaded.append(self.tag)
+        self._adapters.setdefault(server.url, []).append(self.tag)
         named: Json = {"new_version": self.tag, "abort_all_requests": False}
         await self.fleet.ask(server, "/update_weight_version", named)
-        while len(loaded) > KEPT:
+        return await self._unload(server, KEPT, self.load_s)
+
+    async def _unload(self, server: Server, kept: int, limit_s: float) -> Json:
+        loaded = self._adapters.get(server.url, [])
+        while len(loaded) > kept:
             try:
-                await self.fleet.ask(server, "/unload_lora_adapter", {"lora_name": loaded.pop(0)}, self.load_s)
+                await self.fleet.ask(server, "/unload_lora_adapter", {"lora_name": loaded.pop(0)}, limit_s)
             except ServerError as error:
                 if error.status != 400:  # it was started again and knows none of them
                     raise
         return None
-
-    def _adapter_by_handle(self, readers: int) -> dict[str, Json]:
-        handles: list[Json] = [_handle(self._adapter) for _ in range(readers)]
-        sums: Json = {name: _sha256(value) for name, value in self._adapter.items()}
-        config: Json = json.loads((self._folder / "adapter_config.json").read_text(encoding="utf-8"))
-        said: dict[str, Json] = {"lora_name": self.tag, "config_dict": config, "expected_checksums": sums}
-        return said | {"serialized_named_tensors": handles}
 
     @property
     def _folder(self) -> Path:
@@ -288,7 +290,7 @@ class WeightSync:
             work.mkdir(parents=True)
             if self.transport == "adapter":
                 save_adapter(self.model, work)
-                self._adapter = _shared(load_file(work / "adapter_model.safetensors"))
+                self._adapter = _carried(work) | {"lora_name": self.tag}
             else:
                 self.model.config.save_pretrained(work)
                 kinds = {entry.name: entry.dtype for entry in self.plan.entries}
@@ -391,7 +393,7 @@ class WeightSync:
         )
         for error in lost.failed:
             (server,) = (one for one in self.fleet.servers if one.url == error.url)
-            self.fleet.drain(server, f"weight sync: {error.path} {error.reason}")
+            self._doubt(server, error)
         self._write()
         self._on_ready(self._load_folder)
 
@@ -442,19 +444,20 @@ def _readable(model: PreTrainedModel, name: str) -> bool:
     return plain or not re.search(r"\.[qkv]_proj\.", name)
 
 
-def _shared(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in one piece of shared memory, which lives as long as a reader has it."""
-    with _named_memory():
-        flat = torch.cat([value.flatten() for value in values.values()]).share_memory_()
-    parts = flat.split([value.numel() for value in values.values()])
-    return {name: part.view(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)}
+def _carried(folder: Path) -> dict[str, Json]:
+    """A saved adapter inside a request, with the SHA-256 of each tensor."""
+    values = {name: value.clone() for name, value in load_file(folder / "adapter_model.safetensors").items()}
+    numbers: Json = [base64.b64encode(pickle.dumps(values)).decode()]
+    sums: Json = {name: _sha256(value) for name, value in values.items()}
+    config: Json = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return {"config_dict": config, "serialized_named_tensors": numbers, "expected_checksums": sums}
 
 
 def _sha256(value: Tensor) -> str:
     return hashlib.sha256(value.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def _handle(views: list[tuple[str, Tensor]] | dict[str, Tensor]) -> str:
+def _handle(views: list[tuple[str, Tensor]]) -> str:
     """What one reader needs to map the views: each opening takes one reference, so every reader gets its own."""
     buffer = io.BytesIO()
     with _named_memory():

@@ -326,6 +326,14 @@ def own_logprobs(model: torch.nn.Module, one: Trajectory) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("original")
+def test_a_server_that_a_dead_trainer_left_paused_serves_the_policy(url: str, tmp_path: Path) -> None:
+    policy, prompts = tiny_llama(4), some_prompts(2)
+    post(url, "/pause_generation", {"mode": "in_place"})
+    with engine(url, policy, tmp_path) as made:
+        assert_of_the_policy(policy, prompts, made.generate(prompts, 2, SAMPLING), 2, 0)
+
+
+@pytest.mark.usefixtures("original")
 def test_a_server_that_slept_serves_the_policy_again(url: str, tmp_path: Path) -> None:
     """On a CPU SGLang answers and frees nothing; it keeps the states, and dies of a wrong order of calls, as on a GPU."""
     policy, prompts = tiny_llama(0), some_prompts(4)
@@ -355,8 +363,12 @@ def test_an_adapter_is_served_beside_the_base_that_stays(adapter_url: str, tmp_p
             (sample,) = generate(adapter_url, [7, 8, 9], max_new_tokens=12, temperature=0.7, ignore_eos=True)
             expected = teacher_forced(base, [7, 8, 9], sample, 0.7)
             torch.testing.assert_close(logprobs(sample), expected, atol=TOLERANCE, rtol=0)
-    held = [name for name in get(adapter_url, "/v1/models").split('"') if name.startswith(made.weights.run)]
-    assert len({*held}) == 3, "older ones are taken away"
+        assert len(held(adapter_url, made.weights.run)) == 3, "older ones are taken away"
+    assert not held(adapter_url, made.weights.run), "all of them at the end"
+
+
+def held(url: str, run: str) -> set[str]:
+    return {name for name in get(url, "/v1/models").split('"') if name.startswith(run)}
 
 
 def test_an_adapter_with_one_wrong_number_is_not_served(

@@ -128,7 +128,15 @@ class FakeSGLang(ThreadingHTTPServer):
         return 404, {"detail": "Not Found"}
 
     def health(self, body: dict) -> tuple[int, object]:
-        return 200, None
+        """By generating a token."""
+        return 200 if self._goes_on() else 503, None
+
+    def _goes_on(self) -> bool:
+        """Waits while it is paused, as a prompt does."""
+        until = time.monotonic() + 20
+        while self.paused and time.monotonic() < until:
+            time.sleep(0.01)
+        return not self.paused
 
     def model_info(self, body: dict) -> tuple[int, object]:
         return 200, {"weight_version": self.weight_version, "architectures": [self.architecture]}
@@ -276,7 +284,7 @@ class FakeSGLang(ThreadingHTTPServer):
         if any(token >= self.vocabulary for token in body.get("token_ids_logprob", [])):
             message = f"token_ids_logprob contains out-of-vocabulary token id; valid range is [0, {self.vocabulary})."
             return 400, {"error": {"message": message}}
-        assert not self.paused and not self.asleep, "a prompt while paused or asleep"
+        assert self._goes_on() and not self.asleep, "a prompt while paused for long, or asleep"
         if (name := body.get("lora_path")) is not None and name not in self.adapters:
             return 400, {"error": {"message": f"Got LoRA adapter that has never been loaded: {name}"}}
         draw = body["sampling_params"]

@@ -28,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni_fast.errors import RunError, UserError
+from omni_fast.rollout import sglang
 from omni_fast.rollout.engine import Prompt, Sampling
 from omni_fast.rollout.fleet import Fleet, Server, ServerError, parse_version
 from omni_fast.rollout.sglang import SGLangEngine, read, request
@@ -188,7 +189,7 @@ STARTS = {
 def test_a_server_that_does_not_get_ready_is_told_before_the_first_step(
     fault: Fault, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Fleet.ask, "__defaults__", (None, 0.2))
+    monkeypatch.setattr(sglang, "ASK_S", 0.2)
     server = fake()
     server.faults.append(("/health", fault))
     with pytest.raises(UserError, match=told), engine(server, wait_s=0.3):

@@ -385,6 +385,39 @@ def test_in_a_run_other_tensors_are_read_back_each_time(tmp_path: Path) -> None:
     assert len(read) == 21 and set(read) == set(names), "all are read in turn"
 
 
+def test_a_server_that_a_dead_trainer_left_paused_goes_on(tmp_path: Path) -> None:
+    """A paused one does not answer /health, which generates a token."""
+    model = llama()
+    server = fake(model)
+    server.paused = True
+    with engine(model, tmp_path, server) as made:
+        assert made.generate(PROMPTS, 2, SAMPLING) and made.said == []
+        check_equal(model, server)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_samples_from_before_a_failed_sync_are_asked_for_again(tmp_path: Path, transport: str) -> None:
+    """Half of the weights may be new in them, under the old version."""
+    model = llama()
+    servers = [fake(model), fake(model)]
+    limits = {"load_s": 2.0, "broadcast_s": 0.5, "bucket_bytes": 20_000}
+    with engine(model, tmp_path, *servers, transport=transport, **limits) as made:
+        for server in servers:
+            server.faults.append(("/generate", slow(0.3)))
+        rollout = made.start(PROMPTS, 2, SAMPLING)
+        while not all(server.working for server in servers):
+            time.sleep(0.01)
+        lost = servers[0].working
+        load = next(path for path, _ in servers[0].asked if path.startswith("/update_weights"))
+        servers[0].faults.append((load, times(1, status(400))))
+        move(model)
+        made.sync(1)
+        assert not made.fleet.servers[0].ready or transport == "distributed"
+        assert len(rollout.wait()) == len(PROMPTS)
+        asked = sum("extra_key" in body for server in servers for body in server.paths("/generate"))
+        assert asked == len(PROMPTS) + (lost if transport != "distributed" else 0)
+
+
 @pytest.mark.parametrize("fault", [None, status(503), cut, silent], ids=["well", "503", "cut", "silent"])
 def test_a_drained_server_that_still_works_is_paused_before_it_is_loaded(
     tmp_path: Path, fault: Fault | None, monkeypatch: pytest.MonkeyPatch
@@ -404,9 +437,9 @@ def test_a_drained_server_that_still_works_is_paused_before_it_is_loaded(
         server.weight_version, start, before = "lost", time.monotonic(), len(server.asked)
         made.generate(PROMPTS, 2, SAMPLING)
         assert time.monotonic() - start < 5, "it waited for the request"
-        paths = [path for path, _ in server.asked[before:] if path.startswith(("/pause", "/update", "/continue"))]
+        paths = [path for path, _ in server.asked[before:] if path.startswith(("/pause", "/update"))]
         tries = ["/pause_generation"] * (1 + (fault is not None))
-        assert paths == [*tries, "/update_weights_from_disk", "/continue_generation"]
+        assert paths == [*tries, "/update_weights_from_disk"]
         assert not server.paused and server.weight_version == made.weights.tag
         check_equal(model, server)
 
