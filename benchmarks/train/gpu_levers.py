@@ -32,10 +32,10 @@ def levers(setup: Setup) -> tuple[Lever, ...]:
     backend = "inductor" if case.device == "cuda" else "aot_eager"
     quarter, half = policy.tokens_per_microbatch // 4, -(-case.batch // 2)
     return (
-        Lever("attention by SDPA, a call a bucket", "update", "FlexAttention, a call a layer", _with(learn, flex_rows), "update"),
+        Lever("attention by SDPA, a call a bucket", "update", "FlexAttention, a call a layer", with_attention(learn, flex_rows), "update"),
         Lever("blocks of 64 rows", "update", "256 rows", changed(learn, tree_attention, BLOCK_ROWS=256), "update"),
-        Lever("unshared: SDPA, not torch varlen", "update", "torch.nn.attention.varlen", _with(alone, torch_varlen), "unshared"),
-        Lever("unshared: SDPA, not flash-attn", "update", "flash-attn's varlen", _with(alone, flash_varlen), "unshared"),
+        Lever("unshared: SDPA, not torch varlen", "update", "torch.nn.attention.varlen", with_attention(alone, torch_varlen), "unshared"),
+        Lever("unshared: SDPA, not flash-attn", "update", "flash-attn's varlen", with_attention(alone, flash_varlen), "unshared"),
         Lever("all rows of a pass", "update", "a quarter of them a pass", changed(learn, policy, tokens_per_microbatch=quarter),
               "update"),
         Lever("all rows in one wave", "generate", "two waves", changed(setup.calls["generate"], setup.engine, max_rows=half),
@@ -82,7 +82,7 @@ def chains(tree: TreeLayout) -> tuple[Tensor, int]:
     return _bounds[0][1:]
 
 
-def _with(call: Callable[[], object], attend: Attend) -> Callable[[], object]:
+def with_attention(call: Callable[[], object], attend: Attend) -> Callable[[], object]:
     """`call` with another attention over rows."""
     attention = tree_attention.tree_attention
 

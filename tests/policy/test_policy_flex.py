@@ -1,19 +1,24 @@
-"""FlexAttention over prefix trees: the rule k <= q < end[k], its blocks, and values and gradients of the bucketed path."""
+"""FlexAttention over prefix trees: the rule k <= q < end[k], its blocks, and values and gradients of the bucketed path.
+
+And the alternatives that benchmarks/train/gpu_levers.py measures on a GPU: chains for varlen kernels, compiled layers.
+"""
 
 from __future__ import annotations
 
 import random
 import warnings
 from collections.abc import Callable
-from types import SimpleNamespace
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import LlamaForCausalLM
 
+from benchmarks.train import gpu_levers
 from omni_fast.policy import flex_attention, tree_attention
 from omni_fast.policy.pack import Share, Trajectory, pack
 from omni_fast.policy.tree_attention import TreeLayout
@@ -133,7 +138,32 @@ def test_the_mask_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -
     assert len(made) == 3
 
 
-def test_a_step_with_it_is_the_same_step(
+def step(model: LlamaForCausalLM, batch: list[Trajectory], share: Share = "tree") -> tuple[Policy, Callable[[], float]]:
+    policy = Policy(
+        model, loss=LossSpec.preset("dapo"), learning_rate=1e-2, dtype=torch.float32, tokens_per_microbatch=20, share=share
+    )  # fmt: skip
+    return policy, lambda: policy.update(batch)["microbatches"]
+
+
+def gradient(policy: Policy) -> torch.Tensor:
+    return torch.cat([slot.sum().flatten() for slot in policy.slots])
+
+
+def by_chain(
+    q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, tree: TreeLayout, scale: float
+) -> torch.Tensor:
+    """What a varlen kernel computes, from the same bounds."""
+    bounds, longest = gpu_levers.chains(tree)
+    edges = bounds.tolist()
+    assert longest == max(b - a for a, b in pairwise(edges)) and edges[-1] == len(q_THD)
+    parts = []
+    for a, b in pairwise(edges):
+        q, k, v = (states[a:b].transpose(0, 1)[None] for states in (q_THD, k_TKD, v_TKD))
+        parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)[0])
+    return torch.cat(parts, dim=1).transpose(0, 1)
+
+
+def test_alternatives_make_the_same_step(
     monkeypatch: pytest.MonkeyPatch,
     build_model: Callable[..., LlamaForCausalLM],
     build_batch: Callable[..., list[Trajectory]],
@@ -141,17 +171,19 @@ def test_a_step_with_it_is_the_same_step(
     monkeypatch.setattr(flex_attention, "ROW_STEP", 128)
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
     batch = build_batch(4)
-    found = []
-    for attend in (tree_attention._Direct.apply, flex_attention.flex_rows):
-        monkeypatch.setattr(tree_attention, "_Direct", SimpleNamespace(apply=attend))
-        policy = Policy(
-            build_model(),
-            loss=LossSpec.preset("dapo"),
-            learning_rate=1e-2,
-            dtype=torch.float32,
-            tokens_per_microbatch=20,
-        )
-        metrics = policy.update(batch)
-        assert metrics["microbatches"] > 1
-        found.append((metrics["loss"], torch.cat([slot.sum().flatten() for slot in policy.slots])))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    plain, update = step(build_model(), batch)
+    assert update() > 1
+    for attend, share in ((flex_attention.flex_rows, "tree"), (by_chain, "none")):
+        policy, update = step(build_model(), batch, share)
+        gpu_levers.with_attention(update, attend)()
+        torch.testing.assert_close(gradient(policy), gradient(plain), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="branches"):
+        gpu_levers.with_attention(step(build_model(), batch)[1], by_chain)()
+
+    policy, update = step(build_model(), batch)
+    own = [module.__dict__.get("forward") for module in policy.model.modules()]
+    torch.compiler.reset()
+    with gpu_levers.compiled_layers(policy.model, "aot_eager"):
+        update()
+    torch.testing.assert_close(gradient(policy), gradient(plain), rtol=1e-4, atol=1e-6)
+    assert [module.__dict__.get("forward") for module in policy.model.modules()] == own
