@@ -8,11 +8,14 @@ negative cells are hatched, stacked bars have patterns. NaN leaves a gap in a li
 from __future__ import annotations
 
 import html
+import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from omni_fast.curriculum.scores import Estimate
 
 SERIES = 8  # distinct colours, dashes and markers; a ninth series starts over
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -206,6 +209,10 @@ class Mark:
     hollow: bool = False
 
 
+def mark(estimate: Estimate, style: int, hollow: bool = False) -> Mark:
+    return Mark(estimate.value, estimate.low, estimate.high, style, hollow)
+
+
 @dataclass(frozen=True, slots=True)
 class MarkRow:
     """One row: its label, the marks (one below the other) and text at the right."""
@@ -388,6 +395,27 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -
         for row in rows
     )
     return f"<div class=scroll><table class=plain><tr>{head}</tr>{body}</table></div>"
+
+
+def pair_table(tasks: Sequence[str], shares: Mapping[tuple[str, str], float]) -> str:
+    """(first, then) -> share of draws in which that order of the two is better; NaN where it is not known."""
+    rows = []
+    for first in tasks:
+        values = [shares.get((first, then), math.nan) for then in tasks]
+        rows.append((f"{first} first", [Cell(x, f"{x:.0%}" if math.isfinite(x) else "") for x in values]))
+    title = "<h3>Which of two tasks is better placed right before the other (share of draws)</h3>"
+    return title + heat_table([f"then {task}" for task in tasks], rows, scale=1.0, corner="")
+
+
+def verdict(sentences: Sequence[tuple[str, str]]) -> str:
+    """(tone, text) as a list, marked by tone."""
+    items = "".join(f"<li class={tone}>{text(said)}</li>" for tone, said in sentences)
+    return f"<ul class=verdict>{items}</ul>" if items else ""
+
+
+def configuration(config: object) -> str:
+    shown = json.dumps(config, indent=2, ensure_ascii=False, default=str)
+    return f"<details><summary>Configuration</summary><pre>{text(shown)}</pre></details>"
 
 
 def duration(seconds: float) -> str:

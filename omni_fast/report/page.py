@@ -7,20 +7,26 @@ scripts and external resources by its own policy.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 
 from pydantic import JsonValue
 
 from omni_fast.report import charts, hacking, training
-from omni_fast.report.charts import Cell, Mark, MarkRow, duration, facts_table, table, text
-from omni_fast.report.verdict import brief, headline, listing, mapping, names, number, points, sentences, span
+from omni_fast.report.charts import Cell, MarkRow, duration, facts_table, mark, table, text
+from omni_fast.report.verdict import brief, estimate, headline, listing, mapping, names, number, points, sentences, span
 
 Json = Mapping[str, JsonValue]
 Rows = Sequence[Json]
 
 MAX_SAMPLES_PER_TASK = 3
+ERRORS = {  # of a forecast: heading, and whether it has a sign
+    "mean_absolute": ("mean absolute", False),
+    "bias": ("bias", True),
+    "rmse": ("root mean square", False),
+    "pearson": ("Pearson", True),
+    "spearman": ("Spearman", True),
+}
 NOTES = {
     "Accuracy matrix": (
         "Test score of every task (columns) for the initial policy and after each stage (rows). The framed cell is the task"
@@ -105,52 +111,38 @@ def _status(result: Json) -> str:
 
 
 def _tiles(result: Json) -> str:
-    intervals, seconds = mapping(result.get("intervals")), mapping(result.get("seconds"))
-    average, bwt = mapping(intervals.get("gain_average")), mapping(result.get("bwt"))
-    tiles: list[tuple[str, str, str]] = []
-    if math.isfinite(number(average.get("value"))):
-        tiles.append(("average gain on test", points(number(average.get("value"))), span(average)))
-    if math.isfinite(number(bwt.get("value"))):
-        tiles.append(("backward transfer", points(number(bwt.get("value"))), span(bwt)))
-    probability = number(result.get("order_probability"))
-    if math.isfinite(probability):
-        tiles.append(("this order is the best in", f"{probability:.0%}", "of the bootstrap draws"))
-    total = number(seconds.get("total"))
-    if math.isfinite(total):
-        tiles.append(("total time", duration(total), f"of which training {duration(number(seconds.get('train')))}"))
-    peak = number(result.get("peak_bytes"))
-    if math.isfinite(peak):
-        tiles.append(("peak memory", f"{peak / 2**30:.1f} GiB", ""))
-    return charts.tiles(tiles)
+    seconds = mapping(result.get("seconds"))
+    average, bwt = estimate(mapping(result.get("intervals")).get("gain_average")), estimate(result.get("bwt"))
+    probability, peak = number(result.get("order_probability")), number(result.get("peak_bytes"))
+    total, train = number(seconds.get("total")), number(seconds.get("train"))
+    tiles = [
+        (average.value, "average gain on test", points(average.value), span(average)),
+        (bwt.value, "backward transfer", points(bwt.value), span(bwt)),
+        (probability, "this order is the best in", f"{probability:.0%}", "of the bootstrap draws"),
+        (total, "total time", duration(total), f"of which training {duration(train)}"),
+        (peak, "peak memory", f"{peak / 2**30:.1f} GiB", ""),
+    ]
+    return charts.tiles([(what, shown, small) for value, what, shown, small in tiles if math.isfinite(value)])
 
 
 def _verdict(result: Json) -> str:
-    found = sentences(result)
-    if not found:
-        return ""
-    return f"<ul class=verdict>{''.join(f'<li class={s.tone}>{text(s.text)}</li>' for s in found)}</ul>"
+    return charts.verdict([(found.tone, found.text) for found in sentences(result)])
 
 
 def _matrix(result: Json) -> str:
-    tasks = names(result.get("tasks"))
-    base = mapping(result.get("base"))
+    tasks, base = names(result.get("tasks")), result.get("base")
     if not base:
         return ""
-    rows = [("initial policy", [_score_cell(base.get(task)) for task in tasks])]
-    for place, value in enumerate(listing(result.get("stages")), start=1):
-        stage = mapping(value)
-        own, row = str(stage.get("task", "")), mapping(stage.get("scores"))
-        cells = [_score_cell(row.get(task), outlined=task == own or own == "joint") for task in tasks]
-        rows.append((f"{place}. after {own}", cells))
+    rows = [("initial policy", _score_cells(tasks, base))]
+    for place, stage in enumerate(map(mapping, listing(result.get("stages"))), start=1):
+        own = str(stage.get("task", ""))
+        rows.append((f"{place}. after {own}", _score_cells(tasks, stage.get("scores"), own)))
     body = charts.heat_table(tasks, rows, scale=1.0, corner="policy \\ scored on")
     single = mapping(result.get("single"))
     if single:
-        split = str(result.get("single_split", "select"))
-        own_rows = [
-            (f"only {trained}", [_score_cell(mapping(row).get(task), outlined=task == trained) for task in tasks])
-            for trained, row in single.items()
-        ]
+        own_rows = [(f"only {task}", _score_cells(tasks, row, task)) for task, row in single.items()]
         alone = charts.heat_table(tasks, own_rows, scale=1.0, corner="policy \\ scored on")
+        split = str(result.get("single_split", "select"))
         body = (
             f"<div class=beside><div><h3>The run, stage by stage</h3>{body}</div>"
             f"<div><h3>Each task alone, from the initial policy (split {text(split)})</h3>{alone}</div></div>"
@@ -158,28 +150,26 @@ def _matrix(result: Json) -> str:
     return body
 
 
-def _score_cell(value: JsonValue, outlined: bool = False) -> Cell:
-    score = mapping(value)
-    x = number(score.get("value"))
-    return Cell(x, points(x, signed=False), brief(score, signed=False), outlined)
+def _score_cells(tasks: Sequence[str], row: JsonValue, own: str = "") -> list[Cell]:
+    """own: the task to frame, or "joint" for all."""
+    scores = [estimate(mapping(row).get(task)) for task in tasks]
+    return [
+        Cell(score.value, points(score.value, False), brief(score, signed=False), own in (task, "joint"))
+        for task, score in zip(tasks, scores, strict=True)
+    ]
 
 
 def _transfer(result: Json) -> str:
     tasks, matrix = names(result.get("tasks")), mapping(result.get("transfer"))
     if not matrix:
         return ""
-    rows = []
-    for trained in tasks:
-        effects = [mapping(mapping(matrix.get(trained)).get(scored)) for scored in tasks]
-        values = [number(effect.get("value")) for effect in effects]
-        cells = [Cell(x, points(x), brief(e), trained == j) for x, e, j in zip(values, effects, tasks, strict=True)]
-        rows.append((trained, cells))
-    off = [abs(c.value) for _, cells in rows for c in cells if not c.outlined and math.isfinite(c.value)]
+    found = {(i, j): estimate(mapping(matrix.get(i)).get(j)) for i in tasks for j in tasks}
+    rows = [
+        (i, [Cell(found[i, j].value, points(found[i, j].value), brief(found[i, j]), i == j) for j in tasks])
+        for i in tasks
+    ]
+    off = [abs(effect.value) for (i, j), effect in found.items() if i != j and math.isfinite(effect.value)]
     return charts.heat_table(tasks, rows, scale=max([*off, 0.05]) * 1.2, corner="trained \\ scored on")
-
-
-def _mark(score: Json, style: int, hollow: bool = False) -> Mark:
-    return Mark(number(score.get("value")), number(score.get("low")), number(score.get("high")), style, hollow)
 
 
 def _order(result: Json) -> str:
@@ -190,43 +180,37 @@ def _order(result: Json) -> str:
     body += facts_table([("found by", text(str(result.get("order_method", "–"))))])
     tasks, pairs = names(result.get("tasks")), mapping(result.get("pairs"))
     if len(tasks) > 2 and pairs:
-        rows = []
-        for first in tasks:
-            row = mapping(pairs.get(first))
-            values = [number(row.get(then)) for then in tasks]
-            rows.append((f"{first} first", [Cell(x, f"{x:.0%}" if math.isfinite(x) else "") for x in values]))
-        body += "<h3>Which of two tasks is better placed right before the other (share of draws)</h3>"
-        body += charts.heat_table([f"then {task}" for task in tasks], rows, scale=1.0, corner="")
+        body += charts.pair_table(
+            tasks, {(i, j): number(mapping(pairs.get(i)).get(j)) for i in tasks for j in tasks if i != j}
+        )
     return body
 
 
 def _forecast(result: Json) -> str:
-    tasks, forecast, final = names(result.get("tasks")), mapping(result.get("forecast")), mapping(result.get("final"))
-    if not forecast:
+    kinds = [
+        ("base", "initial policy", 7, True),
+        ("forecast", "forecast (differences)", 2, False),
+        ("forecast_multiplicative", "forecast (ratios)", 1, True),
+        ("final", "realised", 0, False),
+    ]
+    found = {key: mapping(result.get(key)) for key, *_ in kinds}
+    if not found["forecast"]:
         return ""
-    ratio, base = mapping(result.get("forecast_multiplicative")), mapping(result.get("base"))
+    kinds = [kind for kind in kinds if found[kind[0]] or kind[0] != "forecast_multiplicative"]
     rows = []
-    for task in tasks:
-        marks = [_mark(mapping(base.get(task)), 7, True), _mark(mapping(forecast.get(task)), 2)]
-        if ratio:
-            marks.append(_mark(mapping(ratio.get(task)), 1, True))
-        marks.append(_mark(mapping(final.get(task)), 0))
-        off = number(mapping(forecast.get(task)).get("value")) - number(mapping(final.get(task)).get("value"))
-        rows.append(MarkRow(task, marks, f"forecast {points(off)} off" if math.isfinite(off) else "not realised yet"))
-    keys = [("initial policy", 7, True), ("forecast (differences)", 2, False)]
-    keys += [("forecast (ratios)", 1, True)] if ratio else []
-    keys += [("realised", 0, False)]
-    body = charts.mark_rows(rows, keys=keys, label="score")
+    for task in names(result.get("tasks")):
+        scores = {key: estimate(row.get(task)) for key, row in found.items()}
+        off = scores["forecast"].value - scores["final"].value
+        note = f"forecast {points(off)} off" if math.isfinite(off) else "not realised yet"
+        rows.append(MarkRow(task, [mark(scores[key], style, hollow) for key, _, style, hollow in kinds], note))
+    body = charts.mark_rows(rows, keys=[(name, style, hollow) for _, name, style, hollow in kinds], label="score")
     lines = []
-    for form, value in mapping(result.get("forecast_error")).items():
-        error = mapping(value)
-        cells = [number(error.get(key)) for key in ("mean_absolute", "bias", "rmse", "pearson", "spearman")]
-        shown = [points(cells[0], False), points(cells[1]), points(cells[2], False), points(cells[3]), points(cells[4])]
-        lines.append([form, str(int(number(error.get("n")))) if math.isfinite(number(error.get("n"))) else "–", *shown])
+    for form, error in mapping(result.get("forecast_error")).items():
+        n, *rest = (number(mapping(error).get(key)) for key in ("n", *ERRORS))
+        lines.append([form, f"{n:.0f}", *(points(x, ERRORS[key][1]) for key, x in zip(ERRORS, rest, strict=True))])
     if lines:
-        body += "<h3>Error over all stages and tasks</h3>" + table(
-            ["forecast", "points", "mean absolute", "bias", "root mean square", "Pearson", "Spearman"], lines
-        )
+        body += "<h3>Error over all stages and tasks</h3>"
+        body += table(["forecast", "points", *(name for name, _ in ERRORS.values())], lines)
         body += (
             "<p class=dim>Correlations are within task: each task's values are centred first, because the tasks' levels"
             " alone would correlate.</p>"
@@ -292,31 +276,14 @@ def _sample(sample: Json) -> str:
 
 
 def _setting(result: Json) -> str:
-    facts = []
-    for key in ("model", "sandbox", "judge"):
-        value = result.get(key)
-        if isinstance(value, str) and value:
-            facts.append((key, text(value)))
-    method = mapping(result.get("intervals")).get("method")
-    if isinstance(method, str):
-        facts.append(("intervals", text(method)))
-    sizes = {
-        task: int(number(mapping(s).get("n")))
-        for task, s in mapping(result.get("base")).items()
-        if math.isfinite(number(mapping(s).get("n")))
-    }
-    if sizes:
-        facts.append(("test items", text(", ".join(f"{task} {n}" for task, n in sizes.items()))))
+    facts = [(key, text(str(result[key]))) for key in ("model", "sandbox", "judge") if result.get(key)]
+    if method := mapping(result.get("intervals")).get("method"):
+        facts.append(("intervals", text(str(method))))
+    if sizes := [f"{task} {estimate(score).n}" for task, score in mapping(result.get("base")).items()]:
+        facts.append(("test items", text(", ".join(sizes))))
     for policy, value in mapping(result.get("truncated")).items():
-        shares = [(task, number(share)) for task, share in mapping(value).items()]
-        listed = ", ".join(f"{task} {share:.0%}" for task, share in shares if math.isfinite(share))
+        listed = ", ".join(f"{task} {number(share):.0%}" for task, share in mapping(value).items())
         facts.append((f"met the token limit, {_policy_name(policy)}", text(listed)))
-    versions = mapping(result.get("versions"))
-    if versions:
+    if versions := mapping(result.get("versions")):
         facts.append(("versions", text(", ".join(f"{name} {value}" for name, value in versions.items()))))
-    config = result.get("config")
-    body = facts_table(facts)
-    if config:
-        shown = json.dumps(config, indent=2, ensure_ascii=False, default=str)
-        body += f"<details><summary>Configuration</summary><pre>{text(shown)}</pre></details>"
-    return body
+    return facts_table(facts) + (charts.configuration(result["config"]) if result.get("config") else "")

@@ -13,6 +13,8 @@ from typing import Literal
 
 from pydantic import JsonValue
 
+from omni_fast.curriculum.scores import Estimate
+
 Json = Mapping[str, JsonValue]
 Tone = Literal["good", "bad", "open"]
 
@@ -59,20 +61,22 @@ def points(x: float, signed: bool = True) -> str:
     return f"{x:+.3f}".replace("-", "−") if signed else f"{x:.3f}"
 
 
-def span(score: Json, signed: bool = True) -> str:
-    """The interval of a score as text, "" when there is none."""
-    low, high = number(score.get("low")), number(score.get("high"))
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return ""
-    return f"{points(low, signed)} to {points(high, signed)}"
+def estimate(x: JsonValue) -> Estimate:
+    """A score of result.json; NaN where it is not known."""
+    found = mapping(x)
+    value, n, low, high = (number(found.get(key)) for key in ("value", "n", "low", "high"))
+    return Estimate(value, int(n) if math.isfinite(n) else 0, low, high)
 
 
-def brief(score: Json, signed: bool = True) -> str:
+def span(score: Estimate, digits: int = 3) -> str:
+    """The interval as text, +0.011 to +0.083; "" when there is none."""
+    known = math.isfinite(score.low) and math.isfinite(score.high)
+    return f"{score.low:+.{digits}f} to {score.high:+.{digits}f}".replace("-", "−") if known else ""
+
+
+def brief(score: Estimate, signed: bool = True) -> str:
     """The interval with two decimals, for a cell."""
-    low, high = number(score.get("low")), number(score.get("high"))
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return ""
-    return f"{low:+.2f} to {high:+.2f}".replace("-", "−") if signed else f"{low:.2f}–{high:.2f}"
+    return span(score, digits=2) if signed else span(score, digits=2).replace("+", "").replace(" to ", "–")
 
 
 def typeset(sentence: str) -> str:
@@ -80,17 +84,16 @@ def typeset(sentence: str) -> str:
     return re.sub(r"-(?=\d)", "−", sentence.replace("->", "→"))
 
 
-def direction(gain: Json) -> Tone | None:
+def direction(gain: Estimate) -> Tone | None:
     """good: the whole interval above 0; bad: below 0; open: it holds 0; None: not measured."""
-    low, high = number(gain.get("low")), number(gain.get("high"))
-    if not (math.isfinite(low) and math.isfinite(high)):
+    if not (math.isfinite(gain.low) and math.isfinite(gain.high)):
         return None
-    return "good" if low > 0 else "bad" if high < 0 else "open"
+    return "good" if gain.low > 0 else "bad" if gain.high < 0 else "open"
 
 
 def headline(result: Json) -> Sentence:
     """The one sentence a reader takes away."""
-    average = mapping(mapping(result.get("intervals")).get("gain_average"))
+    average = estimate(mapping(result.get("intervals")).get("gain_average"))
     tone = direction(average)
     count = len(names(result.get("tasks")))
     if tone is None:
@@ -99,7 +102,7 @@ def headline(result: Json) -> Sentence:
             f"{done} of {len(names(result.get('order'))) or count} stages are done" if done else "no stage is done yet"
         )
         return Sentence("open", f"This run is not finished: {have}. What follows is what it has measured so far.")
-    value, low_high = points(number(average.get("value"))), span(average)
+    value, low_high = points(average.value), span(average)
     over = f"over {count} tasks" if count > 1 else "on the one task"
     if tone == "good":
         return Sentence(
@@ -120,12 +123,12 @@ def _tasks(result: Json) -> list[Sentence]:
     by: dict[Tone, list[str]] = {"good": [], "bad": [], "open": []}
     unknown = []
     for task in names(result.get("tasks")):
-        gain = mapping(gains.get(task))
+        gain = estimate(gains.get(task))
         tone = direction(gain)
         if tone is None:
             unknown.append(task)
         else:
-            by[tone].append(f"{task} {points(number(gain.get('value')))} ({span(gain)})")
+            by[tone].append(f"{task} {points(gain.value)} ({span(gain)})")
     out = []
     if by["good"]:
         out.append(Sentence("good", f"Rose: {'; '.join(by['good'])}."))
@@ -152,11 +155,11 @@ def _order(result: Json) -> list[Sentence]:
 
 
 def _memory(result: Json) -> list[Sentence]:
-    bwt = mapping(result.get("bwt"))
+    bwt = estimate(result.get("bwt"))
     tone = direction(bwt)
     if tone is None:
         return []
-    value, low_high = points(number(bwt.get("value"))), span(bwt)
+    value, low_high = points(bwt.value), span(bwt)
     what = {
         "good": "later stages helped the tasks trained before them",
         "bad": "later stages cost the tasks trained before them",

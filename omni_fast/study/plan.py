@@ -49,10 +49,12 @@ def describe(design: Design, folder: Path, jobs: int) -> list[str]:
         if not arm.every:
             path = " > ".join(design.path(arm.name, arm.seeds[0]) or ("order from measured transfer",))
             rows.append(
-                (f"  {arm.name}", f"seeds {len(arm.seeds)}  {path if arm.kind != 'base' else 'the initial policy'}")
+                (f"  {arm.name:<22}", f"seeds {len(arm.seeds)}  {path if arm.kind != 'base' else 'the initial policy'}")
             )
     if orders := [arm for arm in arms if arm.every]:
-        rows.append(("  every order", f"seeds {len(orders[0].seeds)}  {len(orders)} that share their first stages"))
+        rows.append(
+            (f"  {'every order':<22}", f"seeds {len(orders[0].seeds)}  {len(orders)} that share their first stages")
+        )
     samples, budget = design.samples(steps), design.samples(design.steps * tasks)
     rows += [
         ("policies", f"at most {policies:,} to train and score ({each} a seed)"),
@@ -62,7 +64,7 @@ def describe(design: Design, folder: Path, jobs: int) -> list[str]:
     ]
     if few := [arm.name for arm in arms if len(arm.seeds) < 5 and arm.kind in ("base", "joint", "merge")]:
         rows.append(("note", f"fewer than 5 seeds for {', '.join(few)}: intervals between seeds are then a hint"))
-    return [f"{name:<24} {what}" for name, what in rows]
+    return [f"{name:<16} {what}" for name, what in rows]
 
 
 def _cost(design: Design, steps: int, trained: int, scored: int, policies: int, jobs: int) -> str:

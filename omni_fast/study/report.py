@@ -6,18 +6,16 @@ names what is missing. Drawings differ in hatch, dash and marker, not in colour 
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from omni_fast.curriculum.scores import Estimate, Floats
 from omni_fast.report import charts
-from omni_fast.report.charts import Cell, Line, Mark, MarkRow, Stack, facts_table, text
-from omni_fast.report.verdict import Sentence, points
+from omni_fast.report.charts import Cell, Line, MarkRow, Stack, facts_table, mark, text
+from omni_fast.report.verdict import points, span
 from omni_fast.study import records
 from omni_fast.study.analysis import BASE, JOINT, ArmRow
 from omni_fast.study.analysis_orders import AVERAGE
@@ -29,7 +27,6 @@ from omni_fast.study.report_findings import (
     headline,
     p_value,
     percent,
-    span,
     tables,
     verdict,
 )
@@ -91,7 +88,7 @@ def page(found: Findings) -> str:
     """The whole page."""
     made = {name: "".join(_html(each) for each in section) for name, section in tables(found).items()}
     bodies = {
-        "What the data supports": _verdict(verdict(found)),
+        "What the data supports": charts.verdict([(told.tone, told.text) for told in verdict(found)]),
         "Arms": (_gains(found) + made["arms"]) if made["arms"] else "",
         "Cost": (_cost(found) + made["cost"]) if made["cost"] else "",
         "Accuracy matrix": _matrices(found),
@@ -131,10 +128,6 @@ def _html(made: Table) -> str:
     return f"<h3>{text(made.title)}</h3>{drawn}"
 
 
-def _verdict(sentences: Sequence[Sentence]) -> str:
-    return f"<ul class=verdict>{''.join(f'<li class={s.tone}>{text(s.text)}</li>' for s in sentences)}</ul>"
-
-
 def _tiles(found: Findings) -> list[tuple[str, str, str]]:
     first, second = found.study.primary
     out = []
@@ -155,16 +148,12 @@ def _tiles(found: Findings) -> list[tuple[str, str, str]]:
     return out
 
 
-def _mark(estimate: Estimate, style: int, hollow: bool = False) -> Mark:
-    return Mark(estimate.value, estimate.low, estimate.high, style, hollow)
-
-
 def _gains(found: Findings) -> str:
     """Every arm's average score minus that of joint training; the declared contrast first and filled."""
     first, second = found.study.primary
-    rows = [MarkRow(f"{first} − {second}", [_mark(found.primary.estimate, 0)], "declared")]
+    rows = [MarkRow(f"{first} − {second}", [mark(found.primary.estimate, 0)], "declared")]
     rows += [
-        MarkRow(f"{row.arm.name} − joint", [_mark(row.over_joint.estimate, 0, True)], _p(row))
+        MarkRow(f"{row.arm.name} − joint", [mark(row.over_joint.estimate, 0, True)], _p(row))
         for row in sorted(found.rows, key=lambda row: -row.over_joint.estimate.value)
         if math.isfinite(row.over_joint.estimate.value) and (row.arm.name, "joint") != found.study.primary
     ]
@@ -213,15 +202,8 @@ def _transfer(found: Findings, made: str) -> str:
     rows = [(i, [_effect(part.effects[i, j].estimate, own=i == j) for j in tasks]) for i in tasks]
     off = [abs(effect.estimate.value) for (i, j), effect in part.effects.items() if i != j]
     body = charts.heat_table(tasks, rows, scale=1.2 * max([*off, 0.05]), corner="trained \\ scored on")
-    pairs = [
-        (
-            f"{a} first",
-            [Cell(x, f"{x:.0%}" if a != b else "") for b in tasks for x in [part.decision.pairs[a].get(b, math.nan)]],
-        )
-        for a in tasks
-    ]
-    body += "<h3>Which of two tasks is better placed right before the other (share of draws)</h3>"
-    return body + charts.heat_table([f"then {task}" for task in tasks], pairs, scale=1.0, corner="") + made
+    pairs = {(i, j): share for i, row in part.decision.pairs.items() for j, share in row.items()}
+    return body + charts.pair_table(tasks, pairs) + made
 
 
 def _effect(estimate: Estimate, own: bool) -> Cell:
@@ -236,7 +218,7 @@ def _orders(found: Findings, made: str) -> str:
     kept = ranked if len(ranked) <= MAX_ORDERS else [*ranked[:half], *ranked[-half:]]
     solved = found.orders.solved[0] if found.orders.solved else None
     rows = [
-        MarkRow(arrow(order), [_mark(gain.estimate, 0, order != solved)], "solved" if order == solved else "")
+        MarkRow(arrow(order), [mark(gain.estimate, 0, order != solved)], "solved" if order == solved else "")
         for order, (_, gain) in kept
     ]
     return charts.mark_rows(rows, zero=True, label="average test score, minus the mean of all orders") + made
@@ -248,7 +230,7 @@ def _scatter(found: Findings) -> str:
     panels = [
         charts.scatter_panel(
             task,
-            [(_mark(p.forecast, k), _mark(p.realised, k)) for p in found.forecast.points if p.task == task],
+            [(mark(p.forecast, k), mark(p.realised, k)) for p in found.forecast.points if p.task == task],
             x_label="forecast",
             y_label="realised",
             bounds=(0.0, 1.0),
@@ -312,8 +294,7 @@ def _flips(found: Findings) -> str:
 def _setting(found: Findings) -> str:
     study = found.study
     facts = [(name, text(_said(value))) for name, value in study.facts.items()]
-    config = json.dumps(study.config, indent=2, ensure_ascii=False, default=str)
-    return facts_table(facts) + f"<details><summary>Configuration</summary><pre>{text(config)}</pre></details>"
+    return facts_table(facts) + charts.configuration(study.config)
 
 
 def _said(value: object) -> str:

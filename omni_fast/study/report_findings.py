@@ -14,7 +14,7 @@ import numpy as np
 
 from omni_fast.curriculum.scores import Estimate, holm
 from omni_fast.report.charts import duration
-from omni_fast.report.verdict import Sentence, Tone, points
+from omni_fast.report.verdict import Sentence, Tone, points, span
 from omni_fast.study import analysis_entropy, analysis_orders
 from omni_fast.study.analysis import (
     JOINT,
@@ -114,12 +114,6 @@ def analyse(study: Study) -> Findings:
 
 def p_value(p: float) -> str:
     return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def span(estimate: Estimate, digits: int = 3) -> str:
-    """+0.011 to +0.083; empty where it is not known."""
-    known = math.isfinite(estimate.low) and math.isfinite(estimate.high)
-    return f"{estimate.low:+.{digits}f} to {estimate.high:+.{digits}f}".replace("-", "−") if known else ""
 
 
 def cell(value: Value) -> str:
