@@ -11,19 +11,16 @@ never stops. Any way old keys and values are not read again, since the cache is 
 A server that fails at any point is drained, so that it gets no prompt while its weights are in doubt; `catch_up` loads the
 current version from disk, for it as for one that was restarted. One sync is under way at a time.
 
-Limits: SGLang shows its weights for the Llama family alone, and no adapter. A server on one GPU gets an adapter inside the
-request, with a checksum of each tensor, and loads no other. For all else the version is checked here, the numbers only by
-the mismatch between the server's log-probs and the trainer's, which every step's row has (`rollout_kl_k3`).
+Limits: SGLang shows its weights for the Llama family alone, and no adapter. Of an adapter, 0.5.17 is told the checksum of each
+tensor, and loads no other. For all else the version is checked here, the numbers only by the mismatch between the server's
+log-probs and the trainer's, which every step's row has (`rollout_kl_k3`).
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
-import json
 import os
-import pickle
 import re
 import shutil
 import time
@@ -39,13 +36,14 @@ from typing import Literal
 
 import torch
 import torch.multiprocessing
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from omni_fast.errors import RunError, UserError
 from omni_fast.policy.adapter import save_adapter
 from omni_fast.rollout.fleet import ASK_S, BRACKETS, Fleet, Json, Server, ServerError, member
+from omni_fast.sync import adapter
 from omni_fast.sync.broadcast import BroadcastGroup, GroupLost
 from omni_fast.sync.plan import BUCKET_BYTES, Plan, checksum, make_plan, tensors
 
@@ -94,7 +92,6 @@ class WeightSync:
         self._turn = 0
         self._memory: dict[int, Tensor] = {}  # for packed buckets, by number
         self._group: BroadcastGroup | None = None
-        self._adapter: dict[str, Json] = {}  # of this tag, as a request carries it
         self._adapters: dict[str, list[str]] = {}  # of each server, oldest first
         whole = transport != "adapter"  # beside an adapter the server shows the base alone, which does not change
         self._readable = [name for name, _ in tensors(model) if whole and _readable(model, name)]
@@ -253,9 +250,7 @@ class WeightSync:
 
     async def _load_adapter(self, server: Server) -> Json:
         """The version beside those before it, then the oldest away, which its requests may hold up."""
-        path, body = "/load_lora_adapter_from_tensors", self._adapter
-        if server.tensor_parallel > 1:  # each of its GPUs would need a copy of its own in the request
-            path, body = "/load_lora_adapter", {"lora_name": self.tag, "lora_path": str(self._folder)}
+        path, body = adapter.request(self._folder, self.tag, server)
         try:
             await self.fleet.ask(server, path, body, self.load_s)
         except ServerError as error:
@@ -290,7 +285,6 @@ class WeightSync:
             work.mkdir(parents=True)
             if self.transport == "adapter":
                 save_adapter(self.model, work)
-                self._adapter = _carried(work) | {"lora_name": self.tag}
             else:
                 self.model.config.save_pretrained(work)
                 kinds = {entry.name: entry.dtype for entry in self.plan.entries}
@@ -442,19 +436,6 @@ def _readable(model: PreTrainedModel, name: str) -> bool:
     config = model.config
     plain = (getattr(config, "head_dim", None) or 0) in (0, config.hidden_size // config.num_attention_heads)
     return plain or not re.search(r"\.[qkv]_proj\.", name)
-
-
-def _carried(folder: Path) -> dict[str, Json]:
-    """A saved adapter inside a request, with the SHA-256 of each tensor."""
-    values = {name: value.clone() for name, value in load_file(folder / "adapter_model.safetensors").items()}
-    numbers: Json = [base64.b64encode(pickle.dumps(values)).decode()]
-    sums: Json = {name: _sha256(value) for name, value in values.items()}
-    config: Json = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return {"config_dict": config, "serialized_named_tensors": numbers, "expected_checksums": sums}
-
-
-def _sha256(value: Tensor) -> str:
-    return hashlib.sha256(value.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _handle(views: list[tuple[str, Tensor]]) -> str:

@@ -43,7 +43,7 @@ from omni_fast.policy.update import Policy
 from omni_fast.progress import Progress
 from omni_fast.rollout.engine import Sample, Sampling
 from omni_fast.serving import install, process
-from omni_fast.sync import push
+from omni_fast.sync import adapter
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -383,7 +383,7 @@ def test_an_adapter_with_one_wrong_number_is_not_served(
     ):
         train_a_little(policy, 9)
         with monkeypatch.context() as patch:
-            patch.setattr(push, "_sha256", lambda value: "0" * 64)
+            patch.setattr(adapter, "_sha256", lambda value: "0" * 64)
             made.sync(1)
         assert not made.fleet.ready and "load_lora_adapter_from_tensors" in made.fleet.reasons()
         made.version = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import pickle
 import time
 from pathlib import Path
@@ -69,17 +70,19 @@ def test_an_adapter_with_one_wrong_number_is_not_loaded(tmp_path: Path) -> None:
         assert "the connection broke" in made.said[0]
 
 
-def test_a_server_on_many_gpus_loads_the_folder(tmp_path: Path) -> None:
+def test_a_server_of_another_version_loads_the_folder_and_each_gpu_gets_its_copy(tmp_path: Path) -> None:
     model = llama()
     add_adapter(model, rank=4, alpha=8.0)
-    one, many = (fake(llama(), lora_rank=8) for _ in range(2))
+    many, newer = fake(llama(), lora_rank=8), fake(llama(), lora_rank=8, version="0.5.21")
     many.server_info = lambda body: (200, {"version": "0.5.17", "tp_size": 4})  # type: ignore[method-assign]
-    with engine(model, tmp_path, one, many, transport="adapter") as made:
+    with engine(model, tmp_path, many, newer, transport="adapter") as made:
         move(model)
         made.sync(1)
-        for server in (one, many):
+        for server in (many, newer):
             check_adapter(model, server, made.weights.tag)
-            assert bool(server.paths("/load_lora_adapter")) == (server is many)
+            assert bool(server.paths("/load_lora_adapter")) == (server is newer)
+        (body,) = many.paths("/load_lora_adapter_from_tensors")[1:]
+        assert len(body["serialized_named_tensors"]) == 4 and len(json.dumps(body)) < 30_000, "no numbers in it"
 
 
 @pytest.mark.parametrize("noticed", [True, False])
