@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
 
-from omni_fast.curriculum.scores import DRAWS, NOT_KNOWN, Estimate, Floats, ItemScores, resample, wilson
+from omni_fast.curriculum.scores import DRAWS, Estimate, Floats, ItemScores, resample, wilson
 
 Runs = Mapping[int, ItemScores]  # seed -> task -> item scores [n_items], NaN where the infrastructure failed
 Names = tuple[str, ...]
@@ -29,26 +29,25 @@ Statistic = Callable[[Floats], Floats]  # scores [..., A, K] -> a number for eac
 
 
 @dataclass(frozen=True, slots=True)
-class Contrast:
-    """An estimate, the seeds behind it and the two-sided p-value of 0; p is NaN with one seed, all where nothing was measured."""
+class Contrast(Estimate):
+    """With the seeds behind it and the two-sided p-value of 0; p is NaN with one seed, all where nothing was measured."""
 
-    estimate: Estimate
     seeds: int
     p: float
 
 
-UNKNOWN = Contrast(NOT_KNOWN, 0, math.nan)
+UNKNOWN = Contrast(math.nan, 0, math.nan, math.nan, 0, math.nan)
 
 
 def over_seeds(values_S: Floats) -> Contrast:
     """Mean of one number a seed, with Student's interval; no interval with one seed."""
     count, value = len(values_S), float(np.mean(values_S))
     if count < 2:
-        return Contrast(Estimate(value, count, math.nan, math.nan), count, math.nan)
+        return Contrast(value, count, math.nan, math.nan, count, math.nan)
     error = float(np.std(values_S, ddof=1)) / math.sqrt(count)
     half = float(stats.t.ppf(0.975, count - 1)) * error
     p = 2.0 * float(stats.t.sf(abs(value) / error, count - 1)) if error > 0 else float(value == 0)
-    return Contrast(Estimate(value, count, value - half, value + half), count, p)
+    return Contrast(value, count, value - half, value + half, count, p)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,26 +78,24 @@ class Draws:
         value = float(statistic(self.value_AK))
         together, apart = (float(np.var(statistic(x))) for x in (self.together_BAK, self.apart_BAK))
         if not (math.isfinite(value) and math.isfinite(together)):
-            return Contrast(NOT_KNOWN, len(self.seeds), math.nan)
+            return replace(UNKNOWN, seeds=len(self.seeds))
         count, n = len(self.seeds), sum(self.n_K)
         of_seeds = float(np.var(statistic(self.seeds_SAK), ddof=1)) / count if count > 1 else 0.0
         of_items = max(0.0, together - apart) * count / (count - 1) if count > 1 else together
         weight = of_seeds**2 / max(count - 1, 1) + of_items**2 / max(n - 1, 1)
         if weight < 1e-36:  # every item agrees in every draw
-            return Contrast(
-                Estimate(value, n, value, value), count, float(abs(value) < 1e-9) if count > 1 else math.nan
-            )
+            return Contrast(value, n, value, value, count, float(abs(value) < 1e-9) if count > 1 else math.nan)
         freedom = max(1.0, (of_seeds + of_items) ** 2 / weight)
         error = math.sqrt(of_seeds + of_items)
         half = float(stats.t.ppf(0.975, freedom)) * error
         p = 2.0 * float(stats.t.sf(abs(value) / error, freedom)) if count > 1 else math.nan
-        return Contrast(Estimate(value, n, value - half, value + half), count, p)
+        return Contrast(value, n, value - half, value + half, count, p)
 
     def mean(self, arm: str, task: str | None = None) -> Estimate:
         """The score of an arm on a task, or its average over the tasks, with an interval inside 0..1."""
         a = self.arms.index(arm)
         columns = slice(None) if task is None else [self.tasks.index(task)]
-        found = self.contrast(lambda x: x[..., a, columns].mean(axis=-1)).estimate
+        found = self.contrast(lambda x: x[..., a, columns].mean(axis=-1))
         if found.n and found.low == found.high:  # every item agrees: a bootstrap sees no noise where there is some
             return Estimate(found.value, found.n, *wilson(found.value, found.n))
         return Estimate(found.value, found.n, max(0.0, found.low), min(1.0, found.high))
@@ -113,7 +110,7 @@ class Draws:
         """Average score of `arm` over that of `over`, minus 1; not known where the latter is 0."""
         a, b = self.arms.index(arm), self.arms.index(over)
         if self.value_AK[b].mean() <= 0 or (self.together_BAK[:, b].mean(axis=-1) <= 0).any():
-            return Contrast(NOT_KNOWN, len(self.seeds), math.nan)
+            return replace(UNKNOWN, seeds=len(self.seeds))
         return self.contrast(lambda x: x[..., a, :].mean(axis=-1) / np.maximum(x[..., b, :].mean(axis=-1), 1e-9) - 1)
 
 

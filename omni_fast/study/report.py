@@ -131,11 +131,11 @@ def _html(made: Table) -> str:
 def _tiles(found: Findings) -> list[tuple[str, str, str]]:
     first, second = found.study.primary
     out = []
-    if math.isfinite(found.primary.estimate.value):
-        out.append((f"{first} − {second}", points(found.primary.estimate.value), span(found.primary.estimate)))
+    if math.isfinite(found.primary.value):
+        out.append((f"{first} − {second}", points(found.primary.value), span(found.primary)))
     if row := found.first:
         for what, gain in (("joint", row.relative_joint), ("merging", row.relative_merge)):
-            if math.isfinite(gain.estimate.value):
+            if math.isfinite(gain.value):
                 big, _, rest = percent(gain).partition(" (")
                 out.append((f"{first}, relative to {what}", big, rest.rstrip(")")))
     if found.orders:
@@ -151,11 +151,11 @@ def _tiles(found: Findings) -> list[tuple[str, str, str]]:
 def _gains(found: Findings) -> str:
     """Every arm's average score minus that of joint training; the declared contrast first and filled."""
     first, second = found.study.primary
-    rows = [MarkRow(f"{first} − {second}", [mark(found.primary.estimate, 0)], "declared")]
+    rows = [MarkRow(f"{first} − {second}", [mark(found.primary, 0)], "declared")]
     rows += [
-        MarkRow(f"{row.arm.name} − joint", [mark(row.over_joint.estimate, 0, True)], _p(row))
-        for row in sorted(found.rows, key=lambda row: -row.over_joint.estimate.value)
-        if math.isfinite(row.over_joint.estimate.value) and (row.arm.name, "joint") != found.study.primary
+        MarkRow(f"{row.arm.name} − joint", [mark(row.over_joint, 0, True)], _p(row))
+        for row in sorted(found.rows, key=lambda row: -row.over_joint.value)
+        if math.isfinite(row.over_joint.value) and (row.arm.name, "joint") != found.study.primary
     ]
     return charts.mark_rows(rows, zero=True, label="difference of the average test score")
 
@@ -199,8 +199,8 @@ def _transfer(found: Findings, made: str) -> str:
     part, tasks = found.transfer, found.study.tasks
     if part is None:
         return ""
-    rows = [(i, [_effect(part.effects[i, j].estimate, own=i == j) for j in tasks]) for i in tasks]
-    off = [abs(effect.estimate.value) for (i, j), effect in part.effects.items() if i != j]
+    rows = [(i, [_effect(part.effects[i, j], own=i == j) for j in tasks]) for i in tasks]
+    off = [abs(effect.value) for (i, j), effect in part.effects.items() if i != j]
     body = charts.heat_table(tasks, rows, scale=1.2 * max([*off, 0.05]), corner="trained \\ scored on")
     pairs = {(i, j): share for i, row in part.decision.pairs.items() for j, share in row.items()}
     return body + charts.pair_table(tasks, pairs) + made
@@ -218,7 +218,7 @@ def _orders(found: Findings, made: str) -> str:
     kept = ranked if len(ranked) <= MAX_ORDERS else [*ranked[:half], *ranked[-half:]]
     solved = found.orders.solved[0] if found.orders.solved else None
     rows = [
-        MarkRow(arrow(order), [mark(gain.estimate, 0, order != solved)], "solved" if order == solved else "")
+        MarkRow(arrow(order), [mark(gain, 0, order != solved)], "solved" if order == solved else "")
         for order, (_, gain) in kept
     ]
     return charts.mark_rows(rows, zero=True, label="average test score, minus the mean of all orders") + made

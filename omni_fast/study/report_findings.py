@@ -62,7 +62,7 @@ class Findings:
         return next((row for row in self.rows if row.arm.name == self.study.primary[0]), None)
 
 
-Value = str | int | float | Estimate | Contrast
+Value = str | int | float | Estimate
 Row = Sequence[Value]
 
 
@@ -119,7 +119,7 @@ def p_value(p: float) -> str:
 def cell(value: Value) -> str:
     """A contrast as +0.047 (+0.011 to +0.083), a score as 0.711 (0.67 to 0.75), other numbers plainly."""
     if isinstance(value, Contrast):
-        middle, low_high = points(value.estimate.value), span(value.estimate)
+        middle, low_high = points(value.value), span(value)
     elif isinstance(value, Estimate):
         middle, low_high = points(value.value, signed=False), span(value, digits=2).replace("+", "")
     elif isinstance(value, float):
@@ -130,10 +130,11 @@ def cell(value: Value) -> str:
 
 
 def percent(contrast: Contrast) -> str:
-    found = contrast.estimate
-    if not math.isfinite(found.value):
+    if not math.isfinite(contrast.value):
         return "–"
-    return f"{found.value:+.1%} ({found.low:+.1%} to {found.high:+.1%})".replace("-", "−").replace("%", "\u00a0%")
+    return f"{contrast.value:+.1%} ({contrast.low:+.1%} to {contrast.high:+.1%})".replace("-", "−").replace(
+        "%", "\u00a0%"
+    )
 
 
 def arrow(order: Iterable[str]) -> str:
@@ -257,9 +258,9 @@ def headline(found: Findings) -> Sentence:
     """The declared contrast, whatever it says."""
     first, second = found.study.primary
     contrast = found.primary
-    if not math.isfinite(contrast.estimate.value):
+    if not math.isfinite(contrast.value):
         return Sentence("open", f"The declared contrast, {first} − {second}, is not measured yet.")
-    size = f"{points(contrast.estimate.value)} (95 % interval {span(contrast.estimate)})"
+    size = f"{points(contrast.value)} (95 % interval {span(contrast)})"
     if contrast.seeds < 2:
         text = f"With one seed {first} − {second} is {size}; the seed's own noise is not in it: no claim."
         return Sentence("open", text)
@@ -286,7 +287,7 @@ def verdict(found: Findings) -> list[Sentence]:
 
 def _tone(contrast: Contrast) -> Tone:
     """good: the whole interval above 0; bad: below 0; open: it holds 0, is not known, or rests on one seed."""
-    low, high = contrast.estimate.low, contrast.estimate.high
+    low, high = contrast.low, contrast.high
     return "open" if contrast.seeds < 2 else "good" if low > 0 else "bad" if high < 0 else "open"
 
 
@@ -305,7 +306,7 @@ def _against_the_rest(found: Findings) -> list[Sentence]:
     for r in found.rows:
         if math.isfinite(r.p_holm):
             ahead, behind, open_ = groups
-            told = open_ if r.p_holm >= LEVEL else ahead if r.over_joint.estimate.value > 0 else behind
+            told = open_ if r.p_holm >= LEVEL else ahead if r.over_joint.value > 0 else behind
             groups[told].append(r.arm.name)
     out = [
         Sentence(tone, f"{what} {JOINT} after Holm's correction: {', '.join(names)}.")
@@ -313,8 +314,8 @@ def _against_the_rest(found: Findings) -> list[Sentence]:
         if names
     ]
     row = found.first
-    if row and math.isfinite(row.relative_joint.estimate.value):
-        known = math.isfinite(row.relative_merge.estimate.value)
+    if row and math.isfinite(row.relative_joint.value):
+        known = math.isfinite(row.relative_merge.value)
         over_merge = f", over {MERGE} {percent(row.relative_merge)}" if known else ""
         gain = f"{percent(row.relative_joint)}{over_merge}"
         out.append(
@@ -338,14 +339,14 @@ def _does_order_matter(found: Findings) -> list[Sentence]:
         if part.solved is not None:
             order, gain = part.solved
             said = {"good": "better than", "bad": "worse than", "open": "not told from"}[_tone(gain)]
-            place = 1 + sum(other.estimate.value > gain.estimate.value for _, other in part.means.values())
+            place = 1 + sum(other.value > gain.value for _, other in part.means.values())
             text = (
                 f"The order solved on other seeds, {arrow(order)}, is {said} the mean of all orders: {cell(gain)}; it is"
                 f" number {place} of {len(part.means)}."
             )
             out.append(Sentence(_tone(gain), text))
     for (arm, other), contrast in found.pairs.items():
-        if other != MERGE and math.isfinite(contrast.estimate.value):
+        if other != MERGE and math.isfinite(contrast.value):
             said = {"good": "ahead of", "bad": "behind", "open": "not told from"}[_tone(contrast)]
             text = f"At the same budget, {arm} is {said} {other} (uncorrected): {cell(contrast)}."
             out.append(Sentence(_tone(contrast), text))
@@ -378,7 +379,7 @@ def _is_it_forecast(part: ForecastPart | None) -> list[Sentence]:
     text = (
         f"On new seeds the additive forecast is off by {additive.mean_absolute:.3f} on average, that of ratios by"
         f" {ratios.mean_absolute:.3f}, no transfer at all by {none.mean_absolute:.3f}{same}. {judged} (by seed"
-        f" {points(part.closer.estimate.value)}, {span(part.closer.estimate) or 'one seed'})."
+        f" {points(part.closer.value)}, {span(part.closer) or 'one seed'})."
     )
     average = part.errors[f"{TWIN}{AVERAGE}"].pearson if twin else math.nan
     agree = f"; two seeds of one order agree to {points(twin.pearson)} and {points(average)}" if twin else ""
@@ -409,7 +410,7 @@ def _do_assumptions_hold(part: AssumptionPart | None) -> list[Sentence]:
         out.append(Sentence("bad" if broken else "good", text))
     second = rejected({task: c.p for task, c in part.second_pass.items()})
     if second:
-        changes = {task: part.second_pass[task].estimate.value for task in second}
+        changes = {task: part.second_pass[task].value for task in second}
         moved = [f"{task} {points(changes[task])}" for task, no in second.items() if no]
         largest = max(map(abs, changes.values()))
         text = (
@@ -450,7 +451,7 @@ def _is_it_entropy(part: EntropyPart | None) -> list[Sentence]:
     out = [Sentence(tone, text)]
     moved = {weight: gain for weight, (_, gain) in part.ablation.items() if gain is not None}
     if moved:
-        weight, gain = max(moved.items(), key=lambda pair: abs(pair[1].estimate.value))
+        weight, gain = max(moved.items(), key=lambda pair: abs(pair[1].value))
         text = f"Pricing entropy changes the solved order; at weight {weight:g} the change is worth {cell(gain)} (uncorrected)."
         out.append(Sentence(_tone(gain), text))
     elif part.ablation:

@@ -56,11 +56,12 @@ def test_a_contrast_is_its_mirror_and_lies_in_its_interval(seeds, seed):
     draws = joint_draws(arms, ("a", "b"), draws=300)
     there, back = draws.gain("1", "0"), draws.gain("0", "1")
     expected = np.mean([np.mean(arms["1"][s][t] - arms["0"][s][t]) for s in range(seeds) for t in "ab"])
-    assert there.estimate.value == pytest.approx(expected) == pytest.approx(-back.estimate.value)
-    assert there.estimate.low <= there.estimate.value <= there.estimate.high
-    assert there.estimate.low == pytest.approx(-back.estimate.high) and there.p == pytest.approx(back.p, nan_ok=True)
+    assert there.value == pytest.approx(expected) == pytest.approx(-back.value)
+    assert there.low <= there.value <= there.high
+    assert there.low == pytest.approx(-back.high) and there.p == pytest.approx(back.p, nan_ok=True)
     assert math.isnan(there.p) == (seeds == 1)
-    assert draws.gain("1", "1").estimate == type(there.estimate)(0.0, 120, 0.0, 0.0)
+    same = draws.gain("1", "1")
+    assert (same.value, same.n, same.low, same.high) == (0.0, 120, 0.0, 0.0)
     assert there.seeds == seeds
     lone = draws.mean("0", "a")
     assert 0 <= lone.low <= lone.value <= lone.high <= 1
@@ -84,8 +85,8 @@ def test_failed_items_leave_all_arms_and_a_failed_task_is_not_known():
     assert draws.n_K == (50, 60) and draws.dropped_K == (10, 0)
     arms["1"][2]["b"][:] = np.nan
     broken = joint_draws(arms, ("a", "b"), draws=100)
-    assert math.isnan(broken.gain("1", "0").estimate.value) and broken.gain("1", "0").estimate.n == 0
-    assert math.isfinite(broken.gain("1", "0", "a").estimate.value)
+    assert math.isnan(broken.gain("1", "0").value) and broken.gain("1", "0").n == 0
+    assert math.isfinite(broken.gain("1", "0", "a").value)
     assert joint_draws({"x": {0: {}}, "y": {1: {}}}, ("a",)) is None, "no seed in common"
 
 
@@ -93,15 +94,15 @@ def test_the_table_finds_what_was_planted(effect):
     rows, primary = table(effect)
     by_name = {row.arm.name: row for row in rows}
     assert not any(name.startswith(("order:", "repeat:", "probe:")) for name in by_name)
-    assert primary.estimate.value == pytest.approx(0.2, abs=0.03) and primary.estimate.low > 0.1 and primary.p < 0.001
+    assert primary.value == pytest.approx(0.2, abs=0.03) and primary.low > 0.1 and primary.p < 0.001
     solved = by_name["solved"]
-    assert solved.relative_joint.estimate.value == pytest.approx(0.2 / 0.55, abs=0.08)
-    assert solved.relative_merge.estimate.value == pytest.approx(0.25 / 0.5, abs=0.1)
+    assert solved.relative_joint.value == pytest.approx(0.2 / 0.55, abs=0.08)
+    assert solved.relative_merge.value == pytest.approx(0.25 / 0.5, abs=0.1)
     assert math.isnan(solved.p_holm) and by_name["merge:linear"].p_holm < 0.05
     for name, row in by_name.items():
         if math.isfinite(row.p_holm):
             assert row.p_holm >= row.over_joint.p and name not in ("solved", "joint")
-    assert by_name["reversed"].bwt.estimate.high < -0.05 < solved.bwt.estimate.value
+    assert by_name["reversed"].bwt.high < -0.05 < solved.bwt.value
     assert solved.orders == {EFFECT.best: 5} and solved.samples_transfer == 3 * 1280
     lost, gained = solved.flips["math"]
     assert gained > 100 and lost < 20
@@ -109,7 +110,7 @@ def test_the_table_finds_what_was_planted(effect):
 
 def test_no_difference_is_called_none(null):
     rows, primary = table(null)
-    assert primary.estimate.low < 0 < primary.estimate.high and primary.p > 0.05
+    assert primary.low < 0 < primary.high and primary.p > 0.05
     arms = [row for row in rows if row.arm.kind in ("merge", "order", "online", "sft")]
     assert len(arms) >= 5 and not any(row.over_joint.p < 0.05 for row in arms)
 
@@ -118,7 +119,7 @@ def test_transfer_and_its_cheap_forms(effect):
     part = transfer_part(effect)
     truth = EFFECT.matrix
     inside = [
-        effect_.estimate.low <= truth[EFFECT.tasks.index(i), EFFECT.tasks.index(j)] <= effect_.estimate.high
+        effect_.low <= truth[EFFECT.tasks.index(i), EFFECT.tasks.index(j)] <= effect_.high
         for (i, j), effect_ in part.effects.items()
         if i != j
     ]
@@ -170,10 +171,10 @@ def test_order_matters_where_it_was_planted_to(effect, null):
         assert len(part.means) == 24 and (part.p < 0.05) == matters
         if matters:
             order, gain = part.solved
-            assert order == EFFECT.best and gain.estimate.value > 0.05
+            assert order == EFFECT.best and gain.value > 0.05
             truth = [orders_value(order) for order in part.means]
             assert part.sd == pytest.approx(np.std(truth, ddof=1), rel=0.35)
-            assert part.gap.estimate.value > 0.08
+            assert part.gap.value > 0.08
 
 
 def orders_value(order):
@@ -228,7 +229,7 @@ def test_a_second_pass_that_gains_rejects_saturation(whole, tmp_path):
     study = records.read(write(tmp_path, changed))
     at = analysis_orders.realised(study)
     part = analysis_orders.assumption_part(study, analysis_orders.tree(study, at.seeds))
-    assert sum(c.estimate.low > 0.05 for c in part.second_pass.values()) >= 3
+    assert sum(c.low > 0.05 for c in part.second_pass.values()) >= 3
 
 
 def test_temperature_correction_helps_where_heat_was_the_cause(effect, null):
@@ -238,10 +239,10 @@ def test_temperature_correction_helps_where_heat_was_the_cause(effect, null):
     assert part.tau["reversed"][1] == pytest.approx(0.85), "the first stage of the reversed order is math"
     whole = part.residuals["all tasks"]
     assert len(part.residuals) == 5 and whole.at_edge == 0 and whole.after < 0.9 * whole.before
-    assert whole.change.estimate.value == pytest.approx(whole.after - whole.before)
+    assert whole.change.value == pytest.approx(whole.after - whole.before)
     assert set(part.ablation) == {0.02, 0.05, 0.1, 0.2, 0.5}
     at = analysis_orders.realised(null)
-    assert abs(entropy_part(null, at, None).residuals["all tasks"].change.estimate.value) < 0.01
+    assert abs(entropy_part(null, at, None).residuals["all tasks"].change.value) < 0.01
 
 
 def test_a_short_sweep_corrects_as_far_as_it_reaches(whole, tmp_path):
@@ -251,7 +252,7 @@ def test_a_short_sweep_corrects_as_far_as_it_reaches(whole, tmp_path):
     study = records.read(write(tmp_path, short))
     found = entropy_part(study, analysis_orders.realised(study), None).residuals["all tasks"]
     assert found.at_edge == 1.0, "every policy ends colder than the initial one, and nothing above 1 was swept"
-    assert found.after == found.before and found.change.estimate.value == 0.0
+    assert found.after == found.before and found.change.value == 0.0
 
 
 def test_a_constant_task_failed_arms_and_missing_seeds_are_named(whole, tmp_path):
@@ -269,7 +270,7 @@ def test_a_constant_task_failed_arms_and_missing_seeds_are_named(whole, tmp_path
     rows, primary = table(study)
     by_name = {row.arm.name: row for row in rows}
     assert primary.seeds == 4 and [cell.seed for cell in study.of("joint", "pending")] == [3]
-    assert by_name["merge:linear"].seeds == () and math.isnan(by_name["solved"].relative_merge.estimate.value)
+    assert by_name["merge:linear"].seeds == () and math.isnan(by_name["solved"].relative_merge.value)
     told = " ".join(warnings(study))
     assert (
         "qa scores 0.000 on every item" in told
@@ -291,5 +292,5 @@ def test_an_arm_that_diverged_leaves_the_others_alone(whole, tmp_path):
     rows, primary = table(study)
     by_name = {row.arm.name: row for row in rows}
     assert math.isnan(primary.p) and math.isnan(by_name["joint"].average.value)
-    assert math.isfinite(by_name["solved"].relative_merge.estimate.value)
+    assert math.isfinite(by_name["solved"].relative_merge.value)
     assert measure(single_runs(study, [0, 1]), study.tasks) is None and transfer_part(study) is None
