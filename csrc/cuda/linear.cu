@@ -5,7 +5,8 @@
 // that multiply them, 64 rows each, into 128 fp32 registers a thread. After each tile of 256 columns these are folded,
 // in fp32 and never rounded, into running (m, s, t) of the thread's two rows, and where a gradient is to follow their
 // exponentials are stored; four threads share a row and merge once a piece of work (linear_plan.h) is done. Meanwhile
-// the ring fills with the next tiles. A small second kernel merges the splits of a row in order. No atomics; the result of a row depends on its hidden state, the weight and V alone.
+// the ring fills with the next tiles. A small second kernel merges the splits of a row in order. No atomics; the result
+// of a row depends on its hidden state, the weight and V alone.
 #include "linear.h"
 
 #include <cuda.h>
@@ -100,8 +101,7 @@ __device__ __forceinline__ void keep_part(std::uint16_t* tile, const float (&e)[
     const std::uint32_t received = __shfl_xor_sync(~0u, sent_pair(quad, of_j, of_next), 1);
     const FourColumns four = four_columns(quad, of_j, of_next, received);
     if (exists)
-      *reinterpret_cast<uint2*>(tile + four_columns_at(quad, (part * kPart + k) / 2)) =
-          make_uint2(four.low, four.high);
+      *reinterpret_cast<uint2*>(tile + four_columns_at(quad, (part * kPart + k) / 2)) = make_uint2(four.low, four.high);
   }
 }
 

@@ -92,13 +92,13 @@ OMNI_HD void fold_part(Running& row, const Share& share, const float (&acc)[128]
 }
 
 // What those exponentials are to be multiplied by to be relative to the reference.
-OMNI_HD float lift_of(float m, float reference, float c) {
-  return m > kNegInf ? exp2_fast((m - reference) * c) : 0.0f;
-}
+OMNI_HD float lift_of(float m, float reference, float c) { return m > kNegInf ? exp2_fast((m - reference) * c) : 0.0f; }
 
-// The four threads of a row, quad = 0..3, each hold a pair of every 8 columns. Neighbours swap a pair of 8 columns j for
-// one of j + 1, so that each has four columns side by side, and the four of them 32 bytes.
-OMNI_HD std::uint32_t sent_pair(int quad, std::uint32_t of_j, std::uint32_t of_next) { return quad % 2 ? of_j : of_next; }
+// The four threads of a row, quad = 0..3, each hold a pair of every 8 columns. Neighbours swap a pair of 8 columns j
+// for one of j + 1, so that each has four columns side by side, and the four of them 32 bytes.
+OMNI_HD std::uint32_t sent_pair(int quad, std::uint32_t of_j, std::uint32_t of_next) {
+  return quad % 2 ? of_j : of_next;
+}
 
 struct FourColumns {
   std::uint32_t low, high;

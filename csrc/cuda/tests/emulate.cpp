@@ -1,5 +1,5 @@
-// The kernels' algorithms on the host: the same functions as rows.cu and linear.cu, lane by lane, in the same order; only copies,
-// barriers and shuffles are played by loops. A C interface, for tests/kernels/test_kernels_cuda.py.
+// The kernels' algorithms on the host: the same functions as rows.cu and linear.cu, lane by lane, in the same order;
+// only copies, barriers and shuffles are played by loops. A C interface, for tests/kernels/test_kernels_cuda.py.
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -268,8 +268,7 @@ void linear(void* u, std::int64_t rows, std::int64_t vocab, const float* bias, c
 void linear_gradient(std::uint16_t* values, float* references, float* folds, std::int64_t rows, std::int64_t vocab,
                      const std::int64_t* targets, const float* inv_t, float softcap, const float* a, const float* b,
                      const float* z, float* factor) {
-  const Args args{nullptr, rows,    vocab, 0, targets, inv_t, softcap,
-                  nullptr, nullptr, nullptr, a, b,       z,     nullptr};
+  const Args args{nullptr, rows, vocab, 0, targets, inv_t, softcap, nullptr, nullptr, nullptr, a, b, z, nullptr};
   const Kept kept{values, references, reinterpret_cast<Running*>(folds)};
   softcap > 0.0f ? run_gradient<true>(args, kept, factor) : run_gradient<false>(args, kept, factor);
 }
