@@ -333,10 +333,11 @@ class Packed:
     width: int
 
 
-def pack(*matrices: Tensor, transposed: bool = False) -> Packed:
+def pack(*matrices: Tensor, transposed: bool = False, into: Packed | None = None) -> Packed:
     """Matrices one below the other: [inner, width], or, transposed, [width, inner] as linear layers have their weights.
 
     bf16, rows of unit stride. All but the last have an even number of rows (transposed: of columns, all of them).
+    into: what was packed of matrices of the same shapes, to be written over.
     """
     for matrix in matrices:
         _check_matrix(matrix, "matrix")
@@ -350,7 +351,9 @@ def pack(*matrices: Tensor, transposed: bool = False) -> Packed:
     if inner % 2 if transposed else any(len(matrix) % 2 for matrix in matrices[:-1]):
         raise ValueError(f"shapes {[tuple(m.shape) for m in matrices]} cannot be packed in pairs; pass even numbers")
     even = inner + inner % 2
-    panels = torch.empty(-(-width // panel) * panel * even, dtype=torch.bfloat16)
+    panels = torch.empty(-(-width // panel) * panel * even, dtype=torch.bfloat16) if into is None else into.panels
+    if into is not None and (into.inner, into.width) != (even, width):
+        raise ValueError(f"{width} columns of {even} rows do not fit into what holds {into.width} of {into.inner}")
     start = panels.data_ptr()
     for matrix in matrices:
         count, columns = matrix.shape

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from omni_fast.errors import UserError
 from omni_fast.rollout.decode import ATTENTION, ModuleWave
 from omni_fast.rollout.engine import Deferred, Finished, Progress, Prompt, Rollout, Sample, Sampling
-from omni_fast.rollout.packed_linear import inference_copy
+from omni_fast.rollout.packed_linear import inference_copy, read_again
 from omni_fast.rollout.sampling import draw, uniforms
 from omni_fast.rollout.shared_cache import SharedWave, fits
 
@@ -59,12 +59,15 @@ class LocalEngine:
         self.max_rows = max_rows
         self.threads = threads
         self.fast: PreTrainedModel | None = None
+        self.modules: list[int] = []  # those of `model` that `fast` is a copy of
         self.sync(0)
 
     def sync(self, version: int) -> dict[str, float]:
         """Take over the model as it is now, adapters included; samples from now on carry `version`."""
-        self.fast = None  # the packed weights of the last version go first: never two of them in memory
-        self.fast = inference_copy(self.model, ATTENTION, ROWS)
+        modules = [id(module) for module in self.model.modules()]
+        if self.fast is None or modules != self.modules or not read_again(self.fast):
+            self.fast = None  # the packed weights of the last version go first: never two of them in memory
+            self.fast, self.modules = inference_copy(self.model, ATTENTION, ROWS), modules
         self.shared = fits(self.fast)
         self.version = version
         return {}

@@ -28,23 +28,30 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class PackedLinear(nn.Module):
     """One or more linear layers of the same input as one GEMM, with weights packed for it: ours in bf16, else oneDNN's.
 
-    The sources are read once, here; a LoRA layer's adapter is merged into its weight. Inference only.
+    The sources are read by `read`; a LoRA layer's adapter is merged into its weight. Inference only.
     """
 
     def __init__(self, sources: Sequence[nn.Module], rows: int) -> None:
         """`rows`: the number of input rows to lay the weights out for (any other number works as well)."""
         super().__init__()
-        weights = [_weight(source) for source in sources]
-        biases = [bias for source in sources if isinstance(bias := source.bias, Tensor)]
-        self.sizes = [len(weight) for weight in weights]
-        self.bias = torch.cat(biases).detach() if biases else None
+        self.sources, self.rows = tuple(sources), rows  # a tuple: not registered
+        self.sizes = [len(_weight(source)) for source in sources]
         self.packed: decoder.Packed | None = None
         self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.read()
+
+    def read(self) -> None:
+        """Take over the sources' weights as they are now."""
+        weights = [_weight(source) for source in self.sources]
+        biases = [bias for source in self.sources if isinstance(bias := source.bias, Tensor)]
+        self.bias = torch.cat(biases).detach() if biases else None
         if decoder.multiplies(*weights) and weights[0].shape[1] % 2 == 0:
-            self.packed = decoder.pack(*weights, transposed=True)
+            self.packed, self.weight = decoder.pack(*weights, transposed=True, into=self.packed), None
         else:
             weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+            self.packed, self.weight = None, None  # given back before there is another
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, self.rows)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
@@ -123,6 +130,17 @@ def inference_copy(model: PreTrainedModel, attention: str, rows: int) -> PreTrai
     if model.device.type == "cpu" and torch.backends.mkldnn.is_available():
         _pack_linears(fast, rows)
     return fast
+
+
+@torch.no_grad()
+def read_again(fast: PreTrainedModel) -> bool:
+    """Packs the parameters as they are now, in place; False where only a new copy would do (adapters, whose state it has)."""
+    packed = [module for module in fast.modules() if isinstance(module, PackedLinear)]
+    if not packed or any(type(source) is not nn.Linear for linear in packed for source in linear.sources):
+        return False
+    for linear in packed:
+        linear.read()
+    return True
 
 
 @torch.no_grad()

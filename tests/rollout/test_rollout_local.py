@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -21,6 +22,7 @@ from omni_fast.errors import UserError
 from omni_fast.rollout.decode import common_length
 from omni_fast.rollout.engine import Prompt, Sample, Sampling
 from omni_fast.rollout.local import LocalEngine
+from omni_fast.rollout.packed_linear import PackedLinear
 
 SIZES = dict(
     vocab_size=517,  # not a multiple of anything that the code likes
@@ -193,17 +195,24 @@ def test_the_model_is_left_as_it_was(model: PreTrainedModel) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_a_sync_gives_the_packed_weights_before_it_back_at_once(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_sync_never_holds_packed_weights_twice(model: PreTrainedModel, changed: bool) -> None:
     for module in model.modules():  # as training does with norms and gates
         module.forward = module.forward
     engine = LocalEngine(model)
     assert engine.fast is not None
-    before = [weakref.ref(module) for module in engine.fast.modules()]
+    packed = [module.weight for module in engine.fast.modules() if isinstance(module, PackedLinear)]
+    before = [weakref.ref(weight) for weight in packed if weight is not None]
+    assert len(before) == len(packed) > 0
+    del packed
+    if changed:
+        model.set_submodule("model.layers.0.mlp.act_fn", copy.deepcopy(model.model.layers[0].mlp.act_fn))
     gc.collect()
     gc.disable()
     try:
+        tree = weakref.ref(engine.fast)
         engine.sync(1)
-        assert not any(module() for module in before)
+        assert not any(weight() is not None for weight in before) and (tree() is None) == changed
     finally:
         gc.enable()
 
@@ -259,3 +268,40 @@ def test_a_model_with_sliding_windows_is_refused() -> None:
     config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1)
     with pytest.raises(UserError, match="sliding_attention"):
         LocalEngine(Qwen2ForCausalLM(config))
+
+
+def heads_of_32(kind: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A model whose heads the compiled decoding takes, with many prompts' worth of context."""
+    torch.manual_seed(0)
+    sizes = SIZES | dict(
+        vocab_size=300, hidden_size=128, intermediate_size=96, num_attention_heads=4, head_dim=32,
+        max_position_embeddings=512, initializer_range=0.1,
+    )  # fmt: skip
+    made = LlamaForCausalLM(LlamaConfig(**sizes)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**sizes))
+    return made.to(dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_shared_cache_gives_what_the_modules_give(dtype: torch.dtype) -> None:
+    """Log-probs of the same tokens; prompts with and without a common beginning, rows that stop on the way."""
+    model = heads_of_32("llama", dtype)
+    engine = LocalEngine(model)
+    if not engine.shared:
+        pytest.skip("the compiled kernels are not built")
+    draw = torch.Generator().manual_seed(3)
+    texts = [torch.randint(0, 300, (length,), generator=draw).tolist() for length in (1, 5, 40, 130)]
+    for prompts in (texts, [[7, 8, 9, *text] for text in texts], texts[:1]):
+        asked = [Prompt(text, number) for number, text in enumerate(prompts)]
+        groups = engine.generate(asked, 5, Sampling(20, 1.0, tuple(range(20)), 1))
+        assert len({len(sample.tokens) for group in groups for sample in group}) > 1
+        for text, group in zip(prompts, groups, strict=True):
+            for sample in group:
+                with torch.no_grad():
+                    logits = model(torch.tensor([text + sample.tokens[:-1]])).logits[0, len(text) - 1 :].float()
+                exact = logits.log_softmax(-1).gather(1, torch.tensor(sample.tokens)[:, None])[:, 0]
+                error = (torch.tensor(sample.logprobs) - exact).abs().max()
+                assert error < (1e-4 if dtype == torch.float32 else 0.3), f"{error:.3g}"
+
+
+def test_biases_go_through_the_modules() -> None:
+    assert not LocalEngine(heads_of_32("qwen2", torch.float32)).shared
