@@ -301,6 +301,7 @@ T4: list[Contender[LinearData]] = [
     Contender("limit: three GEMMs", "limit", three_gemms),
     Contender("omni_kernels, Triton", "ours", ours("triton", workspace_bytes=T4_WORKSPACE)),
     Contender("omni_kernels, CUDA", "ours", ours("cuda", workspace_bytes=T4_WORKSPACE)),
+    Contender("omni_kernels, CUDA, scaled exponentials", "ours", ours("cuda_exp", workspace_bytes=T4_WORKSPACE)),
     *_PEERS,
     Contender("verl linear_cross_entropy", "peer", verl(False)),
 ]
