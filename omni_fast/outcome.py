@@ -184,10 +184,17 @@ def result(run: Run) -> Json:
         "truncated": {n: {t: row["truncated"] for t, row in f["splits"]["test"].items()} for n, f in kept.items()},
         "seconds": dict(totals["seconds"]),
         "throughput": _throughput(totals["counts"], totals["seconds"], config.rollout.max_staleness > 0),
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
-        "machine": {"system": platform.platform(), "cores": len(os.sched_getaffinity(0))},
+        **setting(),
         "config": config.model_dump(mode="json"),
         **run.state["facts"],
+    }
+
+
+def setting() -> Json:
+    """The machine and the versions behind a result."""
+    return {
+        "machine": {"system": platform.platform(), "cores": len(os.sched_getaffinity(0))},
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
     }
 
 

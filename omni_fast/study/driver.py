@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import platform
 import signal
 import sys
 import threading
@@ -19,7 +18,6 @@ import time
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -28,6 +26,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from omni_fast import outcome
 from omni_fast.build import build
 from omni_fast.checkpoint import run_lock, write_json
 from omni_fast.config import Config
@@ -46,7 +45,6 @@ from omni_fast.study.seed_run import SeedRun
 from omni_fast.study.tree import Tree, said
 
 EVALUATION_WORK = 10.0  # steps that scoring a policy counts for, in the time left
-PACKAGES = ("omni-fast", "torch", "transformers", "numpy")
 SINGLE = ("base", "single", "repeat", "probe")  # kinds of arms that depend on one task alone
 AGAIN = "the same command goes on where it was"
 
@@ -344,10 +342,7 @@ def _describe(design: Design, folder: Path) -> None:
         "temperatures": list(design.study.temperatures),
         "arms": [asdict(arm) for arm in design.arms()],
         "facts": facts
-        | {
-            "seconds": sum(state["totals"]["seconds"].get("total", 0.0) for state in states),
-            "machine": {"system": platform.platform(), "cores": len(os.sched_getaffinity(0))},
-            "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
-        },
+        | {"seconds": sum(state["totals"]["seconds"].get("total", 0.0) for state in states)}
+        | outcome.setting(),
     }
     write_json(path, whole)
