@@ -16,6 +16,8 @@
 
 using namespace omni;
 
+long check_decoder(const RowKernels& kernels);  // decoder_check.cpp
+
 namespace {
 
 std::mt19937 generator(0);
@@ -144,6 +146,7 @@ int main() {
   for (const char* name : {"portable", "avx2", "avx512", "avx512_bf16"}) {
     const RowKernels* kernels = select_kernels(name);
     if (!kernels) continue;
+    cases += check_decoder(*kernels);
     for (const std::int64_t vocab :
          {1, 2, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 1000, 1023, 1024, 1025, 2047, 2048, 2049, 5000})
       for (const bool bf16 : {false, true})
