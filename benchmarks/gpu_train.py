@@ -21,7 +21,7 @@ no time is left are named. The file is written after each question; rows of ques
 
 Needs of Python packages: torch, triton, transformers, numpy, safetensors, tokenizers, jinja2, and omni_kernels built (scripts/gpu.sh).
 For TRL besides: trl, datasets, accelerate, pandas, pyarrow, dill, multiprocess, xxhash, requests, httpx; liger-kernel and flash-attn
-are used where they are installed. For the server besides: httpx.
+are used where they are installed. For the server besides: httpx, pydantic.
 """
 
 from __future__ import annotations
