@@ -4,7 +4,8 @@
 #   PYTHON=python3   whose torch sees the GPU; it needs pip, scikit-build-core, pybind11, cmake, ninja and pytest
 #   RESULTS=DIR      where the results file and the test log go (default: benchmarks/results)
 #   PARTS="tests kernels train engine"   which of them; each ends within 9 minutes
-#   SGLANG_ARCHIVE=FILE   what benchmarks/pack_sglang.sh made (default: build/sglang-0.5.17-cu130.tar.xz); without it no engine
+#   SGLANG_ARCHIVE=FILE   what benchmarks/pack_sglang.sh made (default: build/sglang-0.5.17-cu130.tar.xz); without it no engine;
+#                    with it the machine's Python needs pydantic too
 # Unpacked, it also serves the rollouts of one question of the training part.
 # Peers (liger-kernel, trl, verl, cut-cross-entropy) are measured where they are importable; name their folder in PYTHONPATH.
 set -euo pipefail
