@@ -264,16 +264,16 @@ class SGLangEngine:
         return dark
 
     def _bring_back(self, server: Server) -> None:
-        self.fleet.run(self._health(server, MAX_HEALTH_S))
         how = "is back" if server.known else "has joined"
-        if not server.known:
-            self._introduce(server)
-        info = self.fleet.run(self.fleet.ask(server, "/model_info", timeout_s=2.0))
+        info = self.fleet.run(self.fleet.ask(server, "/model_info", timeout_s=MAX_HEALTH_S))
         tags: list[Json] = [*server.asleep]
         server.asleep = ()  # asked once: one that was not asleep any more would die of it again and again
         if tags and member(info, "weight_version") == server.proven:  # the process that fell asleep
             server.proven = ""
             self.fleet.run(self.fleet.ask(server, "/resume_memory_occupation", {"tags": tags}))
+        self.fleet.run(self._health(server, MAX_HEALTH_S))  # with all of its memory, since it generates
+        if not server.known:
+            self._introduce(server)
         if server.proven != self.weights.tag or member(info, "weight_version") != self.weights.tag:
             self.weights.catch_up(server)
         self.fleet.admit(server)

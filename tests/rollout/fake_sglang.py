@@ -129,6 +129,7 @@ class FakeSGLang(ThreadingHTTPServer):
 
     def health(self, body: dict) -> tuple[int, object]:
         """By generating a token."""
+        assert not self.asleep, "asked for health while asleep"
         return 200 if self._goes_on() else 503, None
 
     def _goes_on(self) -> bool:
