@@ -5,6 +5,8 @@
     linear_logprob       hidden, weight -> log-prob, entropy  differentiable, 4 GEMMs, never the full logits
     linear_policy_loss   hidden, weight -> loss               differentiable, 3 GEMMs: gradients come with it
 
+omni_kernels.decoder has what the layers below compute, for training and decoding on CPUs.
+
 Needs torch, nothing else; compiled backends are used where they are present and fit the tensors.
 """
 

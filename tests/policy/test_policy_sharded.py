@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import socket
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from omni_fast.errors import UserError
 from omni_fast.policy.pack import Trajectory
@@ -121,6 +122,30 @@ def resumed_as_one(
         policy.close()
 
 
+def compiled_layers_step_as_one(batches: list[list[Trajectory]], rank: int) -> None:
+    """Layers that the compiled kernels take: their weights come and go with each layer's turn."""
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
+        config = LlamaConfig(
+            vocab_size=23, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=32,
+            num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.1,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        given = settings("dapo") | {"dtype": dtype}
+        plain = Policy(copy.deepcopy(model), **given)
+        policy = ShardedPolicy(model, **given)
+        if rank:
+            policy.follow()
+            continue
+        mine, theirs = policy.update(batches[0]), plain.update(batches[0])
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=bound)
+        found, exact = tensors(policy), tensors(plain)
+        for name in exact:
+            if name.startswith("mean."):
+                assert (found[name] - exact[name]).norm() < bound * exact[name].norm(), name
+        policy.close()
+
+
 def mistakes_reach_rank_0(build: Callable[[], LlamaForCausalLM], batches: list[list[Trajectory]], rank: int) -> None:
     with pytest.raises(UserError, match="needs model.lora_rank > 0"):
         ShardedPolicy(build(), loss=LossSpec.preset("grpo", beta=0.1), learning_rate=0.1)
@@ -144,6 +169,10 @@ def test_the_ranks_step_as_one_process_and_any_number_goes_on(
 ) -> None:
     on_ranks(2, partial(steps_as_one, tmp_path, build_model, batches))
     on_ranks(4, partial(resumed_as_one, tmp_path, build_model, batches))
+
+
+def test_ranks_on_compiled_layers_step_as_one_process(batches: list[list[Trajectory]]) -> None:
+    on_ranks(2, partial(compiled_layers_step_as_one, batches))
 
 
 def test_a_mistake_is_raised_on_rank_0_and_leaves_the_ranks_together(
