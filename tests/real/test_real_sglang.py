@@ -272,7 +272,7 @@ def test_a_run_ahead_is_one_version_behind_and_weighted_for_it(
 
     monkeypatch.setattr(Policy, "update", watched)
     ahead = ("judge.backend=rubric", "rollout.max_staleness=1", "curriculum.steps_per_stage=5", "threads=1")
-    letters = ("tasks.writing.kind=python", "tasks.writing.cls=letters_task:Letters", "optimizer.learning_rate=2e-4")
+    letters = ("tasks.writing.kind=python", "tasks.writing.cls=letters_task:Letters", "optimizer.learning_rate=1e-4")
     made = configs.load(str(write_grpo(tmp_path, url, model_folder)), (*ahead, *letters))
     with Progress(Console(quiet=True)) as progress:
         train.train(made, tmp_path / "run", progress)
