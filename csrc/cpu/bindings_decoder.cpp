@@ -1,5 +1,6 @@
-// The decoder's kernels and products in the Python module: omni_kernels/decoder.py is the interface to use. Addresses, shapes
-// and strides come from there, checked; numbers that would make a kernel leave its tensors are checked again here.
+// The decoder's kernels and products in the Python module: omni_kernels/decoder.py is the interface to use. Addresses,
+// shapes and strides come from there, checked; numbers that would make a kernel leave its tensors are checked again
+// here.
 #include <pybind11/stl.h>
 
 #include <cstddef>
@@ -134,8 +135,10 @@ class TreeBlocks {
   // Copies; each number is how many elements there are.
   TreeBlocks(Address trees, std::int64_t tree_numbers, Address blocks, std::int64_t block_numbers, Address rows,
              std::int64_t row_count, Address columns, std::int64_t column_count, Address bias, std::int64_t bias_count)
-      : trees_(copied<std::int64_t>(trees, tree_numbers)), blocks_(copied<std::int64_t>(blocks, block_numbers)),
-        rows_(copied<std::int32_t>(rows, row_count)), columns_(copied<std::int32_t>(columns, column_count)),
+      : trees_(copied<std::int64_t>(trees, tree_numbers)),
+        blocks_(copied<std::int64_t>(blocks, block_numbers)),
+        rows_(copied<std::int32_t>(rows, row_count)),
+        columns_(copied<std::int32_t>(columns, column_count)),
         bias_(copied<std::uint16_t>(bias, bias_count)) {
     const std::int64_t count = static_cast<std::int64_t>(blocks_.size() / 5);
     if (trees_.size() % 4 || blocks_.size() % 5) fail("trees must have 4 numbers each and blocks 5");
@@ -195,13 +198,14 @@ class TreeBlocks {
   std::int64_t all_ = 0;
 };
 
-Attention attention_of(const TreeBlocks& trees, int dtype, std::int64_t rows, std::int64_t heads,
-                       std::int64_t kv_heads, std::int64_t size, Address q, std::int64_t q_stride, Address k,
-                       std::int64_t k_stride, Address v, std::int64_t v_stride, float scale, Address lse) {
+Attention attention_of(const TreeBlocks& trees, int dtype, std::int64_t rows, std::int64_t heads, std::int64_t kv_heads,
+                       std::int64_t size, Address q, std::int64_t q_stride, Address k, std::int64_t k_stride, Address v,
+                       std::int64_t v_stride, float scale, Address lse) {
   at_least(kv_heads, 1, "kv_heads");
   if (heads < 1 || heads % kv_heads) fail("heads = " + std::to_string(heads) + " must be a multiple of kv_heads");
   if (size < 32 || size % 32) fail("size = " + std::to_string(size) + " must be a multiple of 32");
-  if (rows < trees.rows()) fail("the trees have " + std::to_string(trees.rows()) + " rows, the tensors " + std::to_string(rows));
+  if (rows < trees.rows())
+    fail("the trees have " + std::to_string(trees.rows()) + " rows, the tensors " + std::to_string(rows));
   at_least(q_stride, heads * size, "q_stride");
   at_least(k_stride, kv_heads * size, "k_stride");
   at_least(v_stride, kv_heads * size, "v_stride");
@@ -263,7 +267,8 @@ class Wave {
     for (std::size_t p = 1; p < start.size(); ++p) start[p] += start[p - 1];
     row_start_ = start;
     for (std::size_t row = 0; row < rows.size(); ++row)
-      rows[static_cast<std::size_t>(start[static_cast<std::size_t>(prompt_of_row[row])]++)] = static_cast<std::int32_t>(row);
+      rows[static_cast<std::size_t>(start[static_cast<std::size_t>(prompt_of_row[row])]++)] =
+          static_cast<std::int32_t>(row);
     rows_ = rows;
   }
   void store(int dtype, std::int64_t tokens, Address k, Address v, std::int64_t stride, Address keys, Address values,
@@ -278,8 +283,8 @@ class Wave {
     });
   }
   void decode(int dtype, std::int64_t rows, std::int64_t heads, Address q, Address k, Address v, std::int64_t stride,
-              Address keys, Address values, Address own_keys, Address own_values, std::int64_t capacity, std::int64_t own,
-              float scale, Address out, int num_threads, const std::string& isa) const {
+              Address keys, Address values, Address own_keys, Address own_values, std::int64_t capacity,
+              std::int64_t own, float scale, Address out, int num_threads, const std::string& isa) const {
     const RowKernels& kernels = kernels_named(isa);
     const int threads = checked_threads(num_threads);
     if (rows != static_cast<std::int64_t>(rows_.size())) fail("the wave has " + std::to_string(rows_.size()) + " rows");
@@ -346,7 +351,8 @@ void attend_forward(const TreeBlocks& trees, int dtype, std::int64_t rows, std::
                     const std::string& isa) {
   const RowKernels& kernels = kernels_named(isa);
   const int threads = checked_threads(num_threads);
-  Attention a = attention_of(trees, dtype, rows, heads, kv_heads, size, q, q_stride, k, k_stride, v, v_stride, scale, lse);
+  Attention a =
+      attention_of(trees, dtype, rows, heads, kv_heads, size, q, q_stride, k, k_stride, v, v_stride, scale, lse);
   a.out = there(out, "out", rows);
   const py::gil_scoped_release release;
   over_trees(a, trees.bytes(heads / kv_heads, size, false), threads, kernels.decoder.attend_forward);
@@ -355,10 +361,12 @@ void attend_forward(const TreeBlocks& trees, int dtype, std::int64_t rows, std::
 void attend_backward(const TreeBlocks& trees, int dtype, std::int64_t rows, std::int64_t heads, std::int64_t kv_heads,
                      std::int64_t size, Address q, std::int64_t q_stride, Address k, std::int64_t k_stride, Address v,
                      std::int64_t v_stride, float scale, Address lse, Address dout, Address dq, std::int64_t dq_stride,
-                     Address dk, Address dv, std::int64_t dkv_stride, Address wide_dk, Address wide_dv, int num_threads, const std::string& isa) {
+                     Address dk, Address dv, std::int64_t dkv_stride, Address wide_dk, Address wide_dv, int num_threads,
+                     const std::string& isa) {
   const RowKernels& kernels = kernels_named(isa);
   const int threads = checked_threads(num_threads);
-  Attention a = attention_of(trees, dtype, rows, heads, kv_heads, size, q, q_stride, k, k_stride, v, v_stride, scale, lse);
+  Attention a =
+      attention_of(trees, dtype, rows, heads, kv_heads, size, q, q_stride, k, k_stride, v, v_stride, scale, lse);
   a.dout = there(dout, "dout", rows);
   at_least(dq_stride, heads * size, "dq_stride");
   at_least(dkv_stride, kv_heads * size, "dkv_stride");
@@ -375,8 +383,8 @@ void attend_backward(const TreeBlocks& trees, int dtype, std::int64_t rows, std:
 
 std::int64_t panels_of(std::int64_t columns, std::int64_t width) { return (columns + width - 1) / width; }
 
-void pack(Address from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units, const std::string& how, Address to,
-          int num_threads, const std::string& isa) {
+void pack(Address from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units, const std::string& how,
+          Address to, int num_threads, const std::string& isa) {
   const ProductKernels& kernels = kernels_named(isa).product;
   const int threads = checked_threads(num_threads);
   at_least(n, 1, "n");
@@ -388,7 +396,8 @@ void pack(Address from, std::int64_t stride, std::int64_t n, std::int64_t k, std
     at_least(stride, k, "stride");
     const py::gil_scoped_release release;
     return parallel_for(panels_of(n, kPanel), 1, threads, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t panel = begin; panel < end; ++panel) kernels.pack_transposed(source, stride, n, k, panel, target);
+      for (std::int64_t panel = begin; panel < end; ++panel)
+        kernels.pack_transposed(source, stride, n, k, panel, target);
     });
   }
   if (how != "panels" && how != "tiles") fail("how = '" + how + "' must be 'transposed', 'panels' or 'tiles'");
@@ -471,8 +480,8 @@ void bind_decoder(py::module_& m) {
   m.def("attend_backward", &attend_backward, py::arg("trees"), py::arg("dtype"), py::arg("rows"), py::arg("heads"),
         py::arg("kv_heads"), py::arg("size"), py::arg("q"), py::arg("q_stride"), py::arg("k"), py::arg("k_stride"),
         py::arg("v"), py::arg("v_stride"), py::arg("scale"), py::arg("lse"), py::arg("dout"), py::arg("dq"),
-        py::arg("dq_stride"), py::arg("dk"), py::arg("dv"), py::arg("dkv_stride"), py::arg("wide_dk"), py::arg("wide_dv"), py::arg("num_threads"),
-        py::arg("isa") = "auto");
+        py::arg("dq_stride"), py::arg("dk"), py::arg("dv"), py::arg("dkv_stride"), py::arg("wide_dk"),
+        py::arg("wide_dv"), py::arg("num_threads"), py::arg("isa") = "auto");
   py::class_<Wave>(m, "Wave")
       .def(py::init<const std::vector<std::vector<std::int32_t>>&, std::int64_t, std::int64_t>(), py::arg("columns"),
            py::arg("kv_heads"), py::arg("size"))
@@ -484,10 +493,11 @@ void bind_decoder(py::module_& m) {
            py::arg("v"), py::arg("stride"), py::arg("keys"), py::arg("values"), py::arg("own_keys"),
            py::arg("own_values"), py::arg("capacity"), py::arg("own"), py::arg("scale"), py::arg("out"),
            py::arg("num_threads"), py::arg("isa") = "auto");
-  m.def("pack", &pack, py::arg("source"), py::arg("stride"), py::arg("n"), py::arg("k"), py::arg("units"), py::arg("how"), py::arg("target"),
-        py::arg("num_threads"), py::arg("isa") = "auto");
-  m.def("multiply", &multiply, py::arg("a"), py::arg("a_stride"), py::arg("b"), py::arg("m"), py::arg("n"), py::arg("k"),
-        py::arg("c"), py::arg("c_stride"), py::arg("out"), py::arg("num_threads"), py::arg("isa") = "auto");
+  m.def("pack", &pack, py::arg("source"), py::arg("stride"), py::arg("n"), py::arg("k"), py::arg("units"),
+        py::arg("how"), py::arg("target"), py::arg("num_threads"), py::arg("isa") = "auto");
+  m.def("multiply", &multiply, py::arg("a"), py::arg("a_stride"), py::arg("b"), py::arg("m"), py::arg("n"),
+        py::arg("k"), py::arg("c"), py::arg("c_stride"), py::arg("out"), py::arg("num_threads"),
+        py::arg("isa") = "auto");
 }
 
 }  // namespace omni

@@ -1,8 +1,9 @@
-// Products of bf16 matrices, C [m, n] = A [m, k] B [k, n], summed in fp32: the contract, shared by every instruction set.
+// Products of bf16 matrices, C [m, n] = A [m, k] B [k, n], summed in fp32: the contract, shared by every instruction
+// set.
 //
-// B comes in panels of kPanel columns, [panels, k / 2, kPanel, 2]: rows in pairs, columns beyond n are 0. A is read as it
-// is, rows of k with k even, or in tiles of kTileRows rows, [tiles, k / 2, kTileRows, 2], where its transpose is what there
-// is. Whoever packs pairs an odd last row of A^T and B with zeros.
+// B comes in panels of kPanel columns, [panels, k / 2, kPanel, 2]: rows in pairs, columns beyond n are 0. A is read as
+// it is, rows of k with k even, or in tiles of kTileRows rows, [tiles, k / 2, kTileRows, 2], where its transpose is
+// what there is. Whoever packs pairs an odd last row of A^T and B with zeros.
 #pragma once
 #include <cstdint>
 
@@ -15,7 +16,7 @@ enum class Out : int { kBFloat16 = 0, kFloat32 = 1, kAdd = 2 };  // kAdd: fp32, 
 
 struct Product {
   const std::uint16_t *a, *b;
-  std::int64_t m, n, k;               // k even
+  std::int64_t m, n, k;                // k even
   std::int64_t a_tile, a_row, a_unit;  // elements from tile to tile, row to row within one, pair to pair
   bool tiled;                          // A is in tiles, whose missing rows are there as zeros
   void* c;
@@ -29,12 +30,12 @@ struct ProductKernels {
   // One panel of B out of B^T [n, k], k even.
   void (*pack_transposed)(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k,
                           std::int64_t panel, std::uint16_t* to);
-  // Panels [begin, end) out of [k, n]: of B, or, a tile of columns as a tile of rows, of the transpose of A. units: pairs of
-  // rows in a whole panel, for a matrix that is a part of B.
-  void (*pack_panels)(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units, std::int64_t begin,
-                      std::int64_t end, std::uint16_t* to);
-  void (*pack_tiles)(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units, std::int64_t begin,
-                     std::int64_t end, std::uint16_t* to);
+  // Panels [begin, end) out of [k, n]: of B, or, a tile of columns as a tile of rows, of the transpose of A. units:
+  // pairs of rows in a whole panel, for a matrix that is a part of B.
+  void (*pack_panels)(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k,
+                      std::int64_t units, std::int64_t begin, std::int64_t end, std::uint16_t* to);
+  void (*pack_tiles)(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units,
+                     std::int64_t begin, std::int64_t end, std::uint16_t* to);
 };
 
 }  // namespace omni

@@ -1,9 +1,9 @@
-// Products of matrices in tiles, written once over a vector type V (vec_*.h); the contract is in product.h. Under the same
-// rules as rows_kernel.h: an unnamed namespace, no templates of the standard library.
+// Products of matrices in tiles, written once over a vector type V (vec_*.h); the contract is in product.h. Under the
+// same rules as rows_kernel.h: an unnamed namespace, no templates of the standard library.
 //
-// A tile keeps kTileRows x 2 or 3 vectors of sums in registers and reads A one unit of each row at a time, B as units of
-// rows side by side. A unit is a pair of bf16, multiplied and added in one instruction where the processor has it, or one
-// fp32. Sums are fp32 over the whole inner dimension.
+// A tile keeps kTileRows x 2 or 3 vectors of sums in registers and reads A one unit of each row at a time, B as units
+// of rows side by side. A unit is a pair of bf16, multiplied and added in one instruction where the processor has it,
+// or one fp32. Sums are fp32 over the whole inner dimension.
 #pragma once
 #include <cstring>
 
@@ -35,8 +35,8 @@ struct Unit<std::uint16_t> {
 
 constexpr int kRows = static_cast<int>(kTileRows);
 
-// acc[r][v] = sum over `steps` units of A[r] B[v]: units of A's rows are `unit` elements apart, those of B `next`. A cache
-// line of what is wanted next is fetched at each step.
+// acc[r][v] = sum over `steps` units of A[r] B[v]: units of A's rows are `unit` elements apart, those of B `next`. A
+// cache line of what is wanted next is fetched at each step.
 template <class T, int VECTORS>
 __attribute__((always_inline)) inline void tile(const T* const (&a)[kRows], std::int64_t unit, const T* b,
                                                 std::int64_t next, std::int64_t steps, const char* ahead,
@@ -100,7 +100,8 @@ void multiply(const Product& p, std::int64_t first, std::int64_t last, std::int6
         for (int r = 0; r < kRows; ++r) a[r] = p.a + t * p.a_tile + (r < rows || p.tiled ? r : rows - 1) * p.a_row;
         // The next panel is on its way while the first tiles work on this one.
         const std::int64_t done = t - first;
-        const char* ahead = reinterpret_cast<const char*>(done < 3 && panel + 1 < end ? p.b + (panel + 1) * p.k * kPanel + done * 32 * steps : b);
+        const char* ahead = reinterpret_cast<const char*>(
+            done < 3 && panel + 1 < end ? p.b + (panel + 1) * p.k * kPanel + done * 32 * steps : b);
         V::F acc[kRows][vectors];
         tile<std::uint16_t, vectors>(a, p.a_unit, b, 2 * kPanel, steps, ahead, acc);
         for (std::int64_t r = 0; r < rows; ++r)
@@ -127,8 +128,9 @@ void pack_transposed(const std::uint16_t* from, std::int64_t stride, std::int64_
   }
 }
 
-// Panels [begin, end) of WIDTH columns out of a matrix [k, n], in units of two of its rows; an odd last row is paired with
-// zeros. Row by row, for neighbouring panels share cache lines. units: of a whole panel, of which this matrix may be a part.
+// Panels [begin, end) of WIDTH columns out of a matrix [k, n], in units of two of its rows; an odd last row is paired
+// with zeros. Row by row, for neighbouring panels share cache lines. units: of a whole panel, of which this matrix may
+// be a part.
 template <int WIDTH>
 void pack_plain(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units,
                 std::int64_t begin, std::int64_t end, std::uint16_t* to) {
@@ -147,12 +149,12 @@ void pack_plain(const std::uint16_t* from, std::int64_t stride, std::int64_t n, 
     }
 }
 
-void pack_panels(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units, std::int64_t begin,
-                 std::int64_t end, std::uint16_t* to) {
+void pack_panels(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units,
+                 std::int64_t begin, std::int64_t end, std::uint16_t* to) {
   pack_plain<static_cast<int>(kPanel)>(from, stride, n, k, units, begin, end, to);
 }
-void pack_tiles(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units, std::int64_t begin,
-                std::int64_t end, std::uint16_t* to) {
+void pack_tiles(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units,
+                std::int64_t begin, std::int64_t end, std::uint16_t* to) {
   pack_plain<static_cast<int>(kTileRows)>(from, stride, n, k, units, begin, end, to);
 }
 

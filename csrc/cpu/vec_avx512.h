@@ -19,9 +19,7 @@ struct V {
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static void store(std::uint16_t* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
   static void store_part(float* p, int n, F x) { _mm512_mask_storeu_ps(p, mask(n), x); }
-  static void store_part(std::uint16_t* p, int n, F x) {
-    _mm256_mask_storeu_epi16(p, mask(n), narrow(x));
-  }
+  static void store_part(std::uint16_t* p, int n, F x) { _mm256_mask_storeu_epi16(p, mask(n), narrow(x)); }
   // x rounded to bf16 and widened again.
   static F as_bf16(F x) { return widen(narrow(x)); }
   // Pairs of bf16, as a product reads them: `width` of them side by side, or one in every place.
@@ -105,7 +103,8 @@ struct V {
   static __m256i narrow(F x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(x), 16)); }
   static F even(F x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 16)); }
   static F odd(F x) {
-    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
 #endif
   static F widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }

@@ -20,18 +20,23 @@ std::mt19937 generator(1);
 // Numbers of one dtype, in memory of exactly their size.
 struct Numbers {
   Numbers(DType dtype, std::int64_t count)
-      : dtype(dtype), count(count), size(dtype == DType::kFloat32 ? 4 : 2), bytes(new unsigned char[static_cast<std::size_t>(count) * size]) {
+      : dtype(dtype),
+        count(count),
+        size(dtype == DType::kFloat32 ? 4 : 2),
+        bytes(new unsigned char[static_cast<std::size_t>(count) * size]) {
     for (std::int64_t i = 0; i < count; ++i) {
       const float x = std::normal_distribution<float>()(generator);
       std::uint32_t bits;
       std::memcpy(&bits, &x, 4);
       const std::uint16_t half = static_cast<std::uint16_t>(bits >> 16);
-      std::memcpy(bytes.get() + static_cast<std::size_t>(i) * size, size == 4 ? static_cast<const void*>(&x) : &half, size);
+      std::memcpy(bytes.get() + static_cast<std::size_t>(i) * size, size == 4 ? static_cast<const void*>(&x) : &half,
+                  size);
     }
   }
   double operator[](std::int64_t i) const {
     std::uint32_t bits = 0;
-    std::memcpy(reinterpret_cast<unsigned char*>(&bits) + (4 - size), bytes.get() + static_cast<std::size_t>(i) * size, size);
+    std::memcpy(reinterpret_cast<unsigned char*>(&bits) + (4 - size), bytes.get() + static_cast<std::size_t>(i) * size,
+                size);
     float x;
     std::memcpy(&x, &bits, 4);
     return x;
@@ -65,8 +70,8 @@ void rows_of(const RowKernels& kernels, DType dtype, std::int64_t rows, std::int
   std::vector<float> inverse(static_cast<std::size_t>(rows));
   const std::int64_t tasks = (rows + kNormRows - 1) / kNormRows;
   std::vector<float> dweight(static_cast<std::size_t>(tasks * width));
-  Norm norm{dtype, rows, width, x.data(), other.data(), weight.data(), 1e-5f, sum.data(), y.data(), inverse.data(),
-            nullptr, nullptr, nullptr, nullptr};
+  Norm norm{dtype,      rows,     width,          x.data(), other.data(), weight.data(), 1e-5f,
+            sum.data(), y.data(), inverse.data(), nullptr,  nullptr,      nullptr,       nullptr};
   k.norm_forward(norm, 0, rows);
   for (std::int64_t i = 0; i < rows; ++i) {
     double squares = 0;
@@ -111,8 +116,8 @@ void attention(const RowKernels& kernels, DType dtype, std::int64_t rows, std::i
   const Numbers q(dtype, rows * heads * size), k(dtype, rows * kv_heads * size), v(dtype, rows * kv_heads * size),
       out(dtype, rows * heads * size), dout(dtype, rows * heads * size), dq(dtype, rows * heads * size),
       dk(dtype, rows * kv_heads * size), dv(dtype, rows * kv_heads * size);
-  std::vector<float> lse(static_cast<std::size_t>(rows * heads)), wide_dk(static_cast<std::size_t>(rows * kv_heads * size)),
-      wide_dv(wide_dk.size());
+  std::vector<float> lse(static_cast<std::size_t>(rows * heads)),
+      wide_dk(static_cast<std::size_t>(rows * kv_heads * size)), wide_dv(wide_dk.size());
   std::vector<std::int32_t> number(static_cast<std::size_t>(rows));
   std::vector<std::uint16_t> bias(static_cast<std::size_t>(rows * width), 0xff80);  // -inf
   for (std::int64_t i = 0; i < rows; ++i) {
@@ -146,8 +151,8 @@ void attention(const RowKernels& kernels, DType dtype, std::int64_t rows, std::i
       own_keys(dtype, 3 * kv_heads * capacity * size), own_values(dtype, 3 * kv_heads * capacity * size),
       token(dtype, 3 * (heads + 2 * kv_heads) * size), made_out(dtype, 3 * heads * size);
   Decode d{};
-  d.prompt = {dtype, 1, kv_heads, size, kv_heads * size, kv_heads * size, start, place, number.data(),
-              k.data(), v.data(), keys.data(), values.data()};
+  d.prompt = {dtype,         1,        kv_heads, size,        kv_heads * size, kv_heads * size, start, place,
+              number.data(), k.data(), v.data(), keys.data(), values.data()};
   for (std::int64_t task = 0; task < kv_heads; ++task) kernels.decoder.store(d.prompt, task);
   const std::int64_t stride = (heads + 2 * kv_heads) * size;
   unsigned char* first = static_cast<unsigned char*>(token.data());
@@ -181,7 +186,8 @@ void product(const RowKernels& kernels, std::int64_t m, std::int64_t n, std::int
     }
   kernels.product.pack_panels(half(b_plain), n, n, k, even / 2, 0, panels, half(packed));
   kernels.product.pack_tiles(half(a_across), m, m, k, even / 2, 0, tiles, half(a_tiles));
-  p = {half(a_tiles), half(packed), m, n, even, kTileRows * even, 2, 2 * kTileRows, true, wide.data(), n, Out::kFloat32};
+  p = {half(a_tiles), half(packed), m,           n, even,         kTileRows * even, 2,
+       2 * kTileRows, true,         wide.data(), n, Out::kFloat32};
   kernels.product.multiply(p, 0, tiles, 0, panels);
   p.out = Out::kAdd;
   kernels.product.multiply(p, 0, tiles, 0, panels);
