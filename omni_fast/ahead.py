@@ -83,5 +83,6 @@ class Ahead:
         before = self.stream.state_dict()
         groups = [self.parts.group(draw) for draw in self.stream.draw(self.parts.config.rollout.prompts_per_step)]
         self._asked += 1
-        rollouts = self.parts.start(groups, f"{'+'.join(self.stage.own)}:{self._asked}")
-        self._under_way.append(_Batch(groups, rollouts, before))
+        batch = _Batch(groups, [], before)
+        self._under_way.append(batch)  # before anything can fail: a resume draws these prompts again
+        batch.rollouts.extend(self.parts.start(groups, f"{'+'.join(self.stage.own)}:{self._asked}"))

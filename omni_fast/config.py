@@ -73,7 +73,7 @@ class LossConfig(Section):
 
 
 class OptimizerConfig(Section):
-    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-5
+    learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 2e-5
     warmup_steps: NonNegative = 2  # linear, at the start of each stage
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95

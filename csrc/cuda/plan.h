@@ -6,11 +6,7 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define OMNI_HD __host__ __device__ __forceinline__
-#else
-#define OMNI_HD inline
-#endif
+#include "../cpu/program.h"
 
 namespace omni::cuda {
 

@@ -62,17 +62,12 @@ def part_value(score: Score, name: str) -> float:
     return part.value
 
 
-def usable(score: Score) -> bool:
-    """Valid, and every part a finite number: what may enter a group."""
-    return score.valid and all(math.isfinite(part.value) for part in score.parts.values() if part.value is not None)
-
-
 def total(score: Score, composition: Composition) -> float | None:
     """The one number of a score; None when the score is invalid.
 
     For "normalised" this is the weighted sum too: it is what is logged, the advantages are made from the parts.
     """
-    if not usable(score):
+    if not score.valid:
         return None
     values = {name: part_value(score, name) for name in composition.weights}
     if composition.gate is not None and values[composition.gate] < composition.gate_threshold:
@@ -99,7 +94,7 @@ def group_advantages(
     A "normalised" composition always divides each part by its own deviation; the sum of the parts is brought back to a
     common scale over the step by `batch_normalise`.
     """
-    valid = [index for index, score in enumerate(scores) if usable(score)]
+    valid = [index for index, score in enumerate(scores) if score.valid]
     advantages: list[float | None] = [None] * len(scores)
     if len(valid) < 2:
         return advantages
@@ -146,7 +141,7 @@ def part_statistics(scores: Sequence[Score]) -> dict[str, PartStatistics]:
     result: dict[str, PartStatistics] = {}
     for name in names:
         parts = [score.parts[name] for score in scores if name in score.parts]
-        values = [part.value for part in parts if part.value is not None and math.isfinite(part.value)]
+        values = [part.value for part in parts if part.value is not None]
         mean = math.fsum(values) / len(values) if values else None
         std = None if mean is None else math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
         reasons = Counter(part.reason for part in parts if part.reason != "ok")

@@ -6,6 +6,7 @@ judge) scores 0; what the infrastructure caused (judge down, worker lost) is inv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,12 +15,18 @@ from dataclasses import dataclass
 class Part:
     """One component of a reward.
 
-    value: in the range the verifier states (0..1 unless it says otherwise); None means invalid.
+    value: in the range the verifier states (0..1 unless it says otherwise); None means invalid, and so does a number that is
+    not finite, which becomes None with the reason "not_finite".
     reason: a short snake_case word that is counted in metrics: "ok", "wrong", "timeout", "no_answer", "judge_down", ...
     """
 
     value: float | None
     reason: str = "ok"
+
+    def __post_init__(self) -> None:
+        if self.value is not None and not math.isfinite(self.value):
+            object.__setattr__(self, "value", None)
+            object.__setattr__(self, "reason", "not_finite")
 
     @property
     def valid(self) -> bool:

@@ -134,3 +134,10 @@ def test_statistics_count_what_was_lost_and_why():
     assert per_part["correct"].mean == 0.5 and per_part["correct"].invalid == 1
     assert per_part["correct"].reasons == {"wrong": 1, "judge_down": 1}
     assert group_statistics([], ADDITIVE).mixed_share == 0.0 and part_statistics([]) == {}
+
+
+def test_a_number_that_is_not_finite_is_an_invalid_part_and_says_so():
+    for value in (math.nan, math.inf, -math.inf):
+        part = Part(value)
+        assert part == Part(None, "not_finite") and not part.valid
+    assert Part(0.0).valid
