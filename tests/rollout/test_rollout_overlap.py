@@ -27,7 +27,7 @@ from omni_fast.curriculum.stages import Draw, PromptStream, Stage, StreamState
 from omni_fast.errors import RunError, UserError
 from omni_fast.groups import Group
 from omni_fast.progress import Progress
-from omni_fast.rollout.engine import Sample
+from omni_fast.rollout.engine import Rollout, Sample
 from omni_fast.rollout.fleet import Fleet, Server, ServerError
 from omni_fast.rollout.sglang import SGLangEngine, read
 from omni_fast.scoring import Scorer
@@ -325,6 +325,23 @@ def test_a_sample_older_than_allowed_is_never_trained(made: Made, tmp_path: Path
         ):
             found.run(1, done=2)
         assert len(found.trained) == 6
+
+
+def test_prompts_that_no_server_took_are_drawn_again(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with rig(made, tmp_path, [nameless()], 0) as found:
+
+        def refused(groups: Sequence[Group], label: str) -> list[Rollout]:
+            raise RunError("no server takes a prompt")
+
+        stream = PromptStream({"letters": 40}, ("letters",), (1.0,), 0)
+        before = stream.state_dict()
+        monkeypatch.setattr(found.parts, "start", refused)
+        with Ahead(found.parts, STAGE, stream, 0) as ahead:
+            with pytest.raises(RunError, match="no server"):
+                ahead.next()
+            assert stream.state_dict() != before == ahead.state
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 2])
