@@ -59,7 +59,6 @@ def load(folder: str | None, dtype: torch.dtype) -> LlamaForCausalLM:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     torch.manual_seed(0)
     config = LlamaConfig(
-        dtype=dtype,
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
@@ -69,7 +68,7 @@ def load(folder: str | None, dtype: torch.dtype) -> LlamaForCausalLM:
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).to(dtype).eval()  # the dtype of a config does not reach random weights
 
 
 def make_prompts(case: Case, vocabulary: int) -> list[list[int]]:
@@ -131,13 +130,18 @@ def machine_limits(dtype: torch.dtype) -> tuple[float, float]:
     return rate, 2 * source.nbytes / median_seconds(lambda: target.copy_(source), 9)
 
 
+def prompt_rows(case: Case, prompts: list[list[int]]) -> int:
+    """Prompt tokens, what they have in common once."""
+    return case.common + sum(len(prompt) - case.common for prompt in prompts)
+
+
 def limit_seconds(model: LlamaForCausalLM, case: Case, prompts: list[list[int]], limits: tuple[float, float]) -> float:
     rate, bandwidth = limits
     head = model.config.vocab_size * model.config.hidden_size
     tables = 1 if model.config.tie_word_embeddings else 2
     layers = sum(parameter.numel() for parameter in model.parameters()) - tables * head
     bytes_a_step = (layers + head) * model.dtype.itemsize
-    tokens = case.common + sum(len(prompt) - case.common for prompt in prompts)
+    tokens = prompt_rows(case, prompts)
     rows = case.prompts * case.samples
     prefill = 2 * (layers * tokens + head * case.prompts) / rate
     step = 2 * (layers + head) * rows / rate
@@ -167,6 +171,9 @@ def measure(
             "case": case.name,
             "dtype": str(model.dtype).removeprefix("torch."),
             "contender": contender,
+            "new_tokens": case.prompts * case.samples * case.new,
+            "steps": case.new,
+            "prompt_rows": prompt_rows(case, prompts),
             "seconds": round(seconds, 4),
             "spread": [round(min(times[contender]), 4), round(max(times[contender]), 4)],
             "tokens_per_s": round(case.prompts * case.samples * case.new / seconds, 1),

@@ -175,8 +175,7 @@ def read(results: Path) -> list[Case]:
 
 
 def _of_generate(row: dict) -> Case:
-    prompts, samples, prompt, new = (int(number) for number in re.findall(r"\d+", row["case"]))
-    return Case(row["case"], 1, new, prompts * samples * new, prompts * prompt, row["seconds"])
+    return Case(row["case"], 1, row["steps"], row["new_tokens"], row["prompt_rows"], row["seconds"])
 
 
 def races(results: Path) -> list[Case]:

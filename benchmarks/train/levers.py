@@ -1,7 +1,7 @@
 """Each lever alone: what a phase of a step costs when one of omni_fast's savings is taken away.
 
 All variants work on the same batch with a learning rate of 0 and take turns round by round; the row's `off` is the median
-without the lever, `on` that with all of them. What is taken away comes back as others do it, patched in from here: the
+without the lever, `on` that with all of them, each timed just before its `off`; `times_faster` is the median of their ratios. What is taken away comes back as others do it, patched in from here: the
 trainer itself has no switch for doing more work than it must.
 """
 
@@ -89,7 +89,7 @@ def measure(
     }
     levers = which(Setup(case, policy, engine, sampling, prompts, batch, ragged, baselines))
     calls = baselines | {lever.name: lever.call for lever in levers}
-    seconds, peaks, failed = _timed(case, calls, rounds, between, end)
+    seconds, before, peaks, failed = _timed(case, calls, {x.name: x.against for x in levers}, rounds, between, end)
     if lost := [f"{name}: {failed[name]}" for name in ("generate", "update") if name in failed]:
         raise RuntimeError("; ".join(lost))
     medians = {name: statistics.median(values) for name, values in seconds.items() if name not in failed}
@@ -111,7 +111,8 @@ def measure(
             print(f"  {case.question}  {lever.name}: {reason}", flush=True)
             rows.append(row | {"error": reason})
             continue
-        on, off = medians[lever.against], medians[lever.name]
+        on, off = statistics.median(before[lever.name]), medians[lever.name]
+        times = statistics.median(b / a for a, b in zip(before[lever.name], seconds[lever.name], strict=True))
         of_step = lever.against in ("generate", "update")
         rows.append(
             row
@@ -120,40 +121,46 @@ def measure(
                 "seconds_off": round(off, 4),
                 "spread_off": [round(min(seconds[lever.name]), 4), round(max(seconds[lever.name]), 4)],
                 "rounds": len(seconds[lever.name]),
-                "times_faster": round(off / on, 3),
-                "step_times_faster": round((step - on + off) / step, 3) if of_step else None,
+                "times_faster": round(times, 3),
+                "step_times_faster": round(1 + (times - 1) * medians[lever.against] / step, 3) if of_step else None,
                 "peak_bytes_on": peaks[lever.against],
                 "peak_bytes_off": peaks[lever.name],
             }
         )
-        print(f"  {case.question}  {lever.name:42} on {on:7.3f} s  off {off:7.3f} s  x{off / on:.2f}", flush=True)
+        print(f"  {case.question}  {lever.name:42} on {on:7.3f} s  off {off:7.3f} s  x{times:.2f}", flush=True)
     engine.close()
     return rows
 
 
 def _timed(
-    case: Case, calls: dict[str, Callable[[], object]], rounds: int, between: Callable[[], None], end: float
-) -> tuple[dict[str, list[float]], dict[str, int | None], dict[str, str]]:
-    """Seconds by round and peak memory of each call, and why those failed that did."""
+    case: Case,
+    calls: dict[str, Callable[[], object]],
+    against: dict[str, str],
+    rounds: int,
+    between: Callable[[], None],
+    end: float,
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, int | None], dict[str, str]]:
+    """Seconds by round of each call, and of what it stands `against` just before it (the speed of a shared machine drifts);
+    peak memory of each, and why those failed that did."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    before: dict[str, list[float]] = {name: [] for name in against}
     peaks: dict[str, int | None] = {}
     failed: dict[str, str] = {}
     for number in range(-1, rounds):  # the first time nothing is timed
         for name, call in calls.items():
             if time.monotonic() > end and number < 0:
                 failed[name] = "left out: no time"
-            if name in failed:
+            if name in failed or against.get(name) in failed:
                 continue
             try:
                 if number < 0:
                     call()
                     peaks[name] = scoreboard.peak_bytes(Run(call))
                     continue
-                shared.settle(case.device)
-                start = time.perf_counter()
-                call()
-                shared.settle(case.device)
-                seconds[name].append(time.perf_counter() - start)
+                first = _seconds(calls[against[name]], case.device) if name in against else None
+                seconds[name].append(_seconds(call, case.device))
+                if first is not None:
+                    before[name].append(first)
             except Exception as error:  # whatever it is, the other variants are still worth measuring
                 failed[name] = f"{type(error).__name__}: {error}"[:600]
                 if case.device == "cuda":
@@ -161,7 +168,15 @@ def _timed(
             between()
         if number >= 0 and time.monotonic() > end:
             break
-    return seconds, peaks, failed
+    return seconds, before, peaks, failed
+
+
+def _seconds(call: Callable[[], object], device: str) -> float:
+    shared.settle(device)
+    start = time.perf_counter()
+    call()
+    shared.settle(device)
+    return time.perf_counter() - start
 
 
 def savings(setup: Setup) -> tuple[Lever, ...]:
