@@ -8,6 +8,7 @@ This module imports neither torch nor transformers, so `--dry-run` and `--help` 
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
@@ -25,7 +26,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -73,10 +74,10 @@ class LossConfig(Section):
 
 
 class OptimizerConfig(Section):
-    learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 2e-5
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-5
     warmup_steps: NonNegative = 2  # linear, at the start of each stage
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
     tokens_per_microbatch: Positive = 2048  # memory only: never changes the result
@@ -146,6 +147,8 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _fields_of_the_kind(self) -> TaskConfig:
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError("a task's name is letters, digits, '_', '-' and '.': it becomes part of folder names")
         needed = {"jsonl": ("file", "prompt", "verifier"), "python": ("cls",)}.get(self.kind, ())
         missing = [key for key in needed if not getattr(self, key)]
         if missing:
@@ -257,7 +260,7 @@ class Config(Section):
         )
 
 
-def load(source: str, overrides: tuple[str, ...] = ()) -> Config:
+def load(source: str, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file, or a recipe that ships with the package by its name, and apply `key.sub=value` overrides.
 
     Raises UserError naming the file, the key and the remedy.
@@ -291,7 +294,7 @@ def validated(source: str, data: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
+        raise UserError(f"{source}: " + "; ".join(_explain(item, data) for item in error.errors())) from None
 
 
 def _read(path: Path) -> str:
@@ -312,8 +315,8 @@ def recipes() -> list[str]:
 def _apply_override(data: dict, override: str) -> None:
     """`a.b=value` or `tasks.NAME.key=value`; the value is TOML, or a bare string."""
     path, separator, text = override.partition("=")
-    if not separator:
-        raise UserError(f"override '{override}' has no '='; write for example rollout.prompts_per_step=4")
+    if not separator or not path.strip():
+        raise UserError(f"override '{override}' is no KEY=VALUE; write for example rollout.prompts_per_step=4")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -323,10 +326,11 @@ def _apply_override(data: dict, override: str) -> None:
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(node, list):  # the list of tasks is addressed by name
-            named = [entry for entry in node if entry.get("name") == key]
-            if not named or last:
-                raise UserError(f"override '{override}': no task named '{key}' in the config")
-            node = named[0]
+            named = {entry.get("name"): entry for entry in node if isinstance(entry, dict)}
+            if key not in named or last:
+                names = ", ".join(map(str, named))
+                raise UserError(f"override '{override}': a task's key is tasks.NAME.KEY, with a NAME of {names}")
+            node = named[key]
         elif last:
             node[key] = value
         else:
@@ -335,8 +339,11 @@ def _apply_override(data: dict, override: str) -> None:
                 raise UserError(f"override '{override}': '{'.'.join(keys[: depth + 1])}' is a value, not a section")
 
 
-def _explain(item: ErrorDetails) -> str:  # one line per pydantic error
-    where = ".".join(str(part) for part in item["loc"]) or "config"
+def _explain(item: ErrorDetails, data: dict[str, Any]) -> str:  # one line per pydantic error
+    parts = [str(part) for part in item["loc"]]
+    if parts[:1] == ["tasks"] and len(parts) > 1 and isinstance(entry := data["tasks"][int(parts[1])], dict):
+        parts[1] = str(entry.get("name", parts[1]))  # as an override has it
+    where = ".".join(parts) or "config"
     if item["type"] == "extra_forbidden":
         known = _keys_at(item["loc"][:-1])
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
