@@ -5,17 +5,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from omni_fast.config import TaskConfig
-from omni_fast.errors import UserError
 from omni_fast.rewards.code import CodeVerifier
 from omni_fast.rewards.judge.base import Judge
 from omni_fast.rewards.math import MathVerifier
-from omni_fast.tasks.base import SPLITS, Task
+from omni_fast.tasks.base import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,31 +55,6 @@ def build_task(block: TaskConfig, *, seed: int, resources: Resources) -> Task:
         from omni_fast.tasks.jsonl import load_task
 
         return load_task(block, seed=seed, resources=resources)
-    return _own_class(block, seed)
+    from omni_fast.tasks.own import OwnTask
 
-
-def _own_class(block: TaskConfig, seed: int) -> Task:
-    """The user's class, called as `Class(name=..., seed=..., max_new_tokens=...)` and checked for the interface."""
-    module_name, separator, class_name = block.cls.partition(":")
-    where = f"task '{block.name}': cls = '{block.cls}'"
-    if not separator:
-        raise UserError(f'{where} must read "module:Class"')
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"{where} cannot be imported ({error}); is its folder on PYTHONPATH?") from error
-    made = getattr(module, class_name, None)
-    if not callable(made):
-        raise UserError(f"{where}: module {module_name} has no class {class_name}; correct the name")
-    try:
-        task = made(name=block.name, seed=seed, max_new_tokens=block.max_new_tokens)
-    except TypeError as error:
-        raise UserError(f"{where} must take the arguments name, seed, max_new_tokens ({error})") from error
-    members = ("name", "system", "composition", "max_new_tokens", "items", "score", "metric")
-    missing = [member for member in members if not hasattr(task, member)]
-    if missing:
-        raise UserError(f"{where} lacks {', '.join(missing)}; omni_fast/tasks/base.py states the interface")
-    empty = [split for split in SPLITS if not task.items(split)]
-    if empty:
-        raise UserError(f"{where} has no items in split {', '.join(empty)}; every split needs some")
-    return cast(Task, task)
+    return OwnTask(block, seed)

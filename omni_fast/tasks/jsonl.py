@@ -58,8 +58,9 @@ class Report:
 
     def lines(self) -> list[str]:
         """For people: the counts by reason, with examples."""
+        few = f": too few, a task needs at least {_MIN_ITEMS} usable items" if self.kept < _MIN_ITEMS else ""
         text = [
-            f"{self.file}: {self.kept} items pass their own verifier ({self.verifier}), {len(self.dropped)} dropped"
+            f"{self.file}: {self.kept} items pass their own verifier ({self.verifier}), {len(self.dropped)} dropped{few}"
         ]
         for reason, count in Counter(drop.reason for drop in self.dropped).most_common():
             text.append(f"  {count} x {reason}")
@@ -160,7 +161,7 @@ def load_task(block: TaskConfig, *, seed: int, resources: Resources) -> Task:
     task = FileTask(block, seed, resources)
     if not task._items:
         shown = "\n".join(task.report.lines())
-        raise UserError(f"task '{block.name}' needs at least {_MIN_ITEMS} usable items; correct the data:\n{shown}")
+        raise UserError(f"task '{block.name}' cannot be trained, correct its data:\n{shown}")
     return task
 
 
@@ -199,6 +200,10 @@ def guess_block(path: str) -> TaskConfig:
 
 def _check_columns(block: TaskConfig, rows: Sequence[tuple[int, Row]]) -> None:
     columns = {column for _, row in rows for column in row}
+    if not _PLACE.search(block.prompt):
+        raise UserError(
+            f"task '{block.name}': prompt '{block.prompt}' has no {{column}} place; the columns are {sorted(columns)}"
+        )
     source = _gold_source(block)
     wanted = set(_PLACE.findall(block.prompt)) | set(_PLACE.findall(source) or [source])
     wanted |= {"entry", "tests"} if block.verifier == "code" else set()

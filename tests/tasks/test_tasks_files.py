@@ -16,6 +16,7 @@ from omni_fast.rewards.code import CodeVerifier
 from omni_fast.rewards.judge.rubric import RubricJudge
 from omni_fast.rewards.math import MathVerifier
 from omni_fast.rewards.sandbox import Sandbox
+from omni_fast.rewards.score import Part, Score
 from omni_fast.tasks import Resources, build_tasks
 from omni_fast.tasks.base import SPLITS
 from omni_fast.tasks.files import read_rows
@@ -234,6 +235,32 @@ class Half:
 
 class Odd:
     def __init__(self, colour): ...
+
+class NoFile(Length):
+    def items(self, split):
+        return open("/nowhere/data.csv").readlines()
+
+class Texts(Length):
+    def items(self, split):
+        return ["1 + 1", "1 + 2"]
+
+class Empty(Length):
+    def items(self, split):
+        return []
+
+class Alike(Length):
+    def items(self, split):
+        return [Item("same", split)]
+
+class Plain(Length):
+    composition = {"length": 1.0}
+
+class Wrong(Length):
+    def score(self, items, completions):
+        return self.wrong
+
+    def metric(self, items, completions):
+        return self.wrong
 """
 
 
@@ -251,10 +278,45 @@ def test_own_class_is_built_and_checked(tmp_path: Path, resources: Resources, mo
         ("no_such_module_here:A", "cannot be imported"),
         ("own_task_module:Absent", "has no class Absent"),
         ("own_task_module:Half", "lacks name, system"),
-        ("own_task_module:Odd", "must take the arguments"),
+        ("own_task_module:Odd", "the constructor of task 'own' raised TypeError: .*'name'"),
+        (
+            "own_task_module:NoFile",
+            r"items\('train'\) of task 'own' raised FileNotFoundError: .*own_task_module.py, line",
+        ),
+        (
+            "own_task_module:Texts",
+            r"task 'own' has \['1 \+ 1', '1 \+ 2'\] in split 'train'; every split needs some `Item`s",
+        ),
+        ("own_task_module:Empty", r"task 'own' has \[\] in split 'train'; every split needs"),
+        ("own_task_module:Alike", "two items with the id 'same'; ids differ within a task"),
+        ("own_task_module:Plain", "composition is {'length': 1.0}; it has to be a `Composition`"),
     ]:
         with pytest.raises(UserError, match=message):
             build_tasks([own(cls)], seed=0, resources=resources)
+    (tmp_path / "own_broken_module.py").write_text("class Length(:", encoding="utf-8")
+    with pytest.raises(UserError, match=r"import of task 'own' raised SyntaxError: .*own_broken_module.py, line 1"):
+        build_tasks([own("own_broken_module:Length")], seed=0, resources=resources)
+
+    wrong = build_tasks([own("own_task_module:Wrong")], seed=0, resources=resources)["own"]
+    for given, message in [
+        ([Score({"length": Part(1.0)})], "it has to give 2 times a `Score` with length"),
+        ([1.0, 0.0], "it has to give 2 times a `Score` with length"),
+        ([Score({"other": Part(1.0)})] * 2, "it has to give 2 times a `Score` with length"),
+        (None, "the score of task 'own' raised TypeError"),
+    ]:
+        sys.modules["own_task_module"].Wrong.wrong = given
+        with pytest.raises(UserError, match=message):
+            wrong.score(wrong.items("train")[:2], ["", ""])
+    for given, message in [
+        ([1.0], "the metric of task 'own' gave 1 values for 2 items"),
+        ([0.5, 1.5], r"gave the value 1.5; it has to give each item one number in 0..1, or None"),
+        (["good", "bad"], "the metric of task 'own' raised ValueError: .*'good'"),
+    ]:
+        sys.modules["own_task_module"].Wrong.wrong = given
+        with pytest.raises(UserError, match=message):
+            wrong.metric(wrong.items("train")[:2], ["", ""])
+    sys.modules["own_task_module"].Wrong.wrong = [None, 1]
+    assert wrong.metric(wrong.items("train")[:2], ["", ""]) == [None, 1.0]
     monkeypatch.delitem(sys.modules, "own_task_module")
 
 
