@@ -5,8 +5,9 @@ The only place that knows them all; each of them takes plain arguments and can b
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,8 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from omni_fast import ranks, serving
+from omni_fast.checkpoint import published
 from omni_fast.config import Config
 from omni_fast.curriculum.stages import Draw
+from omni_fast.errors import UserError
 from omni_fast.evaluate import EVAL_TOKENS_FACTOR, Evaluation, evaluate, tokenise
 from omni_fast.grading import Grading, composed
 from omni_fast.groups import Group, by_task
@@ -91,15 +94,20 @@ class Parts:
         key = (task, item.id)
         if key not in self._prompts:
             limit = self.config.rollout.max_prompt_tokens
-            self._prompts[key] = tokenise(self.tokenizer, self.tasks[task], [item], limit)[0]
+            self._prompts[key] = tokenise(self.tokenizer, self.tasks[task], item, limit)
         return self._prompts[key]
 
-    def check_prompts(self) -> None:
-        """Tokenise everything that the run may ask, so that a prompt above the limit is told before any training."""
+    def check_items(self) -> None:
+        """Look at everything that the run may ask: a prompt above the limit, or another one than before, is told at once."""
+        digests = {}
         for task, splits in self.items.items():
-            for items in splits.values():
-                for item in items:
-                    self.prompt(task, item)
+            digest = hashlib.sha256()
+            for item in (item for items in splits.values() for item in items):
+                self.prompt(task, item)
+                told = [item.id, item.prompt, item.prefix, dict(item.answer)]
+                digest.update(json.dumps(told, sort_keys=True, default=lambda value: type(value).__name__).encode())
+            digests[task] = digest.hexdigest()
+        self.run.same_items(digests)
 
     def start(self, groups: Sequence[Group], name: str) -> list[Rollout]:
         """Ask for the groups' completions; each group goes to the scorer as soon as it is complete. `name` seeds the draws.
@@ -127,11 +135,11 @@ class Parts:
             self.run.raise_if_stopping()
             self.progress.wait(f"{task}: {running} of {len(items)} completions")
 
-        limit = self.config.rollout.max_prompt_tokens
+        prompts = [self.prompt(task, item) for item in items]
         sampling = Sampling(
             EVAL_TOKENS_FACTOR * self.tasks[task].max_new_tokens, temperature, self.stop_token_ids, self.config.seed
         )
-        return evaluate(self.engine, self.tokenizer, self.tasks[task], items, sampling, limit, interruptible)
+        return evaluate(self.engine, self.tokenizer, self.tasks[task], items, prompts, sampling, interruptible)
 
     def sleep(self) -> None:
         """Let the engine's servers give their GPU memory to the policy until the next sync, where the config says so."""
@@ -151,12 +159,9 @@ class Parts:
     def export(self, folder: Path, name: str) -> None:
         """The weights `name` as transformers and SGLang load them (under LoRA the adapter), published by one rename."""
         self.load_weights(name)
-        work = folder.with_name(f".writing-{folder.name}")
-        shutil.rmtree(work, ignore_errors=True)
-        self.model.save_pretrained(work)
-        self.tokenizer.save_pretrained(work)
-        shutil.rmtree(folder, ignore_errors=True)
-        work.rename(folder)
+        with published(folder) as work:
+            self.model.save_pretrained(work)
+            self.tokenizer.save_pretrained(work)
 
 
 @contextmanager
@@ -189,7 +194,7 @@ def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
             stack.callback(trackers.close)
             parts = Parts(config, run, progress, model, tokenizer, tasks, policy, engine, scorer, trackers)
             progress.wait("the prompts' tokens")
-            parts.check_prompts()
+            parts.check_items()
         run.bind()
         run.state["facts"] |= grading.facts()
         yield parts
@@ -201,6 +206,11 @@ def load_model(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     if device == "auto":
         device = ranks.device()
     disable_progress_bar()  # transformers' own bars
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"model.device '{device}' cannot be used ({reason}); give 'auto', 'cpu' or 'cuda'") from error
     if config.model.path == "tiny":
         return tiny_model(tiny_corpus(config.tasks, config.seed), seed=config.seed)
     return load(config.model.path, dtype=torch.float32, device=device)

@@ -1,13 +1,14 @@
 """Checkpoints that survive a kill at any moment, and the run folder they live in.
 
 A checkpoint is a folder `000012-NAME` (numbered in the order of writing) with `tensors.safetensors` (of several ranks,
-a file each), `state.json` and `manifest.json`, which holds size and SHA-256 of the others. It is written under a temporary name, brought to disk
-(fsync of files, folder and parent) and renamed: under its own name it is complete. Older ones go only after that.
+a file each), `state.json` and `manifest.json`, which holds size and SHA-256 of the others. It is written under a temporary
+name, brought to disk (fsync of files, folder and parent) and renamed: under its own name it is complete. Older ones go only
+after that.
 Reading checks every byte against the manifest; a checkpoint that fails is reported and the one before is taken.
 Nothing is ever pickled.
 
 One process owns a run folder at a time (`run_lock`, an advisory lock that the kernel drops with the process), and a
-folder belongs to one configuration (`check_fingerprint`). Limits: POSIX file systems with `flock`.
+folder belongs to one configuration (`differences`). Limits: POSIX file systems with `flock`.
 """
 
 from __future__ import annotations
@@ -59,24 +60,19 @@ def _warn(message: str) -> None:
 def save(folder: Path, name: str, tensors: Contents, state: Mapping[str, Json], *, keep_last: int) -> Path:
     """Writes a new checkpoint into `folder` (made when missing), then removes all but the newest `keep_last`.
 
-    tensors: by name, or a function that writes safetensors files into the folder it is given. `name` is for people; order is that of writing. RunError, with everything older untouched, if the disk is full or
-    the folder cannot be written.
+    tensors: by name, or a function that writes safetensors files into the folder it is given. `name` is for people; order
+    is that of writing. RunError, with everything older untouched, if the disk is full or the folder cannot be written.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last is {keep_last}; give at least 1")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
-        before = _numbered(folder)
-        number = int(before[-1].name.split("-")[0]) + 1 if before else 1
-        target = folder / f"{number:06d}-{name}"
-        _publish(target, tensors, state)
-        for old in _numbered(folder)[:-keep_last]:
-            _drop(old)
-    except (OSError, SafetensorError) as error:
-        kept = _numbered(folder)
-        safe = f"the checkpoint {kept[-1].name} is intact" if kept else "there is no earlier one"
-        raise RunError(_explain(f"The checkpoint {name}", folder, error, safe)) from error
+    _sweep(folder)
+    before = _numbered(folder)
+    number = int(before[-1].name.split("-")[0]) + 1 if before else 1
+    target = folder / f"{number:06d}-{name}"
+    with published(target) as work:
+        _write(work, tensors, state)
+    for old in _numbered(folder)[:-keep_last]:
+        _drop(old)
     return target
 
 
@@ -102,11 +98,8 @@ def latest(folder: Path, warn: Callable[[str], None] = _warn) -> Checkpoint | No
 
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Makes `folder` hold these tensors, with checksums, all at once. RunError if the disk is full or read-only."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _publish(folder, tensors, {})
-    except (OSError, SafetensorError) as error:
-        raise RunError(_explain(f"{folder.name}", folder.parent, error, "nothing else was touched")) from error
+    with published(folder) as work:
+        _write(work, tensors, {})
 
 
 def load_tensors(folder: Path) -> dict[str, Tensor]:
@@ -117,28 +110,43 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / TENSORS)
 
 
-def _publish(target: Path, tensors: Contents, state: Mapping[str, Json]) -> None:
-    """Writes a whole folder and gives it its name when it is on disk."""
-    work = target.with_name(f".writing-{target.name}")
-    shutil.rmtree(work, ignore_errors=True)
+@contextmanager
+def published(target: Path) -> Iterator[Path]:
+    """A folder to write into, which gets the name `target` when it is whole and on disk, in the place of what had it before.
+
+    RunError if the disk is full or read-only; what was there before is then as it was.
+    """
+    parent, work = target.parent, target.with_name(f".writing-{target.name}")
     try:
-        work.mkdir()
-        if isinstance(tensors, Mapping):
-            save_file({key: value.detach().contiguous() for key, value in tensors.items()}, work / TENSORS)
-        else:
-            tensors(work)
-        (work / STATE).write_text(json.dumps(state), encoding="utf-8")
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in work.iterdir()}
-        (work / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        yield work
         for path in (*work.iterdir(), work):
             _to_disk(path)
         if target.exists():
             _drop(target)
         work.rename(target)
-        _to_disk(target.parent)
-    except BaseException:
+        _to_disk(parent)
+    except (OSError, SafetensorError) as error:
+        free = f"{shutil.disk_usage(parent).free / 2**30:.2f} GiB free" if parent.is_dir() else "no such folder"
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise RunError(
+            f"{target} could not be written ({reason}; {free}); what was saved before is intact. "
+            "Make room or permission there, and run the same command again."
+        ) from error
+    finally:
         shutil.rmtree(work, ignore_errors=True)
-        raise
+
+
+def _write(work: Path, tensors: Contents, state: Mapping[str, Json]) -> None:
+    """Everything of a checkpoint, its manifest last."""
+    if isinstance(tensors, Mapping):
+        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, work / TENSORS)
+    else:
+        tensors(work)
+    (work / STATE).write_text(json.dumps(state), encoding="utf-8")
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in work.iterdir()}
+    (work / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
 
 
 def _numbered(folder: Path) -> list[Path]:
@@ -149,6 +157,7 @@ def _numbered(folder: Path) -> list[Path]:
 def _drop(path: Path) -> None:
     """Removes a folder so that a kill half-way leaves nothing that looks complete."""
     away = path.with_name(f".old-{path.name}")
+    shutil.rmtree(away, ignore_errors=True)  # of a kill in here
     path.rename(away)
     shutil.rmtree(away)
 
@@ -158,15 +167,6 @@ def _sweep(folder: Path) -> None:
     for pattern in (".writing-*", ".old-*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path)
-
-
-def _explain(what: str, folder: Path, error: Exception, safe: str) -> str:
-    free = f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB free" if folder.is_dir() else "no such folder"
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return (
-        f"{what} could not be written to {folder} ({reason}; {free}); {safe}. "
-        "Make room or permission there, and run the same command again."
-    )
 
 
 def _digest(path: Path) -> str:
@@ -256,31 +256,11 @@ def write_json(path: Path, value: Json | Mapping[str, Json]) -> None:
         ) from error
 
 
-def check_fingerprint(folder: Path, settings: Mapping[str, Json]) -> None:
-    """Binds a run folder to its settings: stores them in a new folder, compares them in an old one.
-
-    `settings`: nested mapping of all that the result depends on. UserError that lists the differences.
-    """
-    path = folder / "fingerprint.json"
-    if not path.is_file():
-        write_json(path, dict(settings))
-        return
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(
-            f"{path} is not valid JSON: give another run folder, or remove this one to start over."
-        ) from None
-    before, now = _flatten(stored), _flatten(json.loads(json.dumps(settings)))
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    if changed:
-        shown = "; ".join(
-            f"{key} was {before.get(key, 'absent')} and is {now.get(key, 'absent')}" for key in changed[:5]
-        )
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise UserError(
-            f"The run folder {folder} belongs to another configuration ({shown}{more}): give another folder, or the old settings."
-        )
+def differences(before: Json, now: Json) -> list[str]:
+    """What was changed between two nested values, as "optimizer.learning_rate was 2e-05 and is 0.5"."""
+    old, new = _flatten(before), _flatten(now)
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return [f"{key} was {old.get(key, 'absent')} and is {new.get(key, 'absent')}" for key in changed]
 
 
 def _flatten(value: Json, prefix: str = "") -> dict[str, str]:

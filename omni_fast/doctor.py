@@ -27,7 +27,9 @@ def examine() -> list[Finding]:
     """One finding per thing that matters, in the order a person would check them."""
     supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
     native = cpu.reason_unavailable()
-    units = ", ".join(name for name in ("amx_bf16", "avx512_bf16") if name in cpu_flags())
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text().split()) if info.is_file() else set()
+    units = ", ".join(name for name in ("amx_bf16", "avx512_bf16") if name in flags)
     usable, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     busy = load > 0.5 * usable
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
@@ -53,12 +55,3 @@ def examine() -> list[Finding]:
         ),
         Finding("GPU", True, gpu),
     ]
-
-
-def cpu_flags() -> set[str]:
-    """The processor's feature flags as Linux names them; empty where /proc does not tell."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return set()
-    lines = [line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))]
-    return set(lines[0].split()) if lines else set()

@@ -34,16 +34,15 @@ class Evaluation:
     truncated: float
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, task: Task, items: Sequence[Item], max_tokens: int) -> list[list[int]]:
-    """Chat-templated prompts; raises UserError naming the item that is longer than `max_tokens`."""
-    rows = [chat_tokens(tokenizer, task.system, item.prompt, item.prefix) for item in items]
-    for item, row in zip(items, rows, strict=True):
-        if len(row) > max_tokens:
-            raise UserError(
-                f"task '{task.name}': the prompt of item {item.id!r} has {len(row)} tokens, the limit is {max_tokens}; "
-                "raise rollout.max_prompt_tokens or shorten the prompt"
-            )
-    return rows
+def tokenise(tokenizer: PreTrainedTokenizerBase, task: Task, item: Item, max_tokens: int) -> list[int]:
+    """The chat-templated prompt; raises UserError naming the item if it is longer than `max_tokens`."""
+    tokens = chat_tokens(tokenizer, task.system, item.prompt, item.prefix)
+    if len(tokens) > max_tokens:
+        raise UserError(
+            f"task '{task.name}': the prompt of item {item.id!r} has {len(tokens)} tokens, the limit is {max_tokens}; "
+            "raise rollout.max_prompt_tokens or shorten the prompt"
+        )
+    return tokens
 
 
 def evaluate(
@@ -51,12 +50,11 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     items: Sequence[Item],
+    prompts: Sequence[list[int]],
     sampling: Sampling,
-    max_prompt_tokens: int,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """One completion per item, scored by the task's metric."""
-    prompts = tokenise(tokenizer, task, items, max_prompt_tokens)
+    """One completion per item, scored by the task's metric. prompts: the items' tokens."""
     keyed = [Prompt(tokens, key) for key, tokens in enumerate(prompts)]
     samples = [group[0] for group in engine.generate(keyed, 1, sampling, progress)]
     texts = decode(tokenizer, items, samples)

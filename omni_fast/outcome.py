@@ -8,7 +8,6 @@ import platform
 import time
 from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from omni_fast.build import Parts
 from omni_fast.checkpoint import write_json
 from omni_fast.curriculum import scores
 from omni_fast.curriculum.stages import Stage
-from omni_fast.errors import RunError
 from omni_fast.evaluate import Evaluation
 from omni_fast.groups import Group, task_rows
 from omni_fast.plan import item_scores, refresh, singles, solve, task_names
@@ -33,23 +31,32 @@ from omni_fast.tasks.base import Split
 
 SHOWN_COMPLETIONS = 4  # per task, before and after, for the report
 PACKAGES = ("omni-fast", "torch", "transformers", "numpy")
-PARTS = ("generate", "reward", "update", "sync")
+
+
+class Clock:
+    """Seconds of each part of a step, from the end of the one before it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        since, self._since = self._since, time.perf_counter()
+        self.seconds[part] = self._since - since
 
 
 def record_step(
-    run: Run,
+    parts: Parts,
     stage: Stage,
     step: int,
-    clock: Sequence[float],
     groups: Sequence[Group],
-    parts: Parts,
     update: dict[str, float],
+    seconds: dict[str, float],
     monitor: Monitor,
     scoring_s: float,
 ) -> StepRow:
-    """Write a step's row and add its time and tokens to the totals. clock: at the start, then after each of PARTS."""
-    seconds = {part: after - before for part, (before, after) in zip(PARTS, pairwise(clock), strict=True)}
-    total = clock[-1] - clock[0]
+    """Write a step's row and add its time and tokens to the totals. seconds: generate, reward, update, sync."""
+    run, total = parts.run, sum(seconds.values())
     new_tokens = sum(len(sample.tokens) for group in groups for sample in group.samples)
     max_staleness = run.config.rollout.max_staleness
     row = StepRow(
@@ -62,7 +69,7 @@ def record_step(
         update=update,
         new_tokens=new_tokens,
         tokens_per_s=new_tokens / (total if max_staleness else seconds["generate"]),
-        waited_for=max(PARTS, key=lambda part: seconds[part]),
+        waited_for=max(seconds, key=lambda part: seconds[part]),
         seconds=seconds | {"total": total},
         scoring_s=scoring_s,
         max_staleness=max_staleness,
@@ -81,7 +88,7 @@ def score(parts: Parts, name: str, splits: Sequence[Split], tasks: Collection[st
     results: dict[Split, dict[str, Evaluation]] = {}
     for split in splits:
         start = time.perf_counter()
-        results[split] = {task: checked(task, parts.evaluate(task, parts.items[task][split])) for task in tasks}
+        results[split] = {task: parts.evaluate(task, parts.items[task][split]) for task in tasks}
         seconds = time.perf_counter() - start
         found = {task: scores.score(result.values).as_dict() for task, result in results[split].items()}
         row = EvalRow(event="eval", stage=name, split=split, scores=found, seconds=seconds)
@@ -90,15 +97,6 @@ def score(parts: Parts, name: str, splits: Sequence[Split], tasks: Collection[st
         parts.trackers.log(row)
         parts.progress.evaluated(row)
     return evaluated(results, entropies(parts, tasks))
-
-
-def checked(task: str, found: Evaluation) -> Evaluation:
-    """RunError where a metric gave what is no score."""
-    wrong = [f"{value:g}" for value in found.values if value < 0 or value > 1]
-    if wrong or len(found.values) != len(found.items):
-        told = f"the value {wrong[0]}" if wrong else f"{len(found.values)} values for {len(found.items)} items"
-        raise RunError(f"the metric of task '{task}' gave {told}; it has to give each item one number in 0..1, or None")
-    return found
 
 
 def evaluated(results: Mapping[Split, Mapping[str, Evaluation]], entropy: dict[str, float]) -> Evaluated:

@@ -66,7 +66,7 @@ class Progress:
 
     def stage(self, name: str) -> None:
         self._stage, self._step = name, ""
-        self.say(f"[bold]{name}[/bold]")
+        self.say(name, style="bold")
 
     def wait(self, what: str) -> None:
         """Name what the run is waiting for from now on."""
@@ -115,11 +115,12 @@ class Progress:
         values = "  ".join(f"{task} {value}" for task, value in shown.items())
         self.say(f"  {row['split']} after {row['stage']}:  {values}  ({row['seconds']:.1f} s, left {self.time_left()})")
 
-    def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+    def say(self, text: str, style: str = "") -> None:
+        """Text as it is: what comes from prompts and data may look like markup ("[/INST]")."""
+        self.console.print(Text(text, style), soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]warning:[/yellow] {text}", soft_wrap=True)
+        self.console.print(Text.assemble(("warning:", "yellow"), " ", text), soft_wrap=True)
 
     def time_left(self) -> str:
         seconds = 0.0

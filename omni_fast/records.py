@@ -61,6 +61,7 @@ class State(TypedDict):
     trained: dict[str, Trained]
     evaluated: dict[str, Evaluated]
     probe: list[ProbeRow]
+    items: dict[str, str]  # task -> digest of its items, which must not change under a run
     totals: Totals
     finished: bool
     facts: dict[str, Any]  # what the parts say of themselves, handed on to result.json as it is
@@ -134,4 +135,4 @@ def joined(before: Evaluated | None, now: Evaluated) -> Evaluated:
 
 def empty_state() -> State:
     totals = Totals(metrics_bytes=0, seconds={}, counts={})
-    return State(trained={}, evaluated={}, probe=[], totals=totals, finished=False, facts={})
+    return State(trained={}, evaluated={}, probe=[], items={}, totals=totals, finished=False, facts={})

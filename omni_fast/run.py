@@ -105,6 +105,16 @@ class Run:
             raise UserError(f"{settings} is of another version of omni-fast; use the one that made the run") from error
         return cls(folder, config, _read_json(state))
 
+    def same_items(self, digests: Mapping[str, str]) -> None:
+        """UserError where a task has other items than when the run began: scores are compared, and prompts counted, by place."""
+        known = self.state.setdefault("items", {})
+        if changed := [task for task, digest in digests.items() if known.get(task, digest) != digest]:
+            raise UserError(
+                f"The run folder {self.folder} has begun with other items of {', '.join(changed)} (its data file, its class or "
+                "a package has changed since): bring them back, or give another folder."
+            )
+        known |= digests
+
     def bind(self) -> None:
         """From here on the folder belongs to this configuration; a mistake found while setting up leaves it as it was."""
         checkpoint.write_json(self.folder / FINGERPRINT, self.config.fingerprint())
@@ -112,7 +122,12 @@ class Run:
     def _check(self) -> list[str]:
         """Tasks behind those that the folder has, which may be added; UserError for any other difference."""
         before, now = _read_json(self.folder / FINGERPRINT), self.config.fingerprint()
-        checkpoint.check_fingerprint(self.folder, now | {"tasks": before["tasks"]})
+        if changed := checkpoint.differences(before, now | {"tasks": before.get("tasks", [])}):
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+            raise UserError(
+                f"The run folder {self.folder} belongs to another configuration ({'; '.join(changed[:5])}{more}): give another "
+                "folder, or the old settings."
+            )
         added = added_tasks(self.folder, before, now)
         if added and (stage := self._begun()):
             raise UserError(
@@ -144,7 +159,9 @@ class Run:
         """The scores of a policy that has to be evaluated by now."""
         found = self.evaluated(name)
         if found is None:
-            raise UserError(f"{self.folder} has no scores of '{name}' yet; run the job to that point first")
+            raise UserError(
+                f"{self.folder} has no scores of '{name}' yet; `omni-fast train` on it goes on to that point"
+            )
         return found
 
     def finish_stage(self, stage: str, trained: Trained) -> None:
@@ -185,9 +202,9 @@ class Run:
             raise RunError(f"{self._metrics.name} could not be written (the disk is full); {AGAIN}")
 
     def rows(self) -> list[dict[str, Any]]:
-        """metrics.jsonl as it stands."""
-        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        """metrics.jsonl as it stands, without a last row that a full disk or a kill cut off."""
+        whole, _, _ = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
 
     def add_seconds(self, **parts: float) -> None:
         _add(self.state["totals"]["seconds"], parts)
@@ -243,6 +260,7 @@ class Run:
         if self.stopping:
             os._exit(Interrupted.exit_code)  # asked twice: now
         self.stopping = True
+        os.write(2, b"stopping once what is under way is saved; Ctrl-C again: at once\n")  # print is not safe in here
 
     def _checkpoints(self, stage: str) -> Path:
         return self.folder / "checkpoints" / stage.replace(":", "-")

@@ -11,10 +11,14 @@ and then, and the run goes on with the scores it would have had. After `pause_s`
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from functools import partial
+from queue import Empty, SimpleQueue
 
 from omni_fast.config import RewardsConfig
 from omni_fast.errors import RunError
@@ -41,7 +45,7 @@ class Scorer:
         """hold: score a step's groups only when all are complete, for a judge whose server must not generate meanwhile."""
         self.tasks, self.limits, self.progress, self.raise_if_stopping = tasks, limits, progress, raise_if_stopping
         self.hold = hold
-        self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=f"score-{name}") for name in tasks}
+        self._threads = {name: _Thread(f"score-{name}") for name in tasks}
         self._down: set[str] = set()  # tasks whose later groups are not asked: they would only wait for the same server
 
     def submit(self, group: Group) -> None:
@@ -50,7 +54,7 @@ class Scorer:
             self._begin(group)
 
     def _begin(self, group: Group) -> None:
-        group.scoring = self._threads[group.draw.task].submit(self._score, group)
+        group.scoring = self._threads[group.draw.task].submit(partial(self._score, group))
 
     def finish(self, groups: Sequence[Group]) -> float:
         """Wait until these groups, all of them submitted, have their scores; returns the seconds that scoring took.
@@ -70,7 +74,7 @@ class Scorer:
     def close(self) -> None:
         """Leave what is under way to end by itself."""
         for thread in self._threads.values():
-            thread.shutdown(wait=False, cancel_futures=True)
+            thread.close()
 
     def _score(self, group: Group) -> float:
         """In the task's thread. Returns the seconds it took."""
@@ -108,7 +112,7 @@ class Scorer:
             gap = min(2 * gap, MAX_RETRY_S)
             self._down.clear()
             jobs = [
-                self._threads[name].submit(self._score, group)
+                self._threads[name].submit(partial(self._score, group))
                 for name, members in lost.items()
                 for group in members
                 if not all(score.valid for score in group.scores)
@@ -139,6 +143,34 @@ class Scorer:
                 end = end or time.monotonic() + STOP_S
                 if pending and time.monotonic() > end:
                     raise
+
+
+class _Thread:
+    """Does one job after the other, and ends with the process even where a task's own code never returns."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: SimpleQueue[tuple[Future[float], Callable[[], float]] | None] = SimpleQueue()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def submit(self, work: Callable[[], float]) -> Future[float]:
+        job: Future[float] = Future()
+        self._jobs.put((job, work))
+        return job
+
+    def close(self) -> None:
+        """What is under way ends by itself, the rest is dropped."""
+        with suppress(Empty):
+            while True:
+                self._jobs.get_nowait()
+        self._jobs.put(None)
+
+    def _run(self) -> None:
+        while (taken := self._jobs.get()) is not None:
+            job, work = taken
+            try:
+                job.set_result(work())
+            except Exception as error:  # told to whoever waits for the result
+                job.set_exception(error)
 
 
 def _told(lost: Mapping[str, Sequence[Group]]) -> str:

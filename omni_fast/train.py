@@ -5,7 +5,6 @@ score the initial policy -> one short run per task -> transfer -> order -> stage
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from omni_fast.ahead import Ahead
 from omni_fast.build import Parts, build
 from omni_fast.config import Config
 from omni_fast.curriculum.stages import PromptStream, Stage
-from omni_fast.errors import RunError
+from omni_fast.errors import RunError, UserError
 from omni_fast.groups import Group, set_advantages, trajectories
 from omni_fast.progress import Progress
 from omni_fast.records import Trained
@@ -117,23 +116,23 @@ class Trainer:
 
     def step(self, stage: Stage, ahead: Ahead) -> list[Group]:
         """One GRPO step: groups from the engine, each scored as soon as it is complete; update, sync, the step's row."""
-        clock = [time.perf_counter()]
+        clock = outcome.Clock()
         try:
             groups = ahead.next()
-            clock.append(time.perf_counter())
-            busy = self.parts.scorer.finish(groups)
-        except RunError:  # no samples, no scores, or stopped meanwhile: the policy is still that of the step before
+            clock.lap("generate")
+            busy_s = self.parts.scorer.finish(groups)
+        except (RunError, UserError):  # no samples or scores, or stopped: the policy is still that of the step before
             self.checkpoint(stage, ahead)
             raise
         set_advantages(groups, self.tasks, self.config.loss.advantage_scale)
-        clock.append(time.perf_counter())
+        clock.lap("reward")
         self.progress.wait("the policy update")
         self.parts.sleep()
         told = self.policy.update(trajectories(groups)) | ahead.done()
-        clock.append(time.perf_counter())
+        clock.lap("update")
         told |= self.engine.sync(self.engine.version + 1)
-        clock.append(time.perf_counter())
-        self.row = outcome.record_step(self.run, stage, ahead.step, clock, groups, self.parts, told, self.monitor, busy)
+        clock.lap("sync")
+        self.row = outcome.record_step(self.parts, stage, ahead.step, groups, told, clock.seconds, self.monitor, busy_s)
         self.progress.step(self.row, stage.steps)
         return groups
 

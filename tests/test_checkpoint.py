@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 
 from omni_fast.checkpoint import (
     Checkpoint,
-    check_fingerprint,
+    differences,
     latest,
     load_tensors,
+    published,
     run_lock,
     save,
     save_tensors,
@@ -146,13 +148,13 @@ def test_a_file_that_cannot_grow_leaves_the_previous_checkpoint(tmp_path: Path) 
         [sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
     )
     message, state = done.stdout.splitlines()
-    assert "second could not be written" in message and "too large" in message and "000001-first is intact" in message
+    assert "000002-second could not be written" in message and "too large" in message and "is intact" in message
     assert state == "True" and names(tmp_path) == ["000001-first"]
 
 
 def test_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="could not be written.*no earlier one"):
+    with pytest.raises(RunError, match="checkpoints/000001-math-1 could not be written"):
         save_steps(tmp_path / "file" / "checkpoints", range(1, 2))
     with pytest.raises(RunError, match="could not be written"):
         save_tensors(tmp_path / "file" / "weights", TENSORS)
@@ -160,6 +162,23 @@ def test_place_that_cannot_be_written(tmp_path: Path) -> None:
         pass
     with pytest.raises(RunError, match="could not be written"):
         write_json(tmp_path / "file" / "x.json", {})
+
+
+def test_a_folder_that_cannot_be_written_whole_leaves_the_one_before(tmp_path: Path) -> None:
+    def write(text: str, full: bool) -> None:
+        with published(tmp_path / "final") as work:
+            (work / "config.json").write_text(text)
+            if full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write("old", full=False)
+    (tmp_path / ".old-final").mkdir()  # of a process killed while it replaced the folder
+    (tmp_path / ".old-final" / "config.json").write_text("older")
+    with pytest.raises(RunError, match=r"final could not be written \(No space left on device; .* is intact"):
+        write("new", full=True)
+    assert (tmp_path / "final" / "config.json").read_text() == "old"
+    write("new", full=False)
+    assert (tmp_path / "final" / "config.json").read_text() == "new" and names(tmp_path) == ["final"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write to read-only folders")
@@ -178,18 +197,14 @@ def test_two_owners_of_a_run_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_configuration_of_a_folder(tmp_path: Path) -> None:
+def test_differences_are_named_by_their_path() -> None:
     first = {"seed": 1, "optimizer": {"learning_rate": 1e-5}, "tasks": [{"name": "math"}, {"name": "qa"}]}
-    check_fingerprint(tmp_path, first)
-    check_fingerprint(tmp_path, json.loads(json.dumps(first)))
+    assert differences(first, json.loads(json.dumps(first))) == []
     second = {"seed": 1, "optimizer": {"learning_rate": 2e-5}, "tasks": [{"name": "math"}]}
-    with pytest.raises(
-        UserError, match=r"learning_rate was 1e-05 and is 2e-05; tasks\.1\.name was \"qa\" and is absent"
-    ):
-        check_fingerprint(tmp_path, second)
-    (tmp_path / "fingerprint.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
-        check_fingerprint(tmp_path, first)
+    assert differences(first, second) == [
+        "optimizer.learning_rate was 1e-05 and is 2e-05",
+        'tasks.1.name was "qa" and is absent',
+    ]
 
 
 def test_json_is_replaced_whole(tmp_path: Path) -> None:

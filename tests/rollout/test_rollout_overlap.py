@@ -154,9 +154,9 @@ def test_a_stop_keeps_what_was_trained_and_draws_the_rest_again(
     config = config_for(tmp_path, made.folder, [server.url], 1, checkpoint__every_steps=100)
     plain = driver.outcome.record_step
 
-    def stopped(run: Any, stage: Stage, step: int, *rest: Any) -> Any:
-        run.stopping = step == 2  # as Ctrl-C does
-        return plain(run, stage, step, *rest)
+    def stopped(parts: Any, stage: Stage, step: int, *rest: Any) -> Any:
+        parts.run.stopping = step == 2  # as Ctrl-C does
+        return plain(parts, stage, step, *rest)
 
     monkeypatch.setattr(driver.outcome, "record_step", stopped)
     with serving(server):
