@@ -19,7 +19,9 @@ from transformers import AutoTokenizer
 
 from omni_fast.checkpoint import run_lock
 from omni_fast.cli import main
+from omni_fast.config import load
 from omni_fast.policy.tiny import tiny_model
+from omni_fast.run import Interrupted, Run
 
 
 class Done(NamedTuple):
@@ -163,7 +165,24 @@ def test_a_prompt_above_the_limit_is_named_before_any_training(omni: Omni, job: 
     assert "step" not in done.out
 
 
+def test_text_of_the_data_that_looks_like_markup_is_shown_as_it_is(omni: Omni, job: Job) -> None:
+    bad = {"question": "[INST] 1+1=? [/INST]", "answer": "[/INST]"}
+    job.write(*(json.dumps(row) for row in [*SUMS, bad, bad]))
+    for command in (job.command, ("report", job.run), ("data", "check", job.config)):
+        done = omni(*command)
+        assert done.code == 0, done
+        assert "[INST] 1+1=? [/INST]" in done.out or command[0] == "report"
+
+
+def test_a_prompt_template_without_a_column(omni: Omni, job: Job) -> None:
+    refused(omni(*job.command, "tasks.sums.prompt=Add them."), "'Add them.'", "{column}", "'question'")
+
+
 # The model.
+
+
+def test_no_such_device(omni: Omni, job: Job) -> None:
+    refused(omni(*job.command, "model.device=gpu"), "model.device 'gpu'", "'auto', 'cpu' or 'cuda'")
 
 
 def test_a_model_without_chat_template(omni: Omni, job: Job, model: Path, tmp_path: Path) -> None:
@@ -230,6 +249,49 @@ def test_a_full_disk_then_another_config_then_the_same_command_again(omni: Omni,
     with small_files(metrics.stat().st_size // 2):  # a finished run needs no room for metrics, but some for its report
         refused(omni("report", job.run), "result.json", code=1)
     assert json.loads((job.run / "result.json").read_text())["status"] == "finished"
+
+
+def test_a_row_that_a_full_disk_cut_off_stops_neither_report_nor_resume(omni: Omni, job: Job) -> None:
+    assert omni(*job.command).code == 0
+    state = json.loads((job.run / "state.json").read_text())
+    (job.run / "state.json").write_text(json.dumps(state | {"finished": False}))
+    rows = (job.run / "metrics.jsonl").read_bytes()
+    (job.run / "metrics.jsonl").write_bytes(rows + b'{"event": "st')
+    assert omni("report", job.run).code == 0
+    assert omni(*job.command).code == 0
+    assert json.loads((job.run / "result.json").read_text())["status"] == "finished"
+
+
+def test_data_that_changed_under_a_run(omni: Omni, job: Job) -> None:
+    assert omni(*job.command).code == 0
+    state = json.loads((job.run / "state.json").read_text())
+    (job.run / "state.json").write_text(json.dumps(state | {"finished": False}))
+    job.write(*(json.dumps(row) for row in SUMS[:-1]))
+    refused(omni(*job.command), str(job.run), "other items of sums", "give another folder")
+    job.write(*(json.dumps(row) for row in SUMS))
+    assert omni(*job.command).code == 0
+
+
+def test_transfer_where_the_order_is_given(omni: Omni, job: Job) -> None:
+    done = omni("transfer", job.config, "--run", job.run)
+    refused(done, "curriculum.mode 'order' measures no transfer", "curriculum.mode=curriculum")
+    assert not job.run.exists()
+
+
+def test_a_plan_before_transfer_is_measured(omni: Omni, job: Job) -> None:
+    assert omni(*job.command).code == 0
+    settings = json.loads((job.run / "fingerprint.json").read_text())
+    settings["curriculum"]["mode"] = "curriculum"
+    (job.run / "fingerprint.json").write_text(json.dumps(settings))
+    refused(omni("plan", job.run), str(job.run), "no scores of 'single:sums' yet", "`omni-fast train`")
+
+
+def test_ctrl_c_is_answered_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with Run.open(tmp_path, load("quickstart")) as run:
+        signal.raise_signal(signal.SIGINT)
+        assert run.stopping and "Ctrl-C again: at once" in capfd.readouterr().err
+        with pytest.raises(Interrupted, match="the same command resumes"):
+            run.raise_if_stopping()
 
 
 def test_damaged_files_of_a_run(omni: Omni, job: Job) -> None:

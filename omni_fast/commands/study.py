@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from omni_fast.commands import RunFolder, console, say
 from omni_fast.errors import RunError, UserError
 
-console = Console(highlight=False)
+app = typer.Typer()
 
 
+@app.command()
 def study(
     config: Annotated[str, typer.Argument(help="TOML file or recipe with a section [study]; or: status.")],
     rest: Annotated[
         list[str] | None, typer.Argument(help="Overrides, for example study.seeds=2; of status: a folder.")
     ] = None,
-    run: Annotated[Path | None, typer.Option("--run", help="Study folder; the same folder resumes.")] = None,
+    run: RunFolder = None,
     jobs: Annotated[int, typer.Option(min=1, help="Seeds that run side by side.")] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print arms, policies, samples and cost; start nothing.")
@@ -40,16 +41,14 @@ def study(
     resolved, own = configs.load(config, rest or [])
     design = Design(Path(config).name.removesuffix(".toml"), resolved, own)
     folder = run or Path("runs") / design.name
-    for line in describe(design, folder, jobs) if dry_run else ():
-        console.print(line, markup=False, soft_wrap=True)
     if dry_run:
-        return
+        return say(*describe(design, folder, jobs))
     from omni_fast.study import driver
     from omni_fast.study.report import write_report
 
     finished = driver.run(design, folder, jobs, console)
     counts = Counter[str](cell.status for cell in finished.cells)
-    console.print(f"study: {folder}, {_counted(counts)}\nreport: {write_report(folder)}", soft_wrap=True)
+    say(f"study: {folder}, {_counted(counts)}", f"report: {write_report(folder)}")
     if counts["failed"]:
         raise RunError(
             f"{counts['failed']} of {len(finished.cells)} cells failed; `omni-fast study status {folder}` says why, the "
@@ -77,10 +76,10 @@ def status(arguments: list[str]) -> None:
     if orders:
         table.add_row("every order", *(str(orders[kind] or "") for kind in ("finished", "failed", "pending")))
     console.print(table)
-    console.print(f"{len(found.cells)} cells: {_counted(Counter[str](cell.status for cell in found.cells))}")
+    say(f"{len(found.cells)} cells: {_counted(Counter[str](cell.status for cell in found.cells))}")
     reasons = Counter((cell.arm, cell.reason) for cell in found.cells if cell.status == "failed")
     for (name, reason), times in reasons.items():
-        console.print(f"failed: {name} ({times} seeds): {reason}", markup=False, soft_wrap=True)
+        say(f"failed: {name} ({times} seeds): {reason}")
 
 
 def _counted(counts: Counter[str]) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from omni_fast import config as configs
+from omni_fast.commands import AsJson, Overrides, Source
 from omni_fast.errors import UserError
 from omni_fast.launch import Kind, Place, render
 
@@ -18,14 +19,12 @@ if TYPE_CHECKING:
     from omni_fast.predict.plan import Fleet, Plan
     from omni_fast.predict.step import Work
 
-scale_app = typer.Typer()
-
-Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, for example engine.kind=sglang")]
+app = typer.Typer()
 
 
-@scale_app.command()
+@app.command()
 def launch(
-    config: Annotated[str, typer.Argument(help="TOML file or the name of a recipe.")],
+    config: Source,
     overrides: Overrides = None,
     kind: Annotated[Kind, typer.Option("--print", help="What to render.")] = "local",
     nodes: Annotated[int, typer.Option(min=1)] = 1,
@@ -48,7 +47,7 @@ def launch(
     typer.echo(render(kind, config, overrides or (), place), nl=False)
 
 
-@scale_app.command()
+@app.command()
 def predict(
     config: Annotated[
         str, typer.Argument(help="TOML file or recipe: prompts, samples and longest completion are its.")
@@ -82,7 +81,7 @@ def predict(
         int, typer.Option(min=0, help="Steps a stage of a whole study of four tasks and three seeds.")
     ] = 0,
     plot: Annotated[Path | None, typer.Option(help="Write the splits as PNG, for this staleness and for 0.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Predict a step before buying it: seconds by part, memory, what limits it, and the best split of the GPUs.
 
@@ -96,26 +95,15 @@ def predict(
     if machine not in MACHINES:
         raise UserError(f"--machine {machine} is not known; known: {', '.join(MACHINES)}")
     if config:
-        resolved = configs.load(config, tuple(overrides or ()))
+        resolved = configs.load(config, overrides or ())
         prompts, samples = resolved.rollout.prompts_per_step, resolved.rollout.samples_per_prompt
         max_new_tokens = max(task.max_new_tokens for task in resolved.tasks)
-        new_tokens, prompt_tokens = (
-            min(new_tokens, max_new_tokens),
-            min(prompt_tokens, resolved.rollout.max_prompt_tokens),
-        )
+        new_tokens = min(new_tokens, max_new_tokens)
+        prompt_tokens = min(prompt_tokens, resolved.rollout.max_prompt_tokens)
     if new_tokens > max_new_tokens:
         raise UserError(f"--new-tokens {new_tokens}, the mean, is above --max-new-tokens {max_new_tokens}, the cut")
-    fleet = Fleet(
-        read_shape(model_shape),
-        machine,
-        gpus,
-        server_gpus,
-        staleness,
-        sync_gb_s * 1e9,
-        sync_share,
-        hours_between_failures,
-        experts_stay=experts_stay,
-    )
+    shape, sync = read_shape(model_shape), sync_gb_s * 1e9
+    fleet = Fleet(shape, machine, gpus, server_gpus, staleness, sync, sync_share, hours_between_failures, experts_stay)
     work = Work(prompts, samples, prompt_tokens, new_tokens, max_new_tokens, spread, mixed=mixed)
     if trainer_gpus > gpus:
         raise UserError(f"--trainer-gpus {trainer_gpus} is more than --gpus {gpus}")

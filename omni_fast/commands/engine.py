@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from omni_fast.config import Config
+from omni_fast import config as configs
+from omni_fast.commands import AsJson, Overrides, Source, say, stderr
 from omni_fast.errors import RunError, UserError
 
-engine_app = typer.Typer(help="SGLang servers for policy and judge.", no_args_is_help=True)
-console = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+app = typer.Typer(help="SGLang servers for policy and judge.", no_args_is_help=True)
+news = partial(say, to=stderr)
 
 Folder = Annotated[Path, typer.Option(help="Where logs and the list of running servers are.")]
 DEFAULT = Path("runs/engine")
 
 
-@engine_app.command()
+@app.command()
 def install(
     cpu: Annotated[bool, typer.Option("--cpu", help="For a machine without a GPU.")] = False,
     cuda: Annotated[bool, typer.Option("--cuda", help="For NVIDIA GPUs, CUDA 13.")] = False,
@@ -35,43 +35,37 @@ def install(
     if cpu and cuda:
         raise UserError("engine install takes --cpu or --cuda, not both; one environment of each kind can exist")
     device = "cpu" if cpu else "cuda" if cuda else environments.default_device()
-    done = environments.install(device, _say)
-    console.print(
-        f"SGLang {environments.VERSION} for {device}: {done.folder}, {done.bytes / 1e9:.1f} GB, installed in"
-        f" {done.seconds:.0f} s",
-        soft_wrap=True,
-    )
+    done = environments.install(device, news)
+    size = f"{done.bytes / 1e9:.1f} GB"
+    say(f"SGLang {environments.VERSION} for {device}: {done.folder}, {size}, installed in {done.seconds:.0f} s")
 
 
-@engine_app.command()
+@app.command()
 def up(
-    config: Annotated[str, typer.Argument(help="TOML file or the name of a recipe: its model, judge and [engine].")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides, for example engine.servers=2")] = None,
+    config: Source,
+    overrides: Overrides = None,
     folder: Folder = DEFAULT,
     judge: Annotated[str, typer.Option(help="Serve this model too, as the judge: a folder or a name.")] = "",
 ) -> None:
-    """Start the servers, wait until they answer, and print the settings that make a run use them.
+    """Start the servers of the config's model and [engine], wait until they answer, print what makes a run use them.
 
     A key in the environment as OMNI_FAST_ENGINE_KEY is asked of every request.
     Examples: `omni-fast engine up my.toml`, `omni-fast engine up quickstart --judge smollm2-135m-instruct`
     """
-    from omni_fast import config as configs
     from omni_fast import serving
 
-    resolved = configs.load(config, tuple(overrides or ()))
+    resolved = configs.load(config, overrides or ())
     model = _model_folder(resolved.model.path, resolved)
-    urls = serving.up(resolved.engine, model, folder, adapter_rank=resolved.adapter_rank, say=_say)
-    console.print(f"engine.urls={json.dumps(urls)}", markup=False, soft_wrap=True)
+    urls = serving.up(resolved.engine, model, folder, adapter_rank=resolved.adapter_rank, say=news)
+    say(f"engine.urls={json.dumps(urls)}")
     if judge:
         one = resolved.engine.model_copy(update={"servers": 1})
-        (url,) = serving.up(one, _model_folder(judge, resolved), folder, role="judge", say=_say)
-        console.print(f"judge.url={json.dumps(url + '/v1')}", markup=False, soft_wrap=True)
+        (url,) = serving.up(one, _model_folder(judge, resolved), folder, role="judge", say=news)
+        say(f"judge.url={json.dumps(url + '/v1')}")
 
 
-@engine_app.command()
-def status(
-    folder: Folder = DEFAULT, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
-) -> None:
+@app.command()
+def status(folder: Folder = DEFAULT, as_json: AsJson = False) -> None:
     """Say of each server whether it is ready, starting, silent or dead, and which weights it has.
 
     Example: `omni-fast engine status --folder runs/engine`
@@ -84,19 +78,17 @@ def status(
     for one in found if not as_json else ():
         server = one.server
         weights = f", weight version {one.weight_version}" if one.weight_version else ""
-        console.print(
+        say(
             f"{server.launch.name} {server.url} {one.state}: {server.launch.model}, SGLang {server.version or '?'}{weights},"
-            f" pid {server.pid}, log {server.log}",
-            markup=False,
-            soft_wrap=True,
+            f" pid {server.pid}, log {server.log}"
         )
     if not found and not as_json:
-        console.print(f"no servers were started in {folder}")
+        say(f"no servers were started in {folder}")
     if any(one.state in ("dead", "silent") for one in found):
         raise RunError("not all servers answer; `omni-fast engine up` starts what is missing")
 
 
-@engine_app.command()
+@app.command()
 def down(folder: Folder = DEFAULT) -> None:
     """Stop the servers, by SIGTERM and after a while by SIGKILL.
 
@@ -104,10 +96,10 @@ def down(folder: Folder = DEFAULT) -> None:
     """
     from omni_fast import serving
 
-    console.print(f"{serving.down(folder, say=_say)} servers stopped")
+    say(f"{serving.down(folder, say=news)} servers stopped")
 
 
-def _model_folder(name: str, config: Config) -> str:
+def _model_folder(name: str, config: configs.Config) -> str:
     """What SGLang loads for a model of the config: its folder, or its Hub id."""
     from omni_fast.policy import smollm2
 
@@ -118,7 +110,3 @@ def _model_folder(name: str, config: Config) -> str:
 
         return str(load_model(config)[0].name_or_path)
     return name
-
-
-def _say(line: str) -> None:
-    stderr.print(line, markup=False, soft_wrap=True)
