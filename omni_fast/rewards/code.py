@@ -18,7 +18,7 @@ from omni_fast.rewards.sandbox import Call, Data, Job, Sandbox
 from omni_fast.rewards.score import Part
 
 RELATIVE, ABSOLUTE = 1e-6, 1e-9
-_FENCE = re.compile(r"```[ \t]*([A-Za-z0-9_+-]*)[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"```[ \t]*+([A-Za-z0-9_+-]*+)[ \t]*+\n(.*?)(?:```|\Z)", re.DOTALL)  # nothing to try twice
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,8 @@ class CodeVerifier:
 
         Equal programs with equal tests run once.
 
-        Reasons: "ok" (all passed), "wrong", "constant" (one same value for all inputs although the answers differ),
-        "error", "timeout", "memory", "killed", "protocol", "infrastructure".
+        Reasons: "ok" (all passed), "wrong", "constant" (one same value wherever it gave one, although the answers
+        differ), "error", "timeout", "memory", "killed", "protocol", "infrastructure".
         """
         keys = [(source, repr(test)) for source, test in zip(sources, tests, strict=True)]
         distinct = dict(zip(keys, tests, strict=True))
@@ -112,7 +112,8 @@ class CodeVerifier:
         reason = next((call.outcome for call in calls if call.outcome != "ok"), "wrong")
         if not any(passed):
             return Part(0.0, reason)
-        if all(call.outcome == "ok" and same(calls[0].value, call.value) for call in calls):
+        given = [call.value for call in calls if call.outcome == "ok"]
+        if len(given) > 1 and all(same(given[0], value) for value in given):
             return Part(0.0, "constant")  # passes the boolean cases of its kind without having looked at the input
         return Part(sum(passed) / len(passed), reason)
 

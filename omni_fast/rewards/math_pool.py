@@ -2,8 +2,8 @@
 
 Each worker is driven by one thread. A request may use `timeout_s` of processor time, after which the kernel ends the
 worker; a request that gets no answer for several times as long on the clock, because the machine is too busy or
-something is stuck, is killed from here and invalid. A worker that dies under a request gets it once more; dying twice
-is the request's doing.
+something is stuck, is killed from here and invalid. A worker that dies gives its request to a new one; dying twice is the
+request's doing.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Literal, cast
+
+from omni_fast.rewards.workers import Workers
 
 Verdict = Literal["ok", "wrong", "memory", "timeout", "crash", "worker_lost"]
 PATIENCE = 30  # the clock's limit in units of the limit on processor time
@@ -45,7 +45,6 @@ class _Worker:
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
-        self.inner = 0
 
     def check(self, gold: str, answer: str) -> Verdict:
         """Raises _Lost or _Died; the next call starts a new worker."""
@@ -61,14 +60,10 @@ class _Worker:
         if line is None:
             self.stop()
             raise _Lost("no answer within the time on the clock")
-        if line == "timeout":
-            self._await_ready()
-            return "timeout"
-        if line in ("ok", "wrong", "memory"):
-            return cast(Verdict, line)
-        if line.startswith("ready "):  # the inner process died of the request and the next one reports
-            self.inner = int(line[6:])
-        raise _Died
+        if line not in ("ok", "wrong", "memory", "timeout"):
+            self.stop()  # with its pipe: it may hold an answer that would be taken for the next request's
+            raise _Died
+        return cast(Verdict, line)
 
     def stop(self) -> None:
         if self._pipe is not None:
@@ -94,17 +89,13 @@ class _Worker:
                 )
         except OSError as error:
             raise _Lost(str(error)) from None
-        self._await_ready()
-
-    def _await_ready(self) -> None:
         try:
-            line = self._line(START_S)
+            ready = self._line(START_S) == "ready"
         except OSError:
-            line = None
-        if line is None or not line.startswith("ready "):
+            ready = False
+        if not ready:
             self.stop()
             raise _Lost("the worker did not start")
-        self.inner = int(line[6:])
 
     def _line(self, timeout_s: float) -> str | None:
         """The next message, or None after the time limit. Raises OSError at the end of them."""
@@ -115,6 +106,16 @@ class _Worker:
             raise BrokenPipeError("the worker ended") from None
 
 
+def _check_one(worker: _Worker, pair: tuple[str, str]) -> Verdict:
+    try:
+        for _ in range(2):
+            with contextlib.suppress(_Died):
+                return worker.check(*pair)
+        return "crash"
+    except _Lost:
+        return "worker_lost"
+
+
 class MathPool:
     """`check` many pairs at once. Workers start at the first need; safe to call from several threads."""
 
@@ -122,46 +123,27 @@ class MathPool:
         self.workers = workers
         self.timeout_s = timeout_s
         self._lock = threading.Lock()
-        self._threads: ThreadPoolExecutor | None = None
-        self._free: SimpleQueue[_Worker] = SimpleQueue()
+        self._workers: Workers[_Worker] | None = None
         self._known: dict[tuple[str, str], Verdict] = {}
 
     def check(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         """One verdict per (gold, answer), in order. Takes about `timeout_s` per pair and worker at most."""
         with self._lock:
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="math")
-                self._free = SimpleQueue()
-                for _ in range(self.workers):
-                    self._free.put(_Worker(self.timeout_s))
-            threads = self._threads
+            if self._workers is None:
+                self._workers = Workers([_Worker(self.timeout_s) for _ in range(self.workers)], "math")
+            workers = self._workers
         known = self._known  # another thread may begin a new one meanwhile
         wanted = [pair for pair in dict.fromkeys(pairs) if pair not in known]
-        found = dict(zip(wanted, threads.map(self._check_one, wanted), strict=True))
+        found = dict(zip(wanted, workers.run(_check_one, wanted), strict=True))
         verdicts = [found[pair] if pair in found else known[pair] for pair in pairs]
         known.update({pair: verdict for pair, verdict in found.items() if verdict in ("ok", "wrong")})
         if len(known) > _CACHE_SIZE:
             self._known = {}
         return verdicts
 
-    def _check_one(self, pair: tuple[str, str]) -> Verdict:
-        worker = self._free.get()
-        try:
-            for _ in range(2):
-                with contextlib.suppress(_Died):
-                    return worker.check(*pair)
-            return "crash"
-        except _Lost:
-            return "worker_lost"
-        finally:
-            self._free.put(worker)
-
     def close(self) -> None:
         """End the workers. May be called twice."""
         with self._lock:
-            if self._threads is None:
-                return
-            self._threads.shutdown()
-            self._threads = None
-            while not self._free.empty():
-                self._free.get().stop()
+            workers, self._workers = self._workers, None
+        for worker in workers.close() if workers else ():
+            worker.stop()

@@ -3,8 +3,8 @@
 Run as a script by path, so it needs math-verify and nothing of this project: `math_worker.py FD MEMORY_BYTES CPU_SECONDS`.
 The outer process imports once (a second of work) and forks; the inner one answers requests on the inherited pipe, under
 a timer of processor time that ends it even inside one long C call. The outer one then forks the next: 10 ms.
-Messages in: JSON [gold, answer]. Messages out: `ready PID` from every new inner process, then one of ok, wrong, memory per
-request, or timeout from the outer one.
+Messages in: JSON [gold, answer]. Messages out: ready, once; then ok, wrong or memory for each request, or timeout or died
+from the outer process.
 
 math-verify evaluates with sympy's parser only digits and operators; LaTeX goes through a grammar, not through eval.
 """
@@ -40,7 +40,6 @@ def serve(pipe: Connection, cpu_s: float) -> None:
             return "wrong"
         return "ok" if right else "wrong"
 
-    pipe.send_bytes(b"ready %d" % os.getpid())
     while True:
         try:
             gold, answer = json.loads(pipe.recv_bytes())
@@ -95,6 +94,7 @@ def main() -> None:
     quicken()
     verify(parse("$\\frac{x}{2}$", parsing_timeout=None), parse("$0.5x$", parsing_timeout=None), timeout_seconds=None)
     gc.freeze()
+    pipe.send_bytes(b"ready")
     while True:
         pid = os.fork()
         if pid == 0:
@@ -103,8 +103,8 @@ def main() -> None:
         _, status = os.waitpid(pid, 0)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
             return
-        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
-            pipe.send_bytes(b"timeout")
+        late = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF
+        pipe.send_bytes(b"timeout" if late else b"died")
 
 
 if __name__ == "__main__":

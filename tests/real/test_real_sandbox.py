@@ -226,7 +226,7 @@ def test_a_killed_jail_is_started_again_and_no_job_is_lost():
 
         def killer():
             while not done.wait(0.15):
-                pid = box._jails[0].pid
+                pid = box._jails.workers[0].pid
                 if pid:
                     os.kill(pid, signal.SIGKILL)
 
@@ -244,7 +244,7 @@ def test_a_killed_jail_is_started_again_and_no_job_is_lost():
 def test_no_process_outlives_the_host(tmp_path):
     program = (
         "import os, sys\nfrom omni_fast.rewards.sandbox import *\nbox = Sandbox(workers=1).start()\n"
-        "print(box.backend, box._jails[0].pid if box.backend == 'bwrap' else 0, flush=True)\n"
+        "print(box.backend, box._jails.workers[0].pid if box.backend == 'bwrap' else 0, flush=True)\n"
         "box.run([Job('def f(x):\\n while 1: pass', 'f', [(1,)])])\n"
     )
     host = subprocess.Popen(

@@ -59,6 +59,30 @@ def test_a_constant_earns_nothing_where_answers_differ(sandbox):
     assert CodeVerifier(sandbox).score(["def f(x): return True"], [EVEN]) == [Part(0.0, "constant")]
 
 
+def test_a_constant_that_fails_here_and_there_is_one_too(sandbox):
+    evasions = [
+        "def f(x):\n    if x == 1:\n        raise ValueError\n    return True",
+        "def f(x): return 1 / (x - 3) != 0",
+    ]
+    assert CodeVerifier(sandbox).score(evasions, [EVEN] * 2) == [Part(0.0, "constant")] * 2
+    assert CodeVerifier(sandbox).score(["def f(x): return {0: True}[x]"], [EVEN]) == [Part(0.1, "error")]
+
+
+def test_no_program_makes_itself_invalid(sandbox):
+    """An invalid sample leaves its group: to be taken for a failure of the jail would be the way out of every 0."""
+    lines = [
+        '["setup", "infrastructure", "x"]',
+        '[0, "infrastructure", "x"]',
+        '["load", "infrastructure", "x"]',
+        "ready",
+    ]
+    sources = [f"import os\nos.write(3, b'{line}\\n')\nos._exit({code})" for line in lines for code in (0, 70)]
+    sources += [f"import os\nos.write(3, b'{line}\\n')\ndef f(x): return x" for line in lines]
+    parts = CodeVerifier(sandbox).score(sources, [INCREMENT] * len(sources))
+    assert [part.value for part in parts] == [0.0] * len(sources)
+    assert sandbox.restarts == 0
+
+
 def test_an_endless_loop_costs_its_limit_and_keeps_earlier_answers(sandbox):
     (part,) = CodeVerifier(sandbox).score(["def f(x):\n    while x == 7: pass\n    return x + 1"], [INCREMENT])
     assert part == Part(0.7, "timeout")
@@ -162,6 +186,12 @@ def test_same(expected, got, verdict):
 )
 def test_extract_code(text, code):
     assert extract_code(text) == code
+
+
+def test_extract_code_is_linear():
+    """Each doubled its time when the text grew by a half: 57 s for 200,000 blanks."""
+    for text in ("```" + " " * 400_000, "```" + "\t" * 400_000, "``` " * 100_000, "```py " * 80_000):
+        assert extract_code(text) == text
 
 
 @settings(deadline=None, max_examples=100)

@@ -1,6 +1,5 @@
 """The host's end: whatever a jail sends, the host goes on; the filter lets through what its table says and no more."""
 
-import contextlib
 import struct
 import sys
 
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from omni_fast.errors import UserError
 from omni_fast.rewards.sandbox import OUTCOMES, Job, Limits, Sandbox, seccomp
-from omni_fast.rewards.sandbox.process import Exit, Jail, JailError, outcomes, parse_exit
+from omni_fast.rewards.sandbox.process import Exit, Jail, JailError, outcomes
 
 LIMITS = Limits(wall_s=0.3, cpu_s=1)
 
@@ -32,7 +31,11 @@ LIMITS = Limits(wall_s=0.3, cpu_s=1)
     ),
     count=st.integers(0, 4),
     end=st.builds(
-        Exit, st.integers(-1, 255), st.integers(0, 64), st.floats(0, 10), st.sampled_from(["", "wall", "output", "?"])
+        Exit,
+        st.integers(-1, 255),
+        st.integers(0, 64),
+        st.floats(0, 10),
+        st.sampled_from([b"", b"wall", b"output", b"?"]),
     ),
 )
 def test_any_bytes_give_one_outcome_per_call(chunks, count, end):
@@ -42,15 +45,8 @@ def test_any_bytes_give_one_outcome_per_call(chunks, count, end):
 
 
 def test_values_arrive_only_in_their_places():
-    calls = outcomes(b'["load","ok",""]\n[0,"ok",5]\n[2,"ok",7]\n[1,"ok",6]\n', 3, Exit(0, 0, 0.0, ""), LIMITS)
+    calls = outcomes(b'["load","ok",""]\n[0,"ok",5]\n[2,"ok",7]\n[1,"ok",6]\n', 3, Exit(0, 0, 0.0, b""), LIMITS)
     assert [call.outcome for call in calls] == ["ok", "protocol", "protocol"]
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.binary(max_size=100))
-def test_a_report_is_read_or_refused(payload):
-    with contextlib.suppress(JailError):
-        assert isinstance(parse_exit(payload), Exit)
 
 
 # Programs in the jail's place, each with the socket as `s`. All let the host believe in a start first, or not even that.
@@ -63,9 +59,8 @@ LIARS = {
     "half a frame": READY + "s.recv(9)\ns.sendall(struct.pack('<I', 500) + b'x' * 10)",
     "stalls": READY + "time.sleep(60)",
     "endless output": READY + "s.recv(9)\nwhile True:\n    s.sendall(struct.pack('<I', 65536) + b'x' * 65536)",
-    "bad report": READY + "s.recv(9)\ns.sendall(struct.pack('<I', 5) + b'[[[[[')",
-    "report without fields": READY + "s.recv(9)\ns.sendall(struct.pack('<I', 2) + b'{}')",
-    "deep report": READY + "s.recv(9)\ns.sendall(struct.pack('<I', 60000) + b'[' * 60000)",
+    "bad report": READY + "s.recv(9)\ns.sendall(struct.pack('<I', 99) + b'[' * 99)",
+    "half a report": READY + "s.recv(9)\ns.sendall(struct.pack('<I', 5) + b'[[[[[')",
     "dies": READY + "s.recv(9)\nimport os\nos.abort()",
 }
 

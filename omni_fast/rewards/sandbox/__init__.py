@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, Self
 
 from omni_fast.errors import UserError
@@ -23,6 +21,7 @@ from omni_fast.rewards.sandbox.job import OUTCOMES, Call, JailError, Job, Limits
 from omni_fast.rewards.sandbox.monty import MontyJail
 from omni_fast.rewards.sandbox.process import Jail
 from omni_fast.rewards.sandbox.wire import Data
+from omni_fast.rewards.workers import Workers
 
 __all__ = ["OUTCOMES", "Call", "Data", "Job", "Limits", "Sandbox"]
 
@@ -100,32 +99,25 @@ class Sandbox:
         self.backend = ""
         self.refused: dict[str, str] = {}
         self.restarts = 0
-        self._jails: list[Backend] = []
-        self._free: queue.SimpleQueue[Backend] = queue.SimpleQueue()
-        self._threads: ThreadPoolExecutor | None = None
+        self._jails: Workers[Backend] | None = None
 
     def start(self) -> Self:
         """Pick the first backend that starts and passes the probe. Raises UserError when there is none."""
-        # The kernel kills a jail when the *thread* that started it ends, so jails start on threads that live as long.
-        self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox")
         for name in self._names:
-            jails = [self._make(name) for _ in range(self.workers)]
+            # The kernel kills a jail when the *thread* that started it ends, so it starts on one that lives as long.
+            jails = Workers([self._make(name) for _ in range(self.workers)], "sandbox")
             try:
-                list(self._threads.map(lambda jail: jail.start(), jails))
-                probe(jails[0], isolated=name != "unsafe")
+                jails.run(lambda jail, _: jail.start(), jails.workers)
+                probe(jails.workers[0], isolated=name != "unsafe")
             except JailError as error:
                 self.refused[name] = str(error)
-                for jail in jails:
+                for jail in jails.close():
                     jail.stop()
                 continue
             self.backend, self._jails = name, jails
-            for jail in jails:
-                self._free.put(jail)
             if name == "unsafe":
                 log.warning("model-written code runs WITHOUT isolation (unsafe)")
             return self
-        self._threads.shutdown()
-        self._threads = None
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
         raise UserError(
             f"no isolation for model-written code works on this machine ({reasons}); install bubblewrap and allow user "
@@ -137,33 +129,29 @@ class Sandbox:
 
     def run(self, jobs: Sequence[Job]) -> list[list[Call]]:
         """Outcomes of every call of every job, in order. Never raises for anything a job does."""
-        if self._threads is None:
+        if self._jails is None:
             raise RuntimeError("the sandbox is not running: call start() or use it as a context manager")
-        return list(self._threads.map(self._run_one, jobs))
+        return self._jails.run(self._run_one, jobs)
 
-    def _run_one(self, job: Job) -> list[Call]:
-        jail = self._free.get()
+    def _run_one(self, jail: Backend, job: Job) -> list[Call]:
         try:
-            try:
-                return jail.run(job)
-            except JailError as first:
-                log.warning("sandbox: %s; starting the jail again", first)
-            try:
-                self.restarts += 1
-                jail.start()
-                return jail.run(job)
-            except JailError as error:
-                jail.stop()
-                return [Call("infrastructure", detail=str(error))] * len(job.calls)
-        finally:
-            self._free.put(jail)
+            return jail.run(job)
+        except JailError as first:
+            log.warning("sandbox: %s; starting the jail again", first)
+        try:
+            self.restarts += 1
+            jail.start()
+            return jail.run(job)
+        except JailError as error:
+            jail.stop()
+            return [Call("infrastructure", detail=str(error))] * len(job.calls)
 
     def describe(self) -> dict[str, object]:
         """What protects this run, for result.json and the report."""
         return {
             "backend": self.backend or "none",
             "isolated": self.backend not in ("", "unsafe"),
-            "layers": [*LAYERS.get(self.backend, ()), *(self._jails[0].layers if self._jails else ())],
+            "layers": [*LAYERS.get(self.backend, ()), *(self._jails.workers[0].layers if self._jails else ())],
             "workers": self.workers,
             "restarts": self.restarts,
             "refused": dict(self.refused),
@@ -171,12 +159,9 @@ class Sandbox:
 
     def close(self) -> None:
         """End all jails. May be called twice."""
-        for jail in self._jails:
+        jails, self._jails = self._jails, None
+        for jail in jails.close() if jails else ():
             jail.stop()
-        self._jails = []
-        if self._threads is not None:
-            self._threads.shutdown()
-            self._threads = None
 
     def __enter__(self) -> Self:
         return self.start()

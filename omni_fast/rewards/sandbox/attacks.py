@@ -75,8 +75,10 @@ ATTACKS: tuple[Attack, ...] = (
 
 
 def stopped(attack: Attack, calls: Sequence[Call]) -> bool:
-    """Whether the attack failed, judged by what came out."""
+    """Whether the attack failed, judged by what came out. To be taken for a failure of the jail is a way out of a 0."""
     call = calls[0]
+    if call.outcome == "infrastructure":
+        return False
     if attack.goal == "score":
         return not (call.outcome == "ok" and type(call.value) is int and call.value == SECRET)
     if attack.goal == "reach":

@@ -6,7 +6,7 @@ This process is trusted but needs no trust: it holds no expected values, and the
 
 Frames: u32 little-endian length, payload. From the jail "ready" once, then one for each job.
   host -> jail  lines of `wire` data, first {"source", "entry"}, then one tuple of arguments a line
-  jail -> host  a line on how the child ended, {"exit", "signal", "cpu_s", "cut"}; then what it wrote (hostile)
+  jail -> host  how the child ended, `wire.REPORT`; then what it wrote (hostile)
 Lines the child writes: ["load", outcome, detail], then one [index, outcome, value or detail] a call.
 """
 
@@ -36,6 +36,7 @@ enum fractions functools hashlib heapq inspect io itertools json math numbers op
 textwrap time traceback types typing unicodedata"""
 
 RESULT_FD, JOB_FD = 3, 4  # in the child, which keeps no other descriptor
+READY = b"ready"  # what a child says before it is given a job; else, why it could not be locked down
 HOST_FD = 3  # in the fork-server
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x00020000, 0x08000000, 0x10000000, 0x20000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND = 2, 4, 8, 4096
@@ -115,10 +116,10 @@ def describe(error: BaseException) -> str:
         return "error without a text"
 
 
-def reply(values: list, fd: int = RESULT_FD) -> None:
+def reply(values: list) -> None:
     line = wire.to_json(values).encode("ascii") + b"\n"
     while line:
-        line = line[os.write(fd, line) :]
+        line = line[os.write(RESULT_FD, line) :]
 
 
 def load(job: dict) -> object:
@@ -132,6 +133,7 @@ def work(settings: dict) -> None:
     """Body of the child: read one job, answer its calls in order. Never returns."""
     lock_down(settings)
     random.seed(0)  # rewards are reproducible: the hash seed is fixed by the environment, this by us
+    os.write(RESULT_FD, READY)
     lines = os.fdopen(JOB_FD, "rb")
     job = wire.loads(lines.readline())
     try:
@@ -167,6 +169,9 @@ class Child:
             os.close(job_read)
             os.close(result_write)
         os.set_blocking(self.job_fd, False)
+        # Before any job is in it, so that no job can say it: a sample must not be able to call itself the jail's failure.
+        if (word := os.read(self.result_fd, 1000)) != READY:
+            sys.exit(word.decode("utf-8", "replace"))
 
     def _spawn(self, settings: dict, job_read: int, result_write: int) -> int:
         """fork, or clone into new user, pid, mount and ipc namespaces; the child never returns from here.
@@ -184,7 +189,7 @@ class Child:
                     map_ids(uid, gid)
                 self._become_child(settings, job_read, result_write)
             except BaseException as error:  # noqa: BLE001 -- this process must never fall back into the server
-                reply(["setup", "infrastructure", describe(error)], result_write)
+                os.write(result_write, describe(error).encode("utf-8", "replace"))
             finally:
                 os._exit(70)
         check(min(pid, 0), "clone")
@@ -245,7 +250,7 @@ class Memory:
 def relay(sock: socket.socket, child: Child, inbox: Memory, outbox: Memory, settings: dict) -> None:
     """Carry bytes between host and child until the child ends, the wall clock runs out or the output cap is reached."""
     deadline = time.monotonic() + settings["wall_s"]
-    outbox.stop, cut = 0, ""
+    outbox.stop, cut = 0, b""
     while True:
         poller = select.poll()
         poller.register(child.result_fd, select.POLLIN)
@@ -257,7 +262,7 @@ def relay(sock: socket.socket, child: Child, inbox: Memory, outbox: Memory, sett
         left = deadline - time.monotonic()
         events = dict(poller.poll(left * 1000)) if left > 0 else {}
         if not events:
-            cut = "wall"
+            cut = b"wall"
             break
         if child.job_fd in events:  # never blocks: a child that stops reading must not stop the server
             inbox.write_some(child.job_fd)
@@ -267,17 +272,13 @@ def relay(sock: socket.socket, child: Child, inbox: Memory, outbox: Memory, sett
             if size == 0:
                 break
             if outbox.stop == len(outbox.view):
-                cut = "output"
+                cut = b"output"
                 break
     status, usage = child.end()
-    report = {
-        "exit": os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1,
-        "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0,
-        "cpu_s": usage.ru_utime + usage.ru_stime,
-        "cut": cut,
-    }
-    line = json.dumps(report).encode() + b"\n"
-    sock.sendall(struct.pack("<I", len(line) + outbox.stop) + line)
+    code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1
+    number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    report = wire.REPORT.pack(code, number, usage.ru_utime + usage.ru_stime, cut)
+    sock.sendall(struct.pack("<I", len(report) + outbox.stop) + report)
     sock.sendall(outbox.view[: outbox.stop])
 
 

@@ -36,12 +36,12 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How the child ended, as the fork-server saw it. cut: "", "wall" or "output"."""
+    """How the child ended, as the fork-server says (`wire.REPORT`)."""
 
     code: int
     signal: int
     cpu_s: float
-    cut: str
+    cut: bytes
 
 
 class Jail:
@@ -143,8 +143,13 @@ class Jail:
             return [Call("error", detail=str(error))] * len(job.calls)
         self._write_job(message)
         reply = self._read_frame(time.monotonic() + self.limits.wall_s + GRACE_S)
-        report, _, output = reply.partition(b"\n")
-        return outcomes(output, len(job.calls), parse_exit(report), self.limits)
+        if len(reply) < wire.REPORT.size:
+            raise JailError("no report on the child's end")
+        code, number, cpu_s, cut = wire.REPORT.unpack_from(reply)
+        end = Exit(code, number, cpu_s, cut.rstrip(b"\0"))
+        if end.cut not in (b"", b"wall", b"output"):
+            raise JailError("bytes that are not a report")
+        return outcomes(reply[wire.REPORT.size :], len(job.calls), end, self.limits)
 
     def _write_job(self, message: bytes) -> None:
         if self._socket is None:
@@ -235,23 +240,11 @@ def _message(job: Job, limits: Limits) -> bytes:
     return message
 
 
-def parse_exit(payload: bytes) -> Exit:
-    """The fork-server's report. Raises JailError for anything else."""
-    try:
-        report = wire.loads(payload)
-    except wire.WireError as error:
-        raise JailError(str(error)) from None
-    match report:
-        case {"exit": int(code), "signal": int(number), "cpu_s": float() | int() as cpu_s, "cut": str(cut)}:
-            return Exit(code, number, float(cpu_s), cut)
-    raise JailError("a report without its fields")
-
-
 def outcomes(output: bytes, count: int, end: Exit, limits: Limits) -> list[Call]:
     """The child's bytes -> the outcomes of `count` calls, in order. Total: any bytes give outcomes.
 
-    A line can claim any value, which is worth nothing unless it is the right answer; it cannot claim to be right.
-    Raises JailError where the child says that its own set-up failed.
+    A line can claim any value, which is worth nothing unless it is the right answer; it cannot claim to be right, nor
+    that the jail failed.
     """
     calls: list[Call] = []
     failure: Call | None = None  # the fate of all calls that follow
@@ -259,8 +252,6 @@ def outcomes(output: bytes, count: int, end: Exit, limits: Limits) -> list[Call]
     *lines, tail = output.split(b"\n")
     for line in lines:
         match _parsed(line):
-            case ["setup", "infrastructure", str(detail)] if not loaded:
-                raise JailError(detail)
             case ["load", "ok", _] if not loaded:
                 loaded = True
             case ["load", "error" | "memory" as outcome, str(detail)] if not loaded:
@@ -285,9 +276,9 @@ def _parsed(line: bytes) -> Data:
 
 def _unanswered(end: Exit, limits: Limits, cut_line: bool) -> Call:
     """Why the calls after the last reply have none."""
-    if end.cut == "wall":
+    if end.cut == b"wall":
         return Call("timeout", detail="wall clock")
-    if end.cut == "output":
+    if end.cut == b"output":
         return Call("protocol", detail="output limit")
     # The kernel answers RLIMIT_CPU with SIGKILL, by its own coarse clock: hence half. Nobody in the jail can send signals.
     if end.signal in (signal.SIGKILL, signal.SIGXCPU) and end.cpu_s >= 0.5 * limits.cpu_s:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import struct
 from typing import Union
 
 Data = Union[  # noqa: UP007 -- evaluated by the jail's interpreter, which may be older than 3.10
@@ -36,6 +37,9 @@ Json = Union[None, bool, int, float, str, "list[Json]", "dict[str, Json]"]  # no
 MAX_DEPTH = 100
 MAX_MEMBERS = 2000  # of a set, or of a dictionary with other than text keys: chosen hashes make building them quadratic
 MAX_FRAME_BYTES = 4 << 20  # of one message from the host to the fork-server
+# How a child ended, from the fork-server: exit status or -1, signal or 0, seconds of processor, "" or the limit it hit
+# ("wall", "output").
+REPORT = struct.Struct("<iid6s")
 PLAIN_INT_BITS = 63  # longer integers travel as hexadecimal: decimal conversion is quadratic and limited to 4300 digits
 
 
