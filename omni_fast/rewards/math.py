@@ -6,7 +6,10 @@
 3. Else math-verify, in worker processes (`math_pool`), for what is short and shallow enough to be an honest answer.
    Its own guard is an alarm signal, which works in main threads only.
 
+Where the gold answer is a number, the answer has to be one number, worked out: math-verify alone pays `17+25` for 42, the
+question said again, and `41=42`, two guesses.
 What the sample causes (no answer, too long, too complex, time limit) scores 0; a lost worker is invalid.
+Limits: units are not compared (42 km is 42 cm), and a percentage equals its number with and without the sign.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ DECIMALS = 6  # how many decimals count when one side is a decimal number; what 
 TAIL_CHARS = 1000  # where a last number is looked for
 
 _NUMBER = r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+"
-_PLAIN = re.compile(rf"([-+]?)(?:({_NUMBER})(?:/({_NUMBER}))?|\\frac\{{({_NUMBER})\}}\{{({_NUMBER})\}})")
+_PLAIN = re.compile(
+    rf"([-+]?)(?:((?:{_NUMBER})(?:[eE][-+]?[0-9]{{1,2}})?)(?:/({_NUMBER}))?|\\frac\{{({_NUMBER})\}}\{{({_NUMBER})\}})"
+)
 _LAST = re.compile(
     rf"(?:(?<![0-9A-Za-z_.)\]}}])[-+])?(?:\\[dt]?frac\{{-?(?:{_NUMBER})\}}\{{(?:{_NUMBER})\}}"
     rf"|(?<![0-9.])(?:{_NUMBER})(?:/(?:{_NUMBER}))?(?:\s*\\?%)?)"
@@ -34,12 +39,25 @@ _LAST = re.compile(
 _FORMULA = re.compile(
     r"(?i:answer)(?:\s+is)?\s*:?\s*(?:\$|\\\()((?:[^$\n\\]|\\.){1,200}?)(?:\$|\\\))"
 )  # "the answer is $x+1$"
-_DROP = re.compile(r"\\[!,;: ]|\\left|\\right|\s+|\\displaystyle")
+_SPACE = re.compile(r"\\[!,;: ]")
+# all white space but what keeps two numbers apart: "1 234" is one, "4 2" is not
+_DROP = re.compile(r"\\(?:left|right|displaystyle)(?![a-z])|(?<![0-9])\s+|\s++(?![0-9])|\s+(?=[0-9]{3}(?![0-9]))")
 _POWER = r"\s*(?:\^|\*\*)[\s{(+-]*"
 # factorials; numbers to a power to a power; three nested exponents; exponents of five digits, or three on a bracket
 _COSTLY = re.compile(
     rf"!|[0-9][)}}]*{_POWER}[0-9]+\}}?{_POWER}|(?:\^\s*\{{[^{{}}^]{{0,20}}){{2}}\^|{_POWER}[0-9]{{5,}}|\){_POWER}[0-9]{{3,}}"
 )
+_RELATION = re.compile(r":?=|\\(?:to|rightarrow|Rightarrow|implies|equiv)(?![a-z])|[→⇒≡]")
+# a side of an equation that is not the answer itself: a variable or f(3), or the sum that was asked
+_SIDE = re.compile(
+    r"[A-Za-z](?:_?\{?[0-9A-Za-z]\}?)?(?:\([^()=,]*\))?|(?:[-+*/^(){}.0-9×÷]|\\times|\\cdot|\\div|\\frac)+"
+)
+_UNIT = re.compile(
+    r"\\(?:text|mathrm|textbf|operatorname)\{[^{}]*\}|\^\{?\\circ\}?|(?:\\times|\\cdot|×|\*)10\^\{?[-+]?[0-9]+\}?"
+)
+_OPERATION = re.compile(r"[0-9)}%](?:[-+*/^×÷]|\\times|\\cdot|\\div|\\pm|\\bmod|\\mod)[-+(.{\\0-9]")
+_FUNCTION = re.compile(r"\\(?:sqrt|log|ln|exp|sin|cos|tan|gcd|lcm|max|min|lfloor|lceil)(?![a-z])|\|")
+_PIECE = re.compile(r"[0-9\\]|\b[A-Zb-z]\b")
 _UNFINISHED = re.compile(r"\\(?:i?int|oint|sum|prod|lim|[dt]?binom)(?![a-z])")
 
 
@@ -79,8 +97,16 @@ def _braced(text: str, start: int) -> str | None:
 @lru_cache(maxsize=16384)
 def normalise(answer: str) -> str:
     """The same answer without mathematical spacing, dollar signs and other things that carry no meaning."""
-    text = _DROP.sub("", answer[: 2 * MAX_CHARS]).replace("\u2212", "-").replace("\\$", "$").replace("{,}", ",")
-    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").rstrip(".").strip("$")
+    text = _DROP.sub("", _SPACE.sub(" ", answer[: 2 * MAX_CHARS]))
+    text = (
+        text.replace("\u2212", "-")
+        .replace("\\$", "$")
+        .replace("{,}", ",")
+        .replace("\\dfrac", "\\frac")
+        .replace("\\tfrac", "\\frac")
+        .rstrip(".")
+        .strip("$")
+    )
     if text.startswith("\\(") and text.endswith("\\)"):
         text = text[2:-2]
     return text
@@ -98,19 +124,58 @@ def number(text: str) -> tuple[Fraction, bool] | None:
     if denominator == 0:
         return None
     value = Fraction(top) / denominator
-    return -value if sign == "-" else value, "." in top
+    return -value if sign == "-" else value, not top.isdigit()
 
 
 def compare_fast(gold: str, answer: str) -> bool | None:
-    """Stages 1 and 2 on normalised answers: True or False where exact means decide, None where they do not."""
+    """Stages 1 and 2 on normalised answers: True or False where exact means decide, None where they do not.
+
+    Two words are texts: as products of letters, "cat" would equal "act".
+    """
     if gold == answer:
         return bool(gold)
+    if gold.isalpha() and answer.isalpha() and min(len(gold), len(answer)) > 2:
+        return gold.casefold() == answer.casefold()
     left, right = number(gold), number(answer)
     if left is None or right is None:
         return None
-    if left[1] or right[1]:
-        return round(left[0], DECIMALS) == round(right[0], DECIMALS)
-    return left[0] == right[0]
+    if not left[1] and not right[1]:
+        return left[0] == right[0]
+    if 0 < abs(left[0]) < Fraction(1, 10**DECIMALS):  # rounded, it would equal 0
+        return abs(left[0] - right[0]) <= abs(left[0]) / 10**DECIMALS
+    return round(left[0], DECIMALS) == round(right[0], DECIMALS)
+
+
+def one_number(gold: str, answer: str) -> str:
+    """What is wrong with an answer where the gold answer is a number, perhaps with a unit, both normalised: "several",
+    "unfinished" or "".
+
+    unfinished: what was asked, left to be worked out: a sum, a product, a power, a quotient of integers for an integer;
+    for a gold answer without decimals also a root or another function. Units, powers of ten and mixed numbers may stand.
+    """
+    wanted, given = number(_UNIT.sub("", last_side(gold) or "").rstrip("\\%")), number(answer)
+    if wanted is None:
+        return ""
+    if given is not None:
+        whole = wanted[0].denominator == 1 and "%" not in gold
+        return "unfinished" if whole and re.search(r"/(?!1$)|frac(?!.*\{1\}$)", answer) else ""
+    if re.search(r"[0-9]\s[0-9]", answer):
+        return "several"
+    body = _UNIT.sub("u", answer)
+    if _FUNCTION.search(body):
+        return "" if wanted[1] else "unfinished"
+    return "unfinished" if _OPERATION.search(body) and "\\pi" not in body else ""
+
+
+def last_side(answer: str) -> str | None:
+    """The number that an equation like `x=42` or `17+25=42` gives; None when it gives two, `answer` when none is seen."""
+    sides = _RELATION.split(answer)
+    numbers = [side for side in sides if number(side)]
+    if len(sides) == 1 or not all(number(side) or _SIDE.fullmatch(side) for side in sides):
+        return answer
+    if len({number(side) for side in numbers}) > 1:
+        return None
+    return numbers[-1] if numbers else sides[-1]
 
 
 def too_complex(answer: str, gold: str = "") -> bool:
@@ -142,8 +207,8 @@ class MathVerifier:
         """One part per completion. Never raises for any text.
 
         A gold answer may be bare ("72") or a solution that ends in a marked answer ("... #### 72").
-        Reasons: "ok", "wrong", "no_answer", "too_long", "too_complex", "timeout", "memory", "crash"; "worker_lost" is
-        invalid.
+        Reasons: "ok", "wrong", "no_answer", "several", "unfinished", "too_long", "too_complex", "timeout", "memory",
+        "crash"; "worker_lost" is invalid.
         """
         found = [_decide(completion, gold) for completion, gold in zip(completions, golds, strict=True)]
         open_pairs = [one for one in found if isinstance(one, tuple)]
@@ -168,12 +233,24 @@ def _decide(completion: str, gold: str) -> str | tuple[str, str]:
         return "no_answer"
     if len(answer) > MAX_CHARS:
         return "too_long"
-    equal = compare_fast(normalise(gold), normalise(answer))
-    if equal is not None:
-        return "ok" if equal else "wrong"
-    if len(gold) > MAX_CHARS:
+    wanted, given = normalise(gold), normalise(answer)
+    if wanted == given:
+        return "ok" if wanted else "wrong"
+    if "$" in given and sum(_PIECE.search(piece) is not None for piece in re.split(r"(?<!\\)\$", answer)) > 1:
+        return "several"  # math-verify would take the last formula
+    if number(wanted) and not number(given):
+        side = last_side(given)
+        if side is None:
+            return "several"
+        given = side
+    equal = compare_fast(wanted, given)
+    if equal is None and len(gold) > MAX_CHARS:
         return "too_long"
-    return "too_complex" if too_complex(answer, gold) or too_complex(gold, gold) else (gold, answer)
+    if equal is None and (too_complex(answer, gold) or too_complex(gold, gold)):
+        return "too_complex"
+    if equal is False:
+        return "wrong"
+    return one_number(wanted, given) or ("ok" if equal else (gold, answer))
 
 
 @lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from omni_fast.rewards.math import MathVerifier, normalise, number
 
-REASONS = {"ok", "wrong", "no_answer", "too_long", "too_complex", "timeout", "memory", "crash"}
+REASONS = {"ok", "wrong", "no_answer", "several", "unfinished", "too_long", "too_complex", "timeout", "memory", "crash"}
 
 
 def hostile(rng: random.Random) -> str:
@@ -127,16 +127,19 @@ def test_agreement_with_math_verify_alone():
         golds.append(gold)
         completions.append(wrapper.replace("%s", answer))
     with MathVerifier(workers=2) as verifier:
-        ours = [part.value == 1.0 for part in verifier.score(completions, golds)]
+        parts = verifier.score(completions, golds)
+    ours = [part.value == 1.0 for part in parts]
     different = []
-    for gold, completion, verdict in zip(golds, completions, ours, strict=True):
+    for gold, completion, part in zip(golds, completions, parts, strict=True):
         alone = bool(math_verify.verify(math_verify.parse(f"${gold}$"), math_verify.parse(completion)))
-        if alone != verdict:
-            different.append((gold, completion, "ours" if verdict else "math-verify's"))
+        if alone != (part.value == 1.0):
+            different.append((gold, completion, part.reason))
     assert 0.3 < sum(ours) / len(ours) < 0.8
     assert len(different) <= 0.005 * len(ours), different
-    # Explained: behind `####` math-verify alone does not read a number with an escaped dollar before it; we do.
-    assert {row for row in different if row != ("\\$18", "#### \\$18", "ours")} == set(), different
+    # Explained: behind `####` math-verify alone does not read a number with an escaped dollar before it; we do. And what
+    # is left to be worked out ("2^{10}" for 1024) it pays; we do not.
+    explained = {row for row in different if row[:2] == ("\\$18", "#### \\$18") or row[2] == "unfinished"}
+    assert set(different) == explained, different
 
 
 @pytest.fixture(scope="module")
