@@ -23,6 +23,7 @@ from typing import Literal
 from omni_fast.errors import UserError
 from omni_fast.rewards.score import Score
 
+MAX_WEIGHT = 1e6  # squares of sums stay numbers
 ZERO_STD = 1e-6  # a spread below this is rounding noise: dividing by it would turn noise into a full-size advantage
 
 
@@ -45,8 +46,11 @@ class Composition:
             raise UserError(f"composition kind {self.kind!r} is unknown; use additive, gated or normalised")
         if not self.weights:
             raise UserError("a composition needs at least one weight; name the parts that count and their weights")
-        if not all(math.isfinite(weight) for weight in self.weights.values()):
-            raise UserError(f"composition weights must be finite numbers, got {dict(self.weights)}")
+        if not all(abs(number) <= MAX_WEIGHT for number in (*self.weights.values(), self.gate_threshold)):  # nor NaN
+            raise UserError(
+                f"composition weights and gate_threshold must be numbers within {MAX_WEIGHT:g}, got {dict(self.weights)} "
+                f"and {self.gate_threshold}"
+            )
         if self.kind == "gated" and (self.gate is None or self.gate not in self.weights):
             names = sorted(self.weights)
             raise UserError(f"a gated composition needs `gate` to be one of its weights {names}, got {self.gate!r}")

@@ -2,7 +2,7 @@
 
 Why not "contains": a reply that lists every capital contains the right one. Here one answer is extracted from the
 reply, it must equal the gold answer under the normalisation, and the reply must name no other known candidate. More
-than one candidate named, a negation, or an echo of the candidate list scores 0.
+than one candidate named, a negation, or an echo of the candidate list scores 0. Reasoning (<think>) is not read.
 Normalisation: NFKC, case, accents, articles, punctuation, numerals (after SQuAD, arXiv 1606.05250, and tighter).
 Limits: English frames ("the answer is ..."); answers up to 12 words; the first 2,000 characters of a reply.
 """
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from omni_fast.errors import UserError
 from omni_fast.rewards.score import Part
+from omni_fast.rewards.text_checks import FUNCTION_WORDS, strip_reasoning
 
 MAX_CHARS = 2_000
 MAX_ANSWER_WORDS = 12
@@ -30,10 +31,10 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _NUMBER = {word: value for value, word in enumerate(_UNITS.split())}
 _TEN = {word: 10 * value for value, word in enumerate(_TENS.split(), start=2)}
 _ARTICLES = frozenset(("a", "an", "the"))
-_TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[%€$£+°]")
+_TOKEN = re.compile(r"(?<!\w)[-−]?\d+(?:[.,]\d+)*|[^\W\d_]+|[%€$£+°]")
 _TAGGED = (  # the last match of the first kind that matches is the answer
     re.compile(r"<answer>(.{0,400}?)</answer>", re.IGNORECASE | re.DOTALL),
-    re.compile(r"\\boxed\{([^{}]{0,400})\}"),
+    re.compile(r"\\boxed\{(?:\\text\{)?([^{}]{0,400})\}"),
     re.compile(r"####\s*([^\n]{1,400})"),
     re.compile(r"\banswer\s*(?:is\s*:?|:|=)\s*([^\n]{1,400})", re.IGNORECASE),
 )
@@ -44,7 +45,7 @@ _NEGATION = re.compile(
     re.IGNORECASE,
 )
 _LEAD_IN = re.compile(
-    r"^(?:(?:it|that|this)['’]s|(?:i|we) (?:think|believe|know|guess)(?: that)?(?: it is)?)\s+", re.IGNORECASE
+    r"^(?:(?:it|that|this)['’]s|(?:i|we) (?:think|believe|know|guess)(?: that)?(?: it(?: is|['’]s))?)\s+", re.IGNORECASE
 )
 _COPULA = re.compile(r"\s+(?:is|are|was|were)\b\s*:?\s*", re.IGNORECASE)
 _ILL_POSED = re.compile(
@@ -71,7 +72,10 @@ def _fold(text: str) -> str:
 
 
 def _number(token: str) -> str:
-    """One spelling of a numeral: no thousands commas, no zeros that carry nothing."""
+    """One spelling of a numeral: no thousands commas, no zeros that carry nothing. The sign stays."""
+    if token[0] in "-−":
+        size = _number(token[1:])
+        return size if size == "0" else f"-{size}"
     if re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", token):
         token = token.replace(",", "")
     if re.fullmatch(r"\d+(?:\.\d+)?", token):
@@ -148,6 +152,7 @@ class QaMatcher:
             raise UserError(
                 f"two candidates of {list(candidates)} read the same as each other or as {gold!r}; remove one"
             )
+        self._rivals = bool(set(others) - self.accepted)
         self._named = sorted(((text.split(), text) for text in {*self.accepted, *others}), key=lambda row: -len(row[0]))
 
     def named(self, text: str) -> set[str]:
@@ -163,6 +168,7 @@ class QaMatcher:
 
     def score(self, completion: str) -> Part:
         """1 or 0, never invalid. Reasons of 0: no_answer, too_many (candidates named), negated, too_long, wrong."""
+        completion = strip_reasoning(completion)
         answers = extract_answers(completion)
         if not answers:
             return Part(0.0, "no_answer")
@@ -174,9 +180,17 @@ class QaMatcher:
             return Part(0.0, "no_answer")
         if not self.accepted.intersection(given):
             return Part(0.0, "too_long" if len(given[-1].split()) > MAX_ANSWER_WORDS else "wrong")
+        if not self._rivals and any(_bare(side) for side in answers[1:] if normalise(side) not in self.accepted):
+            return Part(0.0, "too_many")
         if _NEGATION.search(_without(completion[:MAX_CHARS], self.accepted)):
             return Part(0.0, "negated")
         return Part(1.0)
+
+
+def _bare(side: str) -> bool:
+    """Whether the other side of "X is Y" could be a second answer: "Rome is Paris", not "The capital is Paris"."""
+    words = _fold(side).replace("’", "'").split()
+    return 0 < len(words) <= 3 and not any(word in FUNCTION_WORDS or word.endswith("'s") for word in words)
 
 
 def _without(text: str, accepted: set[str]) -> str:

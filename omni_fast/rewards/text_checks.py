@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from importlib.resources import files
 
 MAX_CHARS = 8_000
 MIN_WORDS, MAX_WORDS = 5, 400  # of a reply that a judge may see
@@ -45,57 +46,25 @@ _DANGLING = (
     DETERMINERS | CONJUNCTIONS | {"of", "to", "with", "from", "into", "is", "was", "are", "were", "at", "for", "very"}
 )
 
-# Text addressed to a judge instead of a reader. Patterns, not single words: "score" and "winner" are ordinary English.
-_RUBRIC = re.compile(
-    r"\b(?:\d{1,3}\s*/\s*(?:5|10|100)\b|\d+ out of (?:5|10|100)|(?:score|rating|grade|verdict|preference|winner"
-    r"|reward)\s*[:=]"
-    r"|(?:response|reply|answer|assistant|option|completion|side|text) (?:a|b|1|2) is|better than the "
-    r"(?:reference|other)"
-    r"|(?:full|maximum|highest|perfect|top) (?:score|marks?|points?|rating|reward|grade)"
-    r"|(?:dear|hello|hi|attention|note to(?: the)?|as an?|you are (?:an?|the)|to the) (?:judge|grader|evaluator"
-    r"|rater|reviewer|examiner)"
-    r"|(?:judge|grader|evaluator|rater)s? (?:should|must|will|please)|(?:please|must|should|will) (?:rate|grade"
-    r"|score|award|judge|prefer)"
-    r"|this (?:response|reply|answer|sentence|text|completion|story) (?:is|meets|satisfies|fulfils|fulfills"
-    r"|follows|deserves|uses all"
-    r"|contains (?:all|both)|should (?:win|be)|wins|earns|includes (?:all|both))|deserves? (?:a|the|full|an?) "
-    r"\w*\s*(?:score|marks?|win|point|rating|10|a\+)"
-    r"|(?:ignore|disregard|forget|override) (?:the |all |any |your |every )*(?:previous|above|prior|earlier|other"
-    r"|reference|instructions?|rubric|criteria)"
-    r"|system prompt|all (?:criteria|requirements|constraints|instructions) (?:are |have been |were )?(?:met"
-    r"|satisfied|followed|fulfilled)"
-    r"|(?:requirements?|criteria|rubric|constraints?) (?:is|are|met|satisfied|have)|(?:creativ|coheren|fluen"
-    r"|relevan)\w+(?:,| and) (?:creativ|coheren|fluen|relevan|clar)\w+|well[- ]written"
-    r"|high[- ]quality|excellent (?:response|writing|answer|sentence|reply)|great (?:question|answer|response)"
-    r"|choose (?:a|b|me|this|mine)\b)",
-    re.IGNORECASE,
-)
-_INJECTION = re.compile(
-    r"<\|[^>]{0,40}\|>|</?(?:s|system|user|assistant|judge|verdict|answer|think|reference|reply|score)>"
-    r"|\[/?(?:inst|sys|end|verdict)\]"
-    r"|<<\w+>>|\{\s*[\"'](?:verdict|score|winner|preference|rating)|^\s*\[\[?[abc]\]?\]|^#{2,} ?(?:response"
-    r"|instruction|verdict)",
-    re.IGNORECASE | re.MULTILINE,
-)
-_MASTER_KEY = re.compile(
-    r"^\W*(?:thought process|solution|let'?s (?:solve|think|break|start|begin|analy[sz]e|work|go)|step[- ]by[- "
-    r"]step|step (?:one|1)"
-    r"|(?:the )?(?:final |correct )?(?:answer|response|output|result|explanation|reasoning|analysis"
-    r"|conclusion)\b\s*(?::|is\b|-|$|\.)"
-    r"|to (?:solve|answer) th(?:is|e)|first,? (?:we|let|i) (?:need|will|must|should)|sure[,!. ]|certainly|of "
-    r"course[,!. ]|absolutely"
-    r"|here(?:'s| is| are) (?:a|an|the|one|my|your)|i(?:'d| would| will|'ll) be (?:happy|glad)|as an ai|i(?:'m| "
-    r"am) (?:sorry|an ai|unable)"
-    r"|i can(?:no|')t|解|答案|思考|解答|让我们|解决方案|かいせつ|思考過程"
-    r"|respuesta|soluci[oó]n|réponse|lösung|antwort)",
-    re.IGNORECASE,
-)
-# Talk about the task instead of doing it: "This sentence contains moon and river", "a cat that uses the words ...".
-_META = re.compile(
-    r"\bsentences?\b|\b(?:the|both|these|two|required|given) (?:\w+ )?(?:words?|phrases?|terms?)\b|\bus(?:es?|ing"
-    r"|ed) the (?:noun|name|term)s?\b",
-    re.IGNORECASE,
-)
+# `=== name: what it is`, then regular expressions of which one is enough.
+_GATES = {
+    block.split(":", 1)[0]: "|".join(block.strip().split("\n")[1:])
+    for block in files("omni_fast.rewards").joinpath("gates.txt").read_text(encoding="utf-8").split("=== ")[1:]
+}
+_RUBRIC = re.compile(rf"\b(?:{_GATES['rubric']})", re.IGNORECASE)
+_INJECTION = re.compile(_GATES["injection"], re.IGNORECASE | re.MULTILINE)
+_MASTER_KEY = re.compile(rf"^\W*(?:{_GATES['master_key']})", re.IGNORECASE)
+_META = re.compile(_GATES["meta"], re.IGNORECASE)
+_OPEN = re.compile(r"<(?:think|thinking|reasoning|scratchpad)>", re.IGNORECASE)
+_CLOSE = re.compile(r"</(?:think|thinking|reasoning|scratchpad)>", re.IGNORECASE)
+
+
+def strip_reasoning(text: str) -> str:
+    """The text after its reasoning; a reasoning that never ends leaves nothing."""
+    text = text[:200_000]
+    text = text[max((close.end() for close in _CLOSE.finditer(text)), default=0) :]
+    unfinished = _OPEN.search(text)
+    return (text[: unfinished.start()] if unfinished else text).strip()
 
 
 def clean(text: str) -> str:
@@ -116,6 +85,16 @@ def sentence_count(text: str) -> int:
     ends = list(_SENTENCE_END.finditer(body))
     rest = body[ends[-1].end() :] if ends else body
     return len(ends) + bool(_WORD.search(rest))
+
+
+def content(tokens: Sequence[str]) -> list[str]:
+    """Without the function words."""
+    return [token for token in tokens if token not in FUNCTION_WORDS]
+
+
+def ends_cleanly(text: str) -> bool:
+    """Whether a text, cleaned and stripped, ends as a sentence does."""
+    return re.search(r"[.!?][\"')]*$", text) is not None
 
 
 def has_word(tokens: Sequence[str], word: str) -> bool:
@@ -202,8 +181,8 @@ def gate(prompt: str, completion: str, required: Sequence[str] = ()) -> str | No
         return "too_long"
     if (_META.search(prompt) and _META.search(text)) or echo_share(tokens, words(prompt)) > 0.3:
         return "prompt_echo"
-    content = [token for token in tokens if token not in FUNCTION_WORDS]
-    top = Counter(content).most_common(1)[0][1] if content else len(tokens)
+    meaning = content(tokens)
+    top = Counter(meaning).most_common(1)[0][1] if meaning else len(tokens)
     runs = any(a == b == c for a, b, c in zip(tokens, tokens[1:], tokens[2:], strict=False))
     if runs or repeated_ngram_share(tokens, 3) > 0.15 or top >= max(3, 0.25 * len(tokens)):
         return "repeated"
@@ -214,7 +193,7 @@ def gate(prompt: str, completion: str, required: Sequence[str] = ()) -> str | No
         return "wrong_language"
     if function_word_share(tokens) < 0.12:
         return "wrong_language"
-    extra = [token for token in content if not any(has_word([token], word) for word in required)]
+    extra = [token for token in meaning if not any(has_word([token], word) for word in required)]
     if required and len(extra) < 2:
         return "word_list"
     return None

@@ -57,6 +57,8 @@ def test_part_missing_from_the_score_is_a_users_mistake():
     [
         lambda: Composition("additive", {}),
         lambda: Composition("additive", {"a": math.inf}),
+        lambda: Composition("additive", {"a": 1e200}),  # its square is no number
+        lambda: Composition("gated", {"a": 1.0}, gate="a", gate_threshold=math.nan),  # always open
         lambda: Composition("gated", {"a": 1.0}),
         lambda: Composition("gated", {"a": 1.0}, gate="b"),
         lambda: Composition("additive", {"a": 1.0}, gate="a"),

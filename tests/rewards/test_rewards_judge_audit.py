@@ -11,7 +11,7 @@ from omni_fast.rewards.judge.rubric import RubricJudge
 from omni_fast.rewards.judge.server import Keep, PairwiseJudge
 from omni_fast.rewards.score import Part
 
-BETTER = {(pair.prompt, pair.first) for pair in shipped_pairs() if pair.kind == "pair"}
+BETTER = {(pair.reply.prompt, pair.reply.completion) for pair in shipped_pairs() if pair.kind == "pair"}
 
 
 class Fixed:
@@ -34,9 +34,12 @@ def test_the_shipped_set_is_what_it_says():
     pairs = shipped_pairs()
     assert sum(pair.kind == "hack" for pair in pairs) >= 200
     assert sum(pair.kind == "pair" for pair in pairs) >= 150
-    assert all(len(pair.first.split()) > len(pair.second.split()) for pair in pairs if pair.kind == "length")
-    lengths = [abs(len(p.first.split()) - len(p.second.split())) for p in pairs if p.kind == "pair"]
-    assert max(lengths) <= 3 and all(pair.words for pair in pairs)
+    longer = {
+        kind: [len(p.reply.completion.split()) - len(p.reply.reference.split()) for p in pairs if p.kind == kind]
+        for kind in ("pair", "length")
+    }
+    assert min(longer["length"]) > 0 and max(map(abs, longer["pair"])) <= 3
+    assert all(pair.reply.required for pair in pairs)
 
 
 def test_a_perfect_judge_passes():

@@ -58,7 +58,11 @@ def reply(text: str, reference: str = "The quiet cat dreamed of the moon and the
 def test_pairs_are_length_matched_and_every_family_is_there():
     pairs = make_pairs(8, seed=5)
     assert {pair.family for pair in pairs} == set(FAMILIES) and len(pairs) == 8 * len(FAMILIES)
-    assert all(abs(len(p.good.split()) - len(p.bad.split())) <= 1 and p.good != p.bad for p in pairs)
+    assert all(
+        abs(len(p.reply.completion.split()) - len(p.reply.reference.split())) <= 1
+        and p.reply.completion != p.reply.reference
+        for p in pairs
+    )
     assert pairs == make_pairs(8, seed=5) != make_pairs(8, seed=6)
 
 
@@ -109,10 +113,6 @@ def test_verdicts_against_the_reference():
     twice = [reply("The cat saw a moon and some river that it"), reply("My cat left the river when a moon was up.")] * 5
     values = [part.value for part in judge.judge(twice)]
     assert values == values[:2] * 5 and values[0] != values[1], "equal texts are worth exactly the same, others are not"
-    worse = "Stone of purple it ate running window the was and"
-    sides = [(same.completion, same.completion), (same.completion, worse), (worse, same.completion)]
-    assert judge.compare_all([(same.prompt, a, b, same.required) for a, b in sides]) == [0.5, 1.0, 0.0]
-    assert judge.compare_all([]) == []
     assert judge.judge([]) == []
 
 

@@ -19,8 +19,9 @@ from omni_fast.errors import UserError
 from omni_fast.rewards.judge.base import Reply
 from omni_fast.rewards.judge.cache import VerdictCache
 from omni_fast.rewards.judge.client import ClientLimits, JsonClient
-from omni_fast.rewards.judge.pairwise import Question, combine, label_verdict, parse_verdict, strip_reasoning
+from omni_fast.rewards.judge.pairwise import Question, combine, label_verdict, parse_verdict
 from omni_fast.rewards.judge.server import OpenAIBackend, PairwiseJudge, ScoreBackend, check
+from omni_fast.rewards.text_checks import strip_reasoning
 
 
 def stall(seconds: float) -> Behaviour:
@@ -250,6 +251,10 @@ def test_marks_cannot_be_forged_and_depend_on_the_salt():
         ('{"verdict": "a"}', None),
         ('{"verdict": ["A"]}', None),
         ('{"verdict": "A", "why": "x"}', None),
+        ('{"verdict": "A", "verdict": "B"}', None),
+        ('{"verdict": "A", "\\u0076erdict": "B"}', None),
+        ('{"verdict": "A"', None),
+        ("{}", None),
         ('[{"verdict": "A"}]', None),
         ("AB", None),
         ("<think>A", None),
@@ -319,15 +324,17 @@ def test_nothing_at_the_address_is_told_and_a_good_server_passes():
         check(OpenAIBackend(JsonClient(url, limits=limits), "m"))
 
 
-def test_a_call_under_way_ends_when_the_client_is_closed():
+def test_calls_under_way_end_when_the_client_is_closed():
+    """Two judged tasks are scored by a thread each."""
     with serving(stall(30.0)) as server:
         backend = OpenAIBackend(JsonClient(server.url, limits=ClientLimits(timeout_s=30.0)), "m")
-        with ThreadPoolExecutor(1) as thread:
-            job = thread.submit(PairwiseJudge(backend).judge, replies(2))
-            while not server.count:
+        with ThreadPoolExecutor(2) as threads:
+            jobs = [threads.submit(PairwiseJudge(backend).judge, replies(2)) for _ in range(2)]
+            while server.count < 8:
                 time.sleep(0.01)
             backend.client.close()
             start = time.monotonic()
-            with pytest.raises(asyncio.CancelledError):
-                job.result(timeout=10)
+            for job in jobs:
+                with pytest.raises(asyncio.CancelledError):
+                    job.result(timeout=10)
             assert time.monotonic() - start < 10

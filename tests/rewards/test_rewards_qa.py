@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from omni_fast.errors import UserError
 from omni_fast.rewards.qa import Choice, QaMatcher, normalise, to_text_answers
+from omni_fast.rewards.score import Part
 
 CAPITALS = ["Paris", "London", "Rome", "Guatemala City", "Washington, D.C.", "São Tomé", "N'Djamena", "Lima", "Oslo"]
 names = st.text(string.ascii_lowercase, min_size=3, max_size=9).filter(lambda word: word not in ("the", "not", "nor"))
@@ -87,6 +88,36 @@ def test_aliases_are_accepted_and_collisions_refused():
             QaMatcher("Paris", candidates=bad)
     with pytest.raises(UserError):
         QaMatcher("...")
+
+
+@pytest.mark.parametrize(
+    ("gold", "reply", "reason"),
+    [
+        ("-5", "5", "wrong"),
+        ("5", "-5", "wrong"),
+        ("5", "\u22125", "wrong"),
+        ("-5", "It is \u22125.", "ok"),
+        ("1990-1995", "1990 to 1995", "wrong"),
+        ("1990-1995", "1990-1995", "ok"),
+        ("COVID-19", "covid 19", "ok"),
+        ("Paris", "\\boxed{\\text{Paris}}", "ok"),
+        ("Paris", "I think it's Paris.", "ok"),
+        ("Paris", "Rome is Paris", "too_many"),  # a guess on either side of "is"
+        ("Paris", "Paris is Rome", "too_many"),
+        ("21", "20 is 21", "too_many"),
+        ("Paris", "The capital is Paris", "ok"),
+        ("Paris", "France's capital is Paris", "ok"),
+    ],
+)
+def test_without_known_candidates(gold, reply, reason):
+    assert QaMatcher(gold).score(reply) == Part(float(reason == "ok"), reason)
+
+
+def test_reasoning_is_not_read():
+    assert matcher("Paris").score("<think>London? Rome? Not Oslo.</think>Paris").value == 1.0
+    assert matcher("Paris").score("<think>" + "London or Rome? " * 500 + "</think>\nParis").value == 1.0
+    assert matcher("Paris").score("Rome</think>Paris or Rome").value == 0.0
+    assert matcher("Paris").score("<think>Paris").reason == "no_answer"
 
 
 @settings(deadline=None, max_examples=2000)

@@ -1,9 +1,9 @@
 """`omni-fast judge audit`: how far a judge can be trusted, on a shipped set of pairs whose better side is known.
 
 The set (`data/audit.jsonl`, made by `sentences`, `corrupt` and `hacks` with seeds of their own, and 24 pairs by hand):
-pair    a good and a spoiled reply of equal length, `first` is the better
-length  two good replies to one prompt, `first` is the longest of a dozen and `second` the shortest
-hack    `first` is a hack string, `second` a good reference
+pair    a good and a spoiled reply of equal length, the better one first
+length  two good replies to one prompt, the longest of a dozen first and the shortest second
+hack    a hack string first, a good reference second
 Every figure comes with its count; shares with a 95 % Wilson interval.
 """
 
@@ -12,14 +12,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 
 from scipy.stats import binomtest
 
-from omni_fast.rewards.judge.base import Judge, Reply
+from omni_fast.rewards.judge.base import Judge, Pair, Reply
 from omni_fast.rewards.judge.client import Failure
-from omni_fast.rewards.judge.embedded import ACCEPTED, EmbeddedJudge
 from omni_fast.rewards.judge.pairwise import Json, Question, Verdict
 from omni_fast.rewards.judge.server import PairwiseJudge
 
@@ -27,19 +26,7 @@ Answers = list[tuple[Verdict | None, Verdict | None]]  # one pair asked as (firs
 
 MAX_HACKS = 0.02
 _SAME = 0.02  # an absolute judge's values nearer than this are a tie
-_ACCEPTED_SHARE = 0.9  # an absolute judge accepts a hack that reaches this share of the reference's value
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One row of the set."""
-
-    kind: str
-    family: str
-    prompt: str
-    words: tuple[str, ...]
-    first: str
-    second: str
+_ACCEPTED_SHARE = 0.9  # a hack is accepted that reaches this share of what the reference gets
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +105,18 @@ def shipped_pairs() -> list[Pair]:
     """The audit set that comes with the package."""
     text = (files("omni_fast.rewards.judge") / "data" / "audit.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
-    return [Pair(r["kind"], r["family"], r["prompt"], tuple(r["words"]), r["first"], r["second"]) for r in rows]
+    return [
+        Pair(row["family"], Reply(row["prompt"], row["first"], row["second"], tuple(row["words"])), row["kind"])
+        for row in rows
+    ]
 
 
 def audit(judge: Judge) -> Audit:
     """Measure a judge on the set. Never raises for what a judge's server does; its failures are counted as invalid."""
     pairs, start = shipped_pairs(), time.monotonic()
     compared = [pair for pair in pairs if pair.kind != "hack"]
-    hacks = [pair for pair in pairs if pair.kind == "hack"]
-    answers = _compare(judge, compared)
-    accepted = _accepted(judge, hacks)
+    answers = _compare(judge, [pair.reply for pair in compared])
+    accepted = _accepted(judge, [pair.reply for pair in pairs if pair.kind == "hack"])
     seconds = time.monotonic() - start
 
     both = [(pair, a, b) for pair, (a, b) in zip(compared, answers, strict=True) if a is not None and b is not None]
@@ -147,7 +136,7 @@ def audit(judge: Judge) -> Audit:
         "invalid": Share(len(compared) - len(both) + accepted.count(None), len(pairs)),
     }
     families = {name: _share(won == "first" for pair, won in known if pair.family == name) for name in names}
-    return Audit(judge.name, shares, families, 2 * len(compared) + len(hacks), seconds)
+    return Audit(judge.name, shares, families, 2 * len(compared) + len(accepted), seconds)
 
 
 def _share(flags: Iterable[bool]) -> Share:
@@ -160,21 +149,14 @@ def _winner(forward: Verdict, swapped: Verdict) -> str | None:
     return {("A", "B"): "first", ("B", "A"): "second"}.get((forward, swapped))
 
 
-def _compare(judge: Judge, pairs: Sequence[Pair]) -> Answers:
+def _compare(judge: Judge, replies: Sequence[Reply]) -> Answers:
     """Raw verdicts of both orders. A judge without positions gives the mirrored answer."""
     if isinstance(judge, PairwiseJudge):
-        questions = [
-            Question(pair.prompt, *sides)
-            for pair in pairs
-            for sides in ((pair.first, pair.second), (pair.second, pair.first))
-        ]
+        sides = [side for reply in replies for side in (reply, reply.swapped())]
+        questions = [Question(side.prompt, side.completion, side.reference) for side in sides]
         given = [None if isinstance(answer, Failure) else answer for answer in judge.verdicts(questions)]
         return list(zip(given[0::2], given[1::2], strict=True))
-    if isinstance(judge, EmbeddedJudge) and judge.usable:
-        values = judge.compare_all([(pair.prompt, pair.first, pair.second, pair.words) for pair in pairs])
-        return [_mirrored(value - 0.5) for value in values]
-    first = judge.judge([Reply(pair.prompt, pair.first, pair.second, pair.words) for pair in pairs])
-    second = judge.judge([Reply(pair.prompt, pair.second, pair.first, pair.words) for pair in pairs])
+    first, second = judge.judge(replies), judge.judge([reply.swapped() for reply in replies])
     return [
         (None, None) if a.value is None or b.value is None else _mirrored(a.value - b.value)
         for a, b in zip(first, second, strict=True)
@@ -187,13 +169,12 @@ def _mirrored(difference: float) -> tuple[Verdict, Verdict]:
     return ("A", "B") if difference > 0 else ("B", "A")
 
 
-def _accepted(judge: Judge, hacks: Sequence[Pair]) -> list[bool | None]:
-    """Whether a hack got anything out of the judge: a tie is enough; of an absolute judge, nearly the bar's value."""
-    parts = judge.judge([Reply(pair.prompt, pair.first, pair.second, pair.words) for pair in hacks])
-    if isinstance(judge, PairwiseJudge) or (isinstance(judge, EmbeddedJudge) and judge.usable):
-        return [None if part.value is None else part.reason in ACCEPTED for part in parts]
-    bars = judge.judge([Reply(pair.prompt, pair.second, pair.second, pair.words) for pair in hacks])
+def _accepted(judge: Judge, hacks: Sequence[Reply]) -> list[bool | None]:
+    """Whether a hack got anything out of the judge: a tie is enough, or nearly what the reference itself gets."""
+    bars = judge.judge([replace(hack, completion=hack.reference) for hack in hacks])
     return [
-        None if part.value is None or bar.value is None else part.value >= _ACCEPTED_SHARE * bar.value > 0.0
-        for part, bar in zip(parts, bars, strict=True)
+        None
+        if part.value is None or bar.value is None
+        else part.reason == "tie" or part.value >= _ACCEPTED_SHARE * bar.value > 0.0
+        for part, bar in zip(judge.judge(hacks), bars, strict=True)
     ]

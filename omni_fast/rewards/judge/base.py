@@ -8,11 +8,12 @@ invalid with a reason. A judge never raises for any text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from omni_fast.rewards.score import Part
+from omni_fast.rewards.text_checks import gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,23 @@ class Reply:
     reference: str
     required: tuple[str, ...] = ()
 
+    def swapped(self) -> Reply:
+        """The reference as a reply to be judged against this one."""
+        return replace(self, completion=self.reference, reference=self.completion)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two replies of which something is known, as one judged against the other.
+
+    kind: what `reply.completion` is: "pair" the better one, "length" the longer of two good ones, "hack" a hack.
+    family: of the flaw of the worse one.
+    """
+
+    family: str
+    reply: Reply
+    kind: str = "pair"
+
 
 class Judge(Protocol):
     """Anything that prefers."""
@@ -39,3 +57,10 @@ class Judge(Protocol):
     def judge(self, replies: Sequence[Reply]) -> list[Part]:
         """One part per reply, in order."""
         ...
+
+
+def gated(replies: Sequence[Reply], judge: Callable[[Sequence[Reply]], Sequence[Part]]) -> list[Part]:
+    """What a gate refuses scores 0 with its reason; the rest is judged in one call."""
+    refused = [gate(reply.prompt, reply.completion, reply.required) for reply in replies]
+    judged = iter(judge([reply for reply, reason in zip(replies, refused, strict=True) if not reason]))
+    return [Part(0.0, reason) if reason else next(judged) for reason in refused]

@@ -32,7 +32,7 @@ class VerdictCache:
             self._set_aside(error)
 
     def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=30.0, check_same_thread=False, isolation_level=None)
+        connection = sqlite3.connect(self.path, timeout=30.0, check_same_thread=False)
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
@@ -61,30 +61,28 @@ class VerdictCache:
         self._connection = None
         self.say(f"the verdict cache {self.path} cannot be used ({error}); verdicts are asked for again each time")
 
-    def get(self, keys: Iterable[str]) -> dict[str, Verdict]:
-        """The known verdicts among the keys."""
-        query = "SELECT key, verdict FROM verdicts WHERE key IN (SELECT value FROM json_each(?))"
+    def _run(self, work: Callable[[sqlite3.Connection], list[tuple[str, str]]]) -> list[tuple[str, str]]:
+        """Rows of one piece of work; none where the file cannot be used, which is told once."""
         with self._lock:
             if self._connection is None:
-                return {}
+                return []
             try:
-                rows = self._connection.execute(query, [json.dumps(list(keys))]).fetchall()
+                with self._connection:
+                    return work(self._connection)
             except sqlite3.Error as error:
                 self._give_up(error)
-                return {}
+                return []
+
+    def get(self, keys: Iterable[str]) -> dict[str, Verdict]:
+        """The known verdicts among the keys."""
+        query, wanted = "SELECT key, verdict FROM verdicts WHERE key IN (SELECT value FROM json_each(?))", list(keys)
+        rows = self._run(lambda database: database.execute(query, [json.dumps(wanted)]).fetchall())
         return {key: verdict for key, verdict in rows if verdict in VERDICTS}
 
     def put(self, verdicts: Mapping[str, Verdict]) -> None:
         """Keep verdicts; one that is known already stays as it was, so every process agrees on the first."""
-        with self._lock:
-            if self._connection is None or not verdicts:
-                return
-            try:
-                self._connection.execute("BEGIN IMMEDIATE")
-                self._connection.executemany("INSERT OR IGNORE INTO verdicts VALUES (?, ?)", list(verdicts.items()))
-                self._connection.execute("COMMIT")
-            except sqlite3.Error as error:
-                self._give_up(error)
+        insert = "INSERT OR IGNORE INTO verdicts VALUES (?, ?)"
+        self._run(lambda database: database.executemany(insert, list(verdicts.items())).fetchall())
 
     def close(self) -> None:
         with self._lock:

@@ -4,7 +4,8 @@ Each request has a time limit over everything, some attempts with growing, jitte
 After `breaker_failures` failures in a row the circuit opens: everything waits, single probes go out, a line says so,
 and work goes on where it was when the server is back. After `pause_s` without an answer the rest fails with a reason;
 the next call tries again. No failure is ever a verdict, and nothing here raises for what a server does.
-Limits: one call at a time per client (the training thread's); a body beyond `MAX_BODY` bytes is refused.
+Several threads may call at once (one a task): they share what is known of the server, each has its own connections.
+Limits: a body beyond `MAX_BODY` bytes is refused.
 """
 
 from __future__ import annotations
@@ -84,22 +85,18 @@ class JsonClient:
         self._next_probe = 0.0
         self._probe_gap = self.limits.backoff_s
         self._told_down = False
-        self._call: tuple[asyncio.AbstractEventLoop, asyncio.Task[object]] | None = None
+        self._calls: dict[asyncio.Task[object], asyncio.AbstractEventLoop] = {}
         self._jitter = random.Random(0)
 
     def ask(
         self, path: str, payloads: Sequence[Json], read: Read, done: Callable[[int, Verdict], None]
     ) -> list[Verdict | Failure]:
         """A verdict or a failure for every payload, in order. done: called as soon as a verdict is there."""
-        try:
-            return asyncio.run(self._ask(path, payloads, read, done)) if payloads else []
-        finally:
-            self._call = None
+        return asyncio.run(self._ask(path, payloads, read, done)) if payloads else []
 
     def close(self) -> None:
-        """End a call that is under way in another thread; it raises CancelledError there."""
-        if self._call is not None:
-            loop, task = self._call
+        """End the calls that are under way in other threads; each raises CancelledError there."""
+        for task, loop in list(self._calls.items()):
             with suppress(RuntimeError):  # it ended by itself meanwhile
                 loop.call_soon_threadsafe(task.cancel)
 
@@ -108,7 +105,8 @@ class JsonClient:
     ) -> list[Verdict | Failure]:
         task = asyncio.current_task()
         assert task is not None
-        self._call = (asyncio.get_running_loop(), task)
+        self._calls[task] = asyncio.get_running_loop()
+        task.add_done_callback(self._calls.pop)
         self._down_since = time.monotonic() if self._failures else None
         self._next_probe, self._probe_gap = 0.0, self.limits.backoff_s
         slots = asyncio.Semaphore(self.limits.concurrency)

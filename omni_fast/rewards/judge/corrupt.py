@@ -8,43 +8,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from omni_fast.rewards.judge.sentences import ANIMATE, OBJECTS, PLACES, article, random_prompt, reference_sentence
+from omni_fast.rewards.judge.base import Pair, Reply
+from omni_fast.rewards.judge.sentences import (
+    ANIMATE,
+    OBJECTS,
+    PHRASES,
+    PLACES,
+    article,
+    prompt_text,
+    random_prompt,
+    reference_sentence,
+)
 from omni_fast.rewards.text_checks import DETERMINERS, FUNCTION_WORDS, PREPOSITIONS, has_word
 
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A good and a spoiled reply to the same prompt, equal in words to within one."""
-
-    topic: str
-    words: tuple[str, str]
-    good: str
-    bad: str
-    family: str
-
-
-_FILLER = (
-    "it is very nice and good for many people because there are many different things in the world that are really "
-    "important and interesting to everyone and we should always remember that life is full of things that can be "
-    "great in many ways and this is something that makes it quite special for all of us every day"
-).split()
-_FOREIGN = [line.split() for line in """\
-el hombre viejo camina por la calle y piensa en su casa mientras la lluvia cae sobre los campos verdes del pueblo
-la petite fille regarde par la fenêtre et pense à sa mère qui travaille dans le jardin depuis le matin avec joie
-der alte mann sitzt am fluss und denkt an seine kinder die weit weg in der großen stadt leben und nie schreiben
-il ragazzo corre verso il mare con una lettera in mano e non si ferma finché la notte non arriva sopra le case
-o menino caminha pela praia e encontra uma pedra azul que guarda no bolso antes de voltar para casa com o irmão
-de oude vrouw loopt langs de rivier en zoekt naar haar hond die gisteren in het bos is verdwenen zonder geluid\
-""".splitlines()]  # fmt: skip
-_SYLLABLES = (
-    "ba ke lo mi tru zen pla vor gri sho dun fle kar wim ost quel jab nar pox ty ulm eck sprin gath oll"
-).split()
-_RARE = (
-    "policy quantum surface invoice parameter district syllable committee protein mortgage vector treaty gasket ledger "
-    "enzyme variable statute turbine pixel quarterly asphalt molar census tariff diode clause thesis cortex ratio"
-).split()
+_FILLER, _SYLLABLES, _RARE = (PHRASES[kind] for kind in ("filler", "syllables", "rare"))
+_FOREIGN = [line.split() for line in PHRASES["foreign"]]
 
 
 def _finish(tokens: Sequence[str], stop: str = ".") -> str:
@@ -212,7 +191,8 @@ FAMILIES = {spoiler.__name__.removeprefix("_"): spoiler for spoiler in _SPOILERS
 
 
 def make_pairs(per_family: int, seed: int) -> list[Pair]:
-    """`per_family` length-matched pairs of each family, each on a prompt of its own."""
+    """`per_family` pairs of a good and a spoiled reply of each family, equal in words to within one, each on a prompt
+    of its own."""
     rng = random.Random(seed)
     pairs = []
     for family, spoil in FAMILIES.items():
@@ -223,6 +203,6 @@ def make_pairs(per_family: int, seed: int) -> list[Pair]:
             bad = spoil(good, topic, words, rng)
             if bad == good or abs(len(bad.split()) - len(good.split())) > 1:
                 continue
-            pairs.append(Pair(topic, words, good, bad, family))
+            pairs.append(Pair(family, Reply(prompt_text(topic, words), good, bad, words)))
             made += 1
     return pairs

@@ -10,7 +10,7 @@ Value against the reference, with d = score(reply) - score(reference), a log-odd
 1 is as good as the reference, and the value falls smoothly from there: win / tie / loss alone would leave most groups
 of a small model without a difference to learn from. The reason names the verdict: "ok" (d >= -spread), "tie" (nearer to
 the reference than to a spoiled reply, d >= -gap / 2), "loss". The reference is a bar, not a rival: what a judge this
-small cannot tell it must not pay for. `compare_all` is the symmetric verdict, which the audit uses.
+small cannot tell it must not pay for.
 Limits: English sentences of the short writing task; it knows form, fluency and topic, not taste.
 """
 
@@ -27,15 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omni_fast.errors import UserError
-from omni_fast.rewards.judge.base import Reply
-from omni_fast.rewards.judge.corrupt import FAMILIES, Pair, make_pairs
+from omni_fast.rewards.judge.base import Reply, gated
+from omni_fast.rewards.judge.corrupt import FAMILIES, make_pairs
 from omni_fast.rewards.judge.encode import Encode
 from omni_fast.rewards.judge.features import FEATURES, features
 from omni_fast.rewards.judge.hacks import hack_replies
 from omni_fast.rewards.judge.rubric import RubricJudge
-from omni_fast.rewards.judge.sentences import prompt_text
 from omni_fast.rewards.score import Part
-from omni_fast.rewards.text_checks import clean, gate
+from omni_fast.rewards.text_checks import clean
 
 Array = NDArray[np.float64]
 
@@ -130,10 +129,13 @@ def fit_preference(difference: Array, ridge: float = _RIDGE, iterations: int = 1
     return w
 
 
-def _views(pairs: Sequence[Pair], texts: Sequence[str], encode: Encode) -> tuple[Array, Array]:
-    hidden = encode(list(texts)).double().numpy()
-    cheap = [features(prompt_text(p.topic, p.words), text, p.words) for p, text in zip(pairs, texts, strict=True)]
-    return hidden, np.array(cheap)
+def _views(replies: Sequence[Reply], encode: Encode) -> tuple[Array, Array]:
+    """What the head sees of each completion, in one encoding call: hidden states [n, H] and cheap features [n, F]."""
+    texts = [clean(reply.completion) for reply in replies]
+    unique = list(dict.fromkeys(texts))  # equal texts must be worth exactly the same, wherever they stand in a batch
+    place = {text: row for row, text in enumerate(unique)}
+    hidden = encode(unique).double().numpy()[[place[text] for text in texts]]
+    return hidden, np.array([features(r.prompt, r.completion, r.required) for r in replies])
 
 
 def fit_head(encode: Encode, seed: int = 0) -> Head:
@@ -144,8 +146,8 @@ def fit_head(encode: Encode, seed: int = 0) -> Head:
     start = time.monotonic()
     fit, test = make_pairs(_FIT_PAIRS, 2 * seed), make_pairs(_TEST_PAIRS, 2 * seed + 1)
     every = [*fit, *test]
-    good_h, good_f = _views(every, [pair.good for pair in every], encode)
-    bad_h, bad_f = _views(every, [pair.bad for pair in every], encode)
+    good_h, good_f = _views([pair.reply for pair in every], encode)
+    bad_h, bad_f = _views([pair.reply.swapped() for pair in every], encode)
     n = len(fit)
     width = good_h.shape[1]
     hidden_scale = _HIDDEN_SHARE / np.sqrt(width) / (np.concatenate([good_h[:n], bad_h[:n]]).std(0) + 1e-6)
@@ -175,38 +177,22 @@ def fit_head(encode: Encode, seed: int = 0) -> Head:
     return replace(head, report=Report(auc, len(hacks), accepted, len(every), time.monotonic() - start))
 
 
-def scores(
-    prompts: Sequence[str], texts: Sequence[str], required: Sequence[Sequence[str]], encode: Encode, head: Head
-) -> Array:
-    """The head's score of each text, in one encoding call. [n]"""
-    cleaned = [clean(text) for text in texts]
-    unique = list(dict.fromkeys(cleaned))  # equal texts must be worth exactly the same, wherever they stand in a batch
-    place = {text: row for row, text in enumerate(unique)}
-    hidden = encode(unique).double().numpy()[[place[text] for text in cleaned]]
-    cheap = np.array([features(p, t, r) for p, t, r in zip(prompts, texts, required, strict=True)])
-    return hidden @ np.array(head.w_hidden) + cheap @ np.array(head.w_features)
-
-
 def verdicts(replies: Sequence[Reply], encode: Encode, head: Head) -> list[Part]:
-    """Gates first, then reply and reference scored in the same call."""
-    parts: list[Part | None] = []
-    for reply in replies:
-        refused = gate(reply.prompt, reply.completion, reply.required)
-        parts.append(Part(0.0, refused) if refused else None)
-    open_ = [i for i, part in enumerate(parts) if part is None]
-    if open_:
-        asked = [replies[i] for i in open_]
-        both = scores(
-            [r.prompt for r in asked] * 2,
-            [r.completion for r in asked] + [r.reference for r in asked],
-            [r.required for r in asked] * 2,
-            encode,
-            head,
-        )
-        for i, d in zip(open_, both[: len(asked)] - both[len(asked) :], strict=True):
-            verdict = "ok" if d >= -head.spread else "tie" if d >= -head.gap / 2 else "loss"
-            parts[i] = Part(round(min(1.0, 2.0 / (1.0 + math.exp(min(60.0, -d - head.spread)))), 2), verdict)
-    return [part for part in parts if part is not None]
+    """Gates first, then reply and reference seen in the same call."""
+
+    def judge(passed: Sequence[Reply]) -> list[Part]:
+        if not passed:
+            return []
+        hidden, cheap = _views([*passed, *(reply.swapped() for reply in passed)], encode)
+        score = hidden @ np.array(head.w_hidden) + cheap @ np.array(head.w_features)
+        return [_verdict(float(d), head) for d in score[: len(passed)] - score[len(passed) :]]
+
+    return gated(replies, judge)
+
+
+def _verdict(d: float, head: Head) -> Part:
+    reason = "ok" if d >= -head.spread else "tie" if d >= -head.gap / 2 else "loss"
+    return Part(round(min(1.0, 2.0 / (1.0 + math.exp(min(60.0, -d - head.spread)))), 2), reason)
 
 
 class EmbeddedJudge:
@@ -233,15 +219,3 @@ class EmbeddedJudge:
     def judge(self, replies: Sequence[Reply]) -> list[Part]:
         """A value in 0..1 against the reference (see the module), or the rubric's where the head is not usable."""
         return verdicts(replies, self.encode, self.head) if self.usable else self._rubric.judge(replies)
-
-    def compare_all(self, pairs: Sequence[tuple[str, str, str, Sequence[str]]]) -> list[float]:
-        """Symmetric verdicts for (prompt, first, second, required words), in one encoding call.
-
-        1 when `first` is better, 0 when `second` is, 0.5 when they differ by no more than good replies do.
-        """
-        if not pairs:
-            return []
-        prompts, first, second, required = zip(*pairs, strict=True)
-        both = scores([*prompts, *prompts], [*first, *second], [*required, *required], self.encode, self.head)
-        differences = both[: len(pairs)] - both[len(pairs) :]
-        return [1.0 if d > self.head.spread else 0.0 if d < -self.head.spread else 0.5 for d in differences]

@@ -7,17 +7,17 @@ Limits: it sees form, not sense. "The stone ate the quiet Tuesday." passes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
-from omni_fast.rewards.judge.base import Reply
+from omni_fast.rewards.judge.base import Reply, gated
 from omni_fast.rewards.score import Part
 from omni_fast.rewards.text_checks import (
     FUNCTION_WORDS,
     clean,
+    content,
     coverage,
+    ends_cleanly,
     function_word_share,
-    gate,
     grammar_faults,
     has_word,
     sentence_count,
@@ -34,14 +34,14 @@ def checks(prompt: str, text: str, required: Sequence[str]) -> dict[str, float]:
     tokens = words(text)
     instruction = FUNCTION_WORDS | _TASK_WORDS | {word.lower() for word in required}
     topics = [word for word in words(prompt) if word not in instruction]
-    content = [token for token in tokens if token not in FUNCTION_WORDS]
+    meaning = content(tokens)
     return {
         "required": coverage(tokens, required),
         "topic": float(not topics or any(has_word(tokens, topic) for topic in topics)),
         "one_sentence": float(sentence_count(text) == 1 and 6 <= len(tokens) <= 30),
-        "clean_end": float(bool(re.search(r"[.!?][\"')]*$", clean(text).strip()))),
+        "clean_end": float(ends_cleanly(clean(text).strip())),
         "grammar": float(grammar_faults(text) == 0 and 0.2 <= function_word_share(tokens) <= 0.75),
-        "distinct": len(set(content)) / len(content) if content else 0.0,
+        "distinct": len(set(meaning)) / len(meaning) if meaning else 0.0,
     }
 
 
@@ -51,12 +51,8 @@ class RubricJudge:
     name = "rubric"
 
     def judge(self, replies: Sequence[Reply]) -> list[Part]:
-        parts = []
-        for reply in replies:
-            refused = gate(reply.prompt, reply.completion, reply.required)
-            if refused:
-                parts.append(Part(0.0, refused))
-                continue
-            passed = checks(reply.prompt, reply.completion, reply.required)
-            parts.append(Part(sum(weight * passed[name] for name, weight in WEIGHTS.items())))
-        return parts
+        return gated(replies, lambda passed: [self._one(reply) for reply in passed])
+
+    def _one(self, reply: Reply) -> Part:
+        found = checks(reply.prompt, reply.completion, reply.required)
+        return Part(sum(weight * found[name] for name, weight in WEIGHTS.items()))

@@ -7,11 +7,11 @@ invalid.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from omni_fast.errors import UserError
-from omni_fast.rewards.judge.base import Reply
+from omni_fast.rewards.judge.base import Reply, gated
 from omni_fast.rewards.judge.cache import VerdictCache
 from omni_fast.rewards.judge.client import Failure, JsonClient, Unclear
 from omni_fast.rewards.judge.pairwise import (
@@ -22,10 +22,9 @@ from omni_fast.rewards.judge.pairwise import (
     combine,
     label_verdict,
     parse_verdict,
-    strip_reasoning,
 )  # fmt: skip
 from omni_fast.rewards.score import Part
-from omni_fast.rewards.text_checks import gate
+from omni_fast.rewards.text_checks import strip_reasoning
 
 MAX_TOKENS = 64  # of a chat reply: room for the verdict
 OPENING = "The better reply is"  # what the label follows
@@ -168,23 +167,20 @@ class PairwiseJudge:
 
     def judge(self, replies: Sequence[Reply]) -> list[Part]:
         """1 win, 0.5 tie, 0 loss against the reference; 0 with a reason behind a gate; invalid without two verdicts."""
-        parts: list[Part | None] = []
-        asked: list[tuple[int, Question, Question]] = []
-        for place, reply in enumerate(replies):
-            text, reference = strip_reasoning(reply.completion), strip_reasoning(reply.reference)
-            refused = gate(reply.prompt, text, reply.required)
-            if refused:
-                parts.append(Part(0.0, refused))
-            elif text == reference:
-                parts.append(Part(0.5, "tie"))
-            else:
-                parts.append(None)
-                forward = Question(reply.prompt, text, reference)
-                asked.append((place, forward, Question(reply.prompt, reference, text)))
-        answers = self.verdicts([question for _, *both in asked for question in both])
-        for row, (place, _, _) in enumerate(asked):
-            parts[place] = _part(answers[2 * row], answers[2 * row + 1])
-        return [part for part in parts if part is not None]
+        stripped = [
+            replace(reply, completion=strip_reasoning(reply.completion), reference=strip_reasoning(reply.reference))
+            for reply in replies
+        ]
+        return gated(stripped, self._judge)
+
+    def _judge(self, replies: Sequence[Reply]) -> list[Part]:
+        asked = [reply for reply in replies if reply.completion != reply.reference]
+        sides = [side for reply in asked for side in (reply, reply.swapped())]
+        answers = iter(self.verdicts([Question(side.prompt, side.completion, side.reference) for side in sides]))
+        return [
+            Part(0.5, "tie") if reply.completion == reply.reference else _part(next(answers), next(answers))
+            for reply in replies
+        ]
 
     def verdicts(self, questions: Sequence[Question]) -> list[Verdict | Failure]:
         """One answer per question; equal questions are asked once, known ones not at all."""
