@@ -12,8 +12,8 @@ Limit: the draws hold the items' noise only; how much another training seed woul
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -24,7 +24,6 @@ from omni_fast.curriculum.stages import Stage
 from omni_fast.curriculum.transfer import Transfer
 
 SETTLED = 0.975  # share of draws in which the best order beats the second best: the gap's 95 % interval is then above 0
-Method = Literal["exact", "greedy_net+swaps"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +42,17 @@ class Decision:
     """
 
     order: tuple[str, ...]
-    method: Method
     value: float
-    regret_bound: float
-    probability: float | None
-    second: tuple[str, ...] | None
-    gap: Estimate | None
-    beats_second: float | None
-    optima: int
-    more_items: dict[str, int] | None
     pairs: dict[str, dict[str, float]]
     statement: str
+    method: Literal["exact", "greedy_net+swaps"] = "exact"
+    regret_bound: float = 0.0
+    probability: float | None = None
+    second: tuple[str, ...] | None = None
+    gap: Estimate | None = None
+    beats_second: float | None = None
+    optima: int = 1
+    more_items: dict[str, int] | None = None
 
     @property
     def settled(self) -> bool:
@@ -77,37 +76,35 @@ def decide(transfer: Transfer) -> Decision:
     k = len(names)
     pair_KK = orders.pairwise_probability(draws)
     pairs = {a: {b: float(pair_KK[i, j]) for j, b in enumerate(names) if i != j} for i, a in enumerate(names)}
-    unknown: dict[str, Any] = dict.fromkeys(("probability", "second", "gap", "beats_second", "more_items"))
-    unknown |= {"pairs": pairs, "optima": 1, "regret_bound": 0.0, "method": "exact"}
     if k > EXACT_LIMIT:
         best = orders.improve_by_swaps(matrix, orders.greedy_net(matrix))
         value, bound = orders.order_value(matrix, best), orders.regret_bound(matrix, best)
+        order = tuple(names[i] for i in best)
         text = (
-            f"With {k} tasks the order {_arrow(names, best)} was found by greedy search and pairwise swaps; the best"
-            f" order can exceed its summed score by at most {bound:.3f}."
+            f"With {k} tasks the order {_arrow(order)} was found by greedy search and pairwise swaps; the best order can"
+            f" exceed its summed score by at most {bound:.3f}."
         )
-        found = {"method": "greedy_net+swaps", "regret_bound": bound}
-        return Decision(order=_named(names, best), value=value, statement=text, **unknown | found)
+        return Decision(order, value, pairs, text, method="greedy_net+swaps", regret_bound=bound)
     solution = orders.exact(matrix)
-    order = _named(names, solution.order)
+    order = tuple(names[i] for i in solution.order)
     if solution.second is None:
-        text = f"There is one task, {names[0]}: nothing to order."
-        return Decision(order=order, value=0.0, statement=text, **unknown | {"probability": 1.0})
+        return Decision(order, 0.0, pairs, f"There is one task, {names[0]}: nothing to order.", probability=1.0)
     lead_B = orders.order_values(draws, solution.order) - orders.order_values(draws, solution.second)
     gap = Estimate(solution.value - solution.second_value, sum(transfer.n_K), *interval(lead_B))
     beats = float(np.mean(lead_B > orders.TIE) + 0.5 * np.mean(np.abs(lead_B) <= orders.TIE))
-    probability = orders.order_probability(draws[: max(100, (1 << 22) >> k)], solution.order)  # seconds at any k
-    more = further_items(transfer, solution.order, solution.second)
-    found = {
-        "probability": probability,
-        "second": _named(names, solution.second),
-        "gap": gap,
-        "beats_second": beats,
-        "optima": solution.optima,
-        "more_items": more,
-    }
-    text = _statement(transfer, solution, probability, gap, beats, more)
-    return Decision(order=order, value=solution.value, statement=text, **unknown | found)
+    decision = Decision(
+        order,
+        solution.value,
+        pairs,
+        statement="",
+        probability=orders.order_probability(draws[: max(100, (1 << 22) >> k)], solution.order),  # seconds at any k
+        second=tuple(names[i] for i in solution.second),
+        gap=gap,
+        beats_second=beats,
+        optima=solution.optima,
+        more_items=further_items(transfer, solution.order, solution.second),
+    )
+    return replace(decision, statement=_statement(decision, gap, transfer))
 
 
 def further_items(transfer: Transfer, best: Order, second: Order) -> dict[str, int] | None:
@@ -147,46 +144,34 @@ def _pair_signs(order: Order) -> Floats:
     return (place[:, None] > place[None, :]).astype(np.float64)
 
 
-def _statement(
-    transfer: Transfer,
-    solution: orders.Solution,
-    probability: float,
-    gap: Estimate,
-    beats: float,
-    more: dict[str, int] | None,
-) -> str:
-    assert solution.second is not None
-    names = transfer.tasks
-    k = len(names)
-    best, second = _arrow(names, solution.order), _arrow(names, solution.second)
-    if solution.optima > 1:
+def _statement(found: Decision, gap: Estimate, transfer: Transfer) -> str:
+    """gap: to the second best order."""
+    k, best = len(found.order), _arrow(found.order)
+    if found.optima > 1:
         return (
-            f"{solution.optima} of the {math.factorial(k)} orders tie for the best forecast; {best} is the first of"
+            f"{found.optima} of the {math.factorial(k)} orders tie for the best forecast; {best} is the first of"
             " them. On these items the choice among them is arbitrary."
         )
     lead = (
-        f"The best order is {best}: its forecast is {gap.value / k:.4f} per task ahead of the second best, {second}"
-        f" (95 % interval {gap.low / k:+.4f} to {gap.high / k:+.4f}); it is the optimum in {probability:.0%} of the"
-        f" bootstrap draws"
+        f"The best order is {best}: its forecast is {gap.value / k:.4f} per task ahead of the second best,"
+        f" {_arrow(found.second or ())} (95 % interval {gap.low / k:+.4f} to {gap.high / k:+.4f}); it is the optimum in"
+        f" {found.probability:.0%} of the bootstrap draws"
     )
-    if beats >= SETTLED:
+    if found.settled:
         return f"{lead}. The data tell it from the second best order."
-    return f"{lead}, so the data cannot tell the two apart. {_remedy(transfer, more)}"
+    return f"{lead}, so the data cannot tell the two apart. {_remedy(found.more_items, sum(transfer.n_K))}"
 
 
-def _remedy(transfer: Transfer, more: dict[str, int] | None) -> str:
+def _remedy(more: dict[str, int] | None, present: int) -> str:
+    """more: further items per task.   present: items so far."""
     if not more:
         return "They differ by too little for further items to matter."
-    total, present = sum(more.values()), sum(transfer.n_K)
+    total = sum(more.values())
     listed = ", ".join(f"{task} {count:,}" for task, count in sorted(more.items(), key=lambda pair: -pair[1]))
     if total > 100 * present:
         return f"At this gap it would take some {total:,} further select items: in practice the two orders are equal."
     return f"If the measured gap is the true one, about {total:,} further select items would settle it ({listed})."
 
 
-def _named(names: tuple[str, ...], order: Order) -> tuple[str, ...]:
-    return tuple(names[i] for i in order)
-
-
-def _arrow(names: tuple[str, ...], order: Order) -> str:
-    return " -> ".join(names[i] for i in order)
+def _arrow(order: tuple[str, ...]) -> str:
+    return " -> ".join(order)

@@ -38,12 +38,8 @@ def merge(
     """Merge single-task models.
 
     scale: of the merged task vector (not for linear).
-    density: share of each task vector that is kept (ties, dare).   seed: of the drop-out (dare).
+    density: share of each task vector that is kept, above 0 (ties, dare).   seed: of the drop-out (dare).
     """
-    if not models:
-        raise UserError("Merging needs at least one model; finish the single-task runs first.")
-    if not 0.0 < density <= 1.0:
-        raise UserError(f"Merge density is {density}; it is the share of changes kept, above 0 and at most 1.")
     for number, model in enumerate(models):
         _check(base, model, number)
     merged: dict[str, Tensor] = {}

@@ -22,7 +22,6 @@ from typing import Any, Literal
 import numpy as np
 
 from omni_fast.curriculum.scores import Floats
-from omni_fast.errors import UserError
 
 Method = Literal["sec", "dump", "pac", "tac"]
 
@@ -59,15 +58,10 @@ class Scheduler:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {"method": type(self).__name__.lower(), "step": self.step, "tasks": self.memory}
+        return {"step": self.step, "tasks": self.memory}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken. UserError when it is of another scheduler, or of other tasks."""
-        if state["method"] != type(self).__name__.lower() or set(state["tasks"]) != set(self.tasks):
-            raise UserError(
-                f"The saved scheduler is {state['method']} over {', '.join(state['tasks'])}, this run's is"
-                f" {type(self).__name__.lower()} over {', '.join(self.tasks)}; resume with the configuration it was started with."
-            )
+        """Continue where `state_dict` of the same scheduler was taken."""
         self.step = state["step"]
         self.memory = {t: {name: list(kept) for name, kept in memory.items()} for t, memory in state["tasks"].items()}
 

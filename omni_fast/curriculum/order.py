@@ -58,27 +58,27 @@ def exact(matrix_KK: Floats) -> Solution:
     best = tables.trace(full, rank=0)
     return Solution(
         order=best,
-        value=float(tables.best[0, full]),
+        value=float(tables.best[full, 0]),
         second=tables.trace(full, rank=1) if k > 1 else None,
-        second_value=float(tables.second[0, full]),
-        optima=round(float(tables.count[0, full])),
+        second_value=float(tables.second[full, 0]),
+        optima=round(float(tables.count[full, 0])),
     )
 
 
 def exact_draws(draws_BKK: Floats) -> tuple[Floats, Floats]:
     """For each draw [B]: the optimal value, and the number of orders that reach it."""
     k = draws_BKK.shape[1]
-    size = max(1, (1 << 22) >> k)  # about 32 MB a table
+    size = max(1, (1 << 16) >> k)  # half a megabyte a table, which stays in the cache
     values, counts = [], []
     for start in range(0, draws_BKK.shape[0], size):
         tables = _Tables(draws_BKK[start : start + size])
-        values.append(tables.best[:, -1])
-        counts.append(tables.count[:, -1])
+        values.append(tables.best[-1])
+        counts.append(tables.count[-1])
     return np.concatenate(values), np.concatenate(counts)
 
 
 class _Tables:
-    """The dynamic program for B matrices at once: best and second best value, number of optima, per subset."""
+    """The dynamic program for B matrices at once: best and second best value, number of optima; a row per subset."""
 
     def __init__(self, matrices_BKK: Floats) -> None:
         b, k, _ = matrices_BKK.shape
@@ -86,33 +86,31 @@ class _Tables:
             raise ValueError(f"The exact order takes at most {EXACT_LIMIT} tasks, got {k}; use greedy_net.")
         subsets = np.arange(1 << k)
         sizes = np.bitwise_count(subsets)
-        # incoming[j][b, S] = sum over i in S of T[b, i -> j], by doubling
+        # incoming[j][S, b] = sum over i in S of T[b, i -> j], by doubling
         self.incoming = []
         for j in range(k):
-            table = np.zeros((b, 1))
+            table = np.zeros((1, b))
             for i in range(k):
-                step = matrices_BKK[:, i, j : j + 1] if i != j else np.zeros((b, 1))
-                table = np.concatenate([table, table + step], axis=1)
+                table = np.concatenate([table, table + (matrices_BKK[:, i, j] if i != j else 0.0)])
             self.incoming.append(table)
-        self.best = np.full((b, 1 << k), -np.inf)
-        self.second = np.full((b, 1 << k), -np.inf)
-        self.count = np.zeros((b, 1 << k))
-        self.best[:, 0], self.count[:, 0] = 0.0, 1.0
+        self.best, self.second = np.full((2, 1 << k, b), -np.inf)
+        self.count = np.zeros((1 << k, b))
+        self.best[0], self.count[0] = 0.0, 1.0
         for size in range(1, k + 1):
             level = subsets[sizes == size]
             for j in range(k):
                 chosen = level[(level >> j) & 1 == 1]
                 rest = chosen ^ (1 << j)
-                gain = self.incoming[j][:, rest]
-                first, runner = gain + self.best[:, rest], gain + self.second[:, rest]
-                held, held_second = self.best[:, chosen], self.second[:, chosen]
-                self.second[:, chosen] = np.maximum(np.minimum(held, first), np.maximum(held_second, runner))
-                self.best[:, chosen] = np.maximum(held, first)
+                gain = self.incoming[j][rest]
+                first, runner = gain + self.best[rest], gain + self.second[rest]
+                held, held_second = self.best[chosen], self.second[chosen]
+                self.second[chosen] = np.maximum(np.minimum(held, first), np.maximum(held_second, runner))
+                self.best[chosen] = np.maximum(held, first)
             for j in range(k):
                 chosen = level[(level >> j) & 1 == 1]
                 rest = chosen ^ (1 << j)
-                reached = self.incoming[j][:, rest] + self.best[:, rest] >= self.best[:, chosen] - TIE
-                self.count[:, chosen] += np.where(reached, self.count[:, rest], 0.0)
+                reached = self.incoming[j][rest] + self.best[rest] >= self.best[chosen] - TIE
+                self.count[chosen] += np.where(reached, self.count[rest], 0.0)
 
     def trace(self, subset: int, rank: int) -> Order:
         """The best (rank 0) or second best (rank 1) order of a subset, of the first matrix."""
@@ -122,10 +120,10 @@ class _Tables:
             options = []
             for j in members:
                 rest = subset ^ (1 << j)
-                gain = self.incoming[j][0, rest]
-                options.append((gain + self.best[0, rest], j, 0))
+                gain = self.incoming[j][rest, 0]
+                options.append((gain + self.best[rest, 0], j, 0))
                 if len(members) > 1:
-                    options.append((gain + self.second[0, rest], j, 1))
+                    options.append((gain + self.second[rest, 0], j, 1))
             _, j, rank = sorted(options, key=lambda o: (-round(o[0], 10), o[1:]))[rank]  # ties: by task number
             order.append(j)
             subset ^= 1 << j
@@ -186,10 +184,10 @@ def order_probability(draws_BKK: Floats, order: Sequence[int]) -> float:
 
 
 def order_values(draws_BKK: Floats, order: Sequence[int]) -> Floats:
-    """`order_value` of one order in each draw [B]."""
+    """`order_value` of one order in each draw [B], or for any other leading axes."""
     positions = np.asarray(order)
-    permuted = draws_BKK[:, positions[:, None], positions[None, :]]
-    return np.asarray(np.tril(permuted, k=-1).sum(axis=(1, 2)))
+    permuted = draws_BKK[..., positions[:, None], positions[None, :]]
+    return np.asarray(np.tril(permuted, k=-1).sum(axis=(-2, -1)))
 
 
 def pairwise_probability(draws_BKK: Floats) -> NDArray[np.float64]:

@@ -65,7 +65,6 @@ class ForecastError:
 
     mean_absolute, bias: in score units, forecast - realised.   rmse: root of the mean square.
     pearson, spearman: on values centred within each task, because the tasks' levels alone would correlate by themselves.
-    pearson_pooled: without centring, shown next to it for that reason.
     """
 
     n: int
@@ -74,7 +73,6 @@ class ForecastError:
     rmse: float
     pearson: float
     spearman: float
-    pearson_pooled: float
 
 
 def forecast_error(predicted_NK: Floats, realised_NK: Floats) -> ForecastError:
@@ -86,7 +84,7 @@ def forecast_error(predicted_NK: Floats, realised_NK: Floats) -> ForecastError:
     ok = ~(np.isnan(p) | np.isnan(r))
     n = int(ok.sum())
     if n == 0:
-        return ForecastError(0, *(math.nan,) * 6)
+        return ForecastError(0, *(math.nan,) * 5)
     error = (p - r)[ok]
     counts_K = np.maximum(ok.sum(axis=0), 1)
     centred = [(x - np.where(ok, x, 0.0).sum(axis=0) / counts_K)[ok] for x in (p, r)]
@@ -97,7 +95,6 @@ def forecast_error(predicted_NK: Floats, realised_NK: Floats) -> ForecastError:
         rmse=float(np.sqrt((error**2).mean())),
         pearson=_correlation(*centred),
         spearman=_correlation(*(stats.rankdata(np.round(x, 12)) for x in centred)),
-        pearson_pooled=_correlation(p[ok], r[ok]),
     )
 
 

@@ -26,7 +26,6 @@ class Agreement:
     regret: summed score lost, on the full matrix, by the order the proxy leads to.
     """
 
-    n: int
     spearman: float
     kendall: float
     pairs: float
@@ -39,20 +38,14 @@ def agreement(full_KK: Floats, proxy_KK: Floats) -> Agreement:
     off = ~np.eye(k, dtype=bool)
     x, y = full_KK[off], proxy_KK[off]
     constant = x.size < 2 or np.ptp(x) == 0 or np.ptp(y) == 0
-    preferred = [_preference(matrix)[np.triu_indices(k, 1)] for matrix in (full_KK, proxy_KK)]
+    first = [orders.pairwise_probability(matrix[None])[np.triu_indices(k, 1)] for matrix in (full_KK, proxy_KK)]
+    alike = first[0] * first[1] + (1 - first[0]) * (1 - first[1])
     return Agreement(
-        n=int(x.size),
         spearman=math.nan if constant else float(stats.spearmanr(x, y).statistic),
         kendall=math.nan if constant else float(stats.kendalltau(x, y).statistic),
-        pairs=float(np.mean((preferred[0] * preferred[1] + 1) / 2)) if k > 1 else math.nan,
+        pairs=float(np.mean(alike)) if k > 1 else math.nan,
         regret=orders.exact(full_KK).value - orders.order_value(full_KK, orders.exact(proxy_KK).order),
     )
-
-
-def _preference(matrix_KK: Floats) -> Floats:
-    """1 at (i, j) where i right before j is better, -1 where it is worse, 0 where the two are equal to rounding."""
-    gain = matrix_KK.T - matrix_KK
-    return np.where(np.abs(gain) <= orders.TIE, 0.0, np.sign(gain))
 
 
 def cosine_matrix(sketches: Sequence[Floats]) -> Floats:

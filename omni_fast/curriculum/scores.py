@@ -96,11 +96,6 @@ def score(items: Floats, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
     return Estimate(mean, x.size, min(low, mean), max(high, mean))
 
 
-def difference(before: Floats, after: Floats, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
-    """Mean of after - before on the items valid in both, paired bootstrap."""
-    return mean_difference({"": before}, {"": after}, draws=draws, seed=seed)
-
-
 def mean_difference(before: ItemScores, after: ItemScores, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
     """Average over the tasks of `before` of the paired difference; n counts items over all tasks.
 
@@ -184,14 +179,11 @@ def own_stages(trained: Sequence[Sequence[str]]) -> dict[str, int]:
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down adjustment (Holm 1979): reject at level alpha those whose adjusted p is at most alpha."""
-    adjusted: dict[str, float] = {}
-    running = 0.0
-    ranked = sorted(p_values.items(), key=lambda pair: pair[1])
-    for rank, (name, p) in enumerate(ranked):
-        running = max(running, min(1.0, (len(ranked) - rank) * p))
-        adjusted[name] = running
-    return {name: adjusted[name] for name in p_values}
+    """Holm's step-down adjustment of the p-values that are known (Holm 1979): reject at alpha what is at most alpha."""
+    ranked = sorted((p, name) for name, p in p_values.items() if math.isfinite(p))
+    stepped = np.maximum.accumulate([min(1.0, (len(ranked) - rank) * p) for rank, (p, _) in enumerate(ranked)])
+    adjusted = {name: float(p) for (_, name), p in zip(ranked, stepped, strict=True)}
+    return {name: adjusted[name] for name in p_values if name in adjusted}
 
 
 def _valid(x: Floats) -> Floats:

@@ -21,6 +21,9 @@ from omni_fast.curriculum.decide import Decision, decide
 from omni_fast.curriculum.scores import Floats
 from omni_fast.curriculum.transfer import Transfer, measure
 
+LEVEL = 0.95  # share of the draws in which a settled order is the optimum, before it is split over the looks
+FIRST = 30  # items of every task at the first look: a bootstrap of fewer is not to be trusted
+
 # (task, start, stop) -> scores of all K + 1 checkpoints on these items of a task's `select` split: [K + 1, stop - start] in
 # 0..1, row 0 the initial policy, row i + 1 the run of task i; NaN where it failed.
 Scorer = Callable[[str, int, int], Floats]
@@ -43,29 +46,19 @@ class Outcome:
         return 1.0 - self.evaluations / self.evaluations_full
 
 
-def settle_order(
-    tasks: Sequence[str],
-    sizes: Mapping[str, int],
-    scorer: Scorer,
-    *,
-    first: int = 30,
-    batch: int = 20,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Outcome:
-    """Measure until the order is settled at `level`, or all items are used.
+def settle_order(tasks: Sequence[str], sizes: Mapping[str, int], scorer: Scorer, batch: int = 20) -> Outcome:
+    """Measure until the order is settled at LEVEL, or all items are used.
 
-    sizes: `select` items per task.   first: items of every task at the first look (a bootstrap of fewer is not to be
-    trusted).   batch: items added to one task at each further look.
+    sizes: `select` items per task.   batch: items added to one task at each look after the first.
     """
-    scores = {task: scorer(task, 0, min(first, sizes[task])) for task in tasks}
+    scores = {task: scorer(task, 0, min(FIRST, sizes[task])) for task in tasks}
     possible = 1 + sum(math.ceil((sizes[task] - scores[task].shape[1]) / batch) for task in tasks)
-    wanted = 1.0 - (1.0 - level) / possible
+    wanted = 1.0 - (1.0 - LEVEL) / possible
     for look in range(possible):
         transfer = measure(
             {task: scores[task][0] for task in tasks},
             {trained: {task: scores[task][i + 1] for task in tasks} for i, trained in enumerate(tasks)},
-            seed=seed + look,
+            seed=look,
         )
         decision = decide(transfer)
         used = {task: scores[task].shape[1] for task in tasks}

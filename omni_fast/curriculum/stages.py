@@ -121,8 +121,7 @@ class PromptStream:
 
     sizes: items per task.   tasks, weights: as in `Stage`.
     Shares are kept exactly: each prompt goes to the task that is furthest behind its share, so after any number of
-    prompts no task is off by a whole prompt (two tasks) or by more than K - 1 (many). Refills (`take`) replace a prompt
-    of a task by the next of the same task and leave the shares alone.
+    prompts no task is off by a whole prompt (two tasks) or by more than K - 1 (many). What `take` draws does not count.
     """
 
     def __init__(self, sizes: Mapping[str, int], tasks: Sequence[str], weights: Sequence[float], seed: int) -> None:
@@ -147,7 +146,7 @@ class PromptStream:
         return out
 
     def take(self, task: str, n: int) -> list[Draw]:
-        """The next n prompts of one task, outside the shares: for refills and for online schedulers."""
+        """The next n prompts of one task, outside the shares: for online schedulers."""
         return [self._next(task) for _ in range(n)]
 
     def _next(self, task: str) -> Draw:
@@ -168,11 +167,7 @@ class PromptStream:
         )
 
     def load_state_dict(self, state: StreamState) -> None:
-        """Continue where `state_dict` was taken. UserError when the data or the seed are not those of the state."""
-        if state["seed"] != self.seed:
-            raise UserError(
-                f"The run was started with seed {state['seed']} and is resumed with {self.seed}; use the same."
-            )
+        """Continue where `state_dict` was taken, with the same seed. UserError when the data are not those of the state."""
         for task, size in self.sizes.items():
             was = state["sizes"].get(task)
             if was != size:

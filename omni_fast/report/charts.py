@@ -12,10 +12,11 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from omni_fast.curriculum.scores import Estimate
+from omni_fast.report.verdict import points, span
 
 SERIES = 8  # distinct colours, dashes and markers; a ninth series starts over
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -121,7 +122,7 @@ def line_panel(title: str, lines: Sequence[Line], *, y_range: tuple[float, float
     for mark in ticks(px.low, px.high, 5):
         if px.low <= mark <= px.high and mark == int(mark):
             parts.append(f"<text x={px(mark):.1f} y={height - bottom + 15} class=mid>{short(mark)}</text>")
-    parts.append(f'<text x={(left + width - right) / 2:.0f} y={height - 4} class="mid dim">{text(x_label)}</text>')
+    parts.append(_x_label(x_label, left, width - right, height))
     for line in lines:
         drawn = [(px(x), py(y)) for x, y in zip(line.xs, line.ys, strict=True)]
         if len(drawn) > 24:
@@ -169,6 +170,10 @@ def _y_axis(marks: Sequence[float], py: Callable[[float], float], left: float, r
     )
 
 
+def _x_label(label: str, left: float, right: float, height: int) -> str:
+    return f'<text x={(left + right) / 2:.0f} y={height - 4} class="mid dim">{text(label)}</text>'
+
+
 def _path(points: Sequence[tuple[float, float]], style: int, faint: bool = False) -> str:
     d, pen_down = [], False
     for x, y in points:
@@ -200,17 +205,11 @@ def _swatch(style: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A point with an interval on a horizontal scale; NaN value: not drawn."""
+    """A point with an interval; NaN value: not drawn."""
 
-    value: float
-    low: float
-    high: float
+    at: Estimate
     style: int
     hollow: bool = False
-
-
-def mark(estimate: Estimate, style: int, hollow: bool = False) -> Mark:
-    return Mark(estimate.value, estimate.low, estimate.high, style, hollow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +228,8 @@ def mark_rows(
 
     zero: a heavy line at 0.   keys: the legend, (name, style, hollow).   label: what the scale is.
     """
-    spread = [x for row in rows for mark in row.marks for x in (mark.value, mark.low, mark.high) if math.isfinite(x)]
+    found = [mark.at for row in rows for mark in row.marks]
+    spread = [x for at in found for x in (at.value, at.low, at.high) if math.isfinite(x)]
     if not spread:
         return "<p class=dim>Nothing measured yet.</p>"
     marks = ticks(min([*spread, 0.0] if zero else spread), max([*spread, 0.0] if zero else spread), 5)
@@ -238,14 +238,13 @@ def mark_rows(
     width, row_height, top = 760, 14 + 13 * max(len(row.marks) for row in rows), 8
     height = top + row_height * len(rows) + 38
     px = Scale(marks[0], marks[-1], left, width - right)
-    parts = []
+    parts = [_x_label(label, left, width - right, height)]
     for m in marks:
         heavy = " zero" if zero and abs(m) < 1e-12 else ""
         parts.append(
             f'<line x1={px(m):.1f} x2={px(m):.1f} y1={top} y2={height - 34} class="grid{heavy}" />'
             f"<text x={px(m):.1f} y={height - 20} class=mid>{short(m)}</text>"
         )
-    parts.append(f'<text x={(left + width - right) / 2:.0f} y={height - 4} class="mid dim">{text(label)}</text>')
     for k, row in enumerate(rows):
         middle = top + row_height * (k + 0.5)
         if k:
@@ -253,75 +252,62 @@ def mark_rows(
         parts.append(f'<text x={left - 14} y={middle + 4:.1f} class="end strong">{text(row.label)}</text>')
         parts.append(f"<text x={width - right + 16} y={middle + 4:.1f} class=dim>{text(row.note)}</text>")
         for n, mark in enumerate(row.marks):
-            if not math.isfinite(mark.value):
+            if not math.isfinite(mark.at.value):
                 continue
             y = middle + 13 * (n - (len(row.marks) - 1) / 2)
-            if math.isfinite(mark.low) and math.isfinite(mark.high):
+            low, high = px(mark.at.low), px(mark.at.high)
+            if math.isfinite(low) and math.isfinite(high):
                 parts.append(
-                    f'<path d="M{px(mark.low):.1f} {y:.1f}H{px(mark.high):.1f}M{px(mark.low):.1f} {y - 4:.1f}v8'
-                    f'M{px(mark.high):.1f} {y - 4:.1f}v8" class="bar s{mark.style % SERIES}" />'
+                    f'<path d="M{low:.1f} {y:.1f}H{high:.1f}M{low:.1f} {y - 4:.1f}v8M{high:.1f} {y - 4:.1f}v8"'
+                    f' class="bar s{mark.style % SERIES}" />'
                 )
-            parts.append(_marker(px(mark.value), y, mark.style, 4.2, mark.hollow))
+            parts.append(_marker(px(mark.at.value), y, mark.style, 4.2, mark.hollow))
     legend = "".join(_key(name, _marker(8, 6, style, 4.2, hollow)) for name, style, hollow in keys)
     return _figure("wide", width, height, label, "".join(parts), legend)
 
 
-def scatter_panel(
-    title: str,
-    points: Sequence[tuple[Mark, Mark]],
-    *,
-    x_label: str,
-    y_label: str,
-    bounds: tuple[float, float] = (-math.inf, math.inf),
-) -> str:
-    """One small panel of points with intervals in both directions, (x, y) each, and the line on which they are equal.
+def forecast_panel(title: str, points: Sequence[tuple[Mark, Mark]]) -> str:
+    """One small panel of scores, (forecast, realised) each, and the line on which they are equal.
 
-    Intervals that are wider than most end at the panel's edge.   bounds: what the axes do not go beyond.
+    Intervals that are wider than most end at the panel's edge, and the axes at 0 and 1.
     """
     width, height, left, top, right, bottom = 460, 400, 46, 30, 14, 38
-    known = [(x, y) for x, y in points if math.isfinite(x.value) and math.isfinite(y.value)]
+    known = [(x, y) for x, y in points if math.isfinite(x.at.value) and math.isfinite(y.at.value)]
     if not known:
         return _panel(width, 80, title, f'<text x={width / 2} y=48 class="mid dim">nothing measured</text>')
-    halves = sorted((mark.high - mark.low) / 2 for pair in known for mark in pair)
-    values = [mark.value for pair in known for mark in pair]
+    halves = sorted((mark.at.high - mark.at.low) / 2 for pair in known for mark in pair)
+    values = [mark.at.value for pair in known for mark in pair]
     usual = halves[len(halves) // 2]
-    marks = ticks(max(bounds[0], min(values) - usual), min(bounds[1], max(values) + usual), 4)
+    marks = ticks(max(0.0, min(values) - usual), min(1.0, max(values) + usual), 4)
     px = Scale(marks[0], marks[-1], left, width - right)
     py = Scale(marks[0], marks[-1], height - bottom, top)
     parts = [_y_axis(marks, py, left, width - right)]
     parts += [f"<text x={px(m):.1f} y={height - bottom + 15} class=mid>{short(m)}</text>" for m in marks]
     parts.append(_path([(px(m), py(m)) for m in (marks[0], marks[-1])], 7, faint=True))
-    parts.append(f'<text x={(left + width - right) / 2:.0f} y={height - 6} class="mid dim">{text(x_label)}</text>')
-    parts.append(f'<text x={width - right} y=16 class="end dim">{text(y_label)} ↑</text>')
+    parts.append(_x_label("forecast", left, width - right, height))
+    parts.append(f'<text x={width - right} y=16 class="end dim">realised ↑</text>')
     for x, y in known:
-        across = [(px(x.low), py(y.value)), (px(x.high), py(y.value))]
-        upright = [(px(x.value), py(y.low)), (px(x.value), py(y.high))]
+        middle = px(x.at.value), py(y.at.value)
+        across = [(px(end), middle[1]) for end in (x.at.low, x.at.high)]
+        upright = [(middle[0], py(end)) for end in (y.at.low, y.at.high)]
         parts += [_path(across, y.style, faint=True), _path(upright, y.style, faint=True)]
-    parts.extend(_marker(px(x.value), py(y.value), y.style, 3.4, y.hollow) for x, y in known)
+    parts.extend(_marker(px(x.at.value), py(y.at.value), y.style, 3.4, y.hollow) for x, y in known)
     return _panel(width, height, title, "".join(parts))
 
 
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """One horizontal stacked bar."""
-
-    label: str
-    parts: dict[str, float] = field(default_factory=dict)
-
-
-def stacked_bars(rows: Sequence[Stack], *, unit: str) -> str:
-    """Stacked horizontal bars on one scale, one pattern per part."""
-    names = list(dict.fromkeys(name for row in rows for name in row.parts))
-    totals = [sum(row.parts.values()) for row in rows]
+def stacked_bars(rows: Mapping[str, Mapping[str, float]], *, unit: str) -> str:
+    """Stacked horizontal bars on one scale, one pattern per part. rows: label -> part -> length."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    totals = [sum(row.values()) for row in rows.values()]
     if not totals or max(totals) <= 0:
         return "<p class=dim>Nothing recorded yet.</p>"
-    left, width, bar = 24 + 7 * max(len(row.label) for row in rows), 760, 26
+    left, width, bar = 24 + 7 * max(map(len, rows)), 760, 26
     scale = (width - left - 80) / max(totals)
     parts = []
-    for k, row in enumerate(rows):
+    for k, (label, row) in enumerate(rows.items()):
         y, x = 6 + k * bar, float(left)
-        parts.append(f'<text x={left - 12} y={y + 14} class="end strong">{text(row.label)}</text>')
-        for name, amount in row.parts.items():
+        parts.append(f'<text x={left - 12} y={y + 14} class="end strong">{text(label)}</text>')
+        for name, amount in row.items():
             style = names.index(name) % SERIES
             length = amount * scale
             box = f"x={x:.1f} y={y} width={length:.1f} height=18"
@@ -407,6 +393,17 @@ def pair_table(tasks: Sequence[str], shares: Mapping[tuple[str, str], float]) ->
     return title + heat_table([f"then {task}" for task in tasks], rows, scale=1.0, corner="")
 
 
+def transfer_table(tasks: Sequence[str], effects: Mapping[tuple[str, str], Estimate]) -> str:
+    """(trained, scored) -> effect, as a heat map; what a task does to itself is framed and does not set the scale."""
+    rows = []
+    for i in tasks:
+        found = [effects[i, j] for j in tasks]
+        cells = [Cell(e.value, points(e.value), span(e, 2), i == j) for j, e in zip(tasks, found, strict=True)]
+        rows.append((i, cells))
+    off = [abs(effect.value) for (i, j), effect in effects.items() if i != j and math.isfinite(effect.value)]
+    return heat_table(tasks, rows, scale=1.2 * max([*off, 0.05]), corner="trained \\ scored on")
+
+
 def verdict(sentences: Sequence[tuple[str, str]]) -> str:
     """(tone, text) as a list, marked by tone."""
     items = "".join(f"<li class={tone}>{text(said)}</li>" for tone, said in sentences)
@@ -430,10 +427,13 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def section(title: str, note: str, body: str) -> str:
-    """A card of the page; `body` is HTML already."""
-    small = f"<p class=note>{text(note)}</p>" if note else ""
-    return f"<section><h2>{text(title)}</h2>{small}{body}</section>"
+def sections(bodies: Mapping[str, str], notes: Mapping[str, str]) -> str:
+    """The cards of a page, title -> HTML; those without any are named in a last one."""
+    drawn = {title: body for title, body in bodies.items() if body}
+    if absent := [title for title in bodies if title not in drawn]:
+        drawn["Not there yet"] = f"<p>Nothing was recorded for: {text(', '.join(absent))}.</p>"
+    small = {title: f"<p class=note>{text(notes[title])}</p>" if title in notes else "" for title in drawn}
+    return "".join(f"<section><h2>{text(title)}</h2>{small[title]}{body}</section>" for title, body in drawn.items())
 
 
 def tiles(facts: Sequence[tuple[str, str, str]]) -> str:

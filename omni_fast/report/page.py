@@ -8,16 +8,14 @@ scripts and external resources by its own policy.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from pydantic import JsonValue
 
-from omni_fast.report import charts, hacking, training
-from omni_fast.report.charts import Cell, MarkRow, duration, facts_table, mark, table, text
+from omni_fast.report import charts, training
+from omni_fast.report.charts import Cell, Mark, MarkRow, duration, facts_table, table, text
+from omni_fast.report.training import Json, Rows
 from omni_fast.report.verdict import brief, estimate, headline, listing, mapping, names, number, points, sentences, span
-
-Json = Mapping[str, JsonValue]
-Rows = Sequence[Json]
 
 MAX_SAMPLES_PER_TASK = 3
 ERRORS = {  # of a forecast: heading, and whether it has a sign
@@ -60,10 +58,10 @@ def render(result: Json, metrics: Rows, samples: Rows) -> str:
     """The whole page.
 
     result: what result.json holds, complete or not.   metrics: the rows of metrics.jsonl.
-    samples: rows {"task", "prompt", "before", "after", "score_before", "score_after"}, "reference" optional.
+    samples: rows {"task", "prompt", "before", "after", "score_before", "score_after"}.
     """
     steps = training.latest_steps(metrics)
-    sections = {
+    bodies = {
         "What happened": _verdict(result),
         "Accuracy matrix": _matrix(result),
         "Transfer": _transfer(result),
@@ -71,43 +69,39 @@ def render(result: Json, metrics: Rows, samples: Rows) -> str:
         "Forecast against realised": _forecast(result),
         "Reward while training": training.curves(result, steps, "reward", (0.0, 1.0)),
         "Entropy while training": training.curves(result, steps, "entropy", None) + _probe(result),
-        "Signs of reward hacking": hacking.signs(result, steps),
+        "Signs of reward hacking": training.signs(result, steps),
         "Item flips": _flips(result),
         "Completions before and after": _samples(result, samples),
         "Stages": training.stages(result, steps),
         "Time and throughput": training.timings(result, steps),
         "How it was measured": _setting(result),
     }
-    drawn = "".join(charts.section(title, NOTES.get(title, ""), body) for title, body in sections.items() if body)
-    missing = [title for title, body in sections.items() if not body]
-    if missing:
-        drawn += charts.section("Not there yet", "", f"<p>Nothing was recorded for: {text(', '.join(missing))}.</p>")
     head = headline(result)
     tasks = ", ".join(names(result.get("tasks"))) or "no tasks"
     return charts.frame(
         f"omni_fast: {tasks}",
         f"omni_fast report · {_kicker(result)}",
         head.text,
-        f"{_status(result)}{_tiles(result)}{drawn}",
+        f"{_status(result)}{_tiles(result)}{charts.sections(bodies, NOTES)}",
         "Intervals are 95 %. They hold the noise of the test items, not that of the training seed: another seed can differ by"
         " more. The split select decided the order; results come from the split test, which decides nothing.",
     )
 
 
 def _kicker(result: Json) -> str:
-    parts = [result.get("name"), result.get("model"), result.get("mode"), result.get("started")]
-    known = [part for part in parts if isinstance(part, str) and part]
-    return " · ".join([*known, ", ".join(names(result.get("tasks")))])
+    parts = [_configured(result, "model", "path"), _configured(result, "curriculum", "mode")]
+    return " · ".join([*filter(None, parts), ", ".join(names(result.get("tasks")))])
+
+
+def _configured(result: Json, section: str, key: str) -> str:
+    return str(mapping(mapping(result.get("config")).get(section)).get(key, ""))
 
 
 def _status(result: Json) -> str:
-    status = result.get("status", "finished")
-    if status == "finished":
+    if result.get("status", "finished") == "finished":
         return ""
-    words = {"interrupted": "This run was interrupted.", "running": "This run is still going."}
-    sentence = words.get(str(status), f"State of the run: {status}.")
     rest = "The page shows what was measured up to here; the same command resumes it."
-    return f"<p class=status><b>{text(sentence)}</b> {rest}</p>"
+    return f"<p class=status><b>This run was interrupted.</b> {rest}</p>"
 
 
 def _tiles(result: Json) -> str:
@@ -154,7 +148,7 @@ def _score_cells(tasks: Sequence[str], row: JsonValue, own: str = "") -> list[Ce
     """own: the task to frame, or "joint" for all."""
     scores = [estimate(mapping(row).get(task)) for task in tasks]
     return [
-        Cell(score.value, points(score.value, False), brief(score, signed=False), own in (task, "joint"))
+        Cell(score.value, points(score.value, False), brief(score), own in (task, "joint"))
         for task, score in zip(tasks, scores, strict=True)
     ]
 
@@ -163,13 +157,7 @@ def _transfer(result: Json) -> str:
     tasks, matrix = names(result.get("tasks")), mapping(result.get("transfer"))
     if not matrix:
         return ""
-    found = {(i, j): estimate(mapping(matrix.get(i)).get(j)) for i in tasks for j in tasks}
-    rows = [
-        (i, [Cell(found[i, j].value, points(found[i, j].value), brief(found[i, j]), i == j) for j in tasks])
-        for i in tasks
-    ]
-    off = [abs(effect.value) for (i, j), effect in found.items() if i != j and math.isfinite(effect.value)]
-    return charts.heat_table(tasks, rows, scale=max([*off, 0.05]) * 1.2, corner="trained \\ scored on")
+    return charts.transfer_table(tasks, {(i, j): estimate(mapping(matrix.get(i)).get(j)) for i in tasks for j in tasks})
 
 
 def _order(result: Json) -> str:
@@ -202,7 +190,7 @@ def _forecast(result: Json) -> str:
         scores = {key: estimate(row.get(task)) for key, row in found.items()}
         off = scores["forecast"].value - scores["final"].value
         note = f"forecast {points(off)} off" if math.isfinite(off) else "not realised yet"
-        rows.append(MarkRow(task, [mark(scores[key], style, hollow) for key, _, style, hollow in kinds], note))
+        rows.append(MarkRow(task, [Mark(scores[key], style, hollow) for key, _, style, hollow in kinds], note))
     body = charts.mark_rows(rows, keys=[(name, style, hollow) for _, name, style, hollow in kinds], label="score")
     lines = []
     for form, error in mapping(result.get("forecast_error")).items():
@@ -247,7 +235,6 @@ def _flips(result: Json) -> str:
 
 
 def _samples(result: Json, samples: Rows) -> str:
-    """Rows {"task", "prompt", "before", "after", "score_before", "score_after", "reference"?}."""
     tasks = names(result.get("tasks"))
     order = [*tasks, *sorted({str(s.get("task", "")) for s in samples} - set(tasks))]
     body = []
@@ -265,18 +252,15 @@ def _sample(sample: Json) -> str:
         shown = text(answer) if isinstance(answer, str) and answer else "<i>nothing yet</i>"
         grade = f" · score <b>{score:.2f}</b>" if math.isfinite(score) else ""
         sides.append(f"<div><h4>{title}{grade}</h4><pre>{shown}</pre></div>")
-    prompt, reference = sample.get("prompt"), sample.get("reference")
+    prompt = sample.get("prompt")
     given = f"<h4>Prompt</h4><pre>{text(prompt)}</pre>" if isinstance(prompt, str) else ""
-    gold = (
-        f"<details><summary>Reference</summary><pre>{text(reference)}</pre></details>"
-        if isinstance(reference, str)
-        else ""
-    )
-    return f"<div class=sample>{given}<div class=pair>{''.join(sides)}</div>{gold}</div>"
+    return f"<div class=sample>{given}<div class=pair>{''.join(sides)}</div></div>"
 
 
 def _setting(result: Json) -> str:
-    facts = [(key, text(str(result[key]))) for key in ("model", "sandbox", "judge") if result.get(key)]
+    model = _configured(result, "model", "path")
+    facts = [("model", text(model))] if model else []
+    facts += [(key, text(str(result[key]))) for key in ("sandbox", "judge") if result.get(key)]
     if method := mapping(result.get("intervals")).get("method"):
         facts.append(("intervals", text(str(method))))
     if sizes := [f"{task} {estimate(score).n}" for task, score in mapping(result.get("base")).items()]:

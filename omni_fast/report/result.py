@@ -114,7 +114,7 @@ def _realised(names: list[str], rows: Sequence[ItemScores], trained: Sequence[tu
     first = {t: rows[0][t] for t in names}
     out["intervals"] = {
         "method": "95 %: Wilson for single scores of 0/1 items, paired percentile bootstrap over items for differences",
-        "gain": _dicts({t: scores.difference(first[t], last[t]) for t in names}),
+        "gain": _dicts({t: scores.mean_difference({t: first[t]}, {t: last[t]}) for t in names}),
         "gain_average": _dict(scores.mean_difference(first, last)),
         "order_gap": known.get("order_gap"),
     }

@@ -1,7 +1,7 @@
-"""The sections about training: reward and entropy curves, a table of the stages, where the time went.
+"""The sections about training: reward and entropy curves, signs of reward hacking, the stages, where the time went.
 
 They are drawn from the rows of metrics.jsonl. A step's row holds its tasks under "tasks"; here it becomes one row per
-task.
+task. Signs of reward hacking are `signals` and `signs` of these rows (`rewards.monitors`), in words and as curves.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from pydantic import JsonValue
-
 from omni_fast.report import charts
-from omni_fast.report.charts import Line, Stack, duration, facts_table, table, text
-from omni_fast.report.verdict import listing, mapping, names, number, points
+from omni_fast.report.charts import Line, duration, facts_table, table, text
+from omni_fast.report.verdict import Json, mapping, names, number, points
 
-Json = Mapping[str, JsonValue]
 Rows = Sequence[Json]
 Steps = Mapping[tuple[str, str], Rows]  # (stage, task) -> one row a step
+SHARES = {
+    "repeated": "repeats itself",
+    "identical": "same in its group",
+    "stuffed": "gold answer stuffed in",
+    "disagreement": "judge against checks",
+}
 
 
 def latest_steps(metrics: Rows) -> Steps:
@@ -41,8 +44,7 @@ def label(stage: str, task: str) -> str:
 
 def curves(result: Json, steps: Steps, key: str, y_range: tuple[float, float] | None) -> str:
     by_task: dict[str, list[Line]] = {task: [] for task in names(result.get("tasks"))}
-    stages = [mapping(stage) for stage in listing(result.get("stages"))]
-    reused = {str(stage.get("task")): k for k, stage in enumerate(stages, start=1) if stage.get("reused") is True}
+    reused = _reused(result)
     for (stage, task), rows in steps.items():
         lines = by_task.setdefault(task, [])
         xs, ys = ([number(row.get(name)) for row in rows] for name in ("step", key))
@@ -57,6 +59,12 @@ def curves(result: Json, steps: Steps, key: str, y_range: tuple[float, float] | 
         y_range = None  # a composed reward may leave 0..1
     panels = [charts.line_panel(task, lines, y_range=y_range, x_label="step") for task, lines in by_task.items()]
     return f"<div class=panels>{''.join(panels)}</div>"
+
+
+def _reused(result: Json) -> dict[str, str]:
+    """Task -> number of the stage that its own run stands for, since both are the same; from names as curriculum:1:math."""
+    parts = [name.split(":", 2) for name in names(result.get("reused"))]
+    return {task: place for _, place, task in (part for part in parts if len(part) == 3)}
 
 
 def _stage_name(stage: str) -> str:
@@ -82,12 +90,9 @@ def stages(result: Json, steps: Steps) -> str:
         ]
         for (stage, task), rows in steps.items()
     ]
-    reused = [str(mapping(s).get("task")) for s in listing(result.get("stages")) if mapping(s).get("reused") is True]
-    note = ""
+    note, reused = "", ", ".join(_reused(result))
     if reused:
-        note = (
-            f"<p class=dim>Taken over from the task's own run, which is the same stage: {text(', '.join(reused))}.</p>"
-        )
+        note = f"<p class=dim>Taken over from the task's own run, which is the same stage: {text(reused)}.</p>"
     heads = ["stage", "steps", "reward, first 3", "last 3", "mixed groups", "invalid samples", "tokens per answer"]
     return note + table([*heads, "gradient norm", "tokens/s"], lines) + _parts(steps)
 
@@ -114,7 +119,7 @@ def timings(result: Json, steps: Steps) -> str:
     by_stage: dict[str, dict[float, Json]] = {}  # a step's time once, however many tasks
     for (stage, _), rows in steps.items():
         by_stage.setdefault(stage, {}).update({number(row.get("step")): row for row in rows})
-    bars = []
+    bars: dict[str, dict[str, float]] = {}
     for stage, own in by_stage.items():
         parts: dict[str, float] = {}
         for row in own.values():
@@ -122,7 +127,7 @@ def timings(result: Json, steps: Steps) -> str:
                 if name != "total" and math.isfinite(number(value)):
                     parts[name] = parts.get(name, 0.0) + max(0.0, number(value))
         if parts:
-            bars.append(Stack(stage, parts))
+            bars[stage] = parts
     drawn = "<h3>Where the time of the training steps went</h3>" + charts.stacked_bars(bars, unit="s") if bars else ""
     return facts_table(facts) + drawn
 
@@ -139,3 +144,44 @@ def average(values: Sequence[float]) -> float:
 
 def _shown(x: float, form: str) -> str:
     return f"{x:{form}}" if math.isfinite(x) else "–"
+
+
+def signs(result: Json, steps: Steps) -> str:
+    """Warnings first, then one panel per task: its last stage, whose first steps are the baseline of the length."""
+    last: dict[str, tuple[str, Rows]] = {}
+    warnings, lengths, count = [], [], 0
+    for (stage, task), everything in steps.items():
+        rows = [row for row in everything if mapping(row.get("signals"))]
+        if not rows:
+            continue
+        count += len(rows)
+        last[task] = stage, rows
+        warnings += _warnings(stage, task, rows)
+        words = [number(mapping(row.get("signals")).get("words")) for row in rows]
+        lengths.append([label(stage, task), *(f"{average(some):.1f}" for some in (words[:3], words[-3:]))])
+    if not last:
+        return ""
+    order = dict.fromkeys([task for task in names(result.get("tasks")) if task in last] + list(last))
+    found = f"<ul>{''.join(warnings)}</ul>" if warnings else f"<p>None in {count} steps.</p>"
+    panels = "".join(_shares(task, *last[task]) for task in order)
+    shown = table(["stage", "words per completion, first 3 steps", "last 3 steps"], lengths)
+    return f"{found}<div class=panels>{panels}</div><details><summary>Length</summary>{shown}</details>"
+
+
+def _warnings(stage: str, task: str, rows: Rows) -> list[str]:
+    """One line per sign that was out of bounds: the steps, and what was said the last time."""
+    lines = []
+    for sign in dict.fromkeys(name for row in rows for name in mapping(row.get("signs"))):
+        hits = [row for row in rows if sign in mapping(row.get("signs"))]
+        where = f"{stage}, {task}, in {len(hits)} of {len(rows)} steps, last in step {number(hits[-1].get('step')):.0f}"
+        lines.append(f"<li><b>{text(where)}</b>: {text(str(mapping(hits[-1].get('signs'))[sign]))}.</li>")
+    return lines
+
+
+def _shares(task: str, stage: str, rows: Rows) -> str:
+    lines = []
+    for style, (key, name) in enumerate(SHARES.items()):
+        ys = [number(mapping(row.get("signals")).get(key)) for row in rows]
+        if any(math.isfinite(y) for y in ys):
+            lines.append(Line(name, [number(row.get("step")) for row in rows], ys, style))
+    return charts.line_panel(f"{task} ({stage})", lines, y_range=(0.0, 1.0), x_label="step")

@@ -74,9 +74,9 @@ def span(score: Estimate, digits: int = 3) -> str:
     return f"{score.low:+.{digits}f} to {score.high:+.{digits}f}".replace("-", "−") if known else ""
 
 
-def brief(score: Estimate, signed: bool = True) -> str:
-    """The interval with two decimals, for a cell."""
-    return span(score, digits=2) if signed else span(score, digits=2).replace("+", "").replace(" to ", "–")
+def brief(score: Estimate) -> str:
+    """The interval of a score with two decimals, for a cell."""
+    return span(score, digits=2).replace("+", "").replace(" to ", "–")
 
 
 def typeset(sentence: str) -> str:
@@ -189,5 +189,4 @@ def _trust(result: Json) -> list[Sentence]:
     if dropped:
         listed = ", ".join(f"{task} {count}" for task, count in dropped.items())
         out.append(Sentence("bad", f"Items left out because a checkpoint has no score for them: {listed}."))
-    out.extend(Sentence("bad", text) for text in names(result.get("warnings")))
     return out

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from omni_fast.curriculum.decide import Decision, decide
+from omni_fast.curriculum.order import order_values
 from omni_fast.curriculum.proxy import Agreement, agreement, cosine_matrix
 from omni_fast.curriculum.scores import NOT_KNOWN, Estimate, Floats, flips, holm, own_stages
 from omni_fast.curriculum.sequential import settle_order
 from omni_fast.curriculum.transfer import Transfer
 from omni_fast.study.analysis_draws import UNKNOWN, Contrast, Draws, Names, Runs, joint_draws
-from omni_fast.study.records import Arm, Cell, Node, Study
+from omni_fast.study.records import Arm, Cell, Study
 
 JOINT, MERGE, BASE = "joint", "merge:linear", "base"
 FEW_SEEDS = 5
@@ -28,7 +29,7 @@ FEW_SEEDS = 5
 
 @dataclass(frozen=True, slots=True)
 class ArmRow:
-    """One arm in the table. p_holm: of `over_joint`, NaN for the primary contrast (whose p stands alone).
+    """One arm in the table. p_holm: of `over_joint`; NaN where that is the primary contrast, whose p stands alone.
 
     bwt: backward transfer, for arms of several stages.
     flips: task -> items (lost, gained) from the initial to the final policy, summed over the seeds.
@@ -70,79 +71,75 @@ class ProxyRow:
 class TransferPart:
     """Pooled transfer and what can be had for less. The sequential figures are means over the seeds, each alone.
 
-    effects: (trained, scored) -> T.   saved: share of evaluations; settled, same_order: share of the seeds.
+    effects: (trained, scored) -> T.   lead: summed forecast of the best order minus that of the second best.
+    saved: share of evaluations; settled, same_order: share of the seeds.
     """
 
     transfer: Transfer
     seeds: tuple[int, ...]
     effects: dict[tuple[str, str], Contrast]
     decision: Decision
+    lead: Contrast
     saved: float
     settled: float
     same_order: float
     proxies: tuple[ProxyRow, ...]
 
 
-def runs(cells: Sequence[Cell], split: str = "test") -> Runs:
-    """Seed -> item scores of the final policy, for cells that have the split."""
-    finals = {cell.seed: cell.final for cell in cells}
+def runs(study: Study, arm: str, split: str = "test") -> Runs:
+    """Seed -> item scores of the arm's final policy, where it has the split."""
+    finals = {cell.seed: cell.final for cell in study.of(arm)}
     return {seed: node.scores.values[split] for seed, node in finals.items() if node and split in node.scores.values}
 
 
 def competitors(study: Study) -> list[Arm]:
-    """The arms that the table compares; the others test assumptions."""
-    return [arm for arm in study.arms if not arm.every and arm.kind not in ("repeat", "probe")]
+    """The arms that the table compares."""
+    return [arm for arm in study.arms if arm.competes]
 
 
 def table(study: Study) -> tuple[list[ArmRow], Contrast]:
     """A row per arm, and the primary contrast."""
-    finished = {arm.name: runs(study.of(arm.name)) for arm in competitors(study)}
+    finished = {arm.name: runs(study, arm.name) for arm in competitors(study)}
     rows = [_row(study, arm, finished) for arm in competitors(study)]
-    first, second = study.primary
-    adjusted = holm(
-        {
-            row.arm.name: row.over_joint.p
-            for row in rows
-            if math.isfinite(row.over_joint.p) and row.arm.name != first and row.arm.name != JOINT
-        }
-    )
+    adjusted = holm({row.arm.name: row.over_joint.p for row in rows if not declared(study, row.arm.name)})
     rows = [replace(row, p_holm=adjusted.get(row.arm.name, math.nan)) for row in rows]
-    return rows, compare(finished, first, second, study.tasks)
+    return rows, compare(finished, *study.primary, study.tasks)
+
+
+def declared(study: Study, arm: str) -> bool:
+    """Whether the arm's difference to joint training is the primary contrast, either way round."""
+    return {arm, JOINT} == set(study.primary)
 
 
 def compare(finished: Mapping[str, Runs], arm: str, over: str, tasks: Names) -> Contrast:
     """Average score of `arm` minus that of `over` on their common seeds."""
-    draws = _draws(finished, [arm, over], tasks)
+    draws = joint_draws({name: finished.get(name, {}) for name in (arm, over)}, tasks)
     return draws.gain(arm, over) if draws else UNKNOWN
 
 
-def _draws(finished: Mapping[str, Runs], arms: Sequence[str], tasks: Names) -> Draws | None:
-    return joint_draws({arm: finished.get(arm, {}) for arm in arms}, tasks)
-
-
 def _row(study: Study, arm: Arm, finished: Mapping[str, Runs]) -> ArmRow:
-    cells, tasks = study.of(arm.name), study.tasks
-    own = _draws(finished, [arm.name], tasks)
-    over = {
-        other: None if other == arm.name else _draws(finished, [arm.name, other], tasks) for other in (JOINT, MERGE)
-    }
-    joint, merge = over[JOINT], over[MERGE]
-    mean = lambda name: float(np.mean([getattr(cell, name) for cell in cells])) if cells else math.nan  # noqa: E731
+    cells, tasks, name = study.of(arm.name), study.tasks, arm.name
+    own, joint, merge = (
+        joint_draws({each: finished.get(each, {}) for each in (name, *other)}, tasks) if name not in other else None
+        for other in ((), (JOINT,), (MERGE,))
+    )
+    costs = [(cell.samples_train, cell.samples_transfer, cell.completions_transfer, cell.seconds) for cell in cells]
+    samples, samples_transfer, completions, seconds = np.mean(costs, axis=0).tolist() if costs else [math.nan] * 4
     return ArmRow(
         arm=arm,
         seeds=own.seeds if own else (),
-        scores={task: own.mean(arm.name, task) if own else NOT_KNOWN for task in tasks},
-        average=own.mean(arm.name) if own else NOT_KNOWN,
-        over_joint=joint.gain(arm.name, JOINT) if joint else UNKNOWN,
+        scores={task: own.mean(name, task) if own else NOT_KNOWN for task in tasks},
+        average=own.mean(name) if own else NOT_KNOWN,
+        over_joint=joint.gain(name, JOINT) if joint else UNKNOWN,
         p_holm=math.nan,
-        relative_joint=joint.relative(arm.name, JOINT) if joint else UNKNOWN,
-        relative_merge=merge.relative(arm.name, MERGE) if merge else UNKNOWN,
+        relative_joint=joint.relative(name, JOINT) if joint else UNKNOWN,
+        relative_merge=merge.relative(name, MERGE) if merge else UNKNOWN,
         bwt=_backward_transfer(cells, tasks),
         flips={task: _flips(cells, task) for task in tasks},
-        samples=mean("samples_train"),
-        samples_transfer=mean("samples_transfer"),
-        completions=mean("completions_transfer"),
-        seconds=mean("seconds"),
+        samples=samples,
+        samples_transfer=samples_transfer,
+        completions=completions,
+        seconds=seconds,
         orders=dict(Counter(cell.order for cell in cells if cell.order)),
     )
 
@@ -157,16 +154,15 @@ def _flips(cells: Sequence[Cell], task: str) -> tuple[int, int]:
 
 
 def _backward_transfer(cells: Sequence[Cell], tasks: Names) -> Contrast:
-    """BWT over the seeds: the last task's own stage is its final one, so it adds 0 and leaves K - 1 tasks to average."""
+    """BWT over the seeds: the task trained last counts as it ends, so it adds 0 and leaves K - 1 tasks to average."""
     own: dict[int, dict[str, Floats]] = {}
     final: dict[int, dict[str, Floats]] = {}
     for cell in cells:
         stages = own_stages([node.tasks for node in cell.stages])
         if len(cell.order) == len(tasks) > 1 and set(stages) == set(tasks) and len(set(stages.values())) > 1:
-            own[cell.seed] = {
-                task: cell.stages[stage - 1].scores.values["test"][task] for task, stage in stages.items()
-            }
-            final[cell.seed] = cell.stages[-1].scores.values["test"]
+            final[cell.seed] = end = cell.stages[-1].scores.values["test"]
+            after = {task: cell.stages[stage - 1].scores.values["test"][task] for task, stage in stages.items()}
+            own[cell.seed] = after | {task: end[task] for task in [max(stages, key=lambda task: stages[task])]}
     draws = joint_draws({"own": own, "final": final}, tasks)
     share = len(tasks) / max(len(tasks) - 1, 1)
     return draws.contrast(lambda x: share * (x[..., 1, :] - x[..., 0, :]).mean(axis=-1)) if draws else UNKNOWN
@@ -180,17 +176,14 @@ def measure(policies: Mapping[str, Runs], tasks: Names) -> tuple[Transfer, Draws
     return Transfer(tasks, draws.value_AK, draws.draws_BAK, draws.n_K, draws.dropped_K), draws
 
 
-def single_runs(study: Study, seeds: Sequence[int], split: str = "select", arm: str = "single") -> dict[str, Runs]:
-    """ "base" and each task -> seed -> item scores after one stage of it from the initial policy."""
+def single_runs(study: Study, seeds: Sequence[int]) -> dict[str, Runs]:
+    """BASE and each task -> seed -> item scores on `select` after one stage of it from the initial policy."""
     found: dict[str, dict[int, Mapping[str, Floats]]] = {name: {} for name in (BASE, *study.tasks)}
-    for seed in seeds:
-        nodes: dict[str, Node | None] = {BASE: study.pair(seed)}
-        for task in study.tasks:
-            cells = [cell.final for cell in study.of(f"probe:{task}") if cell.seed == seed] if arm == "probe" else []
-            nodes[task] = study.pair(seed, task) if arm == "single" else next(iter(cells), None)
-        for name, node in nodes.items():
-            if node is not None and split in node.scores.values:
-                found[name][seed] = node.scores.values[split]
+    for name, by_seed in found.items():
+        for seed in seeds:
+            node = study.pair(seed, *(() if name == BASE else (name,)))
+            if node is not None and "select" in node.scores.values:
+                by_seed[seed] = node.scores.values["select"]
     return dict(found)
 
 
@@ -201,15 +194,20 @@ def transfer_part(study: Study) -> TransferPart | None:
     if pooled is None:
         return None
     transfer, draws = pooled
-    effects = {
-        (i, j): draws.contrast(lambda x, a=a, b=b: x[..., a + 1, b] - x[..., 0, b])  # type: ignore[misc]
-        for a, i in enumerate(study.tasks)
-        for b, j in enumerate(study.tasks)
-    }
+    effects = {(i, j): draws.gain(i, BASE, j) for i in study.tasks for j in study.tasks}
+    decision, lead = decide(transfer), UNKNOWN
+    if decision.second is not None:
+        best, second = ([study.tasks.index(task) for task in order] for order in (decision.order, decision.second))
+
+        def ahead(x: Floats) -> Floats:
+            moved = x[..., 1:, :] - x[..., :1, :]
+            return order_values(moved, best) - order_values(moved, second)
+
+        lead = draws.contrast(ahead)
     outcomes = [_sequential(study, seed) for seed in draws.seeds]
     saved, settled, same = (float(x) for x in np.mean(np.array(outcomes, dtype=np.float64), axis=0))
     proxies = tuple(_proxies(study, draws.seeds))
-    return TransferPart(transfer, draws.seeds, effects, decide(transfer), saved, settled, same, proxies)
+    return TransferPart(transfer, draws.seeds, effects, decision, lead, saved, settled, same, proxies)
 
 
 def _sequential(study: Study, seed: int) -> tuple[float, bool, bool]:
@@ -230,6 +228,7 @@ def _proxies(study: Study, seeds: Sequence[int]) -> list[ProxyRow]:
     def add(name: str, training: float, evaluation: float, truth: Floats, proxy: Floats) -> None:
         found.setdefault(name, (training, evaluation, []))[2].append(agreement(truth, proxy))
 
+    probes = {task: runs(study, f"probe:{task}", "select") for task in study.tasks}
     for seed in seeds:
         others = [other for other in seeds if other != seed] or [seed]
         truth = measure(single_runs(study, others), study.tasks)
@@ -249,7 +248,8 @@ def _proxies(study: Study, seeds: Sequence[int]) -> list[ProxyRow]:
                 cheap = measure(part, study.tasks)
                 if cheap is not None:
                     add(name, 1.0, 1.0 / step, full, cheap[0].matrix_KK)
-        probe = measure(single_runs(study, [seed], arm="probe") | {BASE: policies[BASE]}, study.tasks)
+        short = {task: {seed: own[seed]} if seed in own else {} for task, own in probes.items()}
+        probe = measure({BASE: policies[BASE], **short}, study.tasks)
         if probe is not None:
             steps = [cell.stages[-1].steps for cell in study.cells if cell.kind == "probe" and cell.stages]
             share = float(np.mean(steps)) / study.config["curriculum"]["steps_per_stage"]
@@ -266,7 +266,7 @@ def _proxies(study: Study, seeds: Sequence[int]) -> list[ProxyRow]:
 
 def _mean_agreement(rows: Sequence[Agreement]) -> Agreement:
     values = [[row.spearman, row.kendall, row.pairs, row.regret] for row in rows]
-    return Agreement(rows[0].n, *(float(x) for x in np.mean(values, axis=0)))
+    return Agreement(*(float(x) for x in np.mean(values, axis=0)))
 
 
 def warnings(study: Study) -> list[str]:

@@ -93,8 +93,7 @@ class Draws:
 
     def mean(self, arm: str, task: str | None = None) -> Estimate:
         """The score of an arm on a task, or its average over the tasks, with an interval inside 0..1."""
-        a = self.arms.index(arm)
-        columns = slice(None) if task is None else [self.tasks.index(task)]
+        a, columns = self.arms.index(arm), self._columns(task)
         found = self.contrast(lambda x: x[..., a, columns].mean(axis=-1))
         if found.n and found.low == found.high:  # every item agrees: a bootstrap sees no noise where there is some
             return Estimate(found.value, found.n, *wilson(found.value, found.n))
@@ -102,9 +101,11 @@ class Draws:
 
     def gain(self, arm: str, over: str, task: str | None = None) -> Contrast:
         """Score of `arm` minus that of `over`, on a task or averaged over the tasks."""
-        a, b = self.arms.index(arm), self.arms.index(over)
-        columns = slice(None) if task is None else [self.tasks.index(task)]
+        a, b, columns = self.arms.index(arm), self.arms.index(over), self._columns(task)
         return self.contrast(lambda x: (x[..., a, columns] - x[..., b, columns]).mean(axis=-1))
+
+    def _columns(self, task: str | None) -> slice | list[int]:
+        return slice(None) if task is None else [self.tasks.index(task)]
 
     def relative(self, arm: str, over: str) -> Contrast:
         """Average score of `arm` over that of `over`, minus 1; not known where the latter is 0."""

@@ -1,24 +1,27 @@
 """Entropy and temperature in a study: what stages do to entropy, and whether that explains what the forecast missed.
 
-The formulas are `curriculum.entropy`'s. Correction: base, single-task runs and final policies are all scored by sampling,
-once at temperature 1 and once each at 1 / its own effective temperature (between swept temperatures the score is
-interpolated, beyond them the last one is taken); the forecast is made anew from either, and the residuals are compared. Entropy-aware order: solved with a
-price on collapsing entropy, looked up in the tree of realised orders.
+`H[i, j]` is the mean token entropy, in nats, of policy i on a fixed probe set of task j, row 0 the initial policy. The
+effective temperature of a trained policy on a task is that at which the initial policy has the entropy that the trained
+one has at 1. If training mostly moved the temperature, decoding each policy at 1 / tau should shrink what the forecast
+missed. So base, single-task runs and final policies are all scored by sampling, once at temperature 1 and once each at
+1 / its own effective temperature (between swept temperatures the score is interpolated, beyond them the last one is
+taken); the forecast is made anew from either, and the residuals are compared. Entropy-aware order: solved with a price
+on collapsing entropy, looked up in the tree of realised orders.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from omni_fast.curriculum import order as orders_
-from omni_fast.curriculum.entropy import effective_temperature, entropy_aware
 from omni_fast.curriculum.predict import walk
 from omni_fast.curriculum.scores import Floats
-from omni_fast.study.analysis import competitors, measure, single_runs
-from omni_fast.study.analysis_draws import UNKNOWN, Contrast, Draws, Names, over_seeds
+from omni_fast.study.analysis import competitors
+from omni_fast.study.analysis_draws import UNKNOWN, Contrast, Names, over_seeds
 from omni_fast.study.analysis_orders import Realised
 from omni_fast.study.records import Node, Study
 
@@ -57,8 +60,8 @@ class EntropyPart:
     ablation: dict[float, tuple[Names, Contrast | None]]
 
 
-def entropy_part(study: Study, at: Realised | None, draws: Draws | None) -> EntropyPart | None:
-    """None while no node has an entropy."""
+def entropy_part(study: Study, at: Realised | None) -> EntropyPart | None:
+    """None while no node has an entropy or a sweep."""
     by_stage: dict[str, Floats] = {}
     tau: dict[str, Floats] = {}
     sweep: dict[str, list[Floats]] = {}
@@ -74,17 +77,19 @@ def entropy_part(study: Study, at: Realised | None, draws: Draws | None) -> Entr
             if np.isfinite(swept).any():
                 sweep.setdefault(arm.name, []).append(np.array(swept))
     single = _single(study, list(study.nodes))
-    if single is None and not by_stage:
+    by_stage, tau = (
+        {arm: table for arm, table in each.items() if np.isfinite(table).any()} for each in (by_stage, tau)
+    )
+    if single is None and not by_stage and not sweep:
         return None
-    known = {name: table for name, table in tau.items() if np.isfinite(table).any()}
     return EntropyPart(
         temperatures,
         single,
         by_stage,
-        known,
+        tau,
         {name: np.mean(tables, axis=0) for name, tables in sweep.items()},
         _correction(study, at) if at else {},
-        _ablation(study, at, draws) if at and draws else {},
+        _ablation(study, at) if at else {},
     )
 
 
@@ -120,9 +125,9 @@ def _singles(study: Study, seed: int) -> list[Node] | None:
     return found if len(found) == len(nodes) else None
 
 
-def _single(study: Study, seeds: list[int]) -> Floats | None:
+def _single(study: Study, seeds: Sequence[int]) -> Floats | None:
     tables = [[_entropies(node, study.tasks) for node in nodes] for seed in seeds if (nodes := _singles(study, seed))]
-    return _mean(tables) if tables else None
+    return _mean(tables) if np.isfinite(tables).any() else None
 
 
 def _correction(study: Study, at: Realised) -> dict[str, Residual]:
@@ -177,14 +182,13 @@ def _residual(before_NK: Floats, after_NK: Floats, edge_NK: Floats, seed_N: Floa
     return Residual(float(np.nanmean(before)), float(np.nanmean(after)), over_seeds(changes), edge)
 
 
-def _ablation(study: Study, at: Realised, draws: Draws) -> dict[float, tuple[Names, Contrast | None]]:
-    pooled = measure(single_runs(study, at.measured_on), study.tasks) if at.measured_on else None
-    entropy_MK = _single(study, list(at.measured_on))
-    if pooled is None or entropy_MK is None or not np.isfinite(entropy_MK).all():
+def _ablation(study: Study, at: Realised) -> dict[float, tuple[Names, Contrast | None]]:
+    transfer, draws, entropy_MK = at.transfer, at.tree, _single(study, at.measured_on)
+    if transfer is None or draws is None or entropy_MK is None or not np.isfinite(entropy_MK).all():
         return {}
 
     def solved(weight: float) -> Names:
-        aware = entropy_aware(pooled[0].matrix_KK, entropy_MK, weight)
+        aware = entropy_aware(transfer.matrix_KK, entropy_MK, weight)
         return tuple(study.tasks[k] for k in orders_.exact(aware).order)
 
     plain, out = solved(0.0), {}
@@ -193,3 +197,29 @@ def _ablation(study: Study, at: Realised, draws: Draws) -> dict[float, tuple[Nam
         if set(names) <= set(draws.arms):
             out[weight] = solved(weight), None if names[0] == names[1] else draws.gain(*names)
     return out
+
+
+def effective_temperature(temperatures: Sequence[float], entropies: Sequence[float], target: float) -> float:
+    """The temperature at which the initial policy's entropy is `target`, linear between measured points.
+
+    temperatures: increasing.   entropies: the initial policy's at each of them, in nats; noise that makes them fall is
+    smoothed to a running maximum, since entropy rises with temperature. NaN when the target lies outside what was
+    measured.
+    """
+    rising = np.maximum.accumulate(np.asarray(entropies, dtype=np.float64))
+    if not rising[0] <= target <= rising[-1]:
+        return math.nan
+    return float(np.interp(target, rising, np.asarray(temperatures, dtype=np.float64)))
+
+
+def entropy_aware(matrix_KK: Floats, entropy_MK: Floats, weight: float) -> Floats:
+    """Transfer with a price on collapsing the entropy that an earlier task needs; solve the order on it as an ablation.
+
+    matrix_KK: T.   entropy_MK: H [K + 1, K], row 0 the initial policy, row i + 1 after the run of task i.
+    A task needs entropy if its own run raises it. Placing i after such a j costs weight * (the entropy j loses to i,
+    nats).
+    """
+    base_K, after_KK = entropy_MK[0], entropy_MK[1:]
+    needs_K = np.diagonal(after_KK) > base_K
+    lost_KK = np.maximum(0.0, base_K[None, :] - after_KK)
+    return np.asarray(matrix_KK - weight * lost_KK * needs_K[None, :])

@@ -103,22 +103,37 @@ class AssumptionPart:
 class Realised:
     """Where orders were realised, and on which other seeds transfer was measured.
 
-    leaves: (seed, order) -> node after all of its stages.   complete: the orders that every seed of `seeds` has.
+    transfer: None where it was measured in the same seeds alone.   leaves: (seed, order) -> node after all of its stages.
+    complete: the orders that every seed of `seeds` has.   tree: joint draws of all orders of all subsets of the tasks that
+    every seed has, the initial policy ("") included.
     """
 
     measured_on: tuple[int, ...]
+    transfer: Transfer | None
     seeds: tuple[int, ...]
     leaves: dict[tuple[int, Names], Node]
     complete: tuple[Names, ...]
+    tree: Draws | None
+
+
+def paths(study: Study, seed: int) -> dict[Names, Node]:
+    """Orders of some of the tasks, each at its full length, that a seed has gone through -> node after them."""
+    place = {f"{task}:{study.config['curriculum']['steps_per_stage']}": k for k, task in enumerate(study.tasks)}
+    found = {
+        tuple(place[stage] for stage in path): node
+        for path, node in study.nodes.get(seed, {}).items()
+        if set(path) <= set(place) and len(set(path)) == len(path) and "test" in node.scores.values
+    }
+    ranked = sorted(found, key=lambda order: (len(order), order))
+    return {tuple(study.tasks[k] for k in order): found[order] for order in ranked}
 
 
 def realised(study: Study) -> Realised | None:
     """Seeds with the most orders are compared with transfer of the rest; if they are all the seeds, of their first half."""
+    went = {seed: paths(study, seed) for seed in study.nodes}
+    whole_length = len(study.tasks)
     leaves = {
-        (seed, order): node
-        for seed in study.nodes
-        for order in itertools.permutations(study.tasks)
-        if (node := study.pair(seed, *order)) is not None and "test" in node.scores.values
+        (seed, order): node for seed, own in went.items() for order, node in own.items() if len(order) == whole_length
     }
     counts = Counter(seed for seed, _ in leaves)
     if not counts:
@@ -132,9 +147,17 @@ def realised(study: Study) -> Realised | None:
         half = (len(seeds) + 1) // 2
         measured_on, seeds = [seed for seed in seeds[:half] if seed in whole], seeds[half:] or seeds
     measured_on = [seed for seed in measured_on if seed not in seeds]
-    complete = tuple(o for o in itertools.permutations(study.tasks) if all((seed, o) in leaves for seed in seeds))
+    pooled = measure(single_runs(study, measured_on), study.tasks)
+    leaves = {key: node for key, node in leaves.items() if key[0] in seeds}
+    shared = [path for path in went[seeds[0]] if all(path in went[seed] for seed in seeds)]
+    arms = {">".join(path): {seed: went[seed][path].scores.values["test"] for seed in seeds} for path in shared}
     return Realised(
-        tuple(measured_on), tuple(seeds), {key: node for key, node in leaves.items() if key[0] in seeds}, complete
+        measured_on=tuple(measured_on),
+        transfer=pooled[0] if pooled else None,
+        seeds=tuple(seeds),
+        leaves=leaves,
+        complete=tuple(path for path in shared if len(path) == whole_length),
+        tree=joint_draws(arms, study.tasks),
     )
 
 
@@ -147,12 +170,11 @@ def predicted(transfer: Transfer, order: Names) -> dict[str, Floats]:
 
 def forecast_part(study: Study, at: Realised) -> ForecastPart | None:
     """None without transfer from a seed that realised nothing of what is forecast."""
-    pooled = measure(single_runs(study, at.measured_on), study.tasks) if at.measured_on else None
-    if pooled is None:
+    if at.transfer is None:
         return None
-    transfer, keys = pooled[0], sorted(at.leaves)
+    transfer, keys = at.transfer, sorted(at.leaves)
     score_of = {key: np.array([at.leaves[key].scores.mean("test", task) for task in study.tasks]) for key in keys}
-    told = {order: predicted(transfer, order) for order in {order for _, order in keys}}
+    told = {order: predicted(transfer, order) for _, order in keys}
     scores_NK = np.stack([score_of[key] for key in keys])
     sides = {
         form: (np.stack([told[o][form] for _, o in keys]), scores_NK)
@@ -186,24 +208,9 @@ def forecast_part(study: Study, at: Realised) -> ForecastPart | None:
     return ForecastPart(at.measured_on, at.seeds, errors, tuple(by_seed), over_seeds(np.array(closer)), tuple(points))
 
 
-def tree(study: Study, seeds: Sequence[int]) -> Draws | None:
-    """Joint draws of all orders of all subsets of the tasks that every seed of `seeds` has, the initial policy included."""
-    paths = [
-        path
-        for length in range(len(study.tasks) + 1)
-        for path in itertools.permutations(study.tasks, length)
-        if all((node := study.pair(seed, *path)) is not None and "test" in node.scores.values for seed in seeds)
-    ]
-    nodes = {path: {seed: study.pair(seed, *path) for seed in seeds} for path in paths}
-    arms = {
-        ">".join(path): {seed: node.scores.values["test"] for seed, node in by_seed.items() if node is not None}
-        for path, by_seed in nodes.items()
-    }
-    return joint_draws(arms, study.tasks) if arms else None
-
-
-def order_part(study: Study, at: Realised, draws: Draws | None) -> OrderPart | None:
+def order_part(study: Study, at: Realised) -> OrderPart | None:
     """None unless all K! orders were realised in two seeds or more."""
+    draws = at.tree
     if draws is None or len(at.seeds) < 2 or len(at.complete) < math.factorial(len(study.tasks)):
         return None
     orders = at.complete
@@ -231,8 +238,7 @@ def order_part(study: Study, at: Realised, draws: Draws | None) -> OrderPart | N
         )
         for k, order in zip(leaf, orders, strict=True)
     }
-    pooled = measure(single_runs(study, at.measured_on), study.tasks) if at.measured_on else None
-    best = tuple(study.tasks[k] for k in orders_.exact(pooled[0].matrix_KK).order) if pooled else None
+    best = tuple(study.tasks[k] for k in orders_.exact(at.transfer.matrix_KK).order) if at.transfer else None
     return OrderPart(
         seeds=at.seeds,
         means={order: (draws.mean(">".join(order)), gain) for order, gain in against_all.items()},
@@ -283,8 +289,9 @@ def spread(values_SP: Floats) -> Spread:
     return Spread(starts, math.sqrt(max(0.0, between - within) / seeds), math.sqrt(within), p)
 
 
-def assumption_part(study: Study, draws: Draws | None) -> AssumptionPart | None:
+def assumption_part(study: Study, at: Realised) -> AssumptionPart | None:
     """Both assumptions on every checkpoint of the tree that allows it; None while no stage starts from a trained one."""
+    draws = at.tree
     if draws is None:
         return None
     place = {tuple(arm.split(">")) if arm else (): k for k, arm in enumerate(draws.arms)}
@@ -310,7 +317,7 @@ def assumption_part(study: Study, draws: Draws | None) -> AssumptionPart | None:
             constant[trained, scored] = (float(deltas_SP[:, 0].mean()), draws.contrast(shift), spread(deltas_SP))
     second = {}
     for task in study.tasks:
-        once_twice = {"once": runs(study.of(f"single:{task}")), "twice": runs(study.of(f"repeat:{task}"))}
+        once_twice = {"once": runs(study, f"single:{task}"), "twice": runs(study, f"repeat:{task}")}
         pair = joint_draws(once_twice, (task,))
         if pair is not None:
             second[task] = pair.gain("twice", "once")

@@ -38,8 +38,17 @@ class Design:
     study: StudyConfig
 
     def __post_init__(self) -> None:
-        """UserError for a primary contrast of what can be no arm, or of an arm with itself."""
-        names = [name for family in get_args(Family) for name, _ in self._names(family)]
+        """UserError for a primary contrast of what the table does not compare, and for arms with one name as files."""
+        files: dict[str, str] = {}
+        for arm in self.arms():
+            if other := files.get(slug(arm.name)):
+                raise UserError(
+                    f"the arms {other} and {arm.name} would be kept in one file: list each arm once, and let the names of"
+                    " tasks differ in their letters and digits"
+                )
+            files[slug(arm.name)] = arm.name
+        families = [family for family in get_args(Family) if family not in ("repeat", "probe", "every_order")]
+        names = [name for family in families for name, _ in self._names(family)]
         unknown = [name for name in self.study.primary if name not in names]
         if unknown or len(set(self.study.primary)) < 2:
             near = difflib.get_close_matches(unknown[0], names, n=1) if unknown else []
@@ -61,8 +70,7 @@ class Design:
             count = self.study.seeds if family in MANY_SEEDS else self.study.other_seeds
             seeds = tuple(range(self.config.seed, self.config.seed + count))
             arms += [Arm(name, kind, seeds, family == "every_order") for name, kind in self._names(family)]
-        last = {arm.name: (arm.every, arm.kind in ("repeat", "probe")) for arm in arms}
-        return sorted(arms, key=lambda arm: last[arm.name])
+        return sorted(arms, key=lambda arm: (arm.every, not arm.competes))
 
     def _names(self, family: str) -> list[tuple[str, Kind]]:
         if family == "every_order":

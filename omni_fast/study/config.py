@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from omni_fast import config as configs
 from omni_fast.config import Config, NonNegative, Positive, Section
+from omni_fast.curriculum.order import EXACT_LIMIT
 from omni_fast.errors import UserError
 
 Family = Literal[
@@ -23,7 +24,7 @@ Family = Literal[
 Method = Literal["linear", "task_arithmetic", "ties", "dare", "dare_ties"]
 Online = Literal["sec", "dump", "pac", "tac"]
 Arms = Annotated[list[Family], Field(min_length=1)]
-Scale = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Above0 = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 RESERVED = ("base", "joint", "sft", "merge", "online")  # as names of tasks: they name stages
 
 
@@ -33,11 +34,11 @@ class StudyConfig(Section):
     seeds: Positive = 5  # of base, single, joint, solved, reversed, merge
     other_seeds: Positive = 2  # of all other arms
     merges: list[Method] = ["linear", "task_arithmetic", "ties", "dare"]
-    merge_scales: list[Scale] = [1.0, 2.0, 3.0, 4.0]  # of the merged task vector, the best one on `select` is taken
+    merge_scales: list[Above0] = [1.0, 2.0, 3.0, 4.0]  # of the merged task vector, the best one on `select` is taken
     merge_density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5  # ties, dare: share of a task vector that is kept
     online: list[Online] = ["sec", "dump", "pac", "tac"]
     probe_steps: NonNegative = 0  # of the arm "probe": short single-task runs as a proxy of transfer
-    temperatures: list[Annotated[float, Field(gt=0.0)]] = [0.5, 0.7, 1.0, 1.3]  # every arm's last policy is sampled at
+    temperatures: list[Above0] = [0.5, 0.7, 1.0, 1.3]  # every arm's last policy is sampled at
     keep_weights: bool = (
         False  # of all policies; else of the single-task runs, and of others while stages start from them
     )
@@ -84,8 +85,12 @@ def check(config: Config, study: StudyConfig) -> str:
     names = [task.name for task in config.tasks]
     if len(names) < 2:
         return f"a study compares orders of tasks and has one task, {names[0]}: give at least two, or use `omni-fast train`"
+    if len(names) > EXACT_LIMIT:
+        return (
+            f"a study compares with the best order, which is solved for at most {EXACT_LIMIT} tasks, got {len(names)}"
+        )
     for name in names:
-        if name in RESERVED or set(name) & set(":>/\\"):
+        if name.partition(".")[0] in RESERVED or set(name) & set(":>/\\"):
             return f"a study uses '{name}' for a stage, or one of its signs (: > /); rename the task"
     curriculum = config.curriculum
     if curriculum.replay_fraction:

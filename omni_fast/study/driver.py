@@ -8,7 +8,6 @@ down with its reason and the others go on; the same command tries it again.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -35,7 +34,7 @@ from omni_fast.curriculum.decide import decide
 from omni_fast.curriculum.stages import fell_furthest
 from omni_fast.curriculum.transfer import measure
 from omni_fast.errors import RunError, UserError
-from omni_fast.run import Interrupted, added_tasks
+from omni_fast.run import FINGERPRINT, Interrupted, Run, added_tasks
 from omni_fast.study import records, tiny
 from omni_fast.study.arms import SOLVED, Design
 from omni_fast.study.arms import Path as Stages
@@ -56,6 +55,8 @@ def run(design: Design, folder: Path, jobs: int, console: Console) -> records.St
     """
     folder = folder.expanduser()
     with run_lock(folder):
+        if (folder / FINGERPRINT).is_file():
+            raise UserError(f"{folder} is the folder of a training run: give the study another one with --run")
         if (folder / "study.json").is_file():
             _check(design, folder, console)
         _describe(design, folder)
@@ -255,10 +256,10 @@ def _side_by_side(design: Design, folder: Path, shares: Sequence[Sequence[int]],
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for worker in workers:
-            worker.start()
-        while any(worker.is_alive() for worker in workers):
-            for worker in workers:
-                worker.join(0.5)
+            if not stopping:
+                worker.start()
+        while alive := [worker for worker in workers if worker.is_alive()]:
+            alive[0].join(0.5)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -292,16 +293,18 @@ def _process(design: Design, folder: Path, seeds: list[int], threads: int, paren
 
 def _check(design: Design, folder: Path, console: Console) -> None:
     """UserError when the folder holds another study; tells what is tried again, and what is done with tasks added."""
-    bound = [json.loads(path.read_text(encoding="utf-8"))["tasks"] for path in folder.glob("seeds/*/fingerprint.json")]
-    if not bound:
-        return  # nothing could start yet
+    runs = _runs(folder)
+    if not runs:
+        return  # nothing is finished yet
     found = records.read(folder)
     before = Config.model_validate({k: v for k, v in found.config.items() if k != "study"}).fingerprint()
-    before["tasks"], now = max(bound, key=len), design.config.fingerprint()
+    before["tasks"] = max((run.config.fingerprint()["tasks"] for run in runs), key=len)
+    now = design.config.fingerprint()
     added = added_tasks(folder, before, now)
     for either in (before, now) if added else ():  # these two have to fit the number of tasks
         del either["curriculum"]["order"], either["curriculum"]["refresh_steps"]
     changed = [key for key in now if key not in ("threads", "tasks") and before.get(key) != now[key]]
+    changed += ["study.primary"] if tuple(design.study.primary) != found.primary else []  # it was declared beforehand
     if changed:
         raise UserError(
             f"{folder} holds a study of another configuration ({', '.join(changed)} differ): give another folder with "
@@ -327,10 +330,14 @@ def _keep(folder: Path, found: records.Study, name: str, console: Console) -> No
     )
 
 
+def _runs(folder: Path) -> list[Run]:
+    """Of the seeds in which something is finished."""
+    return [Run.read(path.parent) for path in sorted(folder.glob("seeds/*/state.json"))]
+
+
 def _describe(design: Design, folder: Path) -> None:
     """study.json."""
-    path = folder / "study.json"
-    states = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("seeds/*/state.json"))]
+    states = [run.state for run in _runs(folder)]
     facts: dict[str, Any] = {}
     for state in states:
         facts |= state["facts"]
@@ -345,4 +352,4 @@ def _describe(design: Design, folder: Path) -> None:
         | {"seconds": sum(state["totals"]["seconds"].get("total", 0.0) for state in states)}
         | outcome.setting(),
     }
-    write_json(path, whole)
+    write_json(folder / "study.json", whole)

@@ -60,7 +60,7 @@ def describe(design: Design, folder: Path, jobs: int) -> list[str]:
         ("policies", f"at most {policies:,} to train and score ({each} a seed)"),
         ("samples", f"{samples:,} to train on; every full arm has {budget:,}; at most {tokens} new tokens each"),
         ("evaluation", f"{items:,} completions of up to twice the length"),
-        ("cost", _cost(design, steps, samples * tokens, items * tokens, policies, jobs)),
+        ("cost", _cost(design, steps, samples * tokens, items * tokens, policies, min(jobs, len(nodes)))),
     ]
     if few := [arm.name for arm in arms if len(arm.seeds) < 5 and arm.kind in ("base", "joint", "merge")]:
         rows.append(("note", f"fewer than 5 seeds for {', '.join(few)}: intervals between seeds are then a hint"))

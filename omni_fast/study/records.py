@@ -42,7 +42,7 @@ class Arm:
     "repeat:TASK" (a second pass of the same task, to test saturation), "probe:TASK" (a short single-task run, a cheap
     proxy of transfer).
     kind: "order" covers solved, reversed, random, user and "order:...".
-    every: whether it is there only because all orders are run (then it is no competitor in the table).
+    every: whether it is there only because all orders are run.
     seeds: the training seeds it is run with.
     """
 
@@ -50,6 +50,11 @@ class Arm:
     kind: Kind
     seeds: tuple[int, ...]
     every: bool = False
+
+    @property
+    def competes(self) -> bool:
+        """Whether the table compares it; the others test assumptions."""
+        return not self.every and self.kind not in ("repeat", "probe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +165,8 @@ class Study:
 
 
 def slug(name: str) -> str:
-    """A file name for an arm or a path."""
-    return re.sub(r"[^A-Za-z0-9_.+-]", "-", name.replace(">", "."))
+    """A file name for an arm or a path; letters of any script stay."""
+    return re.sub(r"[^\w.+-]", "-", name.replace(">", "."))
 
 
 def cell_file(folder: Path, arm: str, seed: int) -> Path:
@@ -175,6 +180,14 @@ def write_cell(folder: Path, cell: Mapping[str, Any]) -> None:
     write_json(path, cell)
 
 
+def stored(path: Path) -> Any:
+    """One JSON file of a study. UserError if it is damaged: what is finished is found by its files, so none is needed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and the same command makes it again") from error
+
+
 def read(place: Path) -> Study:
     """The study in a folder, or in a file that `pack` wrote. UserError when there is none, or it is damaged."""
     try:
@@ -184,9 +197,7 @@ def read(place: Path) -> Study:
     except FileNotFoundError as error:
         raise UserError(f"{place} holds no study ({error.filename} is missing); give the folder of a study") from None
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the study in {place} is damaged ({error!r}): restore it from a copy, or run it again"
-        ) from error
+        raise UserError(f"the study in {place} is damaged ({error!r}): restore it from a copy") from error
 
 
 def pack(folder: Path, target: Path) -> Path:
@@ -200,10 +211,9 @@ def pack(folder: Path, target: Path) -> Path:
 
 def _gather(folder: Path) -> dict[str, Any]:
     """The study's files as one mapping, completions left out."""
-    whole: dict[str, Any] = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-    whole["cells"] = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cells/*.json"))]
-    nodes = sorted(folder.glob("seeds/*/nodes/*.json"))
-    whole["nodes"] = [json.loads(path.read_text(encoding="utf-8")) for path in nodes]
+    whole: dict[str, Any] = stored(folder / "study.json")
+    whole["cells"] = [stored(path) for path in sorted(folder.glob("cells/*.json"))]
+    whole["nodes"] = [stored(path) for path in sorted(folder.glob("seeds/*/nodes/*.json"))]
     for node in whole["nodes"]:
         for evaluated in (node["evaluated"], *node["sweep"].values()):
             for tasks in evaluated["splits"].values():
@@ -213,30 +223,29 @@ def _gather(folder: Path) -> dict[str, Any]:
 
 
 def _study(whole: dict[str, Any]) -> Study:
+    arms = tuple(Arm(arm["name"], arm["kind"], tuple(arm["seeds"]), arm["every"]) for arm in whole["arms"])
+    seeds = {seed for arm in arms for seed in arm.seeds}  # others were taken out of the study again
     nodes: dict[int, dict[tuple[str, ...], Node]] = {}
     by_id: dict[tuple[int, str], Node] = {}
     for data in whole["nodes"]:
         if any(set(whole["tasks"]) - set(tasks) for tasks in data["evaluated"]["splits"].values()):
             continue  # a task was added, on which it is not scored yet, or never will be
         node = _node(data)
-        nodes.setdefault(node.seed, {})[node.path] = node
-        by_id[node.seed, node.id] = node
-    arms = tuple(Arm(arm["name"], arm["kind"], tuple(arm["seeds"]), arm["every"]) for arm in whole["arms"])
-    cells = [
-        Cell(arm.name, arm.kind, seed, "pending", "", (), None, (), 0, 0, 0, 0.0)
-        for arm in arms
-        for seed in sorted(set(arm.seeds) - {data["seed"] for data in whole["cells"] if data["arm"] == arm.name})
-    ]
-    declared = {(arm.name, seed) for arm in arms for seed in arm.seeds}
+        if node.seed in seeds:
+            nodes.setdefault(node.seed, {})[node.path] = node
+            by_id[node.seed, node.id] = node
+    pending = {(arm.name, seed): arm.kind for arm in arms for seed in arm.seeds}
+    cells = []
     for data in whole["cells"]:
         seed = data["seed"]
-        if (data["arm"], seed) not in declared:
+        if not pending.pop((data["arm"], seed), None):
             continue  # of an arm or a seed that was taken out of the study again
         stages = tuple(by_id[seed, node] for node in data["stages"] if (seed, node) in by_id)
         base = by_id.get((seed, data["base"]))
         if data["status"] == "finished" and (base is None or len(stages) < len(data["stages"])):
             data = data | {"status": "pending"}  # its files are gone, or a task was added
         cells.append(Cell(**{**data, "order": tuple(data["order"]), "stages": stages, "base": base}))
+    cells += [Cell(arm, kind, seed, "pending", "", (), None, (), 0, 0, 0, 0.0) for (arm, seed), kind in pending.items()]
     plain: dict[str, Any] = {key: whole[key] for key in ("name", "config", "facts")}
     lists: dict[str, Any] = {key: tuple(whole[key]) for key in ("tasks", "primary", "temperatures")}
     return Study(**plain, **lists, arms=arms, cells=tuple(cells), nodes=nodes)

@@ -6,18 +6,21 @@ names what is missing. Drawings differ in hatch, dash and marker, not in colour 
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from omni_fast.curriculum.scores import Estimate, Floats
+from omni_fast.curriculum.scores import Floats
+from omni_fast.errors import UserError
 from omni_fast.report import charts
-from omni_fast.report.charts import Cell, Line, MarkRow, Stack, facts_table, mark, text
+from omni_fast.report.charts import Cell, Line, Mark, MarkRow, facts_table, text
 from omni_fast.report.verdict import points, span
 from omni_fast.study import records
-from omni_fast.study.analysis import BASE, JOINT, ArmRow
+from omni_fast.study.analysis import BASE, JOINT, ArmRow, declared
+from omni_fast.study.analysis_draws import Names
 from omni_fast.study.analysis_orders import AVERAGE
 from omni_fast.study.report_findings import (
     Findings,
@@ -34,7 +37,6 @@ from omni_fast.study.report_findings import (
 MAX_ORDERS = 24
 STAGED = ("solved", "reversed", "random", "user", "refresh")
 NOTES = {
-    "What the data supports": "",
     "Arms": (
         "Split test, mean over seeds; intervals are 95 % over seeds and items, paired between arms. Relative gains are"
         " ratios of average scores. One contrast was declared beforehand; p of the others are Holm-adjusted."
@@ -58,7 +60,6 @@ NOTES = {
         " entropy that the trained one has at 1."
     ),
     "Item flips": "A net change of 0 can hide many of both.",
-    "How it was measured": "",
 }
 
 
@@ -67,6 +68,7 @@ def write_report(folder: Path) -> Path:
 
     UserError when the folder holds no study or a damaged one, OSError when it cannot be written.
     """
+    folder = folder.expanduser()
     found = analyse(records.read(folder))
     charts.write_page(folder / "summary.md", summary(found))
     charts.write_page(folder / "report.html", page(found))
@@ -100,10 +102,6 @@ def page(found: Findings) -> str:
         "Item flips": _flips(found) + made["flips"],
         "How it was measured": _setting(found),
     }
-    drawn = "".join(charts.section(title, NOTES[title], body) for title, body in bodies.items() if body)
-    empty = [title for title, body in bodies.items() if not body]
-    if empty:
-        drawn += charts.section("Not there yet", "", f"<p>Nothing was recorded for: {text(', '.join(empty))}.</p>")
     status = ""
     if found.missing:
         rest = text(", ".join(found.missing))
@@ -115,7 +113,7 @@ def page(found: Findings) -> str:
         f"omni_fast study: {study.name}",
         f"omni_fast study · {study.name} · {', '.join(study.tasks)}",
         headline(found).text,
-        status + charts.tiles(_tiles(found)) + drawn,
+        status + charts.tiles(_tiles(found)) + charts.sections(bodies, NOTES),
         "Intervals are 95 %: a hierarchical bootstrap over seeds, then items, read with Student's t. Split select decides,"
         " split test is reported. The primary contrast was declared before anything ran.",
     )
@@ -151,11 +149,11 @@ def _tiles(found: Findings) -> list[tuple[str, str, str]]:
 def _gains(found: Findings) -> str:
     """Every arm's average score minus that of joint training; the declared contrast first and filled."""
     first, second = found.study.primary
-    rows = [MarkRow(f"{first} − {second}", [mark(found.primary, 0)], "declared")]
+    rows = [MarkRow(f"{first} − {second}", [Mark(found.primary, 0)], "declared")]
     rows += [
-        MarkRow(f"{row.arm.name} − joint", [mark(row.over_joint, 0, True)], _p(row))
+        MarkRow(f"{row.arm.name} − joint", [Mark(row.over_joint, 0, True)], _p(row))
         for row in sorted(found.rows, key=lambda row: -row.over_joint.value)
-        if math.isfinite(row.over_joint.value) and (row.arm.name, "joint") != found.study.primary
+        if math.isfinite(row.over_joint.value) and not declared(found.study, row.arm.name)
     ]
     return charts.mark_rows(rows, zero=True, label="difference of the average test score")
 
@@ -165,11 +163,11 @@ def _p(row: ArmRow) -> str:
 
 
 def _cost(found: Findings) -> str:
-    stacks = [
-        Stack(row.arm.name, {"training": row.samples / 1000, "measuring transfer": row.samples_transfer / 1000})
+    stacks = {
+        row.arm.name: {"training": row.samples / 1000, "measuring transfer": row.samples_transfer / 1000}
         for row in found.rows
         if row.samples > 0
-    ]
+    }
     return charts.stacked_bars(stacks, unit="k samples")
 
 
@@ -184,9 +182,10 @@ def _matrices(found: Findings) -> str:
         lines = []
         for stage in range(depth + 1):
             nodes = [(cell.base, *cell.stages)[stage] for cell in cells]
-            own = nodes[0].tasks if stage and nodes[0] else ()
+            trained = {node.tasks for node in nodes if node}  # a refresh may differ between the seeds
+            own = trained.pop() if len(trained) == 1 else ()
             means = [float(np.mean([node.scores.mean("test", task) for node in nodes if node])) for task in tasks]
-            name = f"{stage}. {', '.join(own)}" if stage else "initial policy"
+            name = f"{stage}. {', '.join(own) or 'refresh'}" if stage else "initial policy"
             drawn = [Cell(x, points(x, False), "", task in own) for task, x in zip(tasks, means, strict=True)]
             lines.append((name, drawn))
         seeds = f"{count} of {len(row.seeds)} seeds"
@@ -199,15 +198,8 @@ def _transfer(found: Findings, made: str) -> str:
     part, tasks = found.transfer, found.study.tasks
     if part is None:
         return ""
-    rows = [(i, [_effect(part.effects[i, j], own=i == j) for j in tasks]) for i in tasks]
-    off = [abs(effect.value) for (i, j), effect in part.effects.items() if i != j]
-    body = charts.heat_table(tasks, rows, scale=1.2 * max([*off, 0.05]), corner="trained \\ scored on")
     pairs = {(i, j): share for i, row in part.decision.pairs.items() for j, share in row.items()}
-    return body + charts.pair_table(tasks, pairs) + made
-
-
-def _effect(estimate: Estimate, own: bool) -> Cell:
-    return Cell(estimate.value, points(estimate.value), span(estimate, digits=2), own)
+    return charts.transfer_table(tasks, part.effects) + charts.pair_table(tasks, pairs) + made
 
 
 def _orders(found: Findings, made: str) -> str:
@@ -218,7 +210,7 @@ def _orders(found: Findings, made: str) -> str:
     kept = ranked if len(ranked) <= MAX_ORDERS else [*ranked[:half], *ranked[-half:]]
     solved = found.orders.solved[0] if found.orders.solved else None
     rows = [
-        MarkRow(arrow(order), [mark(gain, 0, order != solved)], "solved" if order == solved else "")
+        MarkRow(arrow(order), [Mark(gain, 0, order != solved)], "solved" if order == solved else "")
         for order, (_, gain) in kept
     ]
     return charts.mark_rows(rows, zero=True, label="average test score, minus the mean of all orders") + made
@@ -228,12 +220,8 @@ def _scatter(found: Findings) -> str:
     if found.forecast is None:
         return ""
     panels = [
-        charts.scatter_panel(
-            task,
-            [(mark(p.forecast, k), mark(p.realised, k)) for p in found.forecast.points if p.task == task],
-            x_label="forecast",
-            y_label="realised",
-            bounds=(0.0, 1.0),
+        charts.forecast_panel(
+            task, [(Mark(p.forecast, k), Mark(p.realised, k)) for p in found.forecast.points if p.task == task]
         )
         for k, task in enumerate(found.study.tasks)
     ]
@@ -246,43 +234,35 @@ def _entropy(found: Findings) -> str:
     part = found.entropy
     if part is None:
         return ""
-    panels = [*_by_stage(found, part.by_stage, "entropy (nats)"), *_by_stage(found, part.tau, "effective temperature")]
-    for k, task in enumerate(found.study.tasks):
-        lines = [
-            Line(name, part.temperatures, list(table[:, k]), style)
-            for style, (name, table) in enumerate(part.sweep.items())
-            if name in (BASE, JOINT, *STAGED)
-        ]
-        if lines:
-            panels.append(
-                charts.line_panel(f"{task}: score by temperature", lines, y_range=None, x_label="temperature")
-            )
-    body = f"<div class=panels>{''.join(panels)}</div>"
+    tasks = found.study.tasks
+    body = "".join(
+        (
+            _panels(tasks, part.by_stage, "entropy (nats)", "stages done"),
+            _panels(tasks, part.tau, "effective temperature", "stages done"),
+            _panels(tasks, part.sweep, "score by temperature", "temperature", part.temperatures),
+        )
+    )
+    body = f"<div class=panels>{body}</div>"
     if part.single is not None:
-        names = ["initial policy", *(f"after {task}" for task in found.study.tasks)]
+        names = ["initial policy", *(f"after {task}" for task in tasks)]
         rows = [
             (name, [Cell(float(x), points(float(x), False)) for x in row])
             for name, row in zip(names, part.single, strict=True)
         ]
         title = "<h3>Entropy of the initial policy and after each task alone (nats)</h3>"
-        body += title + charts.heat_table(
-            found.study.tasks, rows, scale=float(np.nanmax(part.single)), corner="policy \\ prompts of"
-        )
+        most = float(np.nanmax(part.single))
+        body += title + charts.heat_table(tasks, rows, scale=most, corner="policy \\ prompts of")
     return body
 
 
-def _by_stage(found: Findings, tables_: dict[str, Floats], what: str) -> list[str]:
-    """A panel per task, a line per arm."""
-    out = []
-    for k, task in enumerate(found.study.tasks):
-        lines = [
-            Line(name, list(range(len(table))), list(table[:, k]), style)
-            for style, (name, table) in enumerate(tables_.items())
-            if name in (JOINT, *STAGED)
-        ]
-        if lines:
-            out.append(charts.line_panel(f"{task}: {what}", lines, y_range=None, x_label="stages done"))
-    return out
+def _panels(tasks: Names, by_arm: dict[str, Floats], what: str, x_label: str, xs: Sequence[float] | None = None) -> str:
+    """A panel per task, a line per arm. by_arm: arm -> values [X, K].   xs: 0, 1, 2 ... without it."""
+    shown = [(k, name, table) for k, (name, table) in enumerate(by_arm.items()) if name in (BASE, JOINT, *STAGED)]
+    panels = []
+    for k, task in enumerate(tasks if shown else ()):
+        lines = [Line(name, xs or range(len(table)), list(table[:, k]), style) for style, name, table in shown]
+        panels.append(charts.line_panel(f"{task}: {what}", lines, y_range=None, x_label=x_label))
+    return "".join(panels)
 
 
 def _flips(found: Findings) -> str:
@@ -303,7 +283,15 @@ def _said(value: object) -> str:
     return ", ".join(map(_said, value)) if isinstance(value, list) else str(value)
 
 
-if (
-    __name__ == "__main__"
-):  # python -m omni_fast.study.report FOLDER: a study's folder, or one that holds a packed study
-    print(write_report(Path(sys.argv[1])))
+def main() -> None:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(description="Draw report.html and summary.md of a study again.")
+    parser.add_argument("folder", type=Path, help="a study's folder, or one that holds a packed study")
+    try:
+        print(write_report(parser.parse_args().folder))
+    except UserError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ import numpy as np
 
 from omni_fast.curriculum.scores import Estimate, holm
 from omni_fast.report.charts import duration
-from omni_fast.report.verdict import Sentence, Tone, points, span
+from omni_fast.report.verdict import Sentence, Tone, direction, points, span
 from omni_fast.study import analysis_entropy, analysis_orders
 from omni_fast.study.analysis import (
     JOINT,
@@ -23,6 +23,7 @@ from omni_fast.study.analysis import (
     TransferPart,
     compare,
     competitors,
+    declared,
     missing,
     runs,
     table,
@@ -35,6 +36,7 @@ from omni_fast.study.analysis_orders import AVERAGE, NO_TRANSFER, TWIN, Assumpti
 from omni_fast.study.records import Study
 
 LEVEL = 0.05
+FULL = ("joint", "order", "refresh", "online", "sft", "merge")  # kinds of arms with the whole budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,22 +83,22 @@ class Table:
 
     def markdown(self) -> str:
         rule = [":---"] * self.words + ["---:"] * (len(self.heads) - self.words)
-        lines = [f"| {' | '.join(row)} |" for row in (self.heads, rule, *self.cells())]
+        rows = [[text.replace("|", "\\|") for text in row] for row in (self.heads, rule, *self.cells())]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
         return "\n".join([f"### {self.title}", "", *lines])
 
 
 def analyse(study: Study) -> Findings:
     """All parts of the analysis that the records allow."""
     rows, primary = table(study)
-    finished = {arm.name: runs(study.of(arm.name)) for arm in competitors(study)}
-    first = study.primary[0]
+    finished = {arm.name: runs(study, arm.name) for arm in competitors(study)}
+    first = study.arm(study.primary[0])
     pairs = {
-        (first, other): compare(finished, first, other, study.tasks)
-        for other in ("reversed", "random", MERGE)
-        if finished.get(other) and finished.get(first)
+        (first.name, other): compare(finished, first.name, other, study.tasks)
+        for other in ("reversed", "random")
+        if first and first.kind in FULL and other not in study.primary
     }
     at = analysis_orders.realised(study)
-    draws = analysis_orders.tree(study, at.seeds) if at else None
     return Findings(
         study=study,
         rows=rows,
@@ -104,9 +106,9 @@ def analyse(study: Study) -> Findings:
         pairs=pairs,
         transfer=transfer_part(study),
         forecast=analysis_orders.forecast_part(study, at) if at else None,
-        orders=analysis_orders.order_part(study, at, draws) if at else None,
-        assumptions=analysis_orders.assumption_part(study, draws),
-        entropy=analysis_entropy.entropy_part(study, at, draws),
+        orders=analysis_orders.order_part(study, at) if at else None,
+        assumptions=analysis_orders.assumption_part(study, at) if at else None,
+        entropy=analysis_entropy.entropy_part(study, at),
         warnings=warnings(study),
         missing=missing(study),
     )
@@ -161,7 +163,7 @@ def _arms(found: Findings) -> list[Table]:
     scores: list[Row] = [(row.arm.name, len(row.seeds), *row.scores.values(), row.average, row.bwt) for row in known]
     gains: list[Row] = []
     for row in known:
-        p = "primary" if (row.arm.name, JOINT) == found.study.primary else p_value(row.p_holm)
+        p = "primary" if declared(found.study, row.arm.name) else p_value(row.p_holm)
         gains.append((row.arm.name, row.over_joint, percent(row.relative_joint), p, percent(row.relative_merge)))
     heads = ["arm", f"minus {JOINT}", f"relative to {JOINT}", "p (Holm)", f"relative to {MERGE}"]
     return [
@@ -214,12 +216,12 @@ def _forecast(part: ForecastPart) -> list[Table]:
 
 
 def _assumptions(part: AssumptionPart) -> list[Table]:
-    adjusted = holm({i + j: s.p for (i, j), (_, _, s) in part.constant.items() if math.isfinite(s.p)})
+    adjusted = holm({i + j: s.p for (i, j), (_, _, s) in part.constant.items()})
     constant = [
         (f"{i} → {j}", points(first), shift, s.starts, s.sd, s.noise, p_value(adjusted.get(i + j, math.nan)))
         for (i, j), (first, shift, s) in part.constant.items()
     ]
-    second = holm({task: c.p for task, c in part.second_pass.items() if math.isfinite(c.p)})
+    second = holm({task: c.p for task, c in part.second_pass.items()})
     saturation = []
     for task in dict.fromkeys([*part.saturation, *part.second_pass]):
         s = part.saturation.get(task)
@@ -258,6 +260,9 @@ def headline(found: Findings) -> Sentence:
     """The declared contrast, whatever it says."""
     first, second = found.study.primary
     contrast = found.primary
+    if absent := [name for name in found.study.primary if found.study.arm(name) is None]:
+        text = f"The declared contrast is {first} − {second}; this study has no arm {' and no arm '.join(absent)}."
+        return Sentence("open", text)
     if not math.isfinite(contrast.value):
         return Sentence("open", f"The declared contrast, {first} − {second}, is not measured yet.")
     size = f"{points(contrast.value)} (95 % interval {span(contrast)})"
@@ -273,7 +278,7 @@ def headline(found: Findings) -> Sentence:
 
 
 def verdict(found: Findings) -> list[Sentence]:
-    """What the data supports and what it does not, most important first."""
+    """What the data supports and what it does not, most important first; what is not rejected stays open."""
     return [
         *_against_the_rest(found),
         *_does_order_matter(found),
@@ -287,8 +292,7 @@ def verdict(found: Findings) -> list[Sentence]:
 
 def _tone(contrast: Contrast) -> Tone:
     """good: the whole interval above 0; bad: below 0; open: it holds 0, is not known, or rests on one seed."""
-    low, high = contrast.low, contrast.high
-    return "open" if contrast.seeds < 2 else "good" if low > 0 else "bad" if high < 0 else "open"
+    return "open" if contrast.seeds < 2 else direction(contrast) or "open"
 
 
 def _turned(tone: Tone) -> Tone:
@@ -346,18 +350,19 @@ def _does_order_matter(found: Findings) -> list[Sentence]:
             )
             out.append(Sentence(_tone(gain), text))
     for (arm, other), contrast in found.pairs.items():
-        if other != MERGE and math.isfinite(contrast.value):
+        if math.isfinite(contrast.value):
             said = {"good": "ahead of", "bad": "behind", "open": "not told from"}[_tone(contrast)]
             text = f"At the same budget, {arm} is {said} {other} (uncorrected): {cell(contrast)}."
             out.append(Sentence(_tone(contrast), text))
-    decision = found.transfer.decision if found.transfer else None
-    if decision is not None and decision.second is not None:
+    transfer = found.transfer
+    if transfer is not None and (decision := transfer.decision).second is not None:
+        several, told = len(transfer.seeds) > 1, decision.optima == 1 and _tone(transfer.lead) == "good"
         text = (
             f"The best order by measured transfer, {arrow(decision.order)}, is the optimum in {decision.probability or 0:.0%}"
-            f" of the draws over seeds and items; it is {'told' if decision.settled else 'not told'} from the second best,"
-            f" {arrow(decision.second)}."
+            f" of the draws over {'seeds and items' if several else 'the items of one seed'}; it is"
+            f" {'told' if told else 'not told'} from the second best, {arrow(decision.second)}."
         )
-        out.append(Sentence("good" if decision.settled else "open", text))
+        out.append(Sentence("good" if told else "open", text))
     first = found.study.primary[0]
     nothing = f"Whether order matters is not known yet: it needs {first} and its reversal, finished."
     return out or [Sentence("open", nothing)]
@@ -389,7 +394,10 @@ def _is_it_forecast(part: ForecastPart | None) -> list[Sentence]:
         f" order{agree}.{'' if ranks else ' The sign within task is not the same in every seed.'}"
         f"{' It does not tell good orders from bad ones.' if orders <= 0 else ''}"
     )
-    return [Sentence(level, text), Sentence("bad" if orders <= 0 else "good" if ranks else "open", more)]
+    tone: Tone = (
+        "open" if len(part.by_seed) < 2 else "bad" if orders <= 0 else "good" if ranks and orders > 0 else "open"
+    )
+    return [Sentence(level, text), Sentence(tone, more)]
 
 
 def _do_assumptions_hold(part: AssumptionPart | None) -> list[Sentence]:
@@ -407,7 +415,7 @@ def _do_assumptions_hold(part: AssumptionPart | None) -> list[Sentence]:
             f" checkpoints T spreads by {sd:.3f}, noise removed, where one measurement has a noise of {noise:.3f} (root mean"
             " squares)."
         )
-        out.append(Sentence("bad" if broken else "good", text))
+        out.append(Sentence("bad" if broken else "open", text))
     second = rejected({task: c.p for task, c in part.second_pass.items()})
     if second:
         changes = {task: part.second_pass[task].value for task in second}
@@ -418,7 +426,7 @@ def _do_assumptions_hold(part: AssumptionPart | None) -> list[Sentence]:
             if moved
             else f"A second pass changes no task beyond noise (largest change {largest:.3f}): assumption 2 is not rejected by it."
         )
-        out.append(Sentence("bad" if moved else "good", text))
+        out.append(Sentence("bad" if moved else "open", text))
     starts = rejected({task: s.p for task, s in part.saturation.items()})
     if starts:
         uneven = [f"{task} (spread {part.saturation[task].sd:.3f})" for task, no in starts.items() if no]
@@ -427,13 +435,13 @@ def _do_assumptions_hold(part: AssumptionPart | None) -> list[Sentence]:
             if uneven
             else "What a task's own stage reaches does not depend on where it starts beyond noise."
         )
-        out.append(Sentence("bad" if uneven else "good", text))
+        out.append(Sentence("bad" if uneven else "open", text))
     return out
 
 
 def rejected(p_values: Mapping[str, float]) -> dict[str, bool]:
     """Whether each p that is known is below the level after Holm's correction."""
-    return {name: p < LEVEL for name, p in holm({k: p for k, p in p_values.items() if math.isfinite(p)}).items()}
+    return {name: p < LEVEL for name, p in holm(p_values).items()}
 
 
 def _is_it_entropy(part: EntropyPart | None) -> list[Sentence]:
@@ -471,7 +479,7 @@ def _is_it_cheap(found: Findings) -> list[Sentence]:
         share = 1 + row.samples_transfer / row.samples
         text = f"With the measurement of transfer charged, {row.arm.name} costs {share:.2f} times the samples of its training."
         out.append(Sentence("open", text))
-    full = [r for r in found.rows if r.arm.kind in ("joint", "order", "refresh", "online") and r.seeds]
+    full = [r for r in found.rows if r.arm.kind in FULL and r.seeds]
     if full and max(r.samples for r in full) > 1.01 * min(r.samples for r in full):
         listed = ", ".join(f"{r.arm.name} {r.samples:,.0f}" for r in full)
         out.append(Sentence("bad", f"The budgets are not equal: {listed} training samples."))

@@ -20,6 +20,7 @@ from omni_fast.checkpoint import Checkpoint, write_json
 from omni_fast.errors import RunError
 from omni_fast.records import EvalRow, Evaluated, StepRow, joined
 from omni_fast.run import Run
+from omni_fast.study.records import stored
 
 
 class SeedRun(Run):
@@ -32,8 +33,7 @@ class SeedRun(Run):
         return self.folder / "nodes" / f"{name}.json"
 
     def node(self, name: str) -> dict[str, Any] | None:
-        path = self.file(name)
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return stored(self.file(name)) if self.file(name).is_file() else None
 
     def evaluated(self, name: str) -> Evaluated | None:
         found = self.node(name)
@@ -69,7 +69,12 @@ class SeedRun(Run):
         return ""
 
     def drop_weights(self, name: str) -> None:
-        shutil.rmtree(self._weights(name), ignore_errors=True)
+        """By one rename, so that what a kill leaves half removed does not pass for weights."""
+        gone = self.folder / ".dropped"
+        shutil.rmtree(gone, ignore_errors=True)
+        if self.has_weights(name):
+            self._weights(name).rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
     def weights_hash(self, name: str) -> str:
         files = json.loads((self._weights(name) / "manifest.json").read_text(encoding="utf-8"))["files"]

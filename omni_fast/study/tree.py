@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from omni_fast import outcome
 from omni_fast.build import Parts
@@ -23,6 +22,7 @@ from omni_fast.curriculum.merge import merge
 from omni_fast.curriculum.scores import Floats, score
 from omni_fast.curriculum.sketch import gradient_sketch
 from omni_fast.errors import RunError
+from omni_fast.plan import item_scores
 from omni_fast.records import Evaluated, Trained, joined, scored
 from omni_fast.run import BASE, Interrupted
 from omni_fast.study.arms import Design
@@ -30,6 +30,7 @@ from omni_fast.study.arms import Path as Stages
 from omni_fast.study.progress import StudyProgress
 from omni_fast.study.seed_run import SeedRun
 from omni_fast.study.stages import Imitation, Scheduled
+from omni_fast.tasks.base import Split
 from omni_fast.train import Trainer
 
 SKETCH = 256  # numbers: the cosine of two tasks' gradients is then known to about 0.06
@@ -71,12 +72,18 @@ class Tree:
             if part in self.failed:
                 raise RunError(f"it starts from {said(part)}, which failed: {self.failed[part]}")
             if self._unscored(part):
-                self._attempt(part, self._finish)
+                try:
+                    self._finish(part)
+                except Interrupted:
+                    raise
+                except Exception as error:
+                    self.failed[part] = str(error) or type(error).__name__
+                    raise
                 self.lost |= set() if part else set(self._unscored(part))
         sweep = (self.run.node(name) or {"sweep": {}})["sweep"]
         missing = {t: self._unswept(sweep.get(repr(t))) for t in temperatures}
-        if any(missing.values()):
-            self._attempt(path, lambda path: self._sweep(path, missing))
+        if any(missing.values()):  # what fails here fails this arm alone: stages can start from the policy all the same
+            self._sweep(path, missing)
         return name
 
     def _unscored(self, path: Stages) -> list[str]:
@@ -89,11 +96,9 @@ class Tree:
         tasks = found["splits"]["test"] if found else {}
         return [t for t in self.design.tasks if t not in tasks or not (t in self.lost or scored(tasks[t]))]
 
-    def scores(self, path: Stages, split: str) -> dict[str, Floats]:
+    def scores(self, path: Stages, split: Split) -> dict[str, Floats]:
         """Task -> item scores of a policy that is scored already."""
-        evaluated = self.run.evaluated(self.name(path))
-        assert evaluated is not None, f"{path} is not scored yet"
-        return {task: np.array(row["values"], dtype=np.float64) for task, row in evaluated["splits"][split].items()}
+        return item_scores(self.run, self.name(path), split)
 
     def prune(self, wanted: Iterable[Stages]) -> None:
         """Drop the weights of all policies but the initial one and those that a wanted path passes through."""
@@ -101,15 +106,6 @@ class Tree:
         for name in list(self.paths):
             if name != BASE and name not in keep and self.run.has_weights(name):
                 self.run.drop_weights(name)
-
-    def _attempt(self, path: Stages, work: Callable[[Stages], None]) -> None:
-        try:
-            work(path)
-        except Interrupted:
-            raise
-        except Exception as error:
-            self.failed[path] = str(error) or type(error).__name__
-            raise
 
     def _finish(self, path: Stages) -> None:
         self.run.raise_if_stopping()
@@ -146,29 +142,30 @@ class Tree:
         for single in singles:
             self._train(single)
         models = [self.run.weights(self.name(single)) for single in singles]
-        base, best = self.run.weights(BASE), (-np.inf, 0.0)
-        for scale in [1.0] if method == "linear" else study.merge_scales:
+        base = self.run.weights(BASE)
+
+        def hold(scale: float) -> None:
             merged = merge(method, base, models, scale=scale, density=study.merge_density, seed=self.seed)  # type: ignore[arg-type]  # checked by the config
-            self._hold(merged, name)
+            self.parts.policy.load_weights(merged)
+            self.parts.holds = f"{name}, under way"
+            self.parts.engine.sync(self.parts.engine.version + 1)
+
+        def on_select(scale: float) -> float:
+            hold(scale)
             found = {task: self.parts.evaluate(task, items["select"]) for task, items in self.parts.items.items()}
             values = {task: score(result.values).value for task, result in found.items()}
-            if method != "linear" and (lost := [task for task, value in values.items() if np.isnan(value)]):
+            if lost := [task for task, value in values.items() if np.isnan(value)]:
                 raise RunError(
                     f"the scale of a merge is chosen by the scores on select, and {', '.join(lost)} has none"
                 )
-            best = max(best, (float(np.mean(list(values.values()))), -scale))
-        scale = -best[1]
-        merged = merge(method, base, models, scale=scale, density=study.merge_density, seed=self.seed)  # type: ignore[arg-type]
-        self._hold(merged, name)
+            return float(np.mean(list(values.values())))
+
+        scale = 1.0 if method == "linear" else max(study.merge_scales, key=lambda scale: (on_select(scale), -scale))
+        hold(scale)
         self.progress.note = f"scale {scale:g}"
         self.parts.keep_weights(name)
         self.run.add_seconds(**{f"node:{name}": time.perf_counter() - start})
         self.run.finish_stage(name, Trained(tasks=self.design.tasks, steps=0, same_as=""))
-
-    def _hold(self, weights: Mapping[str, Tensor], name: str) -> None:
-        self.parts.policy.load_weights(weights)
-        self.parts.holds = f"{name}, under way"
-        self.parts.engine.sync(self.parts.engine.version + 1)
 
     def _sweep(self, path: Stages, missing: Mapping[float, Sequence[str]]) -> None:
         """Sampled evaluations on `test`, with the entropy that the probe's tokens have at each temperature.

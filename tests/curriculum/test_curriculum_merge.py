@@ -77,7 +77,3 @@ def test_bad_input():
         merge("linear", base, [{"steps": torch.tensor([1])}])
     with pytest.raises(UserError, match="'w'"):
         merge("linear", base, [{**models[0], "w": torch.zeros(2)}])
-    with pytest.raises(UserError, match="at least one"):
-        merge("linear", base, [])
-    with pytest.raises(UserError, match="density"):
-        merge("ties", base, models, density=0.0)

@@ -45,7 +45,7 @@ def test_paired_interval_covers_at_its_rate():
     for seed in range(300):
         before = (rng.random(120) < 0.5).astype(float)
         after = np.where(rng.random(120) < 0.2, 1.0, before)  # truth: 0.2 * 0.5 = 0.1
-        est = scores.difference(before, after, draws=400, seed=seed)
+        est = scores.mean_difference({"": before}, {"": after}, draws=400, seed=seed)
         hits += est.low <= 0.1 <= est.high
     assert 0.90 <= hits / 300 <= 0.98
 
@@ -55,10 +55,10 @@ def test_pairing_narrows_the_interval():
     before = (rng.random(100) < 0.5).astype(float)
     after = before.copy()
     after[:5] = 1.0
-    paired = scores.difference(before, after)
+    paired = scores.mean_difference({"": before}, {"": after})
     unpaired = scores.score(after).high - scores.score(after).low
     assert paired.high - paired.low < unpaired / 2
-    same = scores.difference(before, before)
+    same = scores.mean_difference({"": before}, {"": before})
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
@@ -107,6 +107,9 @@ def test_bwt_counts_a_refresh_as_recovery_and_needs_two_stages():
 def test_holm():
     assert scores.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
     assert scores.holm({"a": 0.9, "b": 0.8}) == pytest.approx({"a": 1.0, "b": 1.0})
+    assert scores.holm({"a": math.nan, "b": 0.02, "c": 0.01}) == pytest.approx(
+        {"b": 0.02, "c": 0.02}
+    ) and not scores.holm({})
 
 
 item = st.sampled_from([0.0, 0.5, 1.0, math.nan])
@@ -144,7 +147,7 @@ def test_transfer_draws_share_the_base_and_are_centred():
     assert np.array_equal(transfer.matrix_draws_BKK[:, 0], transfer.matrix_draws_BKK[:, 1])
     assert np.allclose(transfer.matrix_draws_BKK.mean(axis=0), transfer.matrix_KK, atol=0.01)
     effect = transfer.effects()["a"]["b"]
-    direct = scores.difference(base["b"], after["b"])
+    direct = scores.mean_difference({"": base["b"]}, {"": after["b"]})
     assert effect.value == pytest.approx(direct.value) and effect.low == pytest.approx(direct.low, abs=0.02)
     again = measure(base, {"a": after, "b": after})
     assert np.array_equal(again.draws_BMK, transfer.draws_BMK), "the same seed gives the same draws"

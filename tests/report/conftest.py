@@ -124,18 +124,20 @@ def fake_run() -> FakeRun:
         trained=[(task, STEPS) for task in order],
         plan=plan,
     )
-    result["stages"][0]["reused"] = True
     result |= {
         "status": "finished",
-        "model": "SmolLM2-135M-Instruct",
-        "mode": "curriculum",
+        "reused": [f"curriculum:1:{order[0]}"],
         "seconds": {"setup": 41.0, "transfer": 431.0, "train": 402.0, "eval": 176.0, "total": 761.0},
         "throughput": {"rollout_tokens_per_s": 1834.2, "train_tokens_per_s": 2210.8},
         "peak_bytes": 6_412_345_678,
         "sandbox": "bubblewrap",
         "judge": "embedded (policy's frozen base)",
         "versions": {"omni_fast": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.9"},
-        "config": {"seed": 0, "model": {"name": "smollm2"}, "loss": {"clip_low": 0.2, "clip_high": 0.28}},
+        "config": {
+            "model": {"path": "SmolLM2-135M"},
+            "curriculum": {"mode": "order"},
+            "loss": {"clip_low": 0.2, "clip_high": 0.28},
+        },
         "entropy": {
             "base": {"math": 1.1, "code": 0.9, "qa": 1.4, "writing": 1.6},
             **{f"curriculum:{k + 1}:{t}": {u: 1.0 - 0.1 * k for u in TASKS} for k, t in enumerate(order)},
@@ -150,7 +152,6 @@ def fake_run() -> FakeRun:
             "after": "3 boxes of 12 eggs are 36 eggs.\n36 - 5 = 31\nThe answer is 31.",
             "score_before": 0.0,
             "score_after": 1.0,
-            "reference": "31",
         },
         {
             "task": "code",

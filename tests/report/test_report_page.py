@@ -95,10 +95,16 @@ def test_headline_and_sentences_follow_the_intervals(fake_run):
     assert headline(open_).tone == "open" and "beyond noise" in headline(open_).text
 
 
-def test_warnings_and_dropped_items_are_said(fake_run):
-    result = {**fake_run[0], "warnings": ["code ran without isolation"], "items_dropped": {"writing": 3, "math": 0}}
-    words = check(render(result, [], []))
-    assert "code ran without isolation" in words and "has no score for them: writing 3." in words
+def test_dropped_items_are_said(fake_run):
+    words = check(render({**fake_run[0], "items_dropped": {"writing": 3, "math": 0}}, [], []))
+    assert "has no score for them: writing 3." in words
+
+
+def test_model_mode_and_the_stage_that_a_run_stands_for_are_told(fake_run):
+    words = check(render(*fake_run))
+    first = fake_run[0]["order"][0]
+    assert "omni_fast report · SmolLM2-135M · order · math, code, qa, writing" in words
+    assert "own run, also stage 1" in words and f"which is the same stage: {first}." in words
 
 
 def test_every_missing_key_renders(fake_run):

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -108,6 +109,36 @@ def test_the_table_finds_what_was_planted(effect):
     assert gained > 100 and lost < 20
 
 
+@pytest.mark.parametrize(
+    ("primary", "alone"),
+    [(("joint", "solved"), {"solved"}), (("solved", "reversed"), set()), (("sft", "joint"), {"sft"})],
+)
+def test_only_the_declared_contrast_leaves_the_family(effect, primary, alone):
+    rows, _ = table(replace(effect, primary=primary))
+    assert {row.arm.name for row in rows if math.isnan(row.p_holm)} == alone | {"joint"}
+
+
+def test_backward_transfer_of_a_refresh_counts_the_tasks_trained_before_the_last(effect):
+    (row,) = (row for row in table(effect)[0] if row.arm.name == "refresh")
+    expected = []
+    for cell in effect.of("refresh"):
+        for k, task in enumerate(cell.order[:-1]):
+            after, final = (node.scores.mean("test", task) for node in (cell.stages[k], cell.stages[-1]))
+            expected.append(final - after)
+    assert len(expected) == 6 and row.bwt.value == pytest.approx(np.mean(expected))
+
+
+@pytest.mark.timeout(60)
+def test_ten_tasks_are_analysed_without_listing_their_orders(effect):
+    """10! orders, of which two were run."""
+    tasks = tuple("abcdefghij")
+    node = replace(effect.pair(0), scores=records.Scores({"test": dict.fromkeys(tasks, np.array([0.0, 1.0]))}, {}))
+    ran = {tuple(f"{task}:20" for task in order[:k]): node for order in (tasks, tasks[::-1]) for k in range(11)}
+    study = replace(effect, tasks=tasks, nodes={0: ran, 1: ran})
+    at = analysis_orders.realised(study)
+    assert at.complete == (tasks, tasks[::-1]) and len(analysis_orders.paths(study, 0)) == 21
+
+
 def test_no_difference_is_called_none(null):
     rows, primary = table(null)
     assert primary.low < 0 < primary.high and primary.p > 0.05
@@ -167,7 +198,7 @@ def test_all_seeds_with_all_orders_are_split_and_one_seed_forecasts_nothing(whol
 def test_order_matters_where_it_was_planted_to(effect, null):
     for study, matters in ((effect, True), (null, False)):
         at = analysis_orders.realised(study)
-        part = analysis_orders.order_part(study, at, analysis_orders.tree(study, at.seeds))
+        part = analysis_orders.order_part(study, at)
         assert len(part.means) == 24 and (part.p < 0.05) == matters
         if matters:
             order, gain = part.solved
@@ -214,7 +245,7 @@ def test_spread_separates_starts_from_noise():
 
 def test_assumptions_hold_where_they_were_built_in_and_fail_where_not(effect):
     at = analysis_orders.realised(effect)
-    part = analysis_orders.assumption_part(effect, analysis_orders.tree(effect, at.seeds))
+    part = analysis_orders.assumption_part(effect, at)
     assert len(part.constant) == 12 and len(part.saturation) == len(part.second_pass) == 4
     assert sum(s.p < 0.05 / 12 for _, _, s in part.constant.values()) <= 1
     assert all(c.p > 0.01 for c in part.second_pass.values())
@@ -228,13 +259,13 @@ def test_a_second_pass_that_gains_rejects_saturation(whole, tmp_path):
             kept["values"] = [1.0] * len(kept["values"])
     study = records.read(write(tmp_path, changed))
     at = analysis_orders.realised(study)
-    part = analysis_orders.assumption_part(study, analysis_orders.tree(study, at.seeds))
+    part = analysis_orders.assumption_part(study, at)
     assert sum(c.low > 0.05 for c in part.second_pass.values()) >= 3
 
 
 def test_temperature_correction_helps_where_heat_was_the_cause(effect, null):
     at = analysis_orders.realised(effect)
-    part = entropy_part(effect, at, analysis_orders.tree(effect, at.seeds))
+    part = entropy_part(effect, at)
     assert part.tau["solved"].shape == (5, 4) and part.tau["solved"][0] == pytest.approx(1.0)
     assert part.tau["reversed"][1] == pytest.approx(0.85), "the first stage of the reversed order is math"
     whole = part.residuals["all tasks"]
@@ -242,7 +273,7 @@ def test_temperature_correction_helps_where_heat_was_the_cause(effect, null):
     assert whole.change.value == pytest.approx(whole.after - whole.before)
     assert set(part.ablation) == {0.02, 0.05, 0.1, 0.2, 0.5}
     at = analysis_orders.realised(null)
-    assert abs(entropy_part(null, at, None).residuals["all tasks"].change.value) < 0.01
+    assert abs(entropy_part(null, at).residuals["all tasks"].change.value) < 0.01
 
 
 def test_a_short_sweep_corrects_as_far_as_it_reaches(whole, tmp_path):
@@ -250,7 +281,7 @@ def test_a_short_sweep_corrects_as_far_as_it_reaches(whole, tmp_path):
     for node in short["nodes"]:
         node["sweep"] = {t: found for t, found in node["sweep"].items() if float(t) in (0.75, 1.0)}
     study = records.read(write(tmp_path, short))
-    found = entropy_part(study, analysis_orders.realised(study), None).residuals["all tasks"]
+    found = entropy_part(study, analysis_orders.realised(study)).residuals["all tasks"]
     assert found.at_edge == 1.0, "every policy ends colder than the initial one, and nothing above 1 was swept"
     assert found.after == found.before and found.change.value == 0.0
 

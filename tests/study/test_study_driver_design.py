@@ -86,6 +86,7 @@ def test_a_stage_is_what_the_trainer_runs() -> None:
         ('study.primary=["solved"]', "primary names two arms"),
         ("study.probe_steps=0", "the arm probe needs probe_steps"),
         ("study.temperatures=[0]", "greater than 0"),
+        ("study.temperatures=[inf]", "finite number"),
         ("study.merge_scales=[]", "at least one of merges"),
         ("study.merge_scales=[nan]", "finite number"),
         ("study.arms=[]", "at least 1 item"),
@@ -97,6 +98,7 @@ def test_a_stage_is_what_the_trainer_runs() -> None:
         ("curriculum.replay_fraction=0.2", "no place in a study"),
         ("tasks.sort.name=joint", "rename the task"),
         ("tasks.sort.name=a>b", "rename the task"),
+        ("tasks.sort.name=merge.sort", "rename the task"),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(override: str, words: str) -> None:
@@ -111,11 +113,42 @@ def test_a_mistake_is_named_with_its_remedy(override: str, words: str) -> None:
         ('["solved", "jont"]', "did you mean 'joint'"),
         ('["joint", "joint"]', "two different arms"),
         ('["user", "sft:1"]', "sft:1: did you mean 'sft'"),
+        ('["probe:sort", "joint"]', "name two different arms"),
+        ('["order:sort>reverse>shift>scramble", "joint"]', "name two different arms"),
     ],
 )
 def test_the_primary_contrast_is_of_two_arms(pair: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         design(f"study.primary={pair}")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ['study.arms=["base", "joint", "base"]'],
+        ['study.merges=["ties", "ties"]'],
+        ["tasks.sort.name=a b", "tasks.shift.name=a-b", 'study.arms=["base", "single"]'],
+    ],
+)
+def test_arms_that_would_be_one_file_are_refused(overrides: list[str]) -> None:
+    with pytest.raises(UserError, match="would be kept in one file"):
+        design(*overrides)
+
+
+def many_tasks(folder: Path, count: int) -> Path:
+    task = '[[tasks]]\nname = "t{}"\nkind = "python"\ncls = "omni_fast.study.tiny:Sort"\n'
+    path = folder / "many.toml"
+    path.write_text("".join(task.format(k) for k in range(count)))
+    return path
+
+
+@pytest.mark.timeout(60)
+def test_twelve_tasks_are_a_study_and_nineteen_are_not(tmp_path: Path) -> None:
+    """12! orders are never listed."""
+    arms = Design("many", *configs.load(str(many_tasks(tmp_path, 12)))).arms()
+    assert [arm.name for arm in arms[:2]] == ["base", "single:t0"]
+    with pytest.raises(UserError, match="at most 18 tasks, got 19"):
+        configs.load(str(many_tasks(tmp_path, 19)))
 
 
 def test_one_task_is_no_study(tmp_path: Path) -> None:
@@ -136,6 +169,11 @@ def test_a_dry_run_tells_policies_samples_and_cost(recipe: str, tmp_path: Path) 
     for words in ("policies ", "samples ", "cost ", "primary contrast solved - joint", "joint:"):
         assert words in text
     assert "depends on" not in text
+
+
+def test_more_jobs_than_seeds_are_no_faster(tmp_path: Path) -> None:
+    costs = [plan.describe(design("threads=64"), tmp_path, jobs)[-1] for jobs in (8, 64)]
+    assert costs[0] == costs[1] and "with --jobs 8" in costs[0]
 
 
 digits = st.lists(st.sampled_from(tiny.DIGITS), min_size=tiny.LENGTH, max_size=tiny.LENGTH, unique=True).map("".join)

@@ -17,20 +17,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from small_study import run, written
 
+from omni_fast import config as plain
 from omni_fast.curriculum.decide import decide
 from omni_fast.curriculum.transfer import measure
 from omni_fast.errors import RunError, UserError
 from omni_fast.policy.update import Policy
+from omni_fast.records import empty_state
 from omni_fast.rollout.engine import Prompt, Sampling
 from omni_fast.rollout.local import LocalEngine
+from omni_fast.run import Interrupted
 from omni_fast.study import config as configs
-from omni_fast.study import driver, records, tiny
+from omni_fast.study import driver, records, seed_run, tiny
 from omni_fast.study.arms import Design
 from omni_fast.study.records import Study
 from omni_fast.study.report import write_report
+from omni_fast.study.seed_run import SeedRun
+from omni_fast.study.tree import Tree
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -311,6 +317,83 @@ def test_a_constant_score_is_told(model: Path, tmp_path: Path, monkeypatch: pyte
     study, told = run(written(tmp_path, model, ["base", "single", "solved"]), tmp_path / "run")
     assert "sort: every policy has the same score (1.000)" in told
     assert {cell.status for cell in study.cells} == {"finished"}
+
+
+def test_the_primary_contrast_stays_as_it_was_declared(whole: tuple[Path, Path, Study]) -> None:
+    config, folder, _ = whole
+    with pytest.raises(UserError, match="study.primary differ"):
+        run(config, folder, 'study.primary=["sft", "joint"]')
+
+
+def test_a_damaged_file_is_named_and_made_again(whole: tuple[Path, Path, Study], tmp_path: Path) -> None:
+    config, folder, study = whole
+    for pattern in ("seeds/0/nodes/online*.json", "cells/joint-s0.json", "study.json"):
+        part = shutil.copytree(folder, tmp_path / pattern[:5])
+        path = next(part.glob(pattern))
+        path.write_text("")
+        with pytest.raises(
+            UserError, match=f"{path.name} is damaged .*: remove it, and the same command makes it again"
+        ):
+            run(config, part)
+        path.unlink()
+        assert told_alike(run(config, part)[0], study)
+    (part / "seeds/0/state.json").write_text("")
+    with pytest.raises(UserError, match="state.json is damaged"):
+        run(config, part)
+
+
+def test_the_folder_of_a_training_run_is_no_study(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "fingerprint.json").write_text("{}")
+    with pytest.raises(UserError, match="is the folder of a training run"):
+        run(written(tmp_path, model, ["base", "joint"]), tmp_path / "run")
+
+
+def test_weights_that_were_half_removed_are_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = SeedRun(tmp_path, plain.load("quickstart-tiny"), empty_state())
+    seed.keep_weights("joint", {"w": torch.zeros(2)})
+
+    def killed(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.is_dir():
+            (folder / "manifest.json").unlink()
+            raise Interrupted("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(seed_run.shutil, "rmtree", killed)
+        with pytest.raises(Interrupted):
+            seed.drop_weights("joint")
+    assert not seed.has_weights("joint")
+    seed.keep_weights("joint", {"w": torch.ones(2)})
+    seed.drop_weights("joint")
+    assert not seed.has_weights("joint") and not list(tmp_path.glob(".dropped"))
+
+
+def test_a_sampled_evaluation_that_fails_costs_its_arm_alone(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = Tree._sweep
+
+    def broken(self: Tree, path: tuple[str, ...], missing: Any) -> None:
+        if path == ("sort:3",):
+            raise RunError("no judge answers")
+        sweep(self, path, missing)
+
+    monkeypatch.setattr(Tree, "_sweep", broken)
+    study, _ = run(written(tmp_path, model, ["base", "single", "user"]), tmp_path / "run")
+    assert [(cell.arm, cell.reason) for cell in study.cells if cell.status != "finished"] == [
+        ("single:sort", "no judge answers")
+    ]
+
+
+def test_names_of_tasks_in_any_script_and_a_seed_taken_out(model: Path, tmp_path: Path) -> None:
+    path = written(tmp_path, model, ["base", "single"])
+    path.write_text(path.read_text().replace('"sort"', '"排序"').replace('"scramble"', '"打乱"'))
+    study, _ = run(path, tmp_path / "run", "study.seeds=2")
+    assert (
+        {cell.status for cell in study.cells} == {"finished"} and len(study.cells) == 6 and set(study.nodes) == {0, 1}
+    )
+    fewer, _ = run(path, tmp_path / "run")
+    assert len(fewer.cells) == 3 and set(fewer.nodes) == {0}, "a seed taken out says nothing of transfer either"
 
 
 def test_status_tells_what_is_missing(

@@ -1,7 +1,9 @@
 """report.html and summary.md of finished, partial and damaged studies."""
 
 import copy
+import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from synthetic_study import Builder, World, planted, write
 
 from omni_fast.errors import UserError
 from omni_fast.study import records
-from omni_fast.study.report import write_report
+from omni_fast.study.report import main, write_report
 from omni_fast.study.report_findings import analyse, headline, verdict
 
 SMALL = dict(tasks=("math", "code", "qa"), items=80, noise=0.015, seeds=(0, 1, 2, 3, 4), order_seeds=(0, 1, 2))
@@ -130,6 +132,61 @@ def test_a_partial_study_gives_a_partial_report(whole, tmp_path, keep, there, ab
     outline = Outline(page)
     assert "This study is not finished." in page and there in summary
     assert absent not in outline.heads
+
+
+def test_one_seed_supports_nothing(whole, tmp_path):
+    study = records.read(write(tmp_path, _without(whole, lambda cell: cell["seed"] == 0)))
+    found = analyse(study)
+    assert found.transfer is not None and "over the items of one seed; it is not told" in " ".join(
+        s.text for s in verdict(found)
+    )
+    assert {sentence.tone for sentence in verdict(found) if sentence.text not in found.warnings} == {"open"}
+
+
+def test_what_is_not_rejected_is_not_called_supported(tmp_path):
+    told = verdict(analyse(records.read(write(tmp_path, Builder(NULL, seed=2).whole()))))
+    kept = [s for s in told if "not rejected" in s.text or "does not depend on where it starts" in s.text]
+    assert len(kept) >= 2 and {s.tone for s in kept} == {"open"}
+
+
+@pytest.mark.parametrize("primary", [["reversed", "joint"], ["solved", "reversed"], ["base", "joint"]])
+def test_another_primary_contrast_is_told_once(whole, tmp_path, primary):
+    found = analyse(records.read(write(tmp_path, copy.deepcopy(whole) | {"primary": primary})))
+    assert all(set(pair) != set(primary) and len(set(pair)) == 2 for pair in found.pairs)
+    assert (primary[0] == "base") == (not found.pairs), "the initial policy is not at the same budget"
+
+
+def test_a_primary_contrast_without_its_arm_is_told(whole, tmp_path):
+    part = copy.deepcopy(whole)
+    part["arms"] = [arm for arm in part["arms"] if arm["name"] != "joint"]
+    told = headline(analyse(records.read(write(tmp_path, part))))
+    assert told.text.endswith("this study has no arm joint.")
+
+
+def test_refreshes_of_different_tasks_are_no_stage_of_one(whole, tmp_path):
+    part = copy.deepcopy(whole)
+    for node in part["nodes"]:
+        if len(node["path"]) == 4 and node["seed"] == 1:
+            node["tasks"] = ["math"]
+    page, _ = _report(tmp_path / "two", part)
+    assert "4. refresh" in page and "4. qa" not in page
+    assert "4. qa" in _report(tmp_path / "one", whole)[0]
+
+
+def test_no_entropy_and_a_bar_in_a_name(whole, tmp_path, recwarn):
+    part = json.loads(json.dumps(whole).replace('"math"', '"ma|th"').replace("math:", "ma|th:"))
+    for node in part["nodes"]:
+        node["evaluated"]["entropy"], node["sweep"] = {}, {}
+    page, summary = _report(tmp_path, part)
+    assert "Entropy" not in Outline(page).heads and not [w for w in recwarn if "NaN" in str(w.message)]
+    assert "| ma\\|th |" in summary
+
+
+def test_the_command_names_what_is_wrong(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "holds no study" in capsys.readouterr().err
 
 
 def test_failures_are_told_and_text_is_escaped(whole, tmp_path):
