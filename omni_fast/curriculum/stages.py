@@ -108,10 +108,8 @@ class Draw(NamedTuple):
 
 
 class StreamState(TypedDict):
-    """What a resume needs; counts of prompts only. `sizes` tells whether the data are still the same."""
+    """What a resume needs; counts of prompts only."""
 
-    seed: int
-    sizes: dict[str, int]
     taken: dict[str, int]
     scheduled: dict[str, int]
 
@@ -162,18 +160,9 @@ class PromptStream:
 
     def state_dict(self) -> StreamState:
         """Counts of prompts taken, JSON-ready."""
-        return StreamState(
-            seed=self.seed, sizes=dict(self.sizes), taken=dict(self.taken), scheduled=dict(self.scheduled)
-        )
+        return StreamState(taken=dict(self.taken), scheduled=dict(self.scheduled))
 
     def load_state_dict(self, state: StreamState) -> None:
-        """Continue where `state_dict` was taken, with the same seed. UserError when the data are not those of the state."""
-        for task, size in self.sizes.items():
-            was = state["sizes"].get(task)
-            if was != size:
-                raise UserError(
-                    f"Task '{task}' has {size} training prompts now and had {was} when the run started; restore its"
-                    " data, or start a new run folder."
-                )
+        """Continue where `state_dict` was taken, with the same seed and data."""
         self.taken = {task: state["taken"][task] for task in self.sizes}
         self.scheduled = {task: state["scheduled"][task] for task in self.sizes}

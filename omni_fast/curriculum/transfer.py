@@ -76,18 +76,13 @@ def measure(base: ItemScores, single: Mapping[str, ItemScores], *, draws: int = 
 
     base: task -> item scores [n_items] in 0..1 of the initial policy, NaN where the infrastructure failed.
     single: trained task -> the same mapping for the policy after that task's run; items in the same order everywhere.
-    Raises RunError when a task has no item that was scored at every checkpoint, or when item counts differ.
+    Raises RunError when a task has no item that was scored at every checkpoint.
     """
     tasks = tuple(single)
     rng = np.random.default_rng(seed)
     means, drawn, n_items, dropped = [], [], [], []
     for task in tasks:
         columns = [base[task], *(single[i][task] for i in tasks)]
-        if len({c.shape for c in columns}) > 1:
-            raise RunError(
-                f"Task '{task}' was scored on {sorted({c.size for c in columns})} items by different checkpoints;"
-                " transfer needs the same items at all of them: evaluate them again with one limit."
-            )
         stack_MN = np.stack([np.asarray(c, dtype=np.float64) for c in columns])
         ok = ~np.isnan(stack_MN).any(axis=0)
         if not ok.any():
