@@ -112,11 +112,15 @@ def compete(
     contenders: Sequence[Contender[CaseT]],
     rounds: int,
     versions: dict[str, str],
-) -> list[Row]:
-    """Runs every contender that can run, `rounds` times each in turn, after one warm-up that also measures memory."""
+) -> tuple[list[Row], list[str]]:
+    """Runs every contender that can run, `rounds` times each in turn, after one warm-up that also measures memory.
+
+    Returns their rows, and the names of those that failed.
+    """
     torch.compiler.reset()  # here and not between contenders, who would lose what they compiled
     runs: dict[str, tuple[Contender[CaseT], Run]] = {}
     peaks: dict[str, int | None] = {}
+    failed: list[str] = []
     for contender in contenders:
         try:
             run = contender.build(case)
@@ -127,6 +131,9 @@ def compete(
             runs[contender.name] = (contender, run)
         except Unavailable as reason:
             print(f"  {contender.name}: not here ({reason})")
+        except Exception as error:  # whatever it is, the other contenders are still worth measuring
+            print(f"  {contender.name}: {type(error).__name__}: {error}"[:600])
+            failed.append(contender.name)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, (_, run) in runs.items():
@@ -155,7 +162,7 @@ def compete(
                 versions,
             )  # fmt: skip
         )
-    return rows
+    return rows, failed
 
 
 def _timed(call: Callable[[], object]) -> float:

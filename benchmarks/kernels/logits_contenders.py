@@ -24,6 +24,7 @@ from omni_kernels import LossSpec, Tokens, backends
 from omni_kernels.losses import coefficients, prepare
 
 SPEC = LossSpec.preset("dapo")
+LEFT_OUT: dict[str, str] = {}  # backends that are not to compete, and why
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,15 @@ def compiled(how: Callable[[LogitsData, Form], Run], form: Form) -> Callable[[Lo
     return build
 
 
-def _rows(data: LogitsData, name: str) -> ModuleType:
-    reason = backends.reason_unavailable(name)
+def require(backend: str) -> None:
+    """Raises Unavailable where a backend cannot run, or is not to."""
+    reason = LEFT_OUT.get(backend) or backends.reason_unavailable(backend)
     if reason is not None:
         raise Unavailable(reason)
+
+
+def _rows(data: LogitsData, name: str) -> ModuleType:
+    require(name)
     return backends.select(data.logits.device, data.logits.dtype, name)
 
 
