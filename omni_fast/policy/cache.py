@@ -1,6 +1,7 @@
 """The cache folder of built models: each is made once, in a temporary folder, and appears under its name when complete.
 
-Two processes that ask for the same folder at once: one builds, the other waits for it (bounded, and it says so).
+Two processes that ask for the same folder at once: one builds, the other waits for it (bounded, and it says so). The lock
+that does that is for others too.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from omni_fast.errors import RunError, UserError
 
 WAIT_S = 900.0
+SAY_EVERY_S = 15.0
 
 
 def cache_home() -> Path:
@@ -33,23 +36,22 @@ def cache_home() -> Path:
 
 
 @contextmanager
-def _exclusive(lock: Path, what: str) -> Iterator[None]:
-    """Hold an advisory lock on `lock`; the kernel drops it when the holder dies."""
+def alone(lock: Path, what: str, timeout_s: float, say: Callable[[str], None]) -> Iterator[None]:
+    """One process at a time is inside; the kernel drops the lock of a killed one. RunError after `timeout_s`."""
+    started, told = time.monotonic(), -SAY_EVERY_S
     with lock.open("w") as handle:
-        started = time.monotonic()
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 waited = time.monotonic() - started
-                if waited == 0 or int(waited) % 30 == 0:
-                    print(f"waiting for another process that prepares {what} ({waited:.0f} s)", file=sys.stderr)
-                if waited > WAIT_S:
-                    raise RunError(
-                        f"Another process has held {lock} for {WAIT_S:.0f} s while preparing {what}."
-                    ) from None
-                time.sleep(1.0)
+            if waited > timeout_s:
+                raise RunError(f"Another process has been {what} for {waited:.0f} s: wait for it or stop it.")
+            if waited - told >= SAY_EVERY_S:
+                told = waited
+                say(f"another process is {what}; waiting ({waited:.0f} of at most {timeout_s:.0f} s)")
+            time.sleep(0.2)
         yield
 
 
@@ -64,7 +66,7 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
     if final.is_dir():
         return final
     try:
-        with _exclusive(home / f".{name}.lock", name):
+        with alone(home / f".{name}.lock", f"preparing {name}", WAIT_S, partial(print, file=sys.stderr)):
             if final.is_dir():
                 return final
             for stale in home.glob(f".{name}.tmp-*"):

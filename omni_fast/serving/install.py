@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from omni_fast.errors import RunError, UserError
-from omni_fast.policy.cache import cache_home
-from omni_fast.serving.process import alone
+from omni_fast.policy.cache import alone, cache_home
 
 Device = Literal["cpu", "cuda"]
 Say = Callable[[str], None]

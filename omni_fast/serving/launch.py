@@ -8,6 +8,7 @@ on a command line, which other users of the machine see.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from omni_fast.serving.install import Device
 
 KEY_VARIABLE = "OMNI_FAST_ENGINE_KEY"
 SHIM = Path(__file__).with_name("cpu_shim")
+TENSOR_PARALLEL = ("--tp", "--tp-size", "--tensor-parallel-size")
+# What torchrun tells the trainer's ranks: with it a server's own process group would look for its store at torchrun's.
+OF_RANKS = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+)")
 # Attention and sampling in plain torch. The last flag bounds the key-value cache; the fraction of memory is only what SGLang
 # must find free, which on a machine with other work needs room.
 CPU_FLAGS = """--device cpu --attention-backend torch_native --sampling-backend pytorch --grammar-backend none
@@ -45,7 +49,7 @@ class Launch:
 
 
 def launches(role: str, model: str, device: Device, dtype: str, flags: Sequence[str], servers: int) -> list[Launch]:
-    """`servers` launches that differ in name, port and GPU. `--host` and `--port` are read from the flags: ports count up."""
+    """`servers` launches that differ in name, port and GPUs, counted up from `--port` and `--base-gpu-id` of the flags."""
     rest = list(flags)
     if any(flag.split("=")[0] == "--api-key" for flag in rest):
         raise UserError(
@@ -54,14 +58,24 @@ def launches(role: str, model: str, device: Device, dtype: str, flags: Sequence[
     host, port = _take(rest, "--host") or "127.0.0.1", _take(rest, "--port") or "0"
     if not port.isdecimal() or int(port) + servers > 65536:
         raise UserError(f"engine.flags: --port {port} is no port for {servers} server(s); give 1 to {65536 - servers}.")
-    spread = device == "cuda" and servers > 1 and "--base-gpu-id" not in rest
+    spread = device == "cuda" and servers > 1
+    first, gpus = ((_take(rest, "--base-gpu-id") or "0"), _gpus(rest)) if spread else ("0", 1)
+    if not first.isdecimal():
+        raise UserError(f"engine.flags: --base-gpu-id {first} is no number of a GPU.")
     return [
         Launch(
-            f"{role}-{i}", model, device, dtype, (*rest, *(("--base-gpu-id", str(i)) if spread else ())), host,
+            f"{role}-{i}", model, device, dtype,
+            (*rest, *(("--base-gpu-id", str(int(first) + i * gpus)) if spread else ())), host,
             int(port) + i if int(port) else 0,
         )
         for i in range(servers)
     ]  # fmt: skip
+
+
+def _gpus(flags: Sequence[str]) -> int:
+    """How many a server takes, as its flags say. What is no number SGLang refuses."""
+    sizes = [size for name in TENSOR_PARALLEL if (size := _take([*flags], name)) and size.isdecimal()]
+    return int(sizes[-1]) if sizes else 1
 
 
 def adapter_flags(rank: int, device: Device) -> list[str]:
@@ -82,8 +96,9 @@ def command(launch: Launch, python: Path, port: int, key_file: Path | None) -> l
 
 
 def environment(launch: Launch, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Of the server process: the inherited one without our key; on a CPU with the import shim for Python's only path."""
-    kept = {key: value for key, value in inherited.items() if key != KEY_VARIABLE}
+    """Of the server process: the inherited one without our key and torchrun's words; on a CPU with the import shim for
+    Python's only path."""
+    kept = {key: value for key, value in inherited.items() if key != KEY_VARIABLE and not OF_RANKS.fullmatch(key)}
     if Path(launch.model).is_dir():
         kept |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if launch.device == "cuda":

@@ -5,17 +5,11 @@ A server leads a process group of its own. Linux only, as SGLang is: read from /
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-
-from omni_fast.errors import RunError
-
-SAY_EVERY_S = 15.0
 
 
 def born(pid: int) -> int:
@@ -72,23 +66,3 @@ def _collect(pid: int) -> None:
     """If it is our child and has ended, let it go."""
     with suppress(ChildProcessError):  # another process's child
         os.waitpid(pid, os.WNOHANG)
-
-
-@contextmanager
-def alone(lock: Path, what: str, timeout_s: float, say: Callable[[str], None]) -> Iterator[None]:
-    """One process at a time is inside; the kernel drops the lock of a killed one. RunError after `timeout_s`."""
-    started, told = time.monotonic(), -SAY_EVERY_S
-    with lock.open("w") as handle:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                waited = time.monotonic() - started
-            if waited > timeout_s:
-                raise RunError(f"Another process has been {what} for {waited:.0f} s: wait for it or stop it.")
-            if waited - told >= SAY_EVERY_S:
-                told = waited
-                say(f"another process is {what}; waiting ({waited:.0f} of at most {timeout_s:.0f} s)")
-            time.sleep(0.2)
-        yield

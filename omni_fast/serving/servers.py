@@ -27,6 +27,7 @@ from typing import Literal
 
 from omni_fast.config import EngineConfig
 from omni_fast.errors import RunError, UserError
+from omni_fast.policy.cache import alone
 from omni_fast.serving import process
 from omni_fast.serving.install import VERSION, Say, default_device, python
 from omni_fast.serving.launch import KEY_VARIABLE, Launch, adapter_flags, command, environment, launches, write_key
@@ -40,6 +41,8 @@ WATCH_EVERY_S = 1.0
 SAY_EVERY_S = 15.0
 MAX_RESTARTS = 10
 LOG_LINES, LOG_COLUMNS = 12, 300
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+NEVER = threading.Event()
 # What the log of a server that did not start says -> what to do about it.
 CAUSES = (
     (
@@ -137,18 +140,26 @@ def start(
                     started[name] = _wait(server, timeout_s, say)
                     _write(folder, [*others, *started.values()])
         except BaseException:
-            for server in started.values():
+            for server in (running | started).values():
                 _stop(server)
             _write(folder, others)
             raise
         return list(started.values())
 
 
-def restart_if_dead(folder: Path, url: str, *, timeout_s: float = START_TIMEOUT_S, say: Say = print) -> bool:
+def restart_if_dead(
+    folder: Path,
+    url: str,
+    *,
+    timeout_s: float = START_TIMEOUT_S,
+    say: Say = print,
+    stopping: threading.Event = NEVER,
+) -> bool:
     """Start the server behind `url` again if its process is gone; True if that was so and it answers again.
 
     It has the weights of its model folder then: sync before using it. A live process that does not answer is left alone
-    (False). UserError for a URL that was not started here; RunError when it does not come up, or died too often.
+    (False). UserError for a URL that was not started here; RunError when it does not come up, or died too often, or
+    `stopping` was set meanwhile.
     """
     with _locked(folder, timeout_s, say):
         servers = _read(folder)
@@ -169,7 +180,7 @@ def restart_if_dead(folder: Path, url: str, *, timeout_s: float = START_TIMEOUT_
         servers[place] = fresh = replace(_spawn(server.launch, folder, port), restarts=server.restarts + 1)
         _write(folder, servers)
         try:
-            servers[place] = _wait(fresh, timeout_s, say)
+            servers[place] = _wait(fresh, timeout_s, say, stopping)
             _write(folder, servers)
         except BaseException:
             _stop(fresh)
@@ -191,10 +202,11 @@ def watched(folder: Path, *, timeout_s: float = START_TIMEOUT_S, say: Say = prin
             for server in _read(folder):
                 if server.version and server.url not in given_up and not server.alive:
                     try:
-                        restart_if_dead(folder, server.url, timeout_s=timeout_s, say=say)
-                    except (RunError, UserError) as error:
+                        restart_if_dead(folder, server.url, timeout_s=timeout_s, say=say, stopping=stopping)
+                    except (RunError, UserError, OSError) as error:
                         given_up.add(server.url)
-                        say(f"{server.launch.name} stays away: {error}")
+                        if not stopping.is_set():
+                            say(f"{server.launch.name} stays away: {error}")
 
     thread = threading.Thread(target=look, name="watching engine servers", daemon=True)
     thread.start()
@@ -202,7 +214,7 @@ def watched(folder: Path, *, timeout_s: float = START_TIMEOUT_S, say: Say = prin
         yield
     finally:
         stopping.set()
-        thread.join(timeout_s)
+        thread.join(PROBE_TIMEOUT_S + STOP_GRACE_S)  # of a server that is being started again
 
 
 def status(folder: Path) -> list[Status]:
@@ -241,12 +253,14 @@ def _spawn(launch: Launch, folder: Path, port: int) -> Server:
     return Server(launch, f"http://{reachable}:{port}", child.pid, process.born(child.pid), str(log))
 
 
-def _wait(server: Server, timeout_s: float, say: Say) -> Server:
+def _wait(server: Server, timeout_s: float, say: Say, stopping: threading.Event = NEVER) -> Server:
     """Until /health answers 200; a connection refused and then 503 are the normal way there."""
     name, started, told = server.launch.name, time.monotonic(), 0.0
     while True:
         if not server.alive:
             raise _death(server)
+        if stopping.is_set():
+            raise RunError(f"{name} was not waited for: the run ends")
         answer, _ = _ask(server, "/health")
         waited = time.monotonic() - started
         if answer == 200:
@@ -298,6 +312,7 @@ def _same(server: Server | None, launch: Launch) -> Server | None:
     """The server, if it is one of this launch, runs, and was ready."""
     if server is None or server.launch != launch or not server.version or not server.alive:
         return None
+    _ask(server, "/continue_generation", b"{}")  # one that a dead trainer left paused answers /health never
     return server if _ask(server, "/health")[0] == 200 else None
 
 
@@ -340,12 +355,13 @@ def _free_ports(wanted: Sequence[Launch], patience_s: float = 0.0) -> dict[str, 
     return ports
 
 
-def _ask(server: Server, path: str) -> tuple[int, dict[str, object]]:
-    """Status and JSON object of the answer; 0 where there is none."""
+def _ask(server: Server, path: str, body: bytes | None = None) -> tuple[int, dict[str, object]]:
+    """Status and JSON object of the answer; 0 where there is none. Never by a proxy, which would see the key."""
     key = os.environ.get(KEY_VARIABLE)
-    request = urllib.request.Request(server.url + path, headers={"Authorization": f"Bearer {key}"} if key else {})
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(server.url + path, body, headers)
     try:
-        with urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S) as answer:
+        with DIRECT.open(request, timeout=PROBE_TIMEOUT_S) as answer:
             text = answer.read()
             return 200, dict(json.loads(text)) if text else {}
     except urllib.error.HTTPError as error:
@@ -379,4 +395,4 @@ def _locked(folder: Path, timeout_s: float, say: Say) -> AbstractContextManager[
     except OSError as error:
         raise UserError(f"The folder {folder} for servers cannot be made ({error.strerror}): give another.") from error
     limit = timeout_s + STOP_GRACE_S
-    return process.alone(folder / ".servers.lock", f"starting or stopping servers in {folder}", limit, say)
+    return alone(folder / ".servers.lock", f"starting or stopping servers in {folder}", limit, say)

@@ -29,6 +29,10 @@ PROGRAM = """#!{python} -S
 import http.server, json, os, signal, subprocess, sys, time
 flags = dict(zip(sys.argv[3::2], sys.argv[4::2]))
 kind = os.path.basename(flags["--model-path"])
+if kind == "once":
+    seen = flags["--model-path"] + ".seen"
+    kind = "slow" if os.path.exists(seen) else "good"
+    open(seen, "w").close()
 print("server_args=", sys.argv, open(flags["--config"]).read() if "--config" in flags else "", flush=True)
 if kind == "dies":
     sys.exit("Ignore import error of a model: No module named 'vllm'\\nTraceback\\nRuntimeError: something broke")
@@ -46,11 +50,16 @@ if kind == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
 ready = time.monotonic() + (600 if kind == "slow" else 0.2)
+paused = False
 class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        global paused
+        paused = self.path == "/pause_generation"
+        self.do_GET()
     def do_GET(self):
         body = {{"/server_info": {{"version": "0.5.17"}}, "/model_info": {{"weight_version": "3"}}}}.get(self.path, {{}})
         data = json.dumps(body).encode()
-        self.send_response(200 if time.monotonic() > ready else 503)
+        self.send_response(200 if time.monotonic() > ready and not paused else 503)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -64,8 +73,8 @@ class Place(NamedTuple):
     folder: Path
     said: list[str]
 
-    def start(self, *kinds: str, timeout_s: float = 20.0, port: int = 0) -> list[serving.Server]:
-        wanted = [Launch(f"policy-{i}", f"/{kind}", port=port) for i, kind in enumerate(kinds)]
+    def start(self, *kinds: str, timeout_s: float = 20.0, port: int = 0, model: str = "") -> list[serving.Server]:
+        wanted = [Launch(f"policy-{i}", f"{model}/{kind}", port=port) for i, kind in enumerate(kinds)]
         return serving.start(wanted, self.folder, timeout_s=timeout_s, say=self.said.append)
 
 
@@ -107,6 +116,13 @@ def test_a_second_start_takes_over_what_is_the_same_and_stops_the_rest(place: Pl
     assert not second.alive, "of the same role and not wanted any more"
     (other,) = place.start("other")
     assert other.pid != first.pid and not first.alive
+
+
+def test_a_server_that_a_dead_trainer_left_paused_is_taken_over(place: Place) -> None:
+    (server,) = place.start("good")
+    servers._ask(server, "/pause_generation", b"{}")
+    assert serving.status(place.folder)[0].state == "silent"
+    assert place.start("good") == [server] and serving.status(place.folder)[0].state == "ready"
 
 
 def test_a_role_leaves_the_servers_of_another_alone(place: Place) -> None:
@@ -165,6 +181,26 @@ def test_a_port_that_is_taken_is_told_and_nothing_starts(place: Place) -> None:
     assert server.url == f"http://127.0.0.1:{port}"
 
 
+def test_what_ran_before_is_stopped_too_when_the_rest_cannot_start(place: Place) -> None:
+    """It would be in no list any more."""
+    (server,) = place.start("good")
+    with socket.socket() as other, pytest.raises(UserError, match="cannot listen on"):
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        wanted = [server.launch, Launch("policy-1", "/good", port=other.getsockname()[1])]
+        serving.start(wanted, place.folder, timeout_s=20, say=place.said.append)
+    assert not server.alive and serving.status(place.folder) == []
+
+
+def test_a_proxy_for_other_hosts_is_not_asked(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    place.start("good")
+    assert serving.status(place.folder)[0].state == "ready"
+
+
 def test_a_dead_server_is_started_again_where_it_was_and_not_for_ever(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,11 +227,27 @@ def test_watching_starts_the_dead_again(place: Place, monkeypatch: pytest.Monkey
     (server,) = place.start("good")
     with serving.watched(place.folder, say=place.said.append):
         os.kill(server.pid, signal.SIGKILL)
+        wait_until_dead(server)
         until = time.monotonic() + 10
-        while serving.status(place.folder)[0].server.restarts == 0 and time.monotonic() < until:
+        while sum("is ready after" in line for line in place.said) < 2 and time.monotonic() < until:
             time.sleep(0.05)
     (after,) = serving.status(place.folder)
     assert after.state == "ready" and after.server.restarts == 1
+
+
+def test_the_end_of_watching_does_not_wait_for_a_server_that_is_being_started_again(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "WATCH_EVERY_S", 0.05)
+    (server,) = place.start("once", model=str(tmp_path))
+    with serving.watched(place.folder, say=place.said.append):
+        os.kill(server.pid, signal.SIGKILL)
+        until = time.monotonic() + 10
+        while serving.status(place.folder)[0].server.pid == server.pid and time.monotonic() < until:
+            time.sleep(0.05)
+        started = time.monotonic()
+    assert time.monotonic() - started < 5 and "stays away" not in "".join(place.said)
+    assert serving.status(place.folder)[0].state == "dead", "nothing is left running"
 
 
 def test_a_pid_that_belongs_to_another_process_by_now_is_left_alone(place: Place) -> None:
@@ -265,6 +317,12 @@ def test_host_port_and_gpu_are_spread_over_the_servers() -> None:
     made = launches("policy", "/model", "cuda", "auto", ["--host=0.0.0.0", "--tp", "1", "--port", "3000"], 3)
     assert [(one.name, one.host, one.port) for one in made] == [(f"policy-{i}", "0.0.0.0", 3000 + i) for i in range(3)]
     assert [one.flags for one in made] == [("--tp", "1", "--base-gpu-id", str(i)) for i in range(3)]
+    wide = launches("policy", "/model", "cuda", "auto", ["--tp-size=2", "--base-gpu-id", "4"], 2)
+    assert [one.flags for one in wide] == [("--tp-size=2", "--base-gpu-id", "4"), ("--tp-size=2", "--base-gpu-id", "6")]
+    (alone,) = launches("policy", "/model", "cuda", "auto", ["--base-gpu-id", "4"], 1)
+    assert alone.flags == ("--base-gpu-id", "4")
+    with pytest.raises(UserError, match="--base-gpu-id x is no number"):
+        launches("policy", "/model", "cuda", "auto", ["--base-gpu-id", "x"], 2)
     for wrong in (["--port", "x"], ["--port"], ["--port", "65535"], ["--api-key", "k"], ["--api-key=k"]):
         with pytest.raises(UserError, match=r"engine\.flags"):
             launches("policy", "/model", "cpu", "auto", wrong, 2)
@@ -272,7 +330,10 @@ def test_host_port_and_gpu_are_spread_over_the_servers() -> None:
 
 def test_the_environment_of_a_cpu_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launch = Launch("policy-0", str(tmp_path))
-    made = environment(launch, {"PYTHONPATH": "/trainer", KEY_VARIABLE: "k", "PATH": "/bin"})
+    ranks = "RANK LOCAL_RANK WORLD_SIZE GROUP_WORLD_SIZE ROLE_NAME MASTER_ADDR TORCHELASTIC_USE_AGENT_STORE".split()
+    told = {"PYTHONPATH": "/trainer", KEY_VARIABLE: "k", "PATH": "/bin", "LOCAL_SCRATCH": "/tmp"}
+    made = environment(launch, told | dict.fromkeys(ranks, "1"))
+    assert not made.keys() & {*ranks} and made["LOCAL_SCRATCH"] == "/tmp", "it is no rank of the trainer's"
     assert made["PYTHONPATH"] == str(SHIM) and made["PATH"] == "/bin" and KEY_VARIABLE not in made
     assert made["OMP_NUM_THREADS"] == made["SGLANG_USE_CPU_ENGINE"] == made["HF_HUB_OFFLINE"] == "1"
     assert {path.parent.name for path in SHIM.glob("*/__init__.py")} == {"triton", "sgl_kernel"}
