@@ -159,7 +159,7 @@ def main() -> None:
             tag, data = syncs["tensor"].tag, json.loads(answer(syncs["tensor"].tag))
             started = time.perf_counter()
             for _ in range(GROUPS):
-                read(fleet.servers[0], data, N, 0, tag)
+                read(fleet.servers[0], data, N, tag)
             note("reading samples alone, samples/s", GROUPS * N / (time.perf_counter() - started))
         engine.close()
     here.send(None)

@@ -15,7 +15,8 @@ import itertools
 import json
 import re
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+import time
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
@@ -28,7 +29,6 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 Result = TypeVar("Result")
 
 OLDEST = (0, 5, 17)  # SGLang; its contract is the oldest that is tested
-BRACKETS = (0, 5, 18)  # from some version after this one on, an update stands between begin_ and end_weight_update
 PROBE_S, MAX_PROBE_S = 0.5, 15.0  # between two looks at a drained server
 ASK_S = 10.0  # for what a server answers at once
 
@@ -44,7 +44,8 @@ class ServerError(Exception):
 @dataclass(eq=False, slots=True)
 class Server:
     """known: it has said what it is, and is fit for the policy. version: of SGLang. proven: tag of the weights it was
-    last seen to hold. in_flight: groups it works on."""
+    last seen to hold. in_flight: groups it works on. doubts: how often its weights were in doubt; what was under way there
+    then is not taken, and its cache not read again."""
 
     url: str
     known: bool = False
@@ -56,7 +57,7 @@ class Server:
     ready: bool = False
     reason: str = "not asked yet"
     in_flight: int = 0
-    doubts: int = 0  # how often its weights were in doubt: what was under way there then is not taken
+    doubts: int = 0
     asleep: tuple[str, ...] = ()  # what of its memory it has given back, as SGLang names it
     next_probe: float = 0.0
     probe_gap: float = PROBE_S
@@ -65,6 +66,14 @@ class Server:
     def here(self) -> bool:
         """Whether it is on this host."""
         return urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
+
+    def look_later(self, wait_s: float) -> None:
+        """The next look is after `wait_s`, the gap to the one after it twice as long as before."""
+        self.next_probe = time.monotonic() + wait_s
+        self.probe_gap = min(2 * self.probe_gap, MAX_PROBE_S)
+
+
+Waiting = tuple[int, int, asyncio.Future[Server], Collection[Server]]  # turn, place in line, who waits, failed at
 
 
 class Fleet:
@@ -81,10 +90,12 @@ class Fleet:
         """in_flight: bound on a server's groups at a time. say: gets one line when a server goes or comes back."""
         if not urls or len({url.rstrip("/") for url in urls}) < len(urls):
             raise UserError(f"engine.urls must name at least one server and each once, got {list(urls)}")
+        if not (api_key.isascii() and api_key.isprintable()):  # or it would end the header, or could not stand in it
+            raise UserError("the engine's key (OMNI_FAST_ENGINE_KEY) holds a line break or is not ASCII: set it again")
         self.servers = [Server(_checked(url)) for url in urls]
         self.bound = in_flight
         self.say = say
-        self._queue: list[tuple[int, int, asyncio.Future[Server]]] = []  # a heap: turn, place in line, who waits
+        self._queue: list[Waiting] = []  # a heap
         self._places = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-http", daemon=True)
@@ -92,8 +103,9 @@ class Fleet:
         self._http = Connections({"Authorization": f"Bearer {api_key}"} if api_key else {})
 
     def close(self) -> None:
+        """Give up what is under way, so that servers stop working on it."""
         if self._loop.is_running():
-            self.run(self._http.close())
+            self.run(self._end())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -137,11 +149,13 @@ class Fleet:
         return "; ".join(f"{server.url}: {server.reason}" for server in self.servers if not server.ready)
 
     def drain(self, server: Server, reason: str) -> None:
-        """Ask it nothing more until it is back."""
+        """Ask it nothing more until it is back: looked at at once, or later if it has done nothing well since it was last."""
         if server.ready:
             self.say(f"the engine server {server.url} is left out ({reason}); its work goes to the others or waits")
-        server.ready, server.reason, server.next_probe, server.probe_gap = False, reason, 0.0, PROBE_S
+            server.look_later(server.probe_gap - PROBE_S)
+        server.ready, server.reason = False, reason
         self._loop.call_soon_threadsafe(self._http.forget, server.url)
+        self._loop.call_soon_threadsafe(self._serve)  # those that waited for it alone
 
     def admit(self, server: Server) -> None:
         """It holds the current weights and may be asked."""
@@ -150,8 +164,18 @@ class Fleet:
 
     # -- inside the loop ---------------------------------------------------------------------------------------------
 
+    async def _end(self) -> None:
+        under_way = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+        await self._http.close()
+
     async def ask(self, server: Server, path: str, payload: Json = None, timeout_s: float = ASK_S) -> Json:
-        """GET, or POST where there is a payload; the answered JSON. Raises ServerError for anything but a whole 200."""
+        """GET, or POST where there is a payload; the answered JSON.
+
+        Raises ServerError for anything but a whole 200, and for one that says of itself that nothing was done.
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 body = None if payload is None else json.dumps(payload, separators=(",", ":")).encode()
@@ -167,15 +191,18 @@ class Fleet:
             data: Json = json.loads(answer) if answer else None
         except ValueError as error:
             raise ServerError(server.url, path, "the answer is not JSON") from error
+        if member(data, "success") is False:
+            raise ServerError(server.url, path, _told(status, answer), 400)
         return data
 
-    async def take(self, turn: int = 0) -> Server:
+    async def take(self, turn: int = 0, failed: Collection[Server] = ()) -> Server:
         """The ready server with the fewest groups, one more on it now; waits while all are full or drained.
 
-        turn: lower ones go first, whoever waits longer; equal ones in the order they came.
+        turn: lower ones go first, whoever waits longer; equal ones in the order they came. failed: not one of these while
+        another is ready: who fails quickly is free, and would get everything.
         """
         place: asyncio.Future[Server] = self._loop.create_future()
-        heapq.heappush(self._queue, (turn, next(self._places), place))
+        heapq.heappush(self._queue, (turn, next(self._places), place, failed))
         self._serve()
         try:
             return await place
@@ -190,15 +217,21 @@ class Fleet:
 
     def _serve(self) -> None:
         """Free places on ready servers to those that wait."""
-        while self._queue:
-            free = [server for server in self.servers if server.ready and server.in_flight < self.bound]
-            if not free:
-                return
-            _, _, place = heapq.heappop(self._queue)
-            if not place.done():
-                server = min(free, key=lambda one: one.in_flight)
+        passed = []
+        while self._queue and (free := [server for server in self.ready if server.in_flight < self.bound]):
+            waiting = heapq.heappop(self._queue)
+            *_, place, failed = waiting
+            if place.done():
+                continue
+            others = [server for server in self.ready if server not in failed]
+            if fit := [server for server in free if server in others or not others]:
+                server = min(fit, key=lambda one: one.in_flight)
                 server.in_flight += 1
                 place.set_result(server)
+            else:
+                passed.append(waiting)
+        for waiting in passed:
+            heapq.heappush(self._queue, waiting)
 
 
 def member(data: Json, key: str) -> Json:
@@ -213,6 +246,11 @@ def parse_version(text: str) -> tuple[int, ...]:
 
 
 def _checked(url: str) -> str:
+    if "@" in url:
+        raise UserError(
+            "engine.urls: an address holds a user or a password, and addresses are printed: give a key in the environment "
+            "as OMNI_FAST_ENGINE_KEY"
+        )
     try:
         parsed = urlsplit(url)
         usable = parsed.scheme in ("http", "https") and bool(parsed.hostname) and parsed.port != 0  # or raises

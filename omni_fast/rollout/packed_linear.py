@@ -35,7 +35,7 @@ class PackedLinear(nn.Module):
         """`rows`: the number of input rows to lay the weights out for (any other number works as well)."""
         super().__init__()
         self.sources, self.rows = tuple(sources), rows  # a tuple: not registered
-        self.sizes = [len(_weight(source)) for source in sources]
+        self.sizes = [len(weight_of(source)) for source in sources]
         self.packed: decoder.Packed | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
@@ -43,7 +43,7 @@ class PackedLinear(nn.Module):
 
     def read(self) -> None:
         """Take over the sources' weights as they are now."""
-        weights = [_weight(source) for source in self.sources]
+        weights = [weight_of(source) for source in self.sources]
         biases = [bias for source in self.sources if isinstance(bias := source.bias, Tensor)]
         self.bias = torch.cat(biases).detach() if biases else None
         if decoder.multiplies(*weights) and weights[0].shape[1] % 2 == 0:
@@ -67,7 +67,7 @@ def _is_linear(module: nn.Module) -> bool:
     )
 
 
-def _weight(module: nn.Module) -> Tensor:
+def weight_of(module: nn.Module) -> Tensor:
     """What the layer multiplies by: with an active adapter, its product is added in float32 and rounded once."""
     if isinstance(module, nn.Linear):
         return module.weight.detach()

@@ -5,8 +5,8 @@ ready server with the fewest of them; what a server fails at is asked elsewhere,
 their order and their count. A server that failed is looked at again and again and, when it answers, gets the current
 weights before it gets prompts. When none is ready the engine waits, says so, and gives up after `wait_s`.
 
-Every weight version has a tag of its own, unique to this engine, which the server echoes with each sample and which salts
-its prefix cache: a sample with a token of weights older than those it was asked under is never taken, and its prompt never
+Every weight version has a tag of its own, unique to this engine, which the server echoes with each sample and which, with
+how often that server's weights have been in doubt, salts its prefix cache: a sample with a token of weights older than those it was asked under is never taken, and its prompt never
 reads keys and values of older ones. Where a sync comes while groups are under way, they go on with the new weights; the
 version spans of a sample say so.
 The trainer does not import SGLang; see docs/engine.md for what a server needs.
@@ -29,13 +29,13 @@ from typing import Protocol
 
 from omni_fast.errors import RunError, UserError
 from omni_fast.rollout.engine import Finished, Progress, Prompt, Sample, Sampling
-from omni_fast.rollout.fleet import ASK_S, MAX_PROBE_S, OLDEST, Fleet, Json, Server, ServerError, member, parse_version
+from omni_fast.rollout.fleet import ASK_S, OLDEST, PROBE_S, Fleet, Json, Server, ServerError, member, parse_version
 
 ATTEMPTS = 4  # of one group
 REFUSED = (400, 401, 403, 404, 413, 422)  # by HTTP status: the request itself, as another server would refuse it
 NO_ADAPTER = "never been loaded"  # says a server that was started again meanwhile
 MAX_HEALTH_S = 3.0  # of a server that may be back; a healthy one takes 1
-LOOK_S = 0.05  # between two looks at drained servers, and at what has come back
+LOOK_S = 0.05  # between two looks at drained servers, at what has come back, and whether a sync has ended
 Done = tuple[int, list[Sample]]
 
 
@@ -82,7 +82,9 @@ class SGLangEngine:
         self.fleet, self.weights = fleet, weights
         self.request_s, self.wait_s, self.adapter = request_s, wait_s, adapter
         self.wait, self.raise_if_stopping = wait, raise_if_stopping
-        self.version, self._tag = 0, ""  # what every ready server holds, or newer
+        self.version = 0
+        self._tag = ""  # of the weights that every ready server holds, or newer ones
+        self._syncing = False
         self._turns = itertools.count()
         self._ends: set[int] = set()  # tokens that were told of
         self._connect()
@@ -91,19 +93,16 @@ class SGLangEngine:
             raise UserError(f"the engine's servers did not take the policy's weights: {fleet.reasons()}")
 
     def _connect(self) -> None:
-        end = time.monotonic() + self.wait_s
-        for server in self.fleet.servers:
-            self.wait(f"the engine server {server.url} to be ready, up to {self.wait_s:.0f} s")
-            while not self._answers(server) and time.monotonic() < end:
-                self.raise_if_stopping()
-                time.sleep(0.2)
-            if not server.reason:
-                try:
-                    self._introduce(server)
-                except ServerError as error:
-                    raise UserError(f"{error}; is this an SGLang server? Correct engine.urls or the key") from error
-                self.fleet.admit(server)
-        missing = [server for server in self.fleet.servers if not server.known]
+        end, missing = time.monotonic() + self.wait_s, self.fleet.servers
+        while missing:
+            self.wait(f"the engine server {missing[0].url} to be ready, up to {self.wait_s:.0f} s")
+            for server, answer in self.fleet.each(missing, lambda server: self._health(server, ASK_S)):
+                self._meet(server, answer)
+            missing = [server for server in missing if not server.known]
+            if time.monotonic() > end:
+                break
+            self.raise_if_stopping()
+            time.sleep(0.2 if missing else 0.0)
         if missing and not self.fleet.ready:
             raise UserError(
                 f"the engine server {missing[0].url} is not ready after {self.wait_s:.0f} s ({missing[0].reason}): start "
@@ -115,19 +114,21 @@ class SGLangEngine:
                 "out until it answers"
             )
 
-    def _answers(self, server: Server) -> bool:
-        """Whether it is up; else `server.reason` says why not."""
+    def _meet(self, server: Server, answer: ServerError | None) -> None:
+        """Takes it in if it is up; else `server.reason` says why not."""
         try:
-            self.fleet.run(self._health(server, ASK_S))
+            if answer is not None:
+                raise answer
+            self._introduce(server)
+            self.fleet.admit(server)
         except ServerError as error:
             if error.status in (401, 403):
                 raise UserError(
                     f"{error}; set the servers' key in the environment variable OMNI_FAST_ENGINE_KEY"
                 ) from error
+            if answer is None:
+                raise UserError(f"{error}; is this an SGLang server? Correct engine.urls or the key") from error
             server.reason = error.reason
-            return False
-        server.reason = ""
-        return True
 
     async def _health(self, server: Server, limit_s: float) -> None:
         """SGLang answers after a token that it generates. One that a failed sync, or a trainer that died in one, has left
@@ -188,10 +189,16 @@ class SGLangEngine:
 
     def sync(self, version: int) -> dict[str, float]:
         """The policy's weights to every server as `version`; seconds/sync_PHASE. A server that fails is drained."""
-        self.wake("weights")
-        seconds = self.weights.push(version)
-        self.wake("kv_cache")
-        self.version, self._tag = version, self.weights.tag
+        taking, self._syncing = self.fleet.ready, True
+        try:
+            self.wake("weights")
+            seconds = self.weights.push(version)
+            self.wake("kv_cache")
+            self.version, self._tag = version, self.weights.tag
+        finally:
+            for server in taking:
+                server.doubts += not server.ready  # whatever drained it, a request that failed meanwhile for example
+            self._syncing = False
         ready = {"engine_servers": float(len(self.fleet.ready))}
         return {f"seconds/sync_{phase}": value for phase, value in seconds.items()} | ready
 
@@ -240,17 +247,18 @@ class SGLangEngine:
         Only while the policy stands still: a server that comes back gets its weights.
         """
         now = time.monotonic()
-        for server in self.fleet.servers:
-            if not server.ready and now >= server.next_probe:
-                try:
-                    self._bring_back(server)
-                except ServerError as error:
-                    server.reason = error.reason
-                    server.next_probe = time.monotonic() + server.probe_gap
-                    server.probe_gap = min(2 * server.probe_gap, MAX_PROBE_S)
-                except UserError as error:  # it comes late and is not fit
-                    server.reason, server.next_probe = str(error), math.inf
-                    self.fleet.say(f"{error}. It stays left out")
+        due = [server for server in self.fleet.servers if not server.ready and now >= server.next_probe]
+        for server, info in self.fleet.each(
+            due, lambda server: self.fleet.ask(server, "/model_info", timeout_s=MAX_HEALTH_S)
+        ):
+            try:
+                self._bring_back(server, info)
+            except ServerError as error:
+                server.reason = error.reason
+                server.look_later(server.probe_gap)
+            except UserError as error:  # it comes late and is not fit
+                server.reason, server.next_probe = str(error), math.inf
+                self.fleet.say(f"{error}. It stays left out")
         if self.fleet.ready:
             return 0.0
         if not dark:
@@ -263,18 +271,22 @@ class SGLangEngine:
             )
         return dark
 
-    def _bring_back(self, server: Server) -> None:
+    def _bring_back(self, server: Server, info: Json | ServerError) -> None:
+        """info: what it has just said of itself."""
+        if isinstance(info, ServerError):
+            raise info
         how = "is back" if server.known else "has joined"
-        info = self.fleet.run(self.fleet.ask(server, "/model_info", timeout_s=MAX_HEALTH_S))
+        held = member(info, "weight_version")
         tags: list[Json] = [*server.asleep]
         server.asleep = ()  # asked once: one that was not asleep any more would die of it again and again
-        if tags and member(info, "weight_version") == server.proven:  # the process that fell asleep
+        if tags and number(held, self.weights.tag) >= 0:  # the process that fell asleep: a new one has no tag of ours
             server.proven = ""
             self.fleet.run(self.fleet.ask(server, "/resume_memory_occupation", {"tags": tags}))
         self.fleet.run(self._health(server, MAX_HEALTH_S))  # with all of its memory, since it generates
         if not server.known:
             self._introduce(server)
-        if server.proven != self.weights.tag or member(info, "weight_version") != self.weights.tag:
+        if server.proven != self.weights.tag or held != self.weights.tag:
+            server.doubts, server.proven = server.doubts + 1, ""
             self.weights.catch_up(server)
         self.fleet.admit(server)
         self.fleet.say(f"the engine server {server.url} {how}, with weight version {self.version}")
@@ -296,17 +308,20 @@ class SGLangEngine:
 
     async def _group(self, place: int, tokens: Sequence[int], n: int, sampling: Sampling, turn: int) -> list[Sample]:
         told: list[str] = []
+        failed: list[Server] = []
         for _ in range(ATTEMPTS):
-            server = await self.fleet.take(turn)
-            version, tag = self.version, self._tag  # before the answer, servers may come to hold newer ones
-            doubts = server.doubts
+            server = await self.fleet.take(turn, failed)
+            tag, doubts = self._tag, server.doubts  # before the answer, servers may come to hold newer weights
             try:
-                body = request(tokens, n, sampling, tag, self.adapter)
+                body = request(tokens, n, sampling, f"{doubts}:{tag}", tag if self.adapter else None)
                 data = await self.fleet.ask(server, "/generate", body, self.request_s)
+                while self._syncing:  # what its server holds is known afterwards
+                    await asyncio.sleep(LOOK_S)
                 if server.doubts > doubts:  # and perhaps its tag is still the old one
-                    raise Aborted(server.url, "/generate", "a sync failed there meanwhile")
-                samples = read(server, data, n, version, tag, self.adapter)
+                    raise Aborted(server.url, "/generate", "its weights were in doubt meanwhile")
+                samples = read(server, data, n, tag, self.adapter)
                 self._look_at_ends(server, samples, sampling)
+                server.probe_gap = PROBE_S
                 return samples
             except Aborted as error:
                 told.append(str(error))
@@ -316,6 +331,7 @@ class SGLangEngine:
                         f"an engine server refuses prompt {place} of {len(tokens)} tokens: {error}"
                     ) from error
                 told.append(str(error))
+                failed.append(server)
                 self.fleet.drain(server, error.reason)
             finally:
                 self.fleet.give_back(server)
@@ -366,13 +382,13 @@ class Aborted(ServerError):
     """The server ended the request itself; it is otherwise well."""
 
 
-def request(tokens: Sequence[int], n: int, sampling: Sampling, tag: str, adapter: bool = False) -> Json:
-    """The body of /generate, by the adapter `tag` or by the weights. All that has a default and matters is said.
+def request(tokens: Sequence[int], n: int, sampling: Sampling, salt: str, adapter: str | None = None) -> Json:
+    """The body of /generate, by the adapter of that name or by the weights. All that has a default and matters is said.
 
-    With an adapter, n requests in one: SGLang 0.5.17 counts its users wrongly for n > 1, and never lets it be unloaded.
+    salt: of the prefix cache; what is not equal in it shares no keys and values. With an adapter, n requests in one: SGLang 0.5.17 counts its users wrongly for n > 1, and never lets it be unloaded.
     """
     draw: dict[str, Json] = {
-        "n": 1 if adapter else n,
+        "n": n if adapter is None else 1,
         "max_new_tokens": sampling.max_new_tokens,  # the server's default is 128
         "temperature": sampling.temperature,
         "top_p": 1.0,
@@ -381,17 +397,17 @@ def request(tokens: Sequence[int], n: int, sampling: Sampling, tag: str, adapter
         "stop_token_ids": list(sampling.stop_token_ids),
     }
     return {
-        "input_ids": [list(tokens)] * n if adapter else list(tokens),
+        "input_ids": list(tokens) if adapter is None else [list(tokens)] * n,
         "sampling_params": draw,
         "return_logprob": True,
-        "extra_key": tag,
-        "lora_path": tag if adapter else None,
+        "extra_key": salt,
+        "lora_path": adapter,
         "stream": False,
     }
 
 
-def read(server: Server, data: Json, n: int, version: int, tag: str, adapter: bool = False) -> list[Sample]:
-    """The samples of an answer to what was asked under the weights `version`, whose tag is `tag`.
+def read(server: Server, data: Json, n: int, tag: str, adapter: bool = False) -> list[Sample]:
+    """The samples of an answer to what was asked under the weights of `tag`.
 
     Raises ServerError for anything else, a token of older weights or of another engine's among it.
     """
@@ -413,44 +429,51 @@ def read(server: Server, data: Json, n: int, version: int, tag: str, adapter: bo
             raise wrong("a sample without tokens, log-probs or a reason for its end")
         tokens, logprobs = [], []
         for pair in pairs:
-            if not isinstance(pair, list) or not isinstance(pair[0], float | int) or not isinstance(pair[1], int):
+            if (
+                not isinstance(pair, list)
+                or len(pair) < 2
+                or not isinstance(pair[0], (float, int))
+                or not isinstance(pair[1], int)
+            ):
                 raise wrong(f"{str(pair)[:60]} instead of a log-prob and a token")
             logprobs.append(float(pair[0]))
             tokens.append(pair[1])
         if tokens != ids:
             raise wrong("tokens and log-probs of a sample are not of each other")
-        spans = _spans(meta, len(tokens), version, tag)
+        if not math.isfinite(sum(logprobs)):
+            raise wrong("a log-prob of a sample is not finite")
+        spans = _spans(meta, len(tokens), tag)
         if isinstance(spans, str):
             raise wrong(spans)
         if adapter:  # the request named it, whatever the server has come to hold since
-            spans = [(version, 0, len(tokens))]
+            spans = [(number(tag, tag), 0, len(tokens))]
         samples.append(Sample(tokens, logprobs, "stop" if kind == "stop" else "length", spans))
     return samples
 
 
-def _spans(meta: Json, count: int, version: int, tag: str) -> list[tuple[int, int, int]] | str:
-    """(weight version, start, end) over `count` tokens, none older than `version`; or what is wrong."""
-    own = tag.rpartition(".")[0]
+def number(held: Json, tag: str) -> int:
+    """The version that the tag `held` is of; -1 where it is no tag of the engine that `tag` is one of."""
+    run, _, digits = held.rpartition(".") if isinstance(held, str) else ("", "", "")
+    return int(digits) if digits.isdecimal() and run == tag.rpartition(".")[0] else -1
 
-    def number(held: Json) -> int:
-        """The version of a tag of this engine, -1 for any other."""
-        run, _, digits = held.rpartition(".") if isinstance(held, str) else ("", "", "")
-        return version if held == tag else int(digits) if run == own and digits.isdecimal() else -1
 
-    last, told = member(meta, "weight_version"), member(meta, "weight_versions")
-    if number(last) < version:
+def _spans(meta: Json, count: int, tag: str) -> list[tuple[int, int, int]] | str:
+    """(weight version, start, end) over `count` tokens, none older than that of `tag`; or what is wrong."""
+    version, last, told = number(tag, tag), member(meta, "weight_version"), member(meta, "weight_versions")
+    newest = number(last, tag)
+    if newest < version:
         return f"a sample of weights {last!r} instead of {tag!r}"
     if not isinstance(told, list):  # the weights changed at the last token or before it: the oldest that can be is said
-        if number(last) == version or count == 1:
+        if newest == version or count == 1:
             return [(version, 0, count)]
-        return [(version, 0, count - 1), (number(last), count - 1, count)]
+        return [(version, 0, count - 1), (newest, count - 1, count)]
     spans, end = [], 0
     for span in told:
         held, start, stop = (member(span, key) for key in ("version", "start", "end"))
-        if number(held) < version:
+        if number(held, tag) < version:
             return f"a sample of weights {held!r} instead of {tag!r}"
         if start != end or not isinstance(stop, int) or stop <= end:
             return f"spans of weight versions that do not follow each other: {str(told)[:200]}"
-        spans.append((number(held), end, stop))
+        spans.append((number(held, tag), end, stop))
         end = stop
     return spans if end == count else f"spans of weight versions over {end} of {count} tokens"

@@ -2,17 +2,20 @@
 
 A general client costs more than the answers it carries: httpx takes 1.7 ms a request, this 0.5 ms with all that is read
 out of 8 samples (benchmarks/bench_client.py). Spoken: GET and POST, http and https, bodies by length, in chunks, or up to the end of the
-connection. Not spoken: redirects, proxies, compression, cookies. Nothing is ever sent twice: whoever asks decides.
+connection. Not spoken: redirects, proxies, compression, cookies. Nothing is ever sent twice: whoever asks decides. So a
+connection that the server may be closing just now is not used again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from contextlib import suppress
 from urllib.parse import SplitResult, urlsplit
 
 LINE = 1 << 16  # bytes of the answer's head, at most
+IDLE_S = 2.0  # a connection that nobody used for longer is closed; SGLang's server does it after 5
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -29,7 +32,7 @@ class Connections:
 
     def __init__(self, headers: dict[str, str]) -> None:
         self._lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        self._idle: dict[str, list[Streams]] = defaultdict(list)
+        self._idle: dict[str, list[tuple[float, Streams]]] = defaultdict(list)  # since when
 
     async def send(self, url: str, body: bytes | None = None) -> tuple[int, bytes]:
         """POST where there is a body, else GET: status and body of the answer. Raises Broken. Bound its time outside."""
@@ -42,10 +45,10 @@ class Connections:
         return await self._exchange(origin, streams, message)
 
     def _take(self, origin: str) -> Streams | None:
-        """An idle connection that the server has not closed."""
+        """An idle connection that the server has not closed, and is not about to."""
         while self._idle[origin]:
-            reader, writer = self._idle[origin].pop()
-            if not reader.at_eof():
+            since, (reader, writer) = self._idle[origin].pop()
+            if time.monotonic() - since < IDLE_S and not reader.at_eof():
                 return reader, writer
             writer.close()
         return None
@@ -73,19 +76,19 @@ class Connections:
             raise Broken("the answer is not HTTP") from error
         finally:
             if kept:
-                self._idle[origin].append(streams)
+                self._idle[origin].append((time.monotonic(), streams))
             else:
                 writer.close()
 
     def forget(self, url: str) -> None:
         """Close the idle connections to a server: one that died can have its port again the sooner."""
         parts = urlsplit(url)
-        for _, writer in self._idle.pop(f"{parts.scheme}://{parts.netloc}", []):
+        for _, (_, writer) in self._idle.pop(f"{parts.scheme}://{parts.netloc}", []):
             writer.close()
 
     async def close(self) -> None:
-        for streams in self._idle.values():
-            for _, writer in streams:
+        for idle in self._idle.values():
+            for _, (_, writer) in idle:
                 writer.close()
                 with suppress(OSError):
                     await writer.wait_closed()

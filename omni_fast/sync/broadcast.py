@@ -5,7 +5,8 @@ sides must build it alike, which is why a private function of torch is called he
 dies or hangs ends the group for all, and whoever owns the weights brings them another way.
 
 Limits: NCCL was written after its documentation and not run; a GPU can be in a NCCL group once, so trainer and servers
-need GPUs of their own. The store listens on all addresses of this host for as long as the group lives.
+need GPUs of their own. It connects its members in the first broadcast, not in the join, and waits there for a member that
+hangs as long as it hangs. The store listens on all addresses of this host for as long as the group lives.
 """
 
 from __future__ import annotations

@@ -9,11 +9,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from omni_fast.rollout.packed_linear import weight_of
 
 BUCKET_BYTES = 512 << 20
 
@@ -100,15 +101,7 @@ def tensors(model: PreTrainedModel, wanted: Container[str] | None = None) -> Ite
         name = own.replace(".base_layer.", ".")
         if ".lora_" not in own and (wanted is None or name in wanted):
             merged = name != own and name.endswith(".weight")
-            yield name, _merged(model.get_submodule(name.removesuffix(".weight"))) if merged else parameter.detach()
-
-
-def _merged(module: nn.Module) -> Tensor:
-    """The base weight of peft's LoRA layer plus its adapters' product, added in fp32 and rounded once."""
-    adapted: Any = module  # peft's layer, which is not imported for a model without one
-    base: Tensor = adapted.base_layer.weight.detach()
-    deltas = [adapted.get_delta_weight(name).detach().float() for name in adapted.active_adapters]
-    return torch.stack([base.float(), *deltas]).sum(0).to(base.dtype)
+            yield name, weight_of(model.get_submodule(name.removesuffix(".weight"))) if merged else parameter.detach()
 
 
 def checksum(tensor: Tensor) -> int:

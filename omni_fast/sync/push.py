@@ -36,13 +36,14 @@ from typing import Literal
 
 import torch
 import torch.multiprocessing
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from omni_fast.errors import RunError, UserError
 from omni_fast.policy.adapter import save_adapter
-from omni_fast.rollout.fleet import ASK_S, BRACKETS, Fleet, Json, Server, ServerError, member
+from omni_fast.rollout.fleet import ASK_S, OLDEST, Fleet, Json, Server, ServerError, member
 from omni_fast.sync import adapter
 from omni_fast.sync.broadcast import BroadcastGroup, GroupLost
 from omni_fast.sync.plan import BUCKET_BYTES, Plan, checksum, make_plan, tensors
@@ -128,11 +129,10 @@ class WeightSync:
         kinds = member(await self.fleet.ask(server, "/model_info"), "architectures")
         if isinstance(kinds, list) and own not in kinds:
             return f"architecture {', '.join(map(str, kinds))}, the policy {own}"
-        if (size := await self._vocabulary(server)) != config.vocab_size:
+        if (size := await self._vocabulary(server)) not in (config.vocab_size, None):
             return f"a vocabulary of {size}, the policy one of {config.vocab_size}"
         shapes = {name: list(value.shape) for name, value in tensors(self.model)}
-        embedding = next(name for name in shapes if "embed_tokens" in name)
-        server.shows_weights = await self._rows(server, embedding, 1) is not None
+        server.shows_weights = await self._rows(server, next(iter(shapes)), 1) is not None
         if not server.shows_weights:
             self.fleet.say(f"{server.url} does not show its weights ({own}): they are checked by log-probs alone")
             return ""
@@ -148,7 +148,7 @@ class WeightSync:
         return "" if shown is None else f"a layer {layers}, the policy {layers} layers"
 
     async def _vocabulary(self, server: Server) -> int | None:
-        """A server names the valid range when it refuses a token; None where it does not."""
+        """A server names the valid range when it refuses a token; None where it does not, or words it otherwise."""
         draw: Json = {"max_new_tokens": 1}
         ask: Json = {"input_ids": [0], "sampling_params": draw, "return_logprob": True, "token_ids_logprob": [1 << 30]}
         try:
@@ -161,7 +161,7 @@ class WeightSync:
         return None
 
     async def _rows(self, server: Server, name: str, count: int) -> Tensor | None:
-        """The first rows of a server's tensor in fp32; None where it has no such tensor."""
+        """The first rows of a server's tensor in fp32; None where it has no such tensor. Raises ServerError."""
         ask: Json = {"name": name, "truncate_size": count}
         try:
             data = await self.fleet.ask(server, "/get_weights_by_name", ask, self.load_s)
@@ -169,7 +169,10 @@ class WeightSync:
             if error.status == 400:
                 return None
             raise
-        return torch.tensor(data, dtype=torch.float32) if isinstance(data, list) else None
+        try:
+            return torch.tensor(data, dtype=torch.float32) if isinstance(data, list) else None
+        except (TypeError, ValueError) as error:
+            raise ServerError(server.url, "/get_weights_by_name", f"shows no numbers of {name}") from error
 
     # -- one sync ----------------------------------------------------------------------------------------------------
 
@@ -194,7 +197,7 @@ class WeightSync:
     def catch_up(self, server: Server) -> None:
         """The current version from disk to one server that is not ready. Raises ServerError.
 
-        It is paused for that: it would first end all that it works on, which nobody waits for any more.
+        It is paused for that: it would first end all that it works on, which is not taken any more.
         """
         if self._group is not None and server in self._group.servers:  # if it was restarted, it knows no group
             self._end_group()
@@ -224,11 +227,7 @@ class WeightSync:
     def _on_ready(self, work: Callable[[Server], Awaitable[Json]]) -> None:
         for server, result in self.fleet.each(self.fleet.ready, work):
             if isinstance(result, ServerError):
-                self._doubt(server, result)
-
-    def _doubt(self, server: Server, error: ServerError) -> None:
-        server.doubts += 1
-        self.fleet.drain(server, f"weight sync: {error.path} {error.reason}")
+                self.fleet.drain(server, f"weight sync: {result.path} {result.reason}")
 
     # -- disk --------------------------------------------------------------------------------------------------------
 
@@ -295,10 +294,11 @@ class WeightSync:
                 os.fsync(descriptor)
                 os.close(descriptor)
             work.rename(self._folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
             raise RunError(
-                f"the weights for the engine could not be written to {self.folder} ({error.strerror or error}): make room "
-                "there, and run the same command again"
+                f"the weights for the engine could not be written to {self.folder} ({reason}): make room there, and run the "
+                "same command again"
             ) from error
 
     # -- buckets -----------------------------------------------------------------------------------------------------
@@ -308,6 +308,11 @@ class WeightSync:
 
         When the group of a broadcast is lost, those that did not answer are drained and the others load from disk.
         """
+        try:
+            self._join()
+        except GroupLost as error:
+            self._lose(error)
+            return self._push_folder(clock)
         count, ahead = len(self.plan.buckets), len(self._sizes)
         with ThreadPoolExecutor(1) as packer:
             with _timed(clock, "pack"):
@@ -323,13 +328,15 @@ class WeightSync:
                         if late is not None:
                             with _timed(clock, "pack_paused"):
                                 packed.append(late.result())
-                    lost = None
+                    lost = False
                 except GroupLost as error:
-                    lost = error
+                    lost = True
+                    self._lose(error)
                 self._on_ready(lambda server: self._bracket(server, "/end_weight_update"))
-                if lost is not None:
+                if lost:
                     with _timed(clock, "load"):
-                        self._recover(lost)
+                        self._write()
+                        self._on_ready(self._load_folder)
 
     def _load_bucket(self, number: int, flat: Tensor) -> None:
         if not self.fleet.ready:
@@ -337,10 +344,8 @@ class WeightSync:
         bucket = self.plan.buckets[number]
         last: dict[str, Json] = {"weight_version": self.tag} if bucket is self.plan.buckets[-1] else {}
         ask: dict[str, Json] = {"flush_cache": False} | last
-        if self.transport == "distributed":
-            if self._group is None or self._group.servers != self.fleet.ready:
-                self._end_group()
-                self._group = BroadcastGroup(self.fleet, self.fleet.ready, self.model.device, self.broadcast_s)
+        self._join()  # anew, where a server has gone since
+        if self._group is not None:
             return self._group.broadcast(bucket, flat, ask)
         views = bucket.views(flat)
 
@@ -350,6 +355,13 @@ class WeightSync:
             return await self.fleet.ask(server, "/update_weights_from_tensor", body, self.load_s)
 
         self._on_ready(load)
+
+    def _join(self) -> None:
+        """One group with all ready servers, where weights are broadcast. Raises GroupLost."""
+        if self.transport == "distributed" and (self._group is None or self._group.servers != self.fleet.ready):
+            self._end_group()
+            if self.fleet.ready:
+                self._group = BroadcastGroup(self.fleet, self.fleet.ready, self.model.device, self.broadcast_s)
 
     @cached_property
     def _sizes(self) -> list[int]:
@@ -380,16 +392,14 @@ class WeightSync:
                 self._memory[slot] = made.share_memory_() if self.transport == "tensor" else made
         return self._memory[slot]
 
-    def _recover(self, lost: GroupLost) -> None:
+    def _lose(self, lost: GroupLost) -> None:
         self._end_group()
         self.fleet.say(
             f"the broadcast of the weights was given up ({lost}); the servers that are left load them from disk"
         )
         for error in lost.failed:
             (server,) = (one for one in self.fleet.servers if one.url == error.url)
-            self._doubt(server, error)
-        self._write()
-        self._on_ready(self._load_folder)
+            self.fleet.drain(server, f"weight sync: {error.path} {error.reason}")
 
     def _end_group(self) -> None:
         if self._group is not None:
@@ -397,11 +407,14 @@ class WeightSync:
             self._group = None
 
     async def _bracket(self, server: Server, path: str) -> Json:
-        """Around the buckets, where the server is one that has brackets and so needs them."""
-        if server.version > BRACKETS:
+        """Around the buckets, where the server has brackets and so needs them. One that a dead trainer left open is closed."""
+        if server.version > OLDEST:
             try:
                 return await self.fleet.ask(server, path, {}, self.load_s)
             except ServerError as error:
+                if "already open" in error.reason:
+                    await self.fleet.ask(server, "/end_weight_update", {}, self.load_s)
+                    return await self.fleet.ask(server, path, {}, self.load_s)
                 if error.status != 404:
                     raise
         return None
@@ -421,9 +434,10 @@ class WeightSync:
         if held != self.tag:
             raise ServerError(server.url, "/model_info", f"holds weights {held!r} instead of {self.tag!r}")
         for name, value in own.items() if server.shows_weights else ():
-            rows = await self._rows(server, name, ROWS if self.compared is not None else 1 << 40)
-            if rows is None:
-                raise ServerError(server.url, "/get_weights_by_name", f"has no {name}")
+            count = ROWS if self.compared is not None else 1 << 40
+            rows = await self._rows(server, name, count)
+            if rows is None or len(rows) < min(count, len(value)):
+                raise ServerError(server.url, "/get_weights_by_name", f"has no {name}, or not all of it")
             sent = value[: len(rows)].cpu()
             if checksum(rows) not in {checksum(sent.to(dtype).float()) for dtype in (sent.dtype, *HELD_AS)}:
                 raise ServerError(server.url, "/get_weights_by_name", f"{name} is not what was sent")

@@ -154,15 +154,17 @@ class FakeSGLang(ThreadingHTTPServer):
         return 200, {"message": "Generation continued successfully."}
 
     def begin_weight_update(self, body: dict) -> tuple[int, object]:
-        if not self.has_brackets:
-            return self.missing(body)
-        self.session = True
-        return 200, {"success": True, "message": ""}
+        return self._bracket(True, "begin_weight_update: a weight-update session is already open")
 
     def end_weight_update(self, body: dict) -> tuple[int, object]:
+        return self._bracket(False, "end_weight_update called without begin_weight_update")
+
+    def _bracket(self, begins: bool, refusal: str) -> tuple[int, object]:
         if not self.has_brackets:
-            return self.missing(body)
-        self.session = False
+            return self.missing({})
+        if self.session == begins:
+            return 400, {"success": False, "message": refusal}
+        self.session = begins
         return 200, {"success": True, "message": ""}
 
     @property

@@ -114,6 +114,26 @@ def test_a_straggling_server_gets_less_and_holds_up_little() -> None:
     assert seconds < 1.6 * took(3, 400, tail)
 
 
+def test_servers_that_are_silent_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for samples waits for one look at most, however many are gone."""
+    with simulated(6, lambda server, tokens: 1.0) as (fleet, engine):
+        plain = fleet.ask
+
+        async def silent(server: Server, path: str, payload: Json = None, timeout_s: float = 10.0) -> Json:
+            if path != "/model_info":
+                return await plain(server, path, payload, timeout_s)
+            await asyncio.sleep(timeout_s)
+            raise ServerError(server.url, path, "silent")
+
+        monkeypatch.setattr(fleet, "ask", silent)
+        for server in fleet.servers[1:]:
+            fleet.drain(server, "gone")
+        before = fleet._loop.time()
+        assert engine.tend(0.0) == 0.0
+        assert fleet._loop.time() - before < 4.0
+        assert [server.reason for server in fleet.servers] == ["", *["silent"] * 5]
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["hold", "cancel"])), min_size=1, max_size=30), st.booleans()
 )

@@ -289,7 +289,7 @@ def test_no_server_gets_a_prompt_salted_for_weights_that_it_does_not_hold_yet(ma
         found.run(5)
         assert not [line for line in found.said if "left out" in line]
         salts = [body["extra_key"] for body in servers[1].paths("/generate")]
-        assert set(salts) >= {"named.0", "named.1", "named.2"} and salts == sorted(salts)
+        assert set(salts) >= {"0:named.0", "0:named.1", "0:named.2"} and salts == sorted(salts)
 
 
 def test_scores_are_made_while_the_policy_is_updated(made: Made, tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def span(version: str, start: object, end: object) -> dict:
 
 def versions(row: dict) -> list[tuple[int, int, int]]:
     """Asked under version 4 of the engine `run`."""
-    (sample,) = read(Server("http://a"), row, 1, 4, "run.4")
+    (sample,) = read(Server("http://a"), row, 1, "run.4")
     return sample.versions
 
 
@@ -437,7 +437,7 @@ def test_an_answer_tells_which_weights_wrote_which_token_and_at_worst_the_oldest
     told = [span("run.4", 0, 2), span("run.5", 2, 5)]
     assert versions(answer(5, "run.5", told)) == [(4, 0, 2), (5, 2, 5)]
     assert versions(answer(5, "run.5", [span("run.5", 0, 5)])) == [(5, 0, 5)], "it began after a sync"
-    (sample,) = read(Server("http://a"), answer(5, "run.5", told), 1, 4, "run.4", adapter=True)
+    (sample,) = read(Server("http://a"), answer(5, "run.5", told), 1, "run.4", adapter=True)
     assert sample.versions == [(4, 0, 5)], "a request keeps the adapter that it named"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -122,9 +124,9 @@ def test_one_group_is_one_request_that_says_all_that_matters() -> None:
     with engine(server) as made:
         made.generate(prompts(1), 3, SAMPLING)
     (asked,) = server.paths("/generate")
-    assert asked == request([5, 7, 9], 3, SAMPLING, "named.0")
+    assert asked == request([5, 7, 9], 3, SAMPLING, "0:named.0")
     assert asked["sampling_params"]["max_new_tokens"] == 6 and asked["sampling_params"]["stop_token_ids"] == [2]
-    assert asked["extra_key"] == "named.0" and asked["return_logprob"] is True and "text" not in asked
+    assert asked["extra_key"] == "0:named.0" and asked["return_logprob"] is True and "text" not in asked
 
 
 def test_the_least_busy_server_gets_the_next_group_and_none_more_than_its_bound() -> None:
@@ -196,11 +198,11 @@ def test_a_server_that_does_not_get_ready_is_told_before_the_first_step(
         pass
 
 
-@pytest.mark.parametrize("change", ["version", "spans", "tokens", "null", "count", "kind"])
+@pytest.mark.parametrize("change", "version spans tokens null short empty nan infinite count kind".split())
 def test_an_answer_that_is_not_right_is_never_taken(change: str) -> None:
     server = Server("http://a")
     rows = [sample([1, 2], number, {"max_new_tokens": 4}, "t.1") for number in range(2)]
-    assert len(read(server, rows, 2, 1, "t.1")) == 2
+    assert len(read(server, rows, 2, "t.1")) == 2
     meta = rows[1]["meta_info"]
     if change == "version":
         meta["weight_version"] = "t.0"
@@ -210,12 +212,18 @@ def test_an_answer_that_is_not_right_is_never_taken(change: str) -> None:
         rows[1]["output_ids"] = rows[1]["output_ids"][:-1]
     elif change == "null":
         meta["output_token_logprobs"][2][0] = None
+    elif change == "short":
+        del meta["output_token_logprobs"][2][1:]
+    elif change == "empty":
+        meta["output_token_logprobs"][2] = []
+    elif change in ("nan", "infinite"):
+        meta["output_token_logprobs"][2][0] = math.nan if change == "nan" else -math.inf
     elif change == "count":
         rows.pop()
     else:
         meta["finish_reason"] = None
     with pytest.raises(ServerError):
-        read(server, rows, 2, 1, "t.1")
+        read(server, rows, 2, "t.1")
 
 
 json_values = st.recursive(
@@ -234,7 +242,7 @@ json_values = st.recursive(
 @settings(deadline=None, max_examples=300)
 def test_no_json_breaks_the_reader(data: object) -> None:
     with pytest.raises(ServerError):
-        read(Server("http://a"), data, 2, 0, "t")  # type: ignore[arg-type]
+        read(Server("http://a"), data, 2, "t.0")  # type: ignore[arg-type]
 
 
 def test_a_sample_of_other_weights_drains_the_server_until_it_has_the_right_ones() -> None:
@@ -244,6 +252,40 @@ def test_a_sample_of_other_weights_drains_the_server_until_it_has_the_right_ones
         check_whole(made.generate(prompts(5), 2, SAMPLING), 5, 2, "named.0")
         assert made.weights.caught_up == [server.url]
         assert any("someone-else.9" in line for line in made.said)
+        salts = [body["extra_key"] for body in server.paths("/generate")]
+        assert salts[0] == "0:named.0" and salts[-1] == "1:named.0", "keys and values of the other weights are not read"
+
+
+def test_a_prompt_that_is_asked_in_the_moment_of_a_sync_is_of_one_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the engine has come to by then: its salt is of the version that its samples say."""
+    server = fake()
+    with engine(server) as made:
+        asked: list[sglang.ServedRollout] = []
+
+        def ask(one: SGLangEngine, name: str, value: object) -> None:
+            object.__setattr__(one, name, value)
+            asked.append(one.start([Prompt([5, 7, 9], 0)], 2, SAMPLING))
+            time.sleep(0.05)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SGLangEngine, "__setattr__", ask)
+            made.sync(1)
+        found = [rollout.wait()[0] for rollout in asked]
+        assert len(found) >= 2
+        for body, group in zip(server.paths("/generate"), found, strict=True):
+            salt = int(str(body["extra_key"]).removeprefix("0:named."))
+            assert {one.versions[0][0] for one in group} == {salt}
+
+
+def test_closing_gives_up_what_is_under_way() -> None:
+    server = fake()
+    server.faults.append(("/generate", slow(1.0)))
+    with engine(server, request_s=5.0) as made:
+        made.start(prompts(3), 2, SAMPLING)
+        while server.working < 3:
+            time.sleep(0.01)
+        made.fleet.close()
+        assert not asyncio.all_tasks(made.fleet._loop)
 
 
 def test_an_aborted_request_is_asked_again_and_the_server_stays() -> None:
@@ -276,7 +318,8 @@ def test_a_server_that_dies_in_mid_batch_and_comes_back_empty_gets_the_weights_f
         found = made.generate(prompts(300), 2, SAMPLING, finished=finished)
         check_whole(found, 300, 2, "named.5")
         assert again[0].weight_version == "named.5" and again[0].paths("/generate")
-        assert all(body["extra_key"] == "named.5" for body in again[0].paths("/generate"))
+        salts = [body["extra_key"] for body in again[0].paths("/generate")]
+        assert salts[-1] == "1:named.5" and all(salt.endswith(":named.5") for salt in salts)
         again[0].kill()
 
 
@@ -297,6 +340,17 @@ def test_a_prompt_that_fails_everywhere_is_given_up_with_its_reasons() -> None:
     server.faults.append(("/generate", half))
     with engine(server) as made, pytest.raises(RunError, match=r"prompt 0 failed 4 times.*connection broke"):
         made.generate(prompts(1), 2, SAMPLING)
+
+
+def test_a_server_that_fails_at_everything_costs_no_prompt() -> None:
+    """It is free again at once, and answers that it is well: without more ado it would get each prompt four times."""
+    servers = [fake(), fake()]
+    servers[0].faults.append(("/generate", status(500)))
+    servers[1].faults.append(("/generate", slow(0.5)))
+    with engine(*servers, request_s=5.0) as made:
+        check_whole(made.generate(prompts(16), 2, SAMPLING), 16, 2, "named.0")
+        assert len(servers[0].paths("/generate")) <= 16, "each at most once"
+        assert sum("left out" in line for line in made.said) < 10, "it is looked at less and less"
 
 
 def test_a_refused_prompt_is_the_users_and_ends_everything_at_once() -> None:
@@ -345,6 +399,12 @@ def test_servers_that_cannot_be_used_are_told_before_the_first_step() -> None:
         pass
 
 
+def test_a_url_with_a_password_is_refused_without_printing_it() -> None:
+    with pytest.raises(UserError, match="OMNI_FAST_ENGINE_KEY") as told:
+        Fleet(["http://me:s3cret@a:1"])
+    assert "s3cret" not in str(told.value)
+
+
 @pytest.mark.parametrize("urls", [[], ["127.0.0.1:1"], ["ftp://a"], ["http://"], ["http://a", "http://a/"]])
 def test_urls_that_are_none_are_refused(urls: list[str]) -> None:
     with pytest.raises(UserError, match="engine.urls"):
@@ -362,6 +422,13 @@ def test_the_key_goes_with_every_request_and_into_no_message() -> None:
     with pytest.raises(UserError, match="OMNI_FAST_ENGINE_KEY") as told, engine(fake(key="s3cret"), key="wr0ng"):
         pass
     assert "wr0ng" not in str(told.value)
+
+
+@pytest.mark.parametrize("key", ["s3cret\n", "s3cr\u00e9t"])
+def test_a_key_that_cannot_stand_in_a_header_is_refused_without_saying_it(key: str) -> None:
+    with pytest.raises(UserError, match="OMNI_FAST_ENGINE_KEY.*line break") as told:
+        Fleet(["http://a"], api_key=key)
+    assert "s3cr" not in str(told.value)
 
 
 def test_versions_are_read() -> None:

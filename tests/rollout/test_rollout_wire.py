@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omni_fast.rollout import wire
 from omni_fast.rollout.wire import Broken, Connections
 
 
@@ -86,6 +87,19 @@ def test_a_connection_that_the_server_has_closed_meanwhile_is_not_used() -> None
 
     found, _, opened = talk([OK] * 3, work, close_after=1)
     assert found == [(200, b"ok")] * 3 and opened == 3
+
+
+def test_a_connection_that_the_server_may_be_closing_now_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request on it would be lost, and a server that is well would be drained for it."""
+    monkeypatch.setattr(wire, "IDLE_S", 0.1)
+
+    async def work(connections: Connections, url: str) -> list:
+        found = [await connections.send(url), await connections.send(url)]
+        await asyncio.sleep(0.2)
+        return [*found, await connections.send(url)]
+
+    found, _, opened = talk([OK] * 3, work)
+    assert found == [(200, b"ok")] * 3 and opened == 2
 
 
 @given(st.integers(0, len(OK) - 1))

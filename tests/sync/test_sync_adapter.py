@@ -148,3 +148,20 @@ def test_servers_that_slept_have_all_weights_after_the_next_sync(tmp_path: Path,
         made.sleep()
         made.wake("weights", "kv_cache")
         assert not any(server.asleep for server in servers)
+
+
+@pytest.mark.parametrize("transport", [*TRANSPORTS, "adapter"])
+def test_a_server_that_fails_after_it_was_loaded_asleep_wakes_whole(tmp_path: Path, transport: str) -> None:
+    """It has the new version by then, and no cache."""
+    model = llama()
+    if transport == "adapter":
+        add_adapter(model, rank=4, alpha=8.0)
+    server = fake(llama(), lora_rank=8)
+    with engine(model, tmp_path, server, transport=transport) as made:
+        made.sleep()
+        server.faults.append(("/model_info", times(1, status(500))))
+        move(model)
+        made.sync(1)
+        assert not made.fleet.ready and server.weight_version == made.weights.tag
+        made.generate(PROMPTS, 2, SAMPLING)
+        assert not server.asleep and made.fleet.ready

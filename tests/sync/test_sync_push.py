@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import socket
 import time
 from contextlib import ExitStack
@@ -10,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_sglang import FakeSGLang, Fault, Handler, cut, random_weights, serving, silent, slow, status, times
+from fake_sglang import FakeSGLang, Fault, Handler, cut, random_weights, saying, serving, silent, slow, status, times
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from syncing import PROMPTS, SAMPLING, SHAPE, TRANSPORTS, check_equal, engine, fake, llama, move
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from omni_fast.errors import RunError, UserError
 from omni_fast.policy.adapter import add_adapter
@@ -156,6 +157,27 @@ def test_a_model_whose_weights_sglang_does_not_show_is_told_once_and_works(tmp_p
         assert len(made.said) == 1 and "does not show its weights" in made.said[0]
 
 
+def test_a_model_with_other_names_is_taken_too(tmp_path: Path) -> None:
+    sizes = {name: size for name, size in SHAPE.items() if name != "num_key_value_heads"}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes))
+    server = fake(model, architecture="GPTNeoXForCausalLM")
+    with engine(model, tmp_path, server):  # type: ignore[arg-type]
+        check_equal(model, server)
+
+
+def test_a_server_that_words_its_vocabulary_otherwise_is_taken(tmp_path: Path) -> None:
+    def otherwise(handler: Handler, body: dict) -> bool:
+        if "token_ids_logprob" in body:
+            handler.reply(400, {"error": {"message": "token_ids_logprob: no such token"}})
+        return "token_ids_logprob" in body
+
+    model = llama()
+    server = fake(model)
+    server.faults.append(("/generate", otherwise))
+    with engine(model, tmp_path, server):
+        check_equal(model, server)
+
+
 # -- a sync that goes wrong --------------------------------------------------------------------------------------------
 
 
@@ -172,10 +194,13 @@ FAULTY = [
     ("/pause_generation", status(503), r"HTTP 503 \(on demand 503\)"),
     ("/continue_generation", cut, "the connection broke: cut off"),
     ("/model_info", status(500), r"HTTP 500 \(on demand 500\)"),
+    ("/get_weights_by_name", saying(b"[]"), r"has no model.embed_tokens.weight, or not all of it"),
+    ("/get_weights_by_name", saying(b'[["a"], 1]'), "shows no numbers of model.embed_tokens.weight"),
 ]
+NAMES = "load cut half silent pause continue info empty nonsense".split()
 
 
-@pytest.mark.parametrize(("path", "fault", "told"), FAULTY, ids="load cut half silent pause continue info".split())
+@pytest.mark.parametrize(("path", "fault", "told"), FAULTY, ids=NAMES)
 def test_a_server_that_fails_in_a_sync_is_drained_and_then_caught_up(
     tmp_path: Path, path: str, fault: Fault, told: str
 ) -> None:
@@ -298,26 +323,53 @@ def test_a_group_that_is_lost_in_mid_sync_is_bounded_and_the_weights_come_from_d
             check_equal(model, server)
 
 
+def test_a_group_is_joined_before_servers_stand_still(tmp_path: Path) -> None:
+    model = llama()
+    server = fake(model)
+    with engine(model, tmp_path, server, transport="distributed"):
+        paths = [path for path, _ in server.asked]
+    assert paths.index("/init_weights_update_group") < paths.index("/pause_generation")
+
+
+def test_a_session_that_a_dead_trainer_left_open_is_closed(tmp_path: Path) -> None:
+    model = llama()
+    server = fake(model, version="0.5.21")
+    server.session = True
+    with engine(model, tmp_path, server, transport="tensor") as made:
+        check_equal(model, server)
+        assert made.said == [] and not server.session
+
+
+def test_a_bucket_that_was_answered_and_not_loaded_is_noticed_where_no_weights_are_shown(tmp_path: Path) -> None:
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE | {"head_dim": 16}))  # type: ignore[arg-type]
+    server = fake(model, architecture="Qwen3ForCausalLM")
+    with engine(model, tmp_path, server, transport="tensor", bucket_bytes=8_000) as made:
+        refused = saying(b'{"success": false, "message": "not in a session"}')
+        server.faults.append(("/update_weights_from_tensor", times(1, refused)))
+        move(model)
+        made.sync(1)
+        assert not made.fleet.ready and "not in a session" in made.fleet.reasons()
+        made.generate(PROMPTS, 2, SAMPLING)
+        check_equal(model, server)
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_one_wrong_number_or_version_is_noticed(tmp_path: Path, transport: str) -> None:
     model = llama()
     server = fake(model)
     take = server._take
 
-    def spoil(values: dict, body: dict) -> tuple[int, object]:
-        answer = take(values, body)
-        server._take = take  # type: ignore[method-assign]
-        server.weights["model.layers.1.mlp.up_proj.weight"][-1, -1] += 1e-3
-        return answer
-
     def forget(values: dict, body: dict) -> tuple[int, object]:
         server._take = take  # type: ignore[method-assign]
         return take(values, body | {"weight_version": "default"})
 
     with engine(model, tmp_path, server, transport=transport) as made:
-        for step, (wrong, told) in enumerate([(spoil, "is not what was sent"), (forget, "holds weights")], 1):
+        for step, told in enumerate(["is not what was sent", "holds weights"], 1):
             move(model)
-            server._take = wrong  # type: ignore[method-assign]
+            if step == 1:
+                spoil_once(server)
+            else:
+                server._take = forget  # type: ignore[method-assign]
             made.sync(step)
             assert not made.fleet.ready and told in made.fleet.reasons()
             made.generate(PROMPTS, 2, SAMPLING)  # waits until it is caught up
@@ -418,6 +470,54 @@ def test_samples_from_before_a_failed_sync_are_asked_for_again(tmp_path: Path, t
         assert asked == len(PROMPTS) + (lost if transport != "distributed" else 0)
 
 
+def spoil_once(server: FakeSGLang) -> None:
+    """One number of the next load arrives as another."""
+    take = server._take
+
+    def spoil(values: dict, body: dict) -> tuple[int, object]:
+        answer = take(values, body)
+        server._take = take  # type: ignore[method-assign]
+        server.weights["model.layers.1.mlp.up_proj.weight"][-1, -1] += 1e-3
+        return answer
+
+    server._take = spoil  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("when", ["checked", "half loaded", "caught up"])
+def test_samples_of_weights_in_doubt_are_never_taken(tmp_path: Path, when: str) -> None:
+    """They come while what the server holds is not proven: between load and check, or from a server that was drained."""
+    model = llama()
+    server = fake(model)
+    size = 20_000 if when == "half loaded" else 1 << 30
+    with engine(model, tmp_path, server, transport="tensor", bucket_bytes=size) as made:
+        server.faults.append(("/generate", times(1, slow(0.3))))
+        rollout = made.start(PROMPTS[:1], 2, SAMPLING)
+        while not server.working:
+            time.sleep(0.01)
+        (held,) = made.fleet.servers
+        if when == "caught up":
+            made.fleet.drain(held, "on demand")
+            server.weight_version = "lost"
+            spoil_once(server)
+            made.tend(0.0)
+            assert "is not what was sent" in made.fleet.reasons()
+        elif when == "checked":
+            server.faults.append(("/get_weights_by_name", times(1, slow(0.6))))
+            spoil_once(server)
+            move(model)
+            made.sync(1)
+            assert "is not what was sent" in made.fleet.reasons()
+        else:  # a request fails there in the middle of the sync, as a cut connection makes it
+            drained = times(1, lambda handler, body: bool(made.fleet.drain(held, "on demand")))
+            server.faults.append(("/update_weights_from_tensor", drained))
+            move(model)
+            made.sync(1)
+            assert server.weight_version.endswith(".0") and server.paused
+        assert len(rollout.wait()) == 1
+        assert sum("extra_key" in body for body in server.paths("/generate")) == 2, "asked for again"
+        check_equal(model, server)
+
+
 @pytest.mark.parametrize("fault", [None, status(503), cut, silent], ids=["well", "503", "cut", "silent"])
 def test_a_drained_server_that_still_works_is_paused_before_it_is_loaded(
     tmp_path: Path, fault: Fault | None, monkeypatch: pytest.MonkeyPatch
@@ -449,6 +549,18 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "engine").write_text("in the way")
     with pytest.raises(RunError, match="could not be written"), engine(model, tmp_path, fake(model)):
         pass
+
+
+def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
+    model = llama()
+    with engine(model, tmp_path, fake(model)) as made:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            with pytest.raises(RunError, match="could not be written to .*File too large.*make room"):
+                made.sync(1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
