@@ -33,7 +33,6 @@ Scorer = Callable[[str, int, int], Floats]
 class Outcome:
     """Result of a sequential measurement. items: used, per task.   settled: the order met the level in the end."""
 
-    transfer: Transfer
     decision: Decision
     items: dict[str, int]
     settled: bool
@@ -71,7 +70,7 @@ def settle_order(tasks: Sequence[str], sizes: Mapping[str, int], scorer: Scorer,
         scores[task] = np.concatenate([scores[task], more], axis=1)
     checkpoints = len(tasks) + 1
     full = checkpoints * sum(sizes[task] for task in tasks)
-    return Outcome(transfer, decision, used, settled, checkpoints * sum(used.values()), full)
+    return Outcome(decision, used, settled, checkpoints * sum(used.values()), full)
 
 
 def _least_certain(transfer: Transfer, decision: Decision, candidates: Sequence[str]) -> str:

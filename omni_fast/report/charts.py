@@ -302,7 +302,7 @@ def stacked_bars(rows: Mapping[str, Mapping[str, float]], *, unit: str) -> str:
     if not totals or max(totals) <= 0:
         return "<p class=dim>Nothing recorded yet.</p>"
     left, width, bar = 24 + 7 * max(map(len, rows)), 760, 26
-    scale = (width - left - 80) / max(totals)
+    scale = (width - left - 70 - 7 * len(unit)) / max(totals)  # the total stands behind the bar
     parts = []
     for k, (label, row) in enumerate(rows.items()):
         y, x = 6 + k * bar, float(left)

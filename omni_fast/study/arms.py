@@ -43,8 +43,8 @@ class Design:
         for arm in self.arms():
             if other := files.get(slug(arm.name)):
                 raise UserError(
-                    f"the arms {other} and {arm.name} would be kept in one file: list each arm once, and let the names of"
-                    " tasks differ in their letters and digits"
+                    f"the arms {other} and {arm.name} would be kept in one file: list each arm once, and let no task's"
+                    " name be those of others with a dot between"
                 )
             files[slug(arm.name)] = arm.name
         families = [family for family in get_args(Family) if family not in ("repeat", "probe", "every_order")]

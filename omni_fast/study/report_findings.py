@@ -363,8 +363,7 @@ def _does_order_matter(found: Findings) -> list[Sentence]:
             f" {'told' if told else 'not told'} from the second best, {arrow(decision.second)}."
         )
         out.append(Sentence("good" if told else "open", text))
-    first = found.study.primary[0]
-    nothing = f"Whether order matters is not known yet: it needs {first} and its reversal, finished."
+    nothing = "Whether order matters is not known yet: it needs an order and its reversal, or all orders, finished."
     return out or [Sentence("open", nothing)]
 
 

@@ -97,7 +97,6 @@ def test_a_stage_is_what_the_trainer_runs() -> None:
         ("curriculum.order=[]", "needs curriculum.order to name each task once"),
         ("curriculum.replay_fraction=0.2", "no place in a study"),
         ("tasks.sort.name=joint", "rename the task"),
-        ("tasks.sort.name=a>b", "rename the task"),
         ("tasks.sort.name=merge.sort", "rename the task"),
     ],
 )
@@ -127,7 +126,7 @@ def test_the_primary_contrast_is_of_two_arms(pair: str, words: str) -> None:
     [
         ['study.arms=["base", "joint", "base"]'],
         ['study.merges=["ties", "ties"]'],
-        ["tasks.sort.name=a b", "tasks.shift.name=a-b", 'study.arms=["base", "single"]'],
+        ["tasks.sort.name=a", "tasks.shift.name=b", "tasks.reverse.name=a.b", 'study.arms=["every_order"]'],
     ],
 )
 def test_arms_that_would_be_one_file_are_refused(overrides: list[str]) -> None:
