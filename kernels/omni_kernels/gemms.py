@@ -42,12 +42,21 @@ class Matrices:
         """[C, V] of some rows, in the shared buffer."""
         x = self.hidden[rows]
         if not self.buffer.numel():
-            self.buffer = x.new_empty(self.chunk_rows, len(self.weight))
+            width = len(self.weight)
+            # On a GPU rows start at multiples of 32 bytes whatever the vocabulary: kernels and GEMMs take whole vectors then,
+            # and a row's bits do not depend on its place.
+            pitch = -(-width // 16) * 16 if x.is_cuda else width
+            self.buffer = x.new_empty(self.chunk_rows, pitch)[:, :width]
         logits = self._product(x, self.weight.t(), self.buffer[: len(x)])
         return logits if self.bias is None else logits.add_(self.bias)
 
-    def add(self, dlogits: Tensor, rows: Tensor | slice, factor: Tensor | None = None) -> None:
-        """Takes dlogits [C, V] of some rows, times factor [C], into dX, dW and the bias gradient."""
+    def add(
+        self, dlogits: Tensor, rows: Tensor | slice, factor: Tensor | None = None, live: Tensor | None = None
+    ) -> None:
+        """Takes dlogits [C, V] of some rows, times factor [C], into dX, dW and the bias gradient.
+
+        live: bool [C]; the other rows of dlogits, or those of factor 0, are 0, and what hidden holds there (NaN, say) is not used.
+        """
         x = self.hidden[rows]
         if self.dx is not None:
             if factor is not None:
@@ -56,8 +65,10 @@ class Matrices:
                 self._product(dlogits, self.weight, self.dx[rows])
             else:
                 self.dx[rows] = self._product(dlogits, self.weight, torch.empty_like(x))
-        if factor is not None:  # in a sum over rows it goes with the other operand; 0 leaves the row out
-            x = torch.where(factor[:, None] == 0, 0, x * factor[:, None]).to(x.dtype)
+        if factor is not None:  # in a sum over rows it goes with the other operand
+            x, live = (x * factor[:, None]).to(x.dtype), factor != 0
+        if live is not None:
+            x = torch.where(live[:, None], x, 0)
         if self.need_dw:
             self._add_dw(dlogits, x)
         if self.need_db:

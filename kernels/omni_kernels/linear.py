@@ -23,6 +23,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from omni_kernels.backends.torch import blocks, scaled
 from omni_kernels.gemms import Matrices, wide_of
 from omni_kernels.losses import Coefficients, Prepared, coefficients, prepare, row_wise
 from omni_kernels.metrics import METRICS
@@ -274,15 +275,8 @@ def extras(logits: Tensor, targets: Tensor, lse: Tensor, head: Head, top_k: int)
     top_logp = torch.zeros(len(logits), top_k, dtype=lse.dtype, device=logits.device)
     top_tokens = torch.zeros(len(logits), top_k, dtype=torch.int64, device=logits.device)
     squares = torch.zeros_like(lse)
-    block_rows = max(1, (8 << 20) // (4 * logits.shape[1]))
-    for start in range(0, len(logits), block_rows):
-        block = slice(start, start + block_rows)
-        z = logits[block].to(lse.dtype, copy=True)
-        if head.softcap is not None:
-            z.div_(head.softcap).tanh_().mul_(head.softcap)
-        t = head.inv_temperature
-        z.mul_(t[block, None] if isinstance(t, Tensor) and t.ndim else t)
-        log_p = z.sub_(lse[block, None])
+    for block in blocks(logits):
+        log_p = scaled(logits[block], head.inv_temperature, head.softcap, block).sub_(lse[block, None])
         used = targets[block, None] != IGNORE
         best = log_p.topk(top_k, dim=-1)
         top_logp[block] = torch.where(used, best.values, 0)
@@ -341,7 +335,8 @@ def _backward(
         logits = m.logits(rows)
     if finish is None:
         head.backward_(logits, targets, stats, gradient)
-    m.add(logits, rows, factor)
+    # Rows that are not trained on are still there on a GPU, and may hold anything.
+    m.add(logits, rows, factor, gradient.live() & (targets != IGNORE) if targets.is_cuda else None)
 
 
 def _coefficients(stats: Stats, batch: Prepared, spec: LossSpec) -> Coefficients:

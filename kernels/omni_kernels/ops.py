@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from omni_kernels import backends, linear
+from omni_kernels.gemms import wide_of
 from omni_kernels.linear import Gradient, Head, Stats
 from omni_kernels.losses import _Attach
 from omni_kernels.metrics import METRICS
@@ -203,7 +204,7 @@ def _policy_op(
 @_policy_op.register_fake
 def _(hidden, weight, bias, main_grad, targets, *rest):
     *_, want_entropy, need_dx, need_dw, need_db, _tile_rows, _workspace_bytes, _backend = rest
-    dtype, n = _wide(hidden), len(hidden)
+    dtype, n = wide_of(hidden.dtype), len(hidden)
     rows = hidden.new_empty(n, dtype=dtype)
     return (
         hidden.new_empty((), dtype=dtype),
@@ -246,7 +247,7 @@ _policy_op.register_autograd(_policy_backward, setup_context=_policy_setup)
 
 @torch.library.custom_op("omni_kernels::accumulate_", mutates_args=("main_grad",))
 def _accumulate_op(main_grad: Tensor, part: Tensor, upstream: Tensor) -> None:
-    main_grad.addcmul_(part.to(main_grad.dtype), upstream.to(main_grad.dtype))
+    main_grad.addcmul_(part, upstream.to(main_grad.dtype))
 
 
 # --- log-probs from hidden states -------------------------------------------------------------------------------------
@@ -284,7 +285,7 @@ def _logprob_op(
 
 @_logprob_op.register_fake
 def _(hidden, weight, bias, main_grad, targets, row_scale, scale, softcap, want_entropy, top_k, *how):
-    n, dtype, nothing = len(hidden), _wide(hidden), lambda: hidden.new_empty(0)
+    n, dtype, nothing = len(hidden), wide_of(hidden.dtype), lambda: hidden.new_empty(0)
     return (
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty(n, dtype=dtype) if want_entropy else nothing(),
@@ -367,7 +368,7 @@ def _logits_op(
 
 @_logits_op.register_fake
 def _(logits, targets, row_scale, scale, softcap, want_entropy, in_place, backend):
-    rows = logits.new_empty(len(logits), dtype=_wide(logits))
+    rows = logits.new_empty(len(logits), dtype=wide_of(logits.dtype))
     return rows, torch.empty_like(rows) if want_entropy else logits.new_empty(0), torch.empty_like(rows)
 
 
@@ -421,7 +422,7 @@ def _head(
     backend: str,
 ) -> Head:  # fmt: skip
     module = backends.select(rows.device, rows.dtype, backend or None)
-    inv_temperature = scale if row_scale is None else row_scale.to(_wide(rows)).contiguous()
+    inv_temperature = scale if row_scale is None else row_scale.to(wide_of(rows.dtype)).contiguous()
     return Head(module, inv_temperature, softcap or None, workspace_bytes or None, tile_rows)
 
 
@@ -444,10 +445,6 @@ def _tile(hidden: Tensor, batch_invariant: bool) -> int:
 def _needs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
     on = torch.is_grad_enabled()
     return on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad
-
-
-def _wide(rows: Tensor) -> torch.dtype:
-    return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None) -> None:

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
 
 from omni_kernels import backends, linear
+from omni_kernels.gemms import wide_of
 from omni_kernels.linear import Gradient, Head, Stats, check_range
 from omni_kernels.ops import linear_policy_loss
 from omni_kernels.plan import Plan, plan
@@ -198,7 +199,7 @@ def _reduced(dx: Tensor | None, head: _ShardedHead, reduce_dx: bool) -> Tensor |
     if dx is None or not reduce_dx:
         return dx
     assert head.shard is not None
-    total = dx.to(torch.float64 if dx.dtype == torch.float64 else torch.float32)
+    total = dx.to(wide_of(dx.dtype))
     dist.all_reduce(total, group=head.shard.group)
     return total.to(dx.dtype)
 
@@ -211,6 +212,6 @@ def _head(
         rows = f"[{shard.start}, {shard.start + len(weight)})"
         raise ValueError(f"the shard holds rows {rows} of a vocabulary of {shard.vocab}; give each rank rows of it")
     if isinstance(inv_temperature, Tensor):
-        inv_temperature = inv_temperature.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        inv_temperature = inv_temperature.to(wide_of(hidden.dtype))
     module = backends.select(hidden.device, hidden.dtype, backend)
     return _ShardedHead(module, inv_temperature, softcap, workspace_bytes, 0, shard)

@@ -23,6 +23,7 @@ from omni_kernels import (
     policy_loss,
     reference,
 )
+from omni_kernels.gemms import Matrices
 
 BACKENDS = [name for name in ("torch", "cpu") if backends.reason_unavailable(name) is None]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -459,3 +460,16 @@ def test_a_second_backward_adds_the_same_gradient_again() -> None:
     for leaf, gradient in zip(leaves, once, strict=True):
         assert leaf.grad is not None
         torch.testing.assert_close(leaf.grad, 4 * gradient)
+
+
+def test_what_rows_without_a_gradient_hold_is_not_used() -> None:
+    """On a GPU they stay: 0 times NaN would be NaN."""
+    hidden, weight, dlogits = torch.randn(5, 8), torch.randn(11, 8), torch.randn(5, 11)
+    hidden[2], dlogits[2] = torch.nan, 0
+    live = torch.tensor([True, True, False, True, True])
+    for factor in (None, live.float()):
+        m = Matrices(hidden, weight, None, 5, (True, True, True))
+        m.add(dlogits, slice(0, 5), factor, live)
+        assert m.dx is not None and m.dw is not None and m.db is not None
+        assert not m.dx[2].any() and m.dx.isfinite().all() and m.db.isfinite().all()
+        torch.testing.assert_close(m.dw, dlogits[live].T @ hidden[live])

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from omni_kernels.gemms import wide_of
 from omni_kernels.spec import IGNORE
 
 BLOCK_BYTES = {"cpu": 8 << 20}  # a few rows: temporaries that stay in cache
@@ -27,14 +28,14 @@ def rows_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """logits [N, V], targets int64 [N] -> logp, entropy or None, logsumexp; fp32 [N] (fp64 for fp64 logits)."""
     n = len(targets)
-    dtype = _wide(logits)
+    dtype = wide_of(logits.dtype)
     logp, lse = (torch.zeros(n, dtype=dtype, device=logits.device) for _ in range(2))
     entropy = torch.zeros_like(logp) if want_entropy else None
-    for block in _blocks(logits):
+    for block in blocks(logits):
         used = targets[block] != IGNORE
         if not used.is_cuda and not used.any():
             continue
-        z = _scaled(logits[block], inv_temperature, softcap, block)
+        z = scaled(logits[block], inv_temperature, softcap, block)
         peak = z.amax(-1, keepdim=True)
         peak = torch.where(peak == -torch.inf, 0, peak)
         picked = (z.gather(-1, _safe(targets[block])[:, None]) - peak)[:, 0]
@@ -62,8 +63,8 @@ def rows_backward_(
     z_loss: float | Tensor = 0.0,
 ) -> None:
     """Overwrites logits [N, V] with dlogits; z_loss (scalar or [N]) weighs lse^2. Rows without gradient become 0."""
-    for block in _blocks(logits):
-        z = _scaled(logits[block], inv_temperature, softcap, block)
+    for block in blocks(logits):
+        z = scaled(logits[block], inv_temperature, softcap, block)
         slope: Tensor | None = None
         if softcap is not None:
             bound = _column(inv_temperature, block) * softcap
@@ -97,11 +98,8 @@ def rows_backward_(
         logits[block] = torch.where(used[:, None], g, 0).to(logits.dtype)
 
 
-def _wide(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _blocks(logits: Tensor) -> Iterator[slice]:
+def blocks(logits: Tensor) -> Iterator[slice]:
+    """Slices of the rows, of about `BLOCK_BYTES` in fp32."""
     n, width = logits.shape
     limit = BLOCK_BYTES.get(logits.device.type, _DEVICE_BLOCK_BYTES)
     rows = max(1, math.floor(limit / (max(width, 1) * 4)))
@@ -117,9 +115,9 @@ def _column(value: float | Tensor, block: slice) -> float | Tensor:
     return value[block, None] if isinstance(value, Tensor) and value.ndim else value
 
 
-def _scaled(logits: Tensor, inv_temperature: float | Tensor, softcap: float | None, block: slice) -> Tensor:
+def scaled(logits: Tensor, inv_temperature: float | Tensor, softcap: float | None, block: slice) -> Tensor:
     """z of some rows, a fresh wide tensor."""
-    z = logits.to(_wide(logits), copy=True)
+    z = logits.to(wide_of(logits.dtype), copy=True)
     if softcap is not None:
         z.div_(softcap).tanh_().mul_(softcap)
     if isinstance(inv_temperature, Tensor) or inv_temperature != 1:

@@ -223,7 +223,9 @@ def _merge(peaks, totals, weights, z_target, scale, ENTROPY: tl.constexpr):
     entropy = log_total
     if ENTROPY:
         entropy = log_total - weighted / total * _LN_2
-    return (z_target - peak) * scale - log_total, entropy, peak * scale + log_total, peak, log_total * _LOG2_E
+    # rounding alone can take a log-prob beyond 0
+    logp = tl.minimum((z_target - peak) * scale - log_total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return logp, entropy, peak * scale + log_total, peak, log_total * _LOG2_E
 
 
 @triton.jit
