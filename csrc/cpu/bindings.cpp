@@ -13,7 +13,6 @@
 #include <vector>
 
 #include "bindings.h"
-#include "parallel.h"
 #include "program.h"
 
 namespace py = pybind11;
@@ -63,26 +62,19 @@ Rows make_rows(std::uintptr_t logits, int dtype, std::int64_t rows, std::int64_t
 
 void rows_forward(std::uintptr_t logits, int dtype, std::int64_t rows, std::int64_t vocab, std::int64_t row_stride,
                   std::uintptr_t targets, float inv_t, std::uintptr_t inv_t_rows, float softcap, std::uintptr_t logp,
-                  std::uintptr_t entropy, std::uintptr_t lse, int num_threads, const std::string& isa) {
-  const RowKernels& kernels = kernels_named(isa);
-  const int threads = checked_threads(num_threads);
-  const py::gil_scoped_release release;
+                  std::uintptr_t entropy, std::uintptr_t lse, const How& how) {
   Rows r = make_rows(logits, dtype, rows, vocab, row_stride, targets, inv_t, inv_t_rows, softcap);
   r.logp = at<float>(logp, "logp", rows > 0);
   r.entropy = at<float>(entropy, "entropy", false);
   r.lse = at<float>(lse, "lse", rows > 0);
   r.want_entropy = r.entropy != nullptr;
-  parallel_for(rows, grain_of(rows, threads), threads,
-               [&](std::int64_t begin, std::int64_t end) { kernels.forward(r, begin, end); });
+  how.over_rows(rows, [&](std::int64_t begin, std::int64_t end) { how.kernels.forward(r, begin, end); });
 }
 
 void rows_backward(std::uintptr_t logits, int dtype, std::int64_t rows, std::int64_t vocab, std::int64_t row_stride,
                    std::uintptr_t targets, float inv_t, std::uintptr_t inv_t_rows, float softcap, std::uintptr_t lse,
                    std::uintptr_t entropy, std::uintptr_t a, std::uintptr_t b, float z_loss, std::uintptr_t z_loss_rows,
-                   int num_threads, const std::string& isa) {
-  const RowKernels& kernels = kernels_named(isa);
-  const int threads = checked_threads(num_threads);
-  const py::gil_scoped_release release;
+                   const How& how) {
   Rows r = make_rows(logits, dtype, rows, vocab, row_stride, targets, inv_t, inv_t_rows, softcap);
   r.lse = at<float>(lse, "lse", rows > 0);
   r.a = at<float>(a, "a", rows > 0);
@@ -90,8 +82,7 @@ void rows_backward(std::uintptr_t logits, int dtype, std::int64_t rows, std::int
   r.entropy = at<float>(entropy, "entropy", rows > 0 && r.b);
   r.z_loss = z_loss;
   r.z_loss_rows = at<float>(z_loss_rows, "z_loss", false);
-  parallel_for(rows, grain_of(rows, threads), threads,
-               [&](std::int64_t begin, std::int64_t end) { kernels.backward(r, begin, end); });
+  how.over_rows(rows, [&](std::int64_t begin, std::int64_t end) { how.kernels.backward(r, begin, end); });
 }
 
 // A checked program that owns its code; columns are bound at the call.
@@ -128,13 +119,10 @@ class CoefficientProgram {
 void rows_fused(std::uintptr_t logits, int dtype, std::int64_t rows, std::int64_t vocab, std::int64_t row_stride,
                 std::uintptr_t targets, float inv_t, std::uintptr_t inv_t_rows, float softcap, std::uintptr_t logp,
                 std::uintptr_t entropy, std::uintptr_t lse, const CoefficientProgram& program,
-                const std::vector<std::uintptr_t>& columns, int num_threads, const std::string& isa) {
-  const RowKernels& kernels = kernels_named(isa);
-  const int threads = checked_threads(num_threads);
+                const std::vector<std::uintptr_t>& columns, const How& how) {
   if (static_cast<int>(columns.size()) != program.columns())
     fail("columns has " + std::to_string(columns.size()) + " entries, the program reads " +
          std::to_string(program.columns()));
-  const py::gil_scoped_release release;
   Rows r = make_rows(logits, dtype, rows, vocab, row_stride, targets, inv_t, inv_t_rows, softcap);
   std::vector<const float*> column;
   for (const std::uintptr_t address : columns) column.push_back(at<float>(address, "columns", rows > 0));
@@ -144,8 +132,7 @@ void rows_fused(std::uintptr_t logits, int dtype, std::int64_t rows, std::int64_
   r.entropy = at<float>(entropy, "entropy", rows > 0 && program.has_entropy_gradient());
   r.lse = at<float>(lse, "lse", rows > 0);
   r.want_entropy = r.entropy != nullptr;
-  parallel_for(rows, grain_of(rows, threads), threads,
-               [&](std::int64_t begin, std::int64_t end) { kernels.fused(r, begin, end); });
+  how.over_rows(rows, [&](std::int64_t begin, std::int64_t end) { how.kernels.fused(r, begin, end); });
 }
 
 void vector_exp2(std::uintptr_t x, std::uintptr_t y, std::int64_t n, const std::string& isa) {
@@ -167,26 +154,14 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("instruction_sets", &instruction_sets, "What this processor runs, best first.");
   m.def(
       "thread_runtime", [] { return std::string(thread_runtime()); }, "'openmp' (shared with torch) or 'std::thread'.");
-  m.attr("OPS") = std::vector<std::string>{
-      "const", "add", "sub", "mul", "div", "neg", "abs", "exp", "expm1", "log", "log1p", "sigmoid",  "sqrt", "min",
-      "max",   "lt",  "le",  "gt",  "ge",  "eq",  "ne",  "and", "or",    "not", "where", "isfinite", "isnan"};
+  m.attr("OPS") = std::vector<std::string>(std::begin(kOpNames), std::end(kOpNames));
   py::class_<CoefficientProgram>(m, "CoefficientProgram")
       .def(py::init<const std::vector<std::tuple<int, int, int, int, int, float>>&, int,
-                    const std::tuple<int, int, int>&>(),
-           py::arg("code"), py::arg("columns"), py::arg("results"))
-      .def_property_readonly("columns", &CoefficientProgram::columns)
-      .def_property_readonly("has_entropy_gradient", &CoefficientProgram::has_entropy_gradient);
-  m.def("rows_forward", &rows_forward, py::arg("logits"), py::arg("dtype"), py::arg("rows"), py::arg("vocab"),
-        py::arg("row_stride"), py::arg("targets"), py::arg("inv_t"), py::arg("inv_t_rows"), py::arg("softcap"),
-        py::arg("logp"), py::arg("entropy"), py::arg("lse"), py::arg("num_threads"), py::arg("isa") = "auto");
-  m.def("rows_backward", &rows_backward, py::arg("logits"), py::arg("dtype"), py::arg("rows"), py::arg("vocab"),
-        py::arg("row_stride"), py::arg("targets"), py::arg("inv_t"), py::arg("inv_t_rows"), py::arg("softcap"),
-        py::arg("lse"), py::arg("entropy"), py::arg("a"), py::arg("b"), py::arg("z_loss"), py::arg("z_loss_rows"),
-        py::arg("num_threads"), py::arg("isa") = "auto");
-  m.def("rows_fused", &rows_fused, py::arg("logits"), py::arg("dtype"), py::arg("rows"), py::arg("vocab"),
-        py::arg("row_stride"), py::arg("targets"), py::arg("inv_t"), py::arg("inv_t_rows"), py::arg("softcap"),
-        py::arg("logp"), py::arg("entropy"), py::arg("lse"), py::arg("program"), py::arg("columns"),
-        py::arg("num_threads"), py::arg("isa") = "auto");
+                    const std::tuple<int, int, int>&>());
+  py::class_<How>(m, "How").def(py::init<int, const std::string&>());
+  m.def("rows_forward", &rows_forward);
+  m.def("rows_backward", &rows_backward);
+  m.def("rows_fused", &rows_fused);
   bind_decoder(m);
-  m.def("vector_exp2", &vector_exp2, py::arg("x"), py::arg("y"), py::arg("n"), py::arg("isa") = "auto");
+  m.def("vector_exp2", &vector_exp2);
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "parallel.h"
 #include "rows.h"
 
 namespace omni {
@@ -27,16 +28,27 @@ inline const RowKernels& kernels_named(const std::string& name) {
   return *kernels;
 }
 
-inline int checked_threads(int threads) {
-  if (threads < 1 || threads > 4096) fail("num_threads = " + std::to_string(threads) + " must be between 1 and 4096");
-  return threads;
-}
+// Which kernels, on how many threads: the last argument of every function that works on rows.
+struct How {
+  How(int num_threads, const std::string& isa) : kernels(kernels_named(isa)), threads(num_threads) {
+    if (threads < 1 || threads > 4096) fail("num_threads = " + std::to_string(threads) + " must be between 1 and 4096");
+  }
+  const RowKernels& kernels;
+  const int threads;
 
-// Ranges short enough to balance, long enough to stream.
-inline std::int64_t grain_of(std::int64_t rows, int threads) {
-  const std::int64_t grain = rows / (4 * static_cast<std::int64_t>(threads));
-  return grain < 1 ? 1 : grain > 16 ? 16 : grain;
-}
+  // Calls body(begin, end) over ranges of at most `grain` tasks, without the GIL.
+  template <class Body>
+  void over(std::int64_t tasks, std::int64_t grain, const Body& body) const {
+    const py::gil_scoped_release release;
+    parallel_for(tasks, grain, threads, body);
+  }
+  // The same over rows, in ranges short enough to balance and long enough to stream.
+  template <class Body>
+  void over_rows(std::int64_t rows, const Body& body) const {
+    const std::int64_t grain = rows / (4 * static_cast<std::int64_t>(threads));
+    over(rows, grain < 1 ? 1 : grain > 16 ? 16 : grain, body);
+  }
+};
 
 // The functions of bindings_decoder.cpp.
 void bind_decoder(py::module_& m);

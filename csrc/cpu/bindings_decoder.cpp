@@ -3,12 +3,14 @@
 // here.
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstddef>
 #include <new>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
-#include "parallel.h"
 
 namespace omni {
 namespace {
@@ -50,37 +52,28 @@ Norm norm_of(int dtype, std::int64_t rows, std::int64_t width, Address x, Addres
 }
 
 void norm_forward(int dtype, std::int64_t rows, std::int64_t width, Address x, Address residual, Address weight,
-                  float eps, Address sum, Address y, Address inverse, int num_threads, const std::string& isa) {
-  const RowKernels& kernels = kernels_named(isa);
-  const int threads = checked_threads(num_threads);
+                  float eps, Address sum, Address y, Address inverse, const How& how) {
   Norm a = norm_of(dtype, rows, width, x, weight, inverse);
   a.residual = maybe(residual);
   a.eps = eps;
   a.sum = there(sum, "sum", residual ? rows : 0);
   a.y = there(y, "y", rows);
-  const py::gil_scoped_release release;
-  parallel_for(rows, grain_of(rows, threads), threads,
-               [&](std::int64_t begin, std::int64_t end) { kernels.decoder.norm_forward(a, begin, end); });
+  how.over_rows(rows, [&](std::int64_t begin, std::int64_t end) { how.kernels.decoder.norm_forward(a, begin, end); });
 }
 
 void norm_backward(int dtype, std::int64_t rows, std::int64_t width, Address x, Address weight, Address inverse,
-                   Address dy, Address dsum, Address dx, Address dweight, int num_threads, const std::string& isa) {
-  const RowKernels& kernels = kernels_named(isa);
-  const int threads = checked_threads(num_threads);
+                   Address dy, Address dsum, Address dx, Address dweight, const How& how) {
   Norm a = norm_of(dtype, rows, width, x, weight, inverse);
   a.dy = there(dy, "dy", rows);
   a.dsum = maybe(dsum);
   a.dx = there(dx, "dx", rows);
   a.dweight = maybe<float>(dweight);
-  const py::gil_scoped_release release;
-  parallel_for((rows + kNormRows - 1) / kNormRows, 1, threads,
-               [&](std::int64_t begin, std::int64_t end) { kernels.decoder.norm_backward(a, begin, end); });
+  how.over((rows + kNormRows - 1) / kNormRows, 1,
+           [&](std::int64_t begin, std::int64_t end) { how.kernels.decoder.norm_backward(a, begin, end); });
 }
 
 void gate(int dtype, std::int64_t rows, std::int64_t width, std::int64_t stride, Address gate, Address up, Address y,
-          Address dy, Address dgate, Address dup, int num_threads, const std::string& isa) {
-  const RowKernels& kernels = kernels_named(isa);
-  const int threads = checked_threads(num_threads);
+          Address dy, Address dgate, Address dup, const How& how) {
   at_least(rows, 0, "rows");
   at_least(width, 1, "width");
   at_least(stride, width, "stride");
@@ -95,17 +88,12 @@ void gate(int dtype, std::int64_t rows, std::int64_t width, std::int64_t stride,
   a.dy = maybe(dy);
   a.dgate = there(dgate, "dgate", dy ? rows : 0);
   a.dup = there(dup, "dup", dy ? rows : 0);
-  const auto kernel = dy ? kernels.decoder.gate_backward : kernels.decoder.gate_forward;
-  const py::gil_scoped_release release;
-  parallel_for(rows, grain_of(rows, threads), threads,
-               [&](std::int64_t begin, std::int64_t end) { kernel(a, begin, end); });
+  const auto kernel = dy ? how.kernels.decoder.gate_backward : how.kernels.decoder.gate_forward;
+  how.over_rows(rows, [&](std::int64_t begin, std::int64_t end) { kernel(a, begin, end); });
 }
 
 void rotate(int dtype, std::int64_t rows, std::int64_t heads, std::int64_t size, std::int64_t stride,
-            std::int64_t out_stride, Address x, Address cos, Address sin, Address y, bool backward, int num_threads,
-            const std::string& isa) {
-  const RowKernels& kernels = kernels_named(isa);
-  const int threads = checked_threads(num_threads);
+            std::int64_t out_stride, Address x, Address cos, Address sin, Address y, bool backward, const How& how) {
   at_least(rows, 0, "rows");
   at_least(heads, 1, "heads");
   at_least(size, 2, "size");
@@ -124,22 +112,26 @@ void rotate(int dtype, std::int64_t rows, std::int64_t heads, std::int64_t size,
   a.sin = there(sin, "sin", rows);
   a.y = there(y, "y", rows);
   a.backward = backward;
-  const py::gil_scoped_release release;
-  parallel_for(rows, grain_of(rows, threads), threads,
-               [&](std::int64_t begin, std::int64_t end) { kernels.decoder.rotate(a, begin, end); });
+  how.over_rows(rows, [&](std::int64_t begin, std::int64_t end) { how.kernels.decoder.rotate(a, begin, end); });
+}
+
+void check_heads(std::int64_t heads, std::int64_t kv_heads, std::int64_t size) {
+  at_least(kv_heads, 1, "kv_heads");
+  if (heads < 1 || heads % kv_heads) fail("heads = " + std::to_string(heads) + " must be a multiple of kv_heads");
+  if (size < 32 || size % 32) fail("size = " + std::to_string(size) + " must be a multiple of 32");
 }
 
 // The blocks of an attention over trees, checked once; calls bind tensors to them.
 class TreeBlocks {
  public:
-  // Copies; each number is how many elements there are.
-  TreeBlocks(Address trees, std::int64_t tree_numbers, Address blocks, std::int64_t block_numbers, Address rows,
-             std::int64_t row_count, Address columns, std::int64_t column_count, Address bias, std::int64_t bias_count)
-      : trees_(copied<std::int64_t>(trees, tree_numbers)),
-        blocks_(copied<std::int64_t>(blocks, block_numbers)),
-        rows_(copied<std::int32_t>(rows, row_count)),
-        columns_(copied<std::int32_t>(columns, column_count)),
-        bias_(copied<std::uint16_t>(bias, bias_count)) {
+  using List = std::pair<Address, std::int64_t>;  // and how many elements there are
+  // Copies the lists: trees, blocks, rows, columns, bias.
+  explicit TreeBlocks(const std::array<List, 5>& lists)
+      : trees_(copied<std::int64_t>(lists[0])),
+        blocks_(copied<std::int64_t>(lists[1])),
+        rows_(copied<std::int32_t>(lists[2])),
+        columns_(copied<std::int32_t>(lists[3])),
+        bias_(copied<std::uint16_t>(lists[4])) {
     const std::int64_t count = static_cast<std::int64_t>(blocks_.size() / 5);
     if (trees_.size() % 4 || blocks_.size() % 5) fail("trees must have 4 numbers each and blocks 5");
     for (std::size_t t = 0; t < trees_.size(); t += 4) {
@@ -171,10 +163,10 @@ class TreeBlocks {
 
  private:
   template <class T>
-  static std::vector<T> copied(Address from, std::int64_t count) {
-    at_least(count, 0, "count");
-    const T* first = there<const T>(from, "a list of the blocks", count);
-    return std::vector<T>(first, first + count);
+  static std::vector<T> copied(const List& list) {
+    at_least(list.second, 0, "count");
+    const T* first = there<const T>(list.first, "a list of the blocks", list.second);
+    return std::vector<T>(first, first + list.second);
   }
   void check(std::int64_t index, std::int64_t first, std::int64_t last) const {
     const std::int64_t* b = blocks_.data() + 5 * index;
@@ -198,12 +190,14 @@ class TreeBlocks {
   std::int64_t all_ = 0;
 };
 
-Attention attention_of(const TreeBlocks& trees, int dtype, std::int64_t rows, std::int64_t heads, std::int64_t kv_heads,
-                       std::int64_t size, Address q, std::int64_t q_stride, Address k, std::int64_t k_stride, Address v,
-                       std::int64_t v_stride, float scale, Address lse) {
-  at_least(kv_heads, 1, "kv_heads");
-  if (heads < 1 || heads % kv_heads) fail("heads = " + std::to_string(heads) + " must be a multiple of kv_heads");
-  if (size < 32 || size % 32) fail("size = " + std::to_string(size) + " must be a multiple of 32");
+// What attention forward and backward begin with: dtype; rows, heads, kv_heads, size; q, k and v, each with its stride;
+// scale; lse.
+using Attended = std::tuple<int, std::int64_t, std::int64_t, std::int64_t, std::int64_t, Address, std::int64_t, Address,
+                            std::int64_t, Address, std::int64_t, float, Address>;
+
+Attention attention_of(const TreeBlocks& trees, const Attended& given) {
+  const auto& [dtype, rows, heads, kv_heads, size, q, q_stride, k, k_stride, v, v_stride, scale, lse] = given;
+  check_heads(heads, kv_heads, size);
   if (rows < trees.rows())
     fail("the trees have " + std::to_string(trees.rows()) + " rows, the tensors " + std::to_string(rows));
   at_least(q_stride, heads * size, "q_stride");
@@ -240,8 +234,7 @@ class Wave {
  public:
   Wave(const std::vector<std::vector<std::int32_t>>& columns, std::int64_t kv_heads, std::int64_t size)
       : kv_heads_(kv_heads), size_(size), start_{0}, row_start_(columns.size() + 1) {
-    at_least(kv_heads, 1, "kv_heads");
-    if (size < 32 || size % 32) fail("size = " + std::to_string(size) + " must be a multiple of 32");
+    check_heads(kv_heads, kv_heads, size);
     for (const auto& own : columns) {
       at_least(static_cast<std::int64_t>(own.size()), 1, "columns of a prompt");
       for (const std::int32_t column : own) {
@@ -272,23 +265,18 @@ class Wave {
     rows_ = rows;
   }
   void store(int dtype, std::int64_t tokens, Address k, Address v, std::int64_t stride, Address keys, Address values,
-             int num_threads, const std::string& isa) const {
-    const RowKernels& kernels = kernels_named(isa);
-    const int threads = checked_threads(num_threads);
+             const How& how) const {
     at_least(tokens, tokens_, "tokens");
     const Prompts a = prompts_of(dtype, k, v, stride, keys, values);
-    const py::gil_scoped_release release;
-    parallel_for(a.prompts * kv_heads_, 1, threads, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t task = begin; task < end; ++task) kernels.decoder.store(a, task);
+    how.over(a.prompts * kv_heads_, 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t task = begin; task < end; ++task) how.kernels.decoder.store(a, task);
     });
   }
   void decode(int dtype, std::int64_t rows, std::int64_t heads, Address q, Address k, Address v, std::int64_t stride,
               Address keys, Address values, Address own_keys, Address own_values, std::int64_t capacity,
-              std::int64_t own, float scale, Address out, int num_threads, const std::string& isa) const {
-    const RowKernels& kernels = kernels_named(isa);
-    const int threads = checked_threads(num_threads);
+              std::int64_t own, float scale, Address out, const How& how) const {
     if (rows != static_cast<std::int64_t>(rows_.size())) fail("the wave has " + std::to_string(rows_.size()) + " rows");
-    if (heads < 1 || heads % kv_heads_) fail("heads = " + std::to_string(heads) + " must be a multiple of kv_heads");
+    check_heads(heads, kv_heads_, size_);
     at_least(stride, heads * size_, "stride");
     at_least(own, 1, "own");
     at_least(capacity, own, "capacity");
@@ -306,10 +294,9 @@ class Wave {
     a.scale = scale;
     a.out = there(out, "out", rows);
     const std::size_t bytes = decode_bytes(most_, own, size_);
-    const py::gil_scoped_release release;
-    parallel_for(a.prompt.prompts * kv_heads_, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+    how.over(a.prompt.prompts * kv_heads_, 1, [&](std::int64_t begin, std::int64_t end) {
       const Scratch scratch(bytes);
-      for (std::int64_t task = begin; task < end; ++task) kernels.decoder.decode(a, task, scratch.start);
+      for (std::int64_t task = begin; task < end; ++task) how.kernels.decoder.decode(a, task, scratch.start);
     });
   }
 
@@ -338,38 +325,28 @@ class Wave {
 };
 
 template <class Kernel>
-void over_trees(const Attention& a, std::size_t bytes, int threads, Kernel kernel) {
-  parallel_for(a.trees * a.kv_heads, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+void over_trees(const TreeBlocks& trees, const Attention& a, bool backward, const How& how, Kernel kernel) {
+  const std::size_t bytes = trees.bytes(a.heads / a.kv_heads, a.size, backward);
+  how.over(a.trees * a.kv_heads, 1, [&](std::int64_t begin, std::int64_t end) {
     const Scratch scratch(bytes);
     for (std::int64_t task = begin; task < end; ++task) kernel(a, task, scratch.start);
   });
 }
 
-void attend_forward(const TreeBlocks& trees, int dtype, std::int64_t rows, std::int64_t heads, std::int64_t kv_heads,
-                    std::int64_t size, Address q, std::int64_t q_stride, Address k, std::int64_t k_stride, Address v,
-                    std::int64_t v_stride, float scale, Address lse, Address out, int num_threads,
-                    const std::string& isa) {
-  const RowKernels& kernels = kernels_named(isa);
-  const int threads = checked_threads(num_threads);
-  Attention a =
-      attention_of(trees, dtype, rows, heads, kv_heads, size, q, q_stride, k, k_stride, v, v_stride, scale, lse);
-  a.out = there(out, "out", rows);
-  const py::gil_scoped_release release;
-  over_trees(a, trees.bytes(heads / kv_heads, size, false), threads, kernels.decoder.attend_forward);
+void attend_forward(const TreeBlocks& trees, const Attended& given, Address out, const How& how) {
+  Attention a = attention_of(trees, given);
+  a.out = there(out, "out", std::get<1>(given));
+  over_trees(trees, a, false, how, how.kernels.decoder.attend_forward);
 }
 
-void attend_backward(const TreeBlocks& trees, int dtype, std::int64_t rows, std::int64_t heads, std::int64_t kv_heads,
-                     std::int64_t size, Address q, std::int64_t q_stride, Address k, std::int64_t k_stride, Address v,
-                     std::int64_t v_stride, float scale, Address lse, Address dout, Address dq, std::int64_t dq_stride,
-                     Address dk, Address dv, std::int64_t dkv_stride, Address wide_dk, Address wide_dv, int num_threads,
-                     const std::string& isa) {
-  const RowKernels& kernels = kernels_named(isa);
-  const int threads = checked_threads(num_threads);
-  Attention a =
-      attention_of(trees, dtype, rows, heads, kv_heads, size, q, q_stride, k, k_stride, v, v_stride, scale, lse);
+void attend_backward(const TreeBlocks& trees, const Attended& given, Address dout, Address dq, std::int64_t dq_stride,
+                     Address dk, Address dv, std::int64_t dkv_stride, Address wide_dk, Address wide_dv,
+                     const How& how) {
+  const std::int64_t rows = std::get<1>(given);
+  Attention a = attention_of(trees, given);
+  at_least(dq_stride, a.heads * a.size, "dq_stride");
+  at_least(dkv_stride, a.kv_heads * a.size, "dkv_stride");
   a.dout = there(dout, "dout", rows);
-  at_least(dq_stride, heads * size, "dq_stride");
-  at_least(dkv_stride, kv_heads * size, "dkv_stride");
   a.dq = there(dq, "dq", rows);
   a.dq_stride = dq_stride;
   a.dkv_stride = dkv_stride;
@@ -377,43 +354,39 @@ void attend_backward(const TreeBlocks& trees, int dtype, std::int64_t rows, std:
   a.dv = there(dv, "dv", rows);
   a.wide_dk = there<float>(wide_dk, "wide_dk", rows);
   a.wide_dv = there<float>(wide_dv, "wide_dv", rows);
-  const py::gil_scoped_release release;
-  over_trees(a, trees.bytes(heads / kv_heads, size, true), threads, kernels.decoder.attend_backward);
+  over_trees(trees, a, true, how, how.kernels.decoder.attend_backward);
 }
 
 std::int64_t panels_of(std::int64_t columns, std::int64_t width) { return (columns + width - 1) / width; }
 
-void pack(Address from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units, const std::string& how,
-          Address to, int num_threads, const std::string& isa) {
-  const ProductKernels& kernels = kernels_named(isa).product;
-  const int threads = checked_threads(num_threads);
+void pack(Address from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units, const std::string& form,
+          Address to, const How& how) {
+  const ProductKernels& kernels = how.kernels.product;
   at_least(n, 1, "n");
   at_least(k, 1, "k");
   const auto* source = there<const std::uint16_t>(from, "from");
   auto* target = there<std::uint16_t>(to, "to");
-  if (how == "transposed") {
+  if (form == "transposed") {
     if (k % 2) fail("k = " + std::to_string(k) + " must be even");
     at_least(stride, k, "stride");
-    const py::gil_scoped_release release;
-    return parallel_for(panels_of(n, kPanel), 1, threads, [&](std::int64_t begin, std::int64_t end) {
+    return how.over(panels_of(n, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t panel = begin; panel < end; ++panel)
         kernels.pack_transposed(source, stride, n, k, panel, target);
     });
   }
-  if (how != "panels" && how != "tiles") fail("how = '" + how + "' must be 'transposed', 'panels' or 'tiles'");
+  if (form != "panels" && form != "tiles") fail("form = '" + form + "' must be 'transposed', 'panels' or 'tiles'");
   at_least(stride, n, "stride");
   at_least(units, (k + 1) / 2, "units");
-  const bool panels = how == "panels";
+  const bool panels = form == "panels";
   const auto kernel = panels ? kernels.pack_panels : kernels.pack_tiles;
-  const py::gil_scoped_release release;
-  parallel_for(panels_of(n, panels ? kPanel : kTileRows), panels ? 1 : 8, threads,
-               [&](std::int64_t begin, std::int64_t end) { kernel(source, stride, n, k, units, begin, end, target); });
+  how.over(panels_of(n, panels ? kPanel : kTileRows), panels ? 1 : 8, [&](std::int64_t begin, std::int64_t end) {
+    kernel(source, stride, n, k, units, begin, end, target);
+  });
 }
 
 void multiply(Address a, std::int64_t a_stride, Address b, std::int64_t m, std::int64_t n, std::int64_t k, Address c,
-              std::int64_t c_stride, int out, int num_threads, const std::string& isa) {
-  const ProductKernels& kernels = kernels_named(isa).product;
-  const int threads = checked_threads(num_threads);
+              std::int64_t c_stride, int out, const How& how) {
+  const ProductKernels& kernels = how.kernels.product;
   at_least(m, 0, "m");
   at_least(n, 1, "n");
   at_least(k, 2, "k");
@@ -437,12 +410,11 @@ void multiply(Address a, std::int64_t a_stride, Address b, std::int64_t m, std::
   // A task is some rows, that stay in the second cache, by some panels; enough tasks to be shared out evenly.
   const std::int64_t tiles = panels_of(m, kTileRows), panels = panels_of(n, kPanel);
   const std::int64_t high = 16;
-  const std::int64_t across = panels_of(tiles, high), wanted = 8 * threads;
+  const std::int64_t across = panels_of(tiles, high), wanted = 8 * how.threads;
   std::int64_t wide = panels * across / wanted;
   wide = wide < 1 ? 1 : wide > panels ? panels : wide;
   const std::int64_t along = panels_of(panels, wide);
-  const py::gil_scoped_release release;
-  parallel_for(across * along, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+  how.over(across * along, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t task = begin; task < end; ++task) {
       const std::int64_t i = task / along, j = task % along;
       kernels.multiply(p, tiles * i / across, tiles * (i + 1) / across, panels * j / along, panels * (j + 1) / along);
@@ -456,48 +428,21 @@ void bind_decoder(py::module_& m) {
   m.attr("NORM_ROWS") = kNormRows;
   m.attr("PANEL") = kPanel;
   m.attr("TILE_ROWS") = kTileRows;
-  m.def("norm_forward", &norm_forward, py::arg("dtype"), py::arg("rows"), py::arg("width"), py::arg("x"),
-        py::arg("residual"), py::arg("weight"), py::arg("eps"), py::arg("sum"), py::arg("y"), py::arg("inverse"),
-        py::arg("num_threads"), py::arg("isa") = "auto");
-  m.def("norm_backward", &norm_backward, py::arg("dtype"), py::arg("rows"), py::arg("width"), py::arg("x"),
-        py::arg("weight"), py::arg("inverse"), py::arg("dy"), py::arg("dsum"), py::arg("dx"), py::arg("dweight"),
-        py::arg("num_threads"), py::arg("isa") = "auto");
-  m.def("gate", &gate, py::arg("dtype"), py::arg("rows"), py::arg("width"), py::arg("stride"), py::arg("gate"),
-        py::arg("up"), py::arg("y"), py::arg("dy"), py::arg("dgate"), py::arg("dup"), py::arg("num_threads"),
-        py::arg("isa") = "auto");
-  m.def("rotate", &rotate, py::arg("dtype"), py::arg("rows"), py::arg("heads"), py::arg("size"), py::arg("stride"),
-        py::arg("out_stride"), py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("y"), py::arg("backward"),
-        py::arg("num_threads"), py::arg("isa") = "auto");
-  py::class_<TreeBlocks>(m, "TreeBlocks")
-      .def(py::init<Address, std::int64_t, Address, std::int64_t, Address, std::int64_t, Address, std::int64_t, Address,
-                    std::int64_t>(),
-           py::arg("trees"), py::arg("tree_numbers"), py::arg("blocks"), py::arg("block_numbers"), py::arg("rows"),
-           py::arg("row_count"), py::arg("columns"), py::arg("column_count"), py::arg("bias"), py::arg("bias_count"));
-  m.def("attend_forward", &attend_forward, py::arg("trees"), py::arg("dtype"), py::arg("rows"), py::arg("heads"),
-        py::arg("kv_heads"), py::arg("size"), py::arg("q"), py::arg("q_stride"), py::arg("k"), py::arg("k_stride"),
-        py::arg("v"), py::arg("v_stride"), py::arg("scale"), py::arg("lse"), py::arg("out"), py::arg("num_threads"),
-        py::arg("isa") = "auto");
-  m.def("attend_backward", &attend_backward, py::arg("trees"), py::arg("dtype"), py::arg("rows"), py::arg("heads"),
-        py::arg("kv_heads"), py::arg("size"), py::arg("q"), py::arg("q_stride"), py::arg("k"), py::arg("k_stride"),
-        py::arg("v"), py::arg("v_stride"), py::arg("scale"), py::arg("lse"), py::arg("dout"), py::arg("dq"),
-        py::arg("dq_stride"), py::arg("dk"), py::arg("dv"), py::arg("dkv_stride"), py::arg("wide_dk"),
-        py::arg("wide_dv"), py::arg("num_threads"), py::arg("isa") = "auto");
+  m.def("norm_forward", &norm_forward);
+  m.def("norm_backward", &norm_backward);
+  m.def("gate", &gate);
+  m.def("rotate", &rotate);
+  py::class_<TreeBlocks>(m, "TreeBlocks").def(py::init<const std::array<TreeBlocks::List, 5>&>());
+  m.def("attend_forward", &attend_forward);
+  m.def("attend_backward", &attend_backward);
   py::class_<Wave>(m, "Wave")
-      .def(py::init<const std::vector<std::vector<std::int32_t>>&, std::int64_t, std::int64_t>(), py::arg("columns"),
-           py::arg("kv_heads"), py::arg("size"))
+      .def(py::init<const std::vector<std::vector<std::int32_t>>&, std::int64_t, std::int64_t>())
       .def_property_readonly("numbers", &Wave::numbers)
-      .def("assign", &Wave::assign, py::arg("prompt_of_row"))
-      .def("store", &Wave::store, py::arg("dtype"), py::arg("tokens"), py::arg("k"), py::arg("v"), py::arg("stride"),
-           py::arg("keys"), py::arg("values"), py::arg("num_threads"), py::arg("isa") = "auto")
-      .def("decode", &Wave::decode, py::arg("dtype"), py::arg("rows"), py::arg("heads"), py::arg("q"), py::arg("k"),
-           py::arg("v"), py::arg("stride"), py::arg("keys"), py::arg("values"), py::arg("own_keys"),
-           py::arg("own_values"), py::arg("capacity"), py::arg("own"), py::arg("scale"), py::arg("out"),
-           py::arg("num_threads"), py::arg("isa") = "auto");
-  m.def("pack", &pack, py::arg("source"), py::arg("stride"), py::arg("n"), py::arg("k"), py::arg("units"),
-        py::arg("how"), py::arg("target"), py::arg("num_threads"), py::arg("isa") = "auto");
-  m.def("multiply", &multiply, py::arg("a"), py::arg("a_stride"), py::arg("b"), py::arg("m"), py::arg("n"),
-        py::arg("k"), py::arg("c"), py::arg("c_stride"), py::arg("out"), py::arg("num_threads"),
-        py::arg("isa") = "auto");
+      .def("assign", &Wave::assign)
+      .def("store", &Wave::store)
+      .def("decode", &Wave::decode);
+  m.def("pack", &pack);
+  m.def("multiply", &multiply);
 }
 
 }  // namespace omni

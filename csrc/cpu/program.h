@@ -46,6 +46,12 @@ enum class Op : std::int32_t {
   kCount
 };
 
+// In the order of Op.
+constexpr const char* kOpNames[] = {"const", "add",   "sub",     "mul",  "div", "neg", "abs",   "exp",      "expm1",
+                                    "log",   "log1p", "sigmoid", "sqrt", "min", "max", "lt",    "le",       "gt",
+                                    "ge",    "eq",    "ne",      "and",  "or",  "not", "where", "isfinite", "isnan"};
+static_assert(sizeof(kOpNames) / sizeof(kOpNames[0]) == static_cast<int>(Op::kCount), "a name for each instruction");
+
 // The larger one, or NaN if either is.
 OMNI_HD float max_nan(float x, float y) {
 #if defined(__CUDA_ARCH__)

@@ -237,33 +237,17 @@ void linear_gradient(const std::tuple<std::uintptr_t, std::uintptr_t, std::uintp
 
 PYBIND11_MODULE(_native_cuda, m) {
   m.doc() = "Kernels for GPUs of compute capability 9.0; omni_kernels.backends.cuda is the interface to use.";
-  m.attr("OPS") = std::vector<std::string>(std::begin(kOpNames), std::end(kOpNames));
+  m.attr("OPS") = std::vector<std::string>(std::begin(omni::kOpNames), std::end(omni::kOpNames));
   py::class_<CoefficientProgram>(m, "CoefficientProgram")
       .def(py::init<const std::vector<std::tuple<int, int, int, int, int, float>>&, int,
-                    const std::tuple<int, int, int>&>(),
-           py::arg("code"), py::arg("columns"), py::arg("results"))
-      .def_property_readonly("columns", &CoefficientProgram::columns);
+                    const std::tuple<int, int, int>&>());
   m.attr("MAX_REGISTERS") = kMaxRegisters;
-  m.def("row_plan", &plan_of, py::arg("vocab"), py::arg("dtype"),
-        "(blocks a row or 0, 16-byte vectors a block, bytes of shared memory a block)");
-  m.def("rows_forward", &rows_forward, py::arg("logits"), py::arg("dtype"), py::arg("rows"), py::arg("vocab"),
-        py::arg("row_stride"), py::arg("targets"), py::arg("inv_t"), py::arg("inv_t_rows"), py::arg("softcap"),
-        py::arg("logp"), py::arg("entropy"), py::arg("lse"), py::arg("device"), py::arg("stream"));
-  m.def("rows_backward", &rows_backward, py::arg("logits"), py::arg("dtype"), py::arg("rows"), py::arg("vocab"),
-        py::arg("row_stride"), py::arg("targets"), py::arg("inv_t"), py::arg("inv_t_rows"), py::arg("softcap"),
-        py::arg("lse"), py::arg("entropy"), py::arg("a"), py::arg("b"), py::arg("z_loss"), py::arg("z_loss_rows"),
-        py::arg("device"), py::arg("stream"));
-  m.def("rows_fused", &rows_fused, py::arg("logits"), py::arg("dtype"), py::arg("rows"), py::arg("vocab"),
-        py::arg("row_stride"), py::arg("targets"), py::arg("inv_t"), py::arg("inv_t_rows"), py::arg("softcap"),
-        py::arg("logp"), py::arg("entropy"), py::arg("lse"), py::arg("program"), py::arg("columns"), py::arg("device"),
-        py::arg("stream"));
-  m.def("linear_workspace_bytes", &linear_workspace_bytes, py::arg("rows"), py::arg("vocab"));
-  m.def("linear_pitch", &exp_pitch, py::arg("vocab"), "columns from one row of exponentials to the next");
-  m.def("linear_forward", &linear_forward, py::arg("hidden"), py::arg("weight"), py::arg("rows"), py::arg("vocab"),
-        py::arg("depth"), py::arg("bias"), py::arg("targets"), py::arg("inv_t"), py::arg("inv_t_rows"),
-        py::arg("softcap"), py::arg("workspace"), py::arg("logp"), py::arg("entropy"), py::arg("lse"), py::arg("exps"),
-        py::arg("device"), py::arg("stream"));
-  m.def("linear_gradient", &linear_gradient, py::arg("exps"), py::arg("rows"), py::arg("vocab"), py::arg("targets"),
-        py::arg("inv_t"), py::arg("inv_t_rows"), py::arg("softcap"), py::arg("a"), py::arg("b"), py::arg("z"),
-        py::arg("factor"), py::arg("device"), py::arg("stream"));
+  m.def("row_plan", &plan_of, "(blocks a row or 0, 16-byte vectors a block, bytes of shared memory a block)");
+  m.def("rows_forward", &rows_forward);
+  m.def("rows_backward", &rows_backward);
+  m.def("rows_fused", &rows_fused);
+  m.def("linear_workspace_bytes", &linear_workspace_bytes);
+  m.def("linear_pitch", &exp_pitch, "columns from one row of exponentials to the next");
+  m.def("linear_forward", &linear_forward);
+  m.def("linear_gradient", &linear_gradient);
 }

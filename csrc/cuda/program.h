@@ -9,12 +9,6 @@
 
 namespace omni::cuda {
 
-// Names in the order of omni::Op.
-constexpr const char* kOpNames[] = {"const", "add",   "sub",     "mul",  "div", "neg", "abs",   "exp",      "expm1",
-                                    "log",   "log1p", "sigmoid", "sqrt", "min", "max", "lt",    "le",       "gt",
-                                    "ge",    "eq",    "ne",      "and",  "or",  "not", "where", "isfinite", "isnan"};
-static_assert(sizeof(kOpNames) / sizeof(kOpNames[0]) == static_cast<int>(Op::kCount), "a name for each instruction");
-
 constexpr int kMaxRegisters = 104, kMaxColumns = 16;  // as many registers as leave room for three blocks (plan.h)
 
 struct Step {

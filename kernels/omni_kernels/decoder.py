@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omni_kernels.backends import cpu
+from omni_kernels.backends.rows import DTYPES, pointer
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _OUT = {torch.bfloat16: 0, torch.float32: 1}
 
 
@@ -41,7 +41,7 @@ def _best() -> str:
 def native(*tensors: Tensor) -> bool:
     """Whether the C++ kernels are built and take these tensors: on the CPU, all fp32 or all bf16."""
     kind = tensors[0].dtype
-    return bool(_best()) and kind in _DTYPES and all(t.dtype == kind and t.device.type == "cpu" for t in tensors)
+    return bool(_best()) and kind in DTYPES and all(t.dtype == kind and t.device.type == "cpu" for t in tensors)
 
 
 def multiplies(*tensors: Tensor) -> bool:
@@ -57,14 +57,6 @@ def _rows(x: Tensor) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
 
 
 # -- RMSNorm -----------------------------------------------------------------------------------------------------------
@@ -87,8 +79,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     s = x if residual is None else torch.empty_like(x)
     y, inverse = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
     cpu.native.norm_forward(
-        _DTYPES[x.dtype], x.numel() // width, width, x.data_ptr(), _pointer(residual), weight.data_ptr(), eps,
-        0 if residual is None else s.data_ptr(), y.data_ptr(), inverse.data_ptr(), _threads(),
+        DTYPES[x.dtype], x.numel() // width, width, x.data_ptr(), pointer(residual), weight.data_ptr(), eps,
+        0 if residual is None else s.data_ptr(), y.data_ptr(), inverse.data_ptr(), cpu.how(),
     )  # fmt: skip
     return s, y, inverse
 
@@ -110,50 +102,36 @@ def rms_norm_backward(
     dx = torch.empty_like(s)
     parts = torch.empty(-(-rows // cpu.native.NORM_ROWS), width) if want_weight else None
     cpu.native.norm_backward(
-        _DTYPES[s.dtype], rows, width, s.data_ptr(), weight.data_ptr(), inverse.data_ptr(), grad.data_ptr(),
-        _pointer(grad_sum), dx.data_ptr(), _pointer(parts), _threads(),
+        DTYPES[s.dtype], rows, width, s.data_ptr(), weight.data_ptr(), inverse.data_ptr(), grad.data_ptr(),
+        pointer(grad_sum), dx.data_ptr(), pointer(parts), cpu.how(),
     )  # fmt: skip
     return dx, None if parts is None else parts.sum(0)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        s, y, inverse = rms_norm(x, weight, eps)
-        ctx.save_for_backward(s, weight, inverse)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        s, weight, inverse = ctx.saved_tensors
-        dx, dw = rms_norm_backward(grad, s, weight, inverse, want_weight=ctx.needs_input_grad[1])
-        return dx, None if dw is None else dw.to(weight.dtype), None
-
-
-class _AddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Any:
         s, y, inverse = rms_norm(x, weight, eps, residual)
         ctx.save_for_backward(s, weight, inverse)
-        return s, y
+        return y if residual is None else (s, y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_sum: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         s, weight, inverse = ctx.saved_tensors
-        dx, dw = rms_norm_backward(grad, s, weight, inverse, grad_sum, want_weight=ctx.needs_input_grad[2])
-        return dx, dx, None if dw is None else dw.to(weight.dtype), None
+        grad_sum = grads[0] if len(grads) == 2 else None
+        dx, dw = rms_norm_backward(grads[-1], s, weight, inverse, grad_sum, want_weight=ctx.needs_input_grad[2])
+        return dx, None if grad_sum is None else dx, None if dw is None else dw.to(weight.dtype), None
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Differentiable RMSNorm; keeps x and one number a row."""
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, None, weight, eps)
 
 
 def add_normed(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Differentiable: x + residual, and its RMSNorm; keeps the sum and one number a row."""
-    return _AddRMSNorm.apply(x, residual, weight, eps)
+    return _RMSNorm.apply(x, residual, weight, eps)
 
 
 # -- gate and rotary embedding -----------------------------------------------------------------------------------------
@@ -186,10 +164,10 @@ def gate_backward(grad: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
 def _gate(both: Tensor, y: Tensor, grad: Tensor | None, dboth: Tensor | None) -> None:
     width = y.shape[-1]
     step = width * both.element_size()
-    start = _pointer(dboth)
+    start = pointer(dboth)
     cpu.native.gate(
-        _DTYPES[both.dtype], both.numel() // (2 * width), width, 2 * width, both.data_ptr(), both.data_ptr() + step,
-        y.data_ptr(), _pointer(grad), start, start + step if start else 0, _threads(),
+        DTYPES[both.dtype], both.numel() // (2 * width), width, 2 * width, both.data_ptr(), both.data_ptr() + step,
+        y.data_ptr(), pointer(grad), start, start + step if start else 0, cpu.how(),
     )  # fmt: skip
 
 
@@ -214,8 +192,8 @@ def rotate(
     out = torch.empty_like(x_THD, memory_format=torch.contiguous_format) if out is None else out
     cos_TD, sin_TD = cos_TD.contiguous(), sin_TD.contiguous()
     cpu.native.rotate(
-        _DTYPES[x_THD.dtype], rows, heads, size, _heads_stride(x_THD), _heads_stride(out), x_THD.data_ptr(),
-        cos_TD.data_ptr(), sin_TD.data_ptr(), out.data_ptr(), backward, _threads(),
+        DTYPES[x_THD.dtype], rows, heads, size, _heads_stride(x_THD), _heads_stride(out), x_THD.data_ptr(),
+        cos_TD.data_ptr(), sin_TD.data_ptr(), out.data_ptr(), backward, cpu.how(),
     )  # fmt: skip
     return out
 
@@ -263,14 +241,14 @@ def tree_blocks(trees: Sequence[tuple[int, int, Sequence[tuple[Tensor, Tensor, T
             hidden[:, : len(column)].masked_fill_(sees, 0.0)
             bias.append(hidden.flatten())
             at_rows, at_columns, at_bias = at_rows + len(row), at_columns + len(column), at_bias + hidden.numel()
-    lists = [
+    lists = (
         torch.tensor(table),
         torch.tensor(places),
         torch.cat(rows).int(),
         torch.cat(columns).int(),
         torch.cat(bias),
-    ]
-    return TreeBlocks(cpu.native.TreeBlocks(*(n for part in lists for n in (part.data_ptr(), part.numel()))))
+    )
+    return TreeBlocks(cpu.native.TreeBlocks([(part.data_ptr(), part.numel()) for part in lists]))
 
 
 def attend(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, trees: TreeBlocks, scale: float) -> tuple[Tensor, Tensor]:
@@ -279,9 +257,7 @@ def attend(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, trees: TreeBlocks, scale
     Rows of q, k and v may be apart (parts of one tensor); a row's heads are side by side. heads: a multiple of kv heads.
     """
     out, lse = q_THD.new_empty(q_THD.shape), torch.empty(q_THD.shape[:2])
-    cpu.native.attend_forward(
-        trees.native, *_attended(q_THD, k_TKD, v_TKD, scale, lse), out.data_ptr(), _threads()
-    )  # fmt: skip
+    cpu.native.attend_forward(trees.native, _attended(q_THD, k_TKD, v_TKD, scale, lse), out.data_ptr(), cpu.how())
     return out, lse
 
 
@@ -299,8 +275,8 @@ def attend_backward(
     grad = grad.contiguous()
     wide = torch.empty(2, *k_TKD.shape)
     cpu.native.attend_backward(
-        trees.native, *_attended(q_THD, k_TKD, v_TKD, scale, lse), grad.data_ptr(), dq.data_ptr(), _heads_stride(dq),
-        dk.data_ptr(), dv.data_ptr(), _heads_stride(dk), wide[0].data_ptr(), wide[1].data_ptr(), _threads(),
+        trees.native, _attended(q_THD, k_TKD, v_TKD, scale, lse), grad.data_ptr(), dq.data_ptr(), _heads_stride(dq),
+        dk.data_ptr(), dv.data_ptr(), _heads_stride(dk), wide[0].data_ptr(), wide[1].data_ptr(), cpu.how(),
     )  # fmt: skip
 
 
@@ -316,7 +292,7 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, scale: float, lse: Tensor) -> _At
     if k.shape != v.shape or len(k) != rows or k.shape[2] != size:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must be [{rows}, kv heads, {size}], as q has it")
     return (
-        _DTYPES[q.dtype], rows, heads, k.shape[1], size, q.data_ptr(), _heads_stride(q), k.data_ptr(), _heads_stride(k),
+        DTYPES[q.dtype], rows, heads, k.shape[1], size, q.data_ptr(), _heads_stride(q), k.data_ptr(), _heads_stride(k),
         v.data_ptr(), _heads_stride(v), scale, lse.data_ptr(),
     )  # fmt: skip
 
@@ -360,7 +336,7 @@ def pack(*matrices: Tensor, transposed: bool = False, into: Packed | None = None
         wide, deep = (count, columns) if transposed else (columns, count)
         cpu.native.pack(
             matrix.data_ptr(), max(matrix.stride(0), columns), wide, deep, even // 2, "transposed" if transposed else "panels", start,
-            _threads(),
+            cpu.how(),
         )  # fmt: skip
         start += 2 * count * (even if transposed else panel)
     return Packed(panels, even, width)
@@ -375,7 +351,7 @@ def linear(x: Tensor, weight: Packed) -> Tensor:
     out = x.new_empty(*x.shape[:-1], weight.width)
     cpu.native.multiply(
         rows.data_ptr(), max(rows.stride(0), weight.inner), weight.panels.data_ptr(), len(rows), weight.width,
-        weight.inner, out.data_ptr(), weight.width, 0, _threads(),
+        weight.inner, out.data_ptr(), weight.width, 0, cpu.how(),
     )  # fmt: skip
     return out
 
@@ -384,31 +360,19 @@ def weight_gradient(grad: Tensor, x: Packed, out: Tensor, *, add: bool) -> Tenso
     """grad^T x into `out` [grad's columns, x's], bf16 or fp32, or added to it in fp32. grad: [rows, columns] bf16."""
     _check_matrix(grad, "grad")
     rows, columns = grad.shape
-    if (
-        rows + rows % 2 != x.inner
-        or out.shape != (columns, x.width)
-        or out.dtype not in _OUT
-        or not out.is_contiguous()
-    ):
+    fits = rows + rows % 2 == x.inner and out.shape == (columns, x.width)
+    if not fits or out.dtype not in _OUT or not out.is_contiguous():
         raise ValueError(f"grad {tuple(grad.shape)}, x of {x.inner} rows and out {tuple(out.shape)} do not fit")
     if add and out.dtype != torch.float32:
         raise TypeError(f"out is {out.dtype}; products are added in float32")
     tile = cpu.native.TILE_ROWS
     tiles = torch.empty(-(-columns // tile) * tile * x.inner, dtype=torch.bfloat16)
     cpu.native.pack(
-        grad.data_ptr(),
-        max(grad.stride(0), columns),
-        columns,
-        rows,
-        x.inner // 2,
-        "tiles",
-        tiles.data_ptr(),
-        _threads(),
+        grad.data_ptr(), max(grad.stride(0), columns), columns, rows, x.inner // 2, "tiles", tiles.data_ptr(), cpu.how()
     )
     cpu.native.multiply(
-        tiles.data_ptr(), 0, x.panels.data_ptr(), columns, x.width, x.inner, out.data_ptr(),
-        max(out.stride(0), x.width),
-        2 if add else _OUT[out.dtype], _threads(),
+        tiles.data_ptr(), 0, x.panels.data_ptr(), columns, x.width, x.inner, out.data_ptr(), max(out.stride(0), x.width),
+        2 if add else _OUT[out.dtype], cpu.how(),
     )  # fmt: skip
     return out
 
@@ -446,8 +410,8 @@ class DecodeCache:
         """The prompts' keys and values, of the prefill; rows of both equally far apart."""
         keys, values = self.prompts[layer]
         self.wave.store(
-            _DTYPES[keys.dtype], len(k_TKD), k_TKD.data_ptr(), v_TKD.data_ptr(), _same_stride(k_TKD, v_TKD),
-            keys.data_ptr(), values.data_ptr(), _threads(),
+            DTYPES[keys.dtype], len(k_TKD), k_TKD.data_ptr(), v_TKD.data_ptr(), _same_stride(k_TKD, v_TKD),
+            keys.data_ptr(), values.data_ptr(), cpu.how(),
         )  # fmt: skip
 
     def advance(self) -> None:
@@ -465,9 +429,9 @@ class DecodeCache:
         own_keys, own_values = self.own[layer]
         out = q_RHD.new_empty(q_RHD.shape)
         self.wave.decode(
-            _DTYPES[keys.dtype], rows, heads, q_RHD.data_ptr(), k_RKD.data_ptr(), v_RKD.data_ptr(),
+            DTYPES[keys.dtype], rows, heads, q_RHD.data_ptr(), k_RKD.data_ptr(), v_RKD.data_ptr(),
             _same_stride(q_RHD, k_RKD, v_RKD), keys.data_ptr(), values.data_ptr(), own_keys.data_ptr(),
-            own_values.data_ptr(), self.capacity, self.filled, scale, out.data_ptr(), _threads(),
+            own_values.data_ptr(), self.capacity, self.filled, scale, out.data_ptr(), cpu.how(),
         )  # fmt: skip
         return out
 

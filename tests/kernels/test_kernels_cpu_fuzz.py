@@ -88,12 +88,13 @@ def test_any_numbers_at_the_native_entry_points(
     out = [torch.zeros(5) for _ in range(6)]
     pointers = [0 if i in nulls else t.data_ptr() + odd * (i == 1) for i, t in enumerate([memory, targets, *out])]
     shape = (pointers[0], dtype, rows, vocab, stride, pointers[1], inv_t, 0, cap)
-    attempt(lambda: native.rows_forward(*shape, *pointers[2:5], threads, isa))
-    attempt(lambda: native.rows_backward(*shape, *pointers[2:6], 0.0, 0, threads, isa))
+    attempt(lambda: native.rows_forward(*shape, *pointers[2:5], native.How(threads, isa)))
+    attempt(lambda: native.rows_backward(*shape, *pointers[2:6], 0.0, 0, native.How(threads, isa)))
 
     def fused() -> None:
         program = native.CoefficientProgram([(*op, 0.5) for op in ops], columns, results)
-        native.rows_fused(*shape, *pointers[2:5], program, [pointers[6]] * max(columns, 0), threads, isa)
+        how = native.How(threads, isa)
+        native.rows_fused(*shape, *pointers[2:5], program, [pointers[6]] * max(columns, 0), how)
 
     attempt(fused)
 
@@ -110,13 +111,19 @@ def test_any_numbers_at_the_native_entry_points(
         ({"logits": torch.zeros(2, 0)}, "at least one column"),
         ({"inv_temperature": 0.0}, "inv_temperature = 0.000000 must be finite and greater than 0"),
         ({"softcap": -1.0}, "softcap = -1.000000 must be finite and greater than 0"),
-        ({"isa": "neon"}, "instruction set 'neon' is unknown or not run by this processor; use 'auto'"),
     ],
 )
 def test_errors_name_the_argument_and_the_remedy(change: dict[str, object], message: str) -> None:
     arguments: dict[str, object] = {"logits": torch.zeros(2, 9), "targets": torch.zeros(2, dtype=torch.int64)}
     with pytest.raises(ERRORS, match=message):
         cpu.rows_forward(**{**arguments, **change})  # type: ignore[arg-type]
+
+
+def test_instruction_sets_and_threads_are_checked() -> None:
+    with pytest.raises(ValueError, match="instruction set 'neon' is unknown or not run by this processor; use 'auto'"):
+        native.How(1, "neon")
+    with pytest.raises(ValueError, match="num_threads = 0 must be between 1 and 4096"):
+        native.How(0, "auto")
 
 
 def test_no_rows_and_one_column() -> None:

@@ -35,24 +35,6 @@ def leaf(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator).to(dtype)
 
 
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every call of the module runs this instruction set."""
-    for name in (
-        "norm_forward",
-        "norm_backward",
-        "gate",
-        "rotate",
-        "attend_forward",
-        "attend_backward",
-        "pack",
-        "multiply",
-    ):
-        plain = getattr(native, name)
-        monkeypatch.setattr(native, name, lambda *given, plain=plain: plain(*given, request.param))
-    return request.param
-
-
 @every_dtype
 @pytest.mark.parametrize(("rows", "width"), [(1, 5), (3, 40), (70, 576), (33, 17)])
 @pytest.mark.parametrize("residual", [False, True])

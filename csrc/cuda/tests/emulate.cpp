@@ -273,7 +273,7 @@ void linear_gradient(std::uint16_t* values, float* references, float* folds, std
   softcap > 0.0f ? run_gradient<true>(args, kept, factor) : run_gradient<false>(args, kept, factor);
 }
 
-const char* op_name(int op) { return op < static_cast<int>(omni::Op::kCount) ? kOpNames[op] : ""; }
+const char* op_name(int op) { return op < static_cast<int>(omni::Op::kCount) ? omni::kOpNames[op] : ""; }
 
 // (cluster, vectors a block, shared bytes) and each warp's (first, count) of a row that starts `lead` elements late.
 int plan(std::int64_t vocab, int element_bytes, int lead, int* out, int* spans) {

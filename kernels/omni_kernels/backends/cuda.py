@@ -1,8 +1,8 @@
 """The CUDA kernels as a backend, for compute capability 9.0: a row of logits stays on chip between read and write.
 
-Each function checks its tensors, without looking at their values, and hands addresses and the current stream to
-`omni_kernels._native_cuda` (csrc/cuda). Nothing waits for the GPU, and all memory is torch's: calls can be captured into
-CUDA graphs. Rows are independent and their sums have a fixed order, so results repeat bit by bit and do not depend on the
+The functions on rows are those of `rows.NativeRows`: they hand addresses and the current stream to
+`omni_kernels._native_cuda` (csrc/cuda). Nothing looks at a tensor's values or waits for the GPU, and all memory is torch's: calls
+can be captured into CUDA graphs. Rows are independent and their sums have a fixed order, so results repeat bit by bit and do not depend on the
 other rows; only a row that starts at another offset from a 16-byte boundary (an odd vocabulary) is grouped differently.
 
 Limits: bf16 or fp32 CUDA tensors; a row of at most 900,000 bf16 or 450,000 fp32 logits; the module must have been built
@@ -18,19 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni_kernels.backends.rows import (
-    Rows,
-    backward_,
-    check_vector,
-    forward,
-    outputs,
-    pointer,
-    policy_loss_,
-    scalar_or_rows,
-)
-from omni_kernels.losses import Prepared
-from omni_kernels.spec import LossSpec
+from omni_kernels.backends.rows import NativeRows, Rows, check_vector, outputs, pointer, scalar_or_rows
 
+_reason = None
 try:
     import omni_kernels._native_cuda as native
 except ImportError as error:
@@ -46,7 +36,7 @@ ROW_FUNCTIONS = ("rows_forward", "rows_backward_", "rows_policy_loss_")
 
 def reason_unavailable() -> str | None:
     """Why this backend cannot be used here, or None."""
-    if native is None:
+    if _reason is not None:
         return _reason
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
@@ -60,59 +50,22 @@ def is_validated(device: torch.device, functions: tuple[str, ...] = ROW_FUNCTION
     return all((card, function) in VALIDATED for function in functions)
 
 
-def rows_forward(
-    logits: Tensor,
-    targets: Tensor,
-    inv_temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    want_entropy: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Log-prob of the target, entropy and log-sum-exp of every row, in nats, in one read of the logits.
-
-    logits [N, V] bf16 or fp32, unit column stride; targets int64 [N], -100 marks a row that is not read (its outputs are 0);
-    inv_temperature > 0, scalar or fp32 [N]. Returns fp32 [N] each; entropy is None unless wanted.
-    Raises ValueError or TypeError on arguments that do not fit.
-    """
-    return forward(native, _rows(logits, targets, inv_temperature, softcap), want_entropy, *_place(logits))
+class _CudaRows(NativeRows):
+    def rows(self, logits: Tensor, targets: Tensor, inv_temperature: float | Tensor, softcap: float | None) -> Rows:
+        rows = super().rows(logits, targets, inv_temperature, softcap)
+        if self.native.row_plan(rows.vocab, 0 if logits.dtype == torch.float32 else 1)[0] == 0:
+            raise ValueError(f"a row of {rows.vocab} {logits.dtype} logits does not fit on chip; use backend='triton'")
+        return rows
 
 
-def rows_backward_(
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor | None,
-    a: Tensor,
-    b: Tensor | None = None,
-    inv_temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    z_loss: float | Tensor = 0.0,
-) -> None:
-    """Overwrites logits [N, V] with dloss/dlogits, given a = dloss/dlogp, b = dloss/dentropy and the weight of lse^2, [N].
-
-    lse and entropy are those of `rows_forward`; entropy is needed where b is given. One read and one write. Rows whose
-    coefficients are all 0, and ignored ones, become 0 without being read. Rounded once, to the dtype of the logits.
-    """
-    rows = _rows(logits, targets, inv_temperature, softcap)
-    backward_(native, rows, lse, entropy, a, b, z_loss, *_place(logits))
+def _place(rows: Tensor) -> tuple[int, int]:
+    """(device, stream)."""
+    device = rows.get_device()
+    return device, torch.cuda.current_stream(device).cuda_stream
 
 
-def rows_policy_loss_(
-    logits: Tensor,
-    targets: Tensor,
-    batch: Prepared,
-    spec: LossSpec,
-    inv_temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    want_entropy: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """`rows_forward` and `rows_backward_` in one sweep: logits [N, V] become the gradient of the loss of `spec`, row by row.
-
-    batch: `losses.prepare` of the same N tokens, row-wise (`losses.row_wise`). The loss itself and its metrics follow from the
-    result: `losses.coefficients(logp, entropy, lse, batch, spec)`. One read and one write of the logits; a row's coefficients
-    are computed from the recorded loss between the two (`program.record`, NotImplementedError where that cannot be).
-    """
-    rows = _rows(logits, targets, inv_temperature, softcap)
-    return policy_loss_(native, rows, batch, spec, want_entropy, *_place(logits))
+_rows = _CudaRows("cuda", native, _reason, _place)
+rows_forward, rows_backward_, rows_policy_loss_ = _rows.rows_forward, _rows.rows_backward_, _rows.rows_policy_loss_
 
 
 def linear_forward(
@@ -221,18 +174,3 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: 
     if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
         raise ValueError(f"bias is {list(bias.shape)} on {bias.device}; pass {[len(weight)]} on {weight.device}")
     check_vector(targets, "targets", torch.int64, hidden)
-
-
-def _rows(logits: Tensor, targets: Tensor, inv_temperature: float | Tensor, softcap: float | None) -> Rows:
-    if native is None:
-        raise RuntimeError(_reason)
-    rows = Rows("cuda", "cuda", logits, targets, inv_temperature, softcap)
-    if native.row_plan(rows.vocab, 0 if logits.dtype == torch.float32 else 1)[0] == 0:
-        raise ValueError(f"a row of {rows.vocab} {logits.dtype} logits does not fit on chip; use backend='triton'")
-    return rows
-
-
-def _place(rows: Tensor) -> tuple[int, int]:
-    """(device, stream)."""
-    device = rows.get_device()
-    return device, torch.cuda.current_stream(device).cuda_stream

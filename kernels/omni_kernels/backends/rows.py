@@ -5,6 +5,7 @@ No value on a GPU is looked at. Raises ValueError or TypeError on arguments that
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 
@@ -15,7 +16,7 @@ from omni_kernels.backends.program import Recorded, record
 from omni_kernels.losses import Prepared
 from omni_kernels.spec import LossSpec
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as the native modules number them
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as the native modules number them
 _CPU_REGISTERS = 256
 
 
@@ -29,7 +30,7 @@ class Rows:
         self, backend: str, kind: str | None, logits: Tensor, targets: Tensor, inv_temperature: float | Tensor,
         softcap: float | None,
     ) -> None:  # fmt: skip
-        if logits.dtype not in _DTYPES:
+        if logits.dtype not in DTYPES:
             raise TypeError(f"logits are {logits.dtype}; the {backend} backend takes float32 or bfloat16")
         if kind is not None and logits.device.type != kind:
             raise ValueError(f"logits are on {logits.device}; the {backend} backend takes {kind.upper()} tensors")
@@ -50,45 +51,81 @@ class Rows:
     @property
     def address(self) -> tuple[int | float, ...]:
         """The arguments that the native functions begin with."""
-        shape = (_DTYPES[self.logits.dtype], self.count, self.vocab, self.stride)
+        shape = (DTYPES[self.logits.dtype], self.count, self.vocab, self.stride)
         scale = (self.scale, pointer(self.scale_rows), self.softcap or 0.0)
         return self.logits.data_ptr(), *shape, self.targets.data_ptr(), *scale
 
 
-def forward(
-    native: ModuleType, rows: Rows, want_entropy: bool, *place: int | str
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """`rows_forward`. place: what the native functions end with."""
-    logp, entropy, lse = outputs(rows.logits, want_entropy)
-    native.rows_forward(*rows.address, pointer(logp), pointer(entropy), pointer(lse), *place)
-    return logp, entropy, lse
+class NativeRows:
+    """The functions of a backend that is a native module: each checks its tensors and hands over addresses.
 
+    native: the module, or None with the reason. kind: whose tensors it takes. how: of logits, what its functions end with.
+    """
 
-def backward_(
-    native: ModuleType, rows: Rows, lse: Tensor, entropy: Tensor | None, a: Tensor, b: Tensor | None,
-    z_loss: float | Tensor, *place: int | str,
-) -> None:  # fmt: skip
-    """`rows_backward_`."""
-    z, z_rows = scalar_or_rows(z_loss, "z_loss", rows.logits)
-    check_coefficients(rows, lse, entropy, a, b)
-    vectors = (pointer(lse), pointer(entropy), pointer(a), pointer(b))
-    native.rows_backward(*rows.address, *vectors, z, pointer(z_rows), *place)
+    def __init__(
+        self, kind: str, native: ModuleType | None, reason: str | None, how: Callable[[Tensor], tuple[object, ...]]
+    ) -> None:
+        self.kind, self.module, self.reason, self.how = kind, native, reason, how
 
+    @property
+    def native(self) -> ModuleType:
+        if self.module is None:
+            raise RuntimeError(self.reason)
+        return self.module
 
-def policy_loss_(
-    native: ModuleType, rows: Rows, batch: Prepared, spec: LossSpec, want_entropy: bool, *place: int | str
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """`rows_policy_loss_`."""
-    recorded = record(batch, spec)
-    columns = [getattr(batch, name).to(torch.float32).contiguous() for name in recorded.columns]
-    for name, column in zip(recorded.columns, columns, strict=True):
-        check_vector(column, name, torch.float32, rows.logits)
-    program = _compiled(native, recorded)
-    logp, entropy, lse = outputs(rows.logits, want_entropy or spec.needs_entropy)
-    native.rows_fused(
-        *rows.address, pointer(logp), pointer(entropy), pointer(lse), program, [pointer(c) for c in columns], *place
-    )
-    return logp, entropy, lse
+    def rows(self, logits: Tensor, targets: Tensor, inv_temperature: float | Tensor, softcap: float | None) -> Rows:
+        return Rows(self.kind, self.kind, logits, targets, inv_temperature, softcap)
+
+    def rows_forward(
+        self, logits: Tensor, targets: Tensor, inv_temperature: float | Tensor = 1.0, softcap: float | None = None,
+        want_entropy: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+        """Log-prob of the target, entropy and log-sum-exp of every row, in nats, in one read of the logits.
+
+        logits [N, V] bf16 or fp32, unit column stride; targets int64 [N], -100 marks a row that is not read (its outputs are
+        0); inv_temperature > 0, scalar or fp32 [N]. Returns fp32 [N] each; entropy is None unless wanted.
+        Raises ValueError or TypeError on arguments that do not fit.
+        """
+        native, rows = self.native, self.rows(logits, targets, inv_temperature, softcap)
+        logp, entropy, lse = outputs(logits, want_entropy)
+        native.rows_forward(*rows.address, pointer(logp), pointer(entropy), pointer(lse), *self.how(logits))
+        return logp, entropy, lse
+
+    def rows_backward_(
+        self, logits: Tensor, targets: Tensor, lse: Tensor, entropy: Tensor | None, a: Tensor, b: Tensor | None = None,
+        inv_temperature: float | Tensor = 1.0, softcap: float | None = None, z_loss: float | Tensor = 0.0,
+    ) -> None:  # fmt: skip
+        """Overwrites logits [N, V] with dloss/dlogits, given a = dloss/dlogp, b = dloss/dentropy and the weight of lse^2, [N].
+
+        lse and entropy are those of `rows_forward`; entropy is needed where b is given. One read and one write. Rows whose
+        coefficients are all 0, and ignored ones, become 0 without being read. Rounded once, to the dtype of the logits.
+        """
+        native, rows = self.native, self.rows(logits, targets, inv_temperature, softcap)
+        z, z_rows = scalar_or_rows(z_loss, "z_loss", logits)
+        check_coefficients(rows, lse, entropy, a, b)
+        vectors = (pointer(lse), pointer(entropy), pointer(a), pointer(b))
+        native.rows_backward(*rows.address, *vectors, z, pointer(z_rows), *self.how(logits))
+
+    def rows_policy_loss_(
+        self, logits: Tensor, targets: Tensor, batch: Prepared, spec: LossSpec, inv_temperature: float | Tensor = 1.0,
+        softcap: float | None = None, want_entropy: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+        """`rows_forward` and `rows_backward_` in one sweep: logits [N, V] become the gradient of the loss of `spec`, row by row.
+
+        batch: `losses.prepare` of the same N tokens, row-wise (`losses.row_wise`). The loss itself and its metrics follow from
+        the result: `losses.coefficients(logp, entropy, lse, batch, spec)`. One read and one write of the logits; a row's
+        coefficients are computed from the recorded loss in between (`program.record`, NotImplementedError where that cannot be).
+        """
+        native, rows = self.native, self.rows(logits, targets, inv_temperature, softcap)
+        recorded = record(batch, spec)
+        columns = [getattr(batch, name).to(torch.float32).contiguous() for name in recorded.columns]
+        for name, column in zip(recorded.columns, columns, strict=True):
+            check_vector(column, name, torch.float32, logits)
+        program = _compiled(native, recorded)
+        logp, entropy, lse = outputs(logits, want_entropy or spec.needs_entropy)
+        found = (pointer(logp), pointer(entropy), pointer(lse))
+        native.rows_fused(*rows.address, *found, program, [pointer(c) for c in columns], *self.how(logits))
+        return logp, entropy, lse
 
 
 @lru_cache(maxsize=64)
