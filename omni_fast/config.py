@@ -190,7 +190,7 @@ class LoggingConfig(Section):
 
 class Config(Section):
     seed: NonNegative = 0
-    threads: NonNegative = 0  # 0: the cores this process may use
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: the cores this process may use
     model: ModelConfig = ModelConfig()
     rollout: RolloutConfig = RolloutConfig()
     engine: EngineConfig = EngineConfig()

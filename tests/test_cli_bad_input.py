@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,6 +122,19 @@ def test_no_config_file(omni: Omni, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["plan", "report"])
 def test_no_run_folder(omni: Omni, tmp_path: Path, command: str) -> None:
     refused(omni(command, tmp_path / "none"), str(tmp_path / "none"), "not a run folder")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--prompts", "1000000"), "80,000,000 samples would have to be simulated"),
+        (("--staleness", "5000"), "--staleness"),
+        (("--hours-between-failures", "1e-9"), "samples hardly ever end"),
+        (("--plot", "/no/such/folder/splits.png"), "there is no folder /no/such/folder"),
+    ],
+)
+def test_a_prediction_that_would_never_end(omni: Omni, arguments: tuple[str, ...], words: str) -> None:
+    refused(omni("predict", *arguments), words)
 
 
 # Data.
@@ -302,3 +316,37 @@ def test_damaged_files_of_a_run(omni: Omni, job: Job) -> None:
     (job.run / "fingerprint.json").unlink()
     (job.run / "state.json").write_text('{"trained": ')
     refused(omni(*job.command), "state.json", "damaged")
+
+
+HANGS = """
+import threading
+from omni_fast import scoring
+from omni_fast.config import RewardsConfig
+from omni_fast.curriculum.stages import Draw
+from omni_fast.errors import RunError
+from omni_fast.groups import Group
+from omni_fast.progress import Progress
+from omni_fast.tasks.base import Item
+
+class Never:
+    def score(self, items, completions):
+        threading.Event().wait()
+
+def stop():
+    raise RunError("stopped")
+
+scoring.STOP_S = 0.1
+scorer = scoring.Scorer({"own": Never()}, RewardsConfig(), Progress(), stop)
+group = Group(Draw("own", 0, 0), Item("a", "b"), [1], texts=["c"])
+scorer.submit(group)
+try:
+    scorer.finish([group])
+except RunError as error:
+    print(error)
+scorer.close()
+"""
+
+
+def test_a_reward_that_never_returns_holds_up_no_exit() -> None:
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "stopped\n", done

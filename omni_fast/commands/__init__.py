@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-Source = Annotated[str, typer.Argument(metavar="CONFIG", help="TOML file or the name of a recipe.")]
+Source = Annotated[str, typer.Argument(help="TOML file or the name of a recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, for example rollout.prompts_per_step=4")]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="Run folder; the same folder resumes.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and the plan, start nothing.")]

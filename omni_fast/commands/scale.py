@@ -56,7 +56,7 @@ def predict(
     model_shape: Annotated[
         str, typer.Option(help="A folder with config.json, or a name such as qwen2.5-7b.")
     ] = "qwen2.5-7b",
-    gpus: Annotated[int, typer.Option(min=1)] = 8,
+    gpus: Annotated[int, typer.Option(min=1, max=4096)] = 8,
     machine: Annotated[str, typer.Option(help="h100, h200, b200, or cpu: the one this was fitted on.")] = "h100",
     trainer_gpus: Annotated[
         int, typer.Option(min=0, help="0: find the best split; all: train and generate in turns.")
@@ -67,7 +67,7 @@ def predict(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Mean.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=1, help="Mean.")] = 1500,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where a completion is cut.")] = 8192,
-    spread: Annotated[float, typer.Option(min=0.0, help="Standard deviation / mean of the lengths.")] = 0.7,
+    spread: Annotated[float, typer.Option(min=0.0, max=10.0, help="Standard deviation / mean of the lengths.")] = 0.7,
     mixed: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the groups whose rewards differ.")] = 1.0,
     staleness: Annotated[int, typer.Option(min=0)] = 0,
     sync_gb_s: Annotated[float, typer.Option(min=0.0, help="Of the weights to all servers; 0: as published.")] = 0.0,
@@ -109,6 +109,8 @@ def predict(
         raise UserError(f"--trainer-gpus {trainer_gpus} is more than --gpus {gpus}")
     if plot and (trainer_gpus or gpus == 1):
         raise UserError("--plot shows all splits: leave out --trainer-gpus, and give two GPUs or more")
+    if plot and not plot.parent.is_dir():
+        raise UserError(f"--plot {plot}: there is no folder {plot.parent}; make it, or name another file")
     found = [plan(fleet, work, trainer_gpus)] if trainer_gpus else splits(fleet, work)
     best = min(found, key=lambda one: one.timing.step)
     if as_json:

@@ -21,6 +21,7 @@ from omni_fast.predict.step import (
 )
 
 STEPS = 8  # that count
+MOST_SAMPLES = 400_000  # simulated for one plan: some seconds
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ def plan(fleet: Fleet, work: Work, trainer_gpus: int) -> Plan:
         raise UserError(
             f"training needs {trainer.memory / 1e9:.0f} GB on each of {trainer_gpus} x {fleet.machine}, which have "
             f"{USABLE * machine.memory / 1e9:.0f} GB to use: {_fewest(trainer)}"
+        )
+    if (samples := work.batch * (STEPS + 3 * fleet.staleness + 2)) > MOST_SAMPLES:
+        raise UserError(
+            f"{samples:,} samples would have to be simulated and {MOST_SAMPLES:,} is the most: give less of --prompts, --samples "
+            "or --staleness"
         )
     if servers < 1:
         raise UserError(f"{fleet.gpus - trainer_gpus} GPUs are left for servers of {server.gpus}: give more --gpus")

@@ -18,6 +18,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from statistics import NormalDist, fmean
 
+from omni_fast.errors import UserError
 from omni_fast.predict.step import Server, Work
 
 REPAIR_S = 300.0  # a server that failed: found, started, loaded
@@ -100,7 +101,7 @@ class Simulation:
         self.fleet = [_Busy() for _ in range(self.servers)]
         self.queue: deque[int] = deque()
         self.events: list[tuple[float, int, str, int, int]] = []
-        self.number = self.admitted = self.version = 0
+        self.number = self.admitted = self.version = self.failures = 0
         self.now = self.trainer_free = self.lost = 0.0
         self.training = False
 
@@ -237,6 +238,9 @@ class Simulation:
         self._at(self.now + REPAIR_S + self.draw.expovariate(self.failures_per_s), "fail", place)
         if busy.down:
             return
+        self.failures += 1
+        if self.failures > len(self.length):
+            raise UserError("servers fail so often that samples hardly ever end: give more --hours-between-failures")
         self._advance(busy)
         for end, sample in busy.running:
             self.lost += self.length[sample] - (end - busy.progress)
