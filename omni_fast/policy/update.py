@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -66,7 +65,6 @@ class Policy:
         warmup_steps: int = 0,
         max_grad_norm: float = 1.0,
         tokens_per_microbatch: int = 4096,
-        old: Literal["current", "behaviour"] = "current",
         share: Share = "tree",
         dtype: torch.dtype | None = None,
         lora_rank: int = 0,
@@ -77,10 +75,9 @@ class Policy:
         """Takes `model` over: its parameters become the working weights, in `dtype` (None: `working_dtype`), in place.
 
         temperature: the sampler's; the loss is of the distribution that was sampled from. warmup_steps: linear, counted
-        from the last `reset_optimizer`. old: "current" is on-policy (ratio 1); "behaviour" takes the sampler's log-
-        probs as the old ones, for samples of an earlier weight version. lora_rank: 0 trains all weights.
-        gradient_checkpointing: keep only each layer's input, compute the rest again. max_bad_steps: how many steps in
-        a row may have a non-finite gradient (they are skipped) before the run stops.
+        from the last `reset_optimizer`. lora_rank: 0 trains all weights. gradient_checkpointing: keep only each layer's
+        input, compute the rest again. max_bad_steps: how many steps in a row may have a non-finite gradient (they are
+        skipped) before the run stops.
         """
         if loss.top_entropy < 1 or loss.drop_covariance > 0:
             raise UserError(
@@ -99,7 +96,6 @@ class Policy:
         self.warmup_steps = warmup_steps
         self.max_grad_norm = max_grad_norm
         self.tokens_per_microbatch = tokens_per_microbatch
-        self.old = old
         self.share: Share = share
         self.max_bad_steps = max_bad_steps
         self.steps = 0  # optimiser steps since the last reset
@@ -132,7 +128,8 @@ class Policy:
 
         loss, grad_norm (before clipping), entropy and kl in nats, ratios, clip fractions, tokens (trained completion
         tokens), rows (rows the model computed), sample_tokens (what they stand for, prompts included), skipped (1: no
-        step was made, because no sample had an advantage or the gradient was not finite), entropy/TASK, seconds/PART.
+        step was made, because no sample had an advantage, every token was masked, or the gradient was not finite),
+        entropy/TASK, seconds/PART.
         Raises UserError where a sample exceeds the token budget, RunError after `max_bad_steps` non-finite gradients.
         """
         clock = Clock()
@@ -170,8 +167,8 @@ class Policy:
         scale = 1.0
         if deferred and totals is not None:
             scale = totals[METRICS.index("kept")].item()
-            metrics["loss"] /= scale
-        metrics |= self._step(scale, bool(micro_batches), clock)
+            metrics["loss"] /= scale or 1.0
+        metrics |= self._step(scale, bool(micro_batches) and scale > 0, clock)
         metrics |= clock.seconds()
         return metrics
 
@@ -204,7 +201,6 @@ class Policy:
             targets=torch.tensor([token for sample in batch for token in sample.completion]),
             advantages=torch.tensor([sample.advantage for sample in batch]).repeat_interleave(lengths),
             sequences=torch.arange(len(batch)).repeat_interleave(lengths),
-            old=rollout if self.old == "behaviour" else None,
             rollout=rollout,
             reference=torch.zeros_like(rollout) if self.loss.beta > 0 else None,
         )
@@ -212,8 +208,6 @@ class Policy:
     def _count_is_deferred(self) -> bool:
         """Whether the loss's count of kept tokens is known only after the forward pass."""
         probe = Tokens(torch.zeros(1, dtype=torch.int64), torch.zeros(1), rollout=torch.zeros(1))
-        if self.old == "behaviour":
-            probe = replace(probe, old=torch.zeros(1))
         try:
             normaliser_count(probe, replace(self.loss, beta=0.0))
         except ValueError:
@@ -228,7 +222,6 @@ class Policy:
             micro.targets,
             micro.advantages,
             sequences=micro.sequences,
-            old=micro.rollout if self.old == "behaviour" else None,
             reference=reference,
             rollout=micro.rollout,
             denominator=denominator,
@@ -381,12 +374,9 @@ class Policy:
         """The fp32 master weights by parameter name (under LoRA the adapter's alone); not copies."""
         return {slot.name: self._whole(slot, slot.master) for slot in self.slots}
 
+    @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Overwrites masters and working weights. Raises UserError where names or shapes are not those of this model."""
-        self._load_masters(weights)
-
-    @torch.no_grad()
-    def _load_masters(self, weights: Mapping[str, Tensor]) -> None:
         self._check_shapes({name: weight.shape for name, weight in weights.items()})
         for slot in self.slots:
             slot.master.copy_(self._part(slot, weights[slot.name]))
@@ -406,24 +396,19 @@ class Policy:
         for slot in self.slots:
             slot.mean = slot.square = None
 
-    @torch.no_grad()
-    def reset_reference(self) -> None:
-        """The current weights become the reference (no effect under LoRA, whose reference is the base model)."""
-        if self.reference is not None:
-            for frozen, current in zip(self.reference.parameters(), self.model.parameters(), strict=True):
-                frozen.copy_(current)
-
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
         """Everything a resume needs: tensors (not copies) under flat names, and a few numbers."""
-        tensors: dict[str, Tensor] = {}
-        for slot in self.slots:
-            tensors[f"master.{slot.name}"] = self._whole(slot, slot.master)
-            if slot.mean is not None and slot.square is not None:
-                tensors[f"mean.{slot.name}"] = self._whole(slot, slot.mean)
-                tensors[f"square.{slot.name}"] = self._whole(slot, slot.square)
+        tensors = {name: self._whole(slot, part) for name, slot, part in self._parts()}
         if self.reference is not None:
             tensors |= {f"reference.{name}": value.detach() for name, value in self.reference.named_parameters()}
         return tensors, self.numbers()
+
+    def _parts(self) -> Iterator[tuple[str, Slot, Tensor]]:
+        """This process's part of what a resume needs of each parameter, under flat names."""
+        for slot in self.slots:
+            for kind, part in (("master", slot.master), ("mean", slot.mean), ("square", slot.square)):
+                if part is not None:
+                    yield f"{kind}.{slot.name}", slot, part
 
     def numbers(self) -> dict[str, Json]:
         """What a resume needs besides tensors."""
@@ -448,7 +433,7 @@ class Policy:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-        self._load_masters(part("master."))
+        self.load_weights(part("master."))
         mean, square, reference = part("mean."), part("square."), part("reference.")
         for slot in self.slots:
             for name, moments in (("mean", mean), ("square", square)):

@@ -6,7 +6,9 @@ import copy
 import json
 import os
 import socket
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from omni_fast.errors import UserError
+from omni_fast.errors import RunError, UserError
 from omni_fast.policy.pack import Trajectory
 from omni_fast.policy.sharded import ShardedPolicy
 from omni_fast.policy.update import Policy
@@ -54,20 +56,21 @@ def tensors(policy: Policy) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone().contiguous() for name, value in policy.state_dict()[0].items()}
 
 
-def on_rank(rank: int, world: int, port: int, body: Callable[[int], None]) -> None:
+def on_rank(rank: int, world: int, port: int, body: Callable[[int], None], step_s: float, ends_well: bool) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=step_s))
     body(rank)
-    dist.barrier()  # a rank that leaves while another still talks to it can abort in gloo's threads
+    if ends_well:
+        dist.barrier()  # a rank that leaves while another still talks to it can abort in gloo's threads
     dist.destroy_process_group()
 
 
-def on_ranks(world: int, body: Callable[[int], None]) -> None:
+def on_ranks(world: int, body: Callable[[int], None], step_s: float = 600.0, ends_well: bool = True) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(on_rank, (world, port, body), nprocs=world)
+    mp.spawn(on_rank, (world, port, body, step_s, ends_well), nprocs=world)
 
 
 def same(mine: Any, theirs: Any) -> None:
@@ -103,7 +106,7 @@ def steps_as_one(
 def resumed_as_one(
     folder: Path, build: Callable[[], LlamaForCausalLM], batches: list[list[Trajectory]], rank: int
 ) -> None:
-    """What two ranks saved goes on here as it does in one process."""
+    """What two ranks saved goes on here as it does in one process, and what one process saved here."""
     for name in LOSSES:
         policy = ShardedPolicy(build(), **settings(name))
         if rank:
@@ -119,6 +122,11 @@ def resumed_as_one(
         same(tensors(policy), tensors(plain))
         with pytest.raises(UserError, match="not of this model"):
             policy.load_weights({"other": torch.zeros(3)})
+        (folder / f"{name} of one").mkdir()
+        plain.save(folder / f"{name} of one")
+        policy.load(folder / f"{name} of one", plain.numbers())
+        torch.testing.assert_close(tensors(policy), tensors(plain), rtol=0, atol=0)
+        assert policy.numbers() == plain.numbers()
         policy.close()
 
 
@@ -159,6 +167,51 @@ def mistakes_reach_rank_0(build: Callable[[], LlamaForCausalLM], batches: list[l
     policy.close()
 
 
+def a_gradient_that_is_not_finite_on_one_rank(
+    build: Callable[[], LlamaForCausalLM], batches: list[list[Trajectory]], rank: int
+) -> None:
+    """All ranks skip the step, count it, and stop after as many as one process would."""
+    policy = ShardedPolicy(build(), **settings("dapo"), max_bad_steps=1)
+    if rank:
+        plain = policy._loss_backward
+
+        def poisoned(*given: Any) -> Any:
+            found = plain(*given)
+            policy.slots[0].sum().fill_(torch.nan)
+            return found
+
+        policy._loss_backward = poisoned  # type: ignore[method-assign]
+        return policy.follow()
+    before = tensors(policy)
+    assert policy.update(batches[0])["skipped"] == 1
+    with pytest.raises(RunError, match="not finite in 2 steps"):
+        policy.update(batches[1])
+    same(tensors(policy), before)
+    policy.close()
+
+
+def rank_0_fails_alone(build: Callable[[], LlamaForCausalLM], batches: list[list[Trajectory]], rank: int) -> None:
+    """As where its memory is full: it waits for nobody, and the others, in the middle of the step, as long as a step may."""
+    policy = ShardedPolicy(build(), **settings("dapo"))
+    if rank:
+        started = time.monotonic()
+        with pytest.raises(RuntimeError):
+            policy.follow()
+        assert time.monotonic() - started < 7, "less than rank 0 stays"
+        return
+
+    def full(*given: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    policy._over_ranks = full  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        policy.update(batches[0])
+    started = time.monotonic()
+    policy.close()
+    assert time.monotonic() - started < 1
+    time.sleep(9)  # gloo's threads may abort where a rank leaves while another waits for it
+
+
 @pytest.fixture
 def batches(build_batch: Batches) -> list[list[Trajectory]]:
     return [build_batch(seed, zero_groups=1) for seed in (1, 2, 3)]
@@ -175,7 +228,18 @@ def test_ranks_on_compiled_layers_step_as_one_process(batches: list[list[Traject
     on_ranks(2, partial(compiled_layers_step_as_one, batches))
 
 
+def mistakes(build: Callable[[], LlamaForCausalLM], batches: list[list[Trajectory]], rank: int) -> None:
+    mistakes_reach_rank_0(build, batches, rank)
+    a_gradient_that_is_not_finite_on_one_rank(build, batches, rank)
+
+
 def test_a_mistake_is_raised_on_rank_0_and_leaves_the_ranks_together(
     build_model: Callable[..., LlamaForCausalLM], batches: list[list[Trajectory]]
 ) -> None:
-    on_ranks(2, partial(mistakes_reach_rank_0, build_model, batches))
+    on_ranks(2, partial(mistakes, build_model, batches))
+
+
+def test_a_rank_that_fails_alone_is_not_waited_for_longer_than_a_step(
+    build_model: Callable[..., LlamaForCausalLM], batches: list[list[Trajectory]]
+) -> None:
+    on_ranks(2, partial(rank_0_fails_alone, build_model, batches), step_s=3.0, ends_well=False)
