@@ -88,7 +88,9 @@ class CurriculumConfig(Section):
     mode: Literal["curriculum", "reversed", "random", "order", "joint"] = "curriculum"
     order: list[str] = []  # for mode "order"
     steps_per_stage: Positive = 12
-    replay_fraction: Fraction = 0.0  # share of a stage's prompts drawn from tasks of earlier stages
+    replay_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = (
+        0.0  # share of a stage's prompts drawn from tasks of earlier stages
+    )
     refresh_steps: NonNegative = 0  # a last short stage on the task with the largest realised drop
 
     @property

@@ -26,12 +26,11 @@ import yaml
 from omni_fast import config as configs
 from omni_fast.config import Config
 from omni_fast.errors import UserError
-from omni_fast.serving.launch import KEY_VARIABLE, Launch, command, launches
+from omni_fast.serving.launch import KEY_VARIABLE, TENSOR_PARALLEL, Launch, command, launches
 
 Kind = Literal["slurm", "k8s", "local"]
 PORT = 30000  # of a node's first server
 JUDGE_KEY_VARIABLE = "OMNI_FAST_JUDGE_KEY"
-TENSOR_PARALLEL = ("--tp", "--tp-size", "--tensor-parallel-size")
 UNPACKED_HERE = ("tiny", "smollm2-135m-instruct")  # model names that become a folder of this host's cache
 MOUNT = "/data"  # of the claim, in every pod
 

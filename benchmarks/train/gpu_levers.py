@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.utils import is_flash_attn_2_available
 
+from benchmarks.train.flex_attention import ends, flex_rows
 from benchmarks.train.levers import Lever, Setup, changed
 from omni_fast.policy import tree_attention
-from omni_fast.policy.flex_attention import ends, flex_rows
 from omni_fast.policy.tree_attention import TreeLayout
 
 Attend = Callable[[Tensor, Tensor, Tensor, TreeLayout, float], Tensor]

@@ -40,7 +40,7 @@ def study(
 
     resolved, own = configs.load(config, rest or [])
     design = Design(Path(config).name.removesuffix(".toml"), resolved, own)
-    folder = run or Path("runs") / design.name
+    folder = (run or Path("runs") / design.name).expanduser()
     if dry_run:
         return say(*describe(design, folder, jobs))
     from omni_fast.study import driver

@@ -62,7 +62,9 @@ def _source(name_or_path: str) -> str:
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"The model folder {path} has no config.json: give the folder that save_pretrained wrote.")
+            raise UserError(
+                f"The model folder {path} has no config.json: give the folder that save_pretrained wrote (of a run: its final/)."
+            )
         return str(path)
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
         raise UserError(

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import LlamaForCausalLM
 
-from benchmarks.train import gpu_levers
-from omni_fast.policy import flex_attention, tree_attention
+from benchmarks.train import flex_attention, gpu_levers
+from omni_fast.policy import tree_attention
 from omni_fast.policy.pack import Share, Trajectory, pack
 from omni_fast.policy.tree_attention import TreeLayout
 from omni_fast.policy.update import Policy

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from omni_fast.policy import flex_attention, tree_attention
+from benchmarks.train import flex_attention
+from omni_fast.policy import tree_attention
 from omni_fast.policy.pack import Share, Trajectory, pack
 from omni_fast.policy.sharded import ShardedPolicy
 from omni_fast.policy.update import Policy
