@@ -53,7 +53,7 @@ _SIDE = re.compile(
     r"[A-Za-z](?:_?\{?[0-9A-Za-z]\}?)?(?:\([^()=,]*\))?|(?:[-+*/^(){}.0-9×÷]|\\times|\\cdot|\\div|\\frac)+"
 )
 _UNIT = re.compile(
-    r"\\(?:text|mathrm|textbf|operatorname)\{[^{}]*\}|\^\{?\\circ\}?|(?:\\times|\\cdot|×|\*)10\^\{?[-+]?[0-9]+\}?"
+    r"\\(?:text|mathrm|textbf|operatorname)\{[^{}]*\}|\^\{?\\circ\}?|(?:^-?|\\times|\\cdot|×|\*)10\^\{?[-+]?[0-9]+\}?"
 )
 _OPERATION = re.compile(r"[0-9)}%](?:[-+*/^×÷]|\\times|\\cdot|\\div|\\pm|\\bmod|\\mod)[-+(.{\\0-9]")
 _FUNCTION = re.compile(r"\\(?:sqrt|log|ln|exp|sin|cos|tan|gcd|lcm|max|min|lfloor|lceil)(?![a-z])|\|")

@@ -126,6 +126,8 @@ def test_strict_extraction_needs_a_mark():
         ("42", r"\boxed{42^\circ}", Part(1.0)),
         ("42", r"\boxed{42\text{ cm}^2}", Part(1.0)),
         ("1500", r"\boxed{1.5\times 10^{3}}", Part(1.0)),
+        ("1000000", r"\boxed{10^6}", Part(1.0)),
+        ("1000", r"\boxed{10^{2}}", Part(0.0, "wrong")),
         ("1.5", r"\boxed{1\frac{1}{2}}", Part(1.0)),
         ("1.414214", r"\boxed{\sqrt{2}}", Part(1.0)),  # exact, for a gold answer that is rounded
         ("2^{10}", r"\boxed{1024}", Part(1.0)),
