@@ -1,4 +1,4 @@
-"""Who gets the next free place, and how rollouts grow with the servers, on a clock that only counts what is waited for."""
+"""What a fleet is made of, who gets the next free place, and how rollouts grow with the servers, on a clock that only counts what is waited for."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timed_sglang import tailed
 
+from omni_fast.errors import UserError
 from omni_fast.rollout.engine import Prompt, Sampling
-from omni_fast.rollout.fleet import Fleet, Json, Server, ServerError
+from omni_fast.rollout.fleet import Fleet, Json, Server, ServerError, parse_version
 from omni_fast.rollout.sglang import SGLangEngine
 
 BOUND = 8
@@ -177,3 +178,30 @@ def test_places_go_by_turn_and_none_is_lost_whoever_gives_up(asked: list[tuple[i
         fleet.run(scenario(fleet))
     finally:
         fleet.close()
+
+
+# -- addresses, keys, versions ------------------------------------------------------------------------------------------
+
+
+def test_a_url_with_a_password_is_refused_without_printing_it() -> None:
+    with pytest.raises(UserError, match="OMNI_FAST_ENGINE_KEY") as told:
+        Fleet(["http://me:s3cret@a:1"])
+    assert "s3cret" not in str(told.value)
+
+
+@pytest.mark.parametrize("urls", [[], ["127.0.0.1:1"], ["ftp://a"], ["http://"], ["http://a", "http://a/"]])
+def test_urls_that_are_none_are_refused(urls: list[str]) -> None:
+    with pytest.raises(UserError, match="engine.urls"):
+        Fleet(urls)
+
+
+@pytest.mark.parametrize("key", ["s3cret\n", "s3cr\u00e9t"])
+def test_a_key_that_cannot_stand_in_a_header_is_refused_without_saying_it(key: str) -> None:
+    with pytest.raises(UserError, match="OMNI_FAST_ENGINE_KEY.*line break") as told:
+        Fleet(["http://a"], api_key=key)
+    assert "s3cr" not in str(told.value)
+
+
+def test_versions_are_read() -> None:
+    assert parse_version("0.5.10.post1") == (0, 5, 10) and parse_version("0.5.17") == (0, 5, 17)
+    assert parse_version("main") == () and parse_version("0.5.21+cpu") == (0, 5, 21)

@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from omni_fast.errors import RunError, UserError
 from omni_fast.rollout import sglang
 from omni_fast.rollout.engine import Prompt, Sampling
-from omni_fast.rollout.fleet import Fleet, Server, ServerError, parse_version
+from omni_fast.rollout.fleet import Fleet, Server, ServerError
 from omni_fast.rollout.sglang import SGLangEngine, read, request
 
 SAMPLING = Sampling(max_new_tokens=6, temperature=0.7, stop_token_ids=(2,), seed=1)
@@ -399,18 +399,6 @@ def test_servers_that_cannot_be_used_are_told_before_the_first_step() -> None:
         pass
 
 
-def test_a_url_with_a_password_is_refused_without_printing_it() -> None:
-    with pytest.raises(UserError, match="OMNI_FAST_ENGINE_KEY") as told:
-        Fleet(["http://me:s3cret@a:1"])
-    assert "s3cret" not in str(told.value)
-
-
-@pytest.mark.parametrize("urls", [[], ["127.0.0.1:1"], ["ftp://a"], ["http://"], ["http://a", "http://a/"]])
-def test_urls_that_are_none_are_refused(urls: list[str]) -> None:
-    with pytest.raises(UserError, match="engine.urls"):
-        Fleet(urls)
-
-
 def test_the_key_goes_with_every_request_and_into_no_message() -> None:
     server = fake(key="s3cret")
     with engine(server, key="s3cret") as made:
@@ -422,18 +410,6 @@ def test_the_key_goes_with_every_request_and_into_no_message() -> None:
     with pytest.raises(UserError, match="OMNI_FAST_ENGINE_KEY") as told, engine(fake(key="s3cret"), key="wr0ng"):
         pass
     assert "wr0ng" not in str(told.value)
-
-
-@pytest.mark.parametrize("key", ["s3cret\n", "s3cr\u00e9t"])
-def test_a_key_that_cannot_stand_in_a_header_is_refused_without_saying_it(key: str) -> None:
-    with pytest.raises(UserError, match="OMNI_FAST_ENGINE_KEY.*line break") as told:
-        Fleet(["http://a"], api_key=key)
-    assert "s3cr" not in str(told.value)
-
-
-def test_versions_are_read() -> None:
-    assert parse_version("0.5.10.post1") == (0, 5, 10) and parse_version("0.5.17") == (0, 5, 17)
-    assert parse_version("main") == () and parse_version("0.5.21+cpu") == (0, 5, 21)
 
 
 @given(st.lists(st.sampled_from(["ok", "500", "cut", "half", "abort"]), max_size=12), st.integers(1, 3))
