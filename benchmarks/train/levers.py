@@ -1,8 +1,9 @@
 """Each lever alone: what a phase of a step costs when one of omni_fast's savings is taken away.
 
 All variants work on the same batch with a learning rate of 0 and take turns round by round; the row's `off` is the median
-without the lever, `on` that with all of them, each timed just before its `off`; `times_faster` is the median of their ratios. What is taken away comes back as others do it, patched in from here: the
-trainer itself has no switch for doing more work than it must.
+without the lever, `on` that with all of them, each timed just before its `off`; `times_faster` is the median of their ratios.
+What is taken away comes back as others do it, patched in from here: the trainer itself has no switch for doing more work than
+it must.
 """
 
 from __future__ import annotations

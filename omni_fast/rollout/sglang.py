@@ -6,8 +6,8 @@ their order and their count. A server that failed is looked at again and again a
 weights before it gets prompts. When none is ready the engine waits, says so, and gives up after `wait_s`.
 
 Every weight version has a tag of its own, unique to this engine, which the server echoes with each sample and which, with
-how often that server's weights have been in doubt, salts its prefix cache: a sample with a token of weights older than those it was asked under is never taken, and its prompt never
-reads keys and values of older ones. Where a sync comes while groups are under way, they go on with the new weights; the
+how often that server's weights have been in doubt, salts its prefix cache: a sample with a token of weights older than those
+it was asked under is never taken, and its prompt never reads keys and values of older ones. Where a sync comes while groups are under way, they go on with the new weights; the
 version spans of a sample say so.
 The trainer does not import SGLang; see docs/engine.md for what a server needs.
 
@@ -385,7 +385,8 @@ class Aborted(ServerError):
 def request(tokens: Sequence[int], n: int, sampling: Sampling, salt: str, adapter: str | None = None) -> Json:
     """The body of /generate, by the adapter of that name or by the weights. All that has a default and matters is said.
 
-    salt: of the prefix cache; what is not equal in it shares no keys and values. With an adapter, n requests in one: SGLang 0.5.17 counts its users wrongly for n > 1, and never lets it be unloaded.
+    salt: of the prefix cache; what is not equal in it shares no keys and values. With an adapter, n requests in one: SGLang
+    0.5.17 counts its users wrongly for n > 1, and never lets it be unloaded.
     """
     draw: dict[str, Json] = {
         "n": n if adapter is None else 1,

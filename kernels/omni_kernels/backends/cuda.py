@@ -2,8 +2,8 @@
 
 The functions on rows are those of `rows.NativeRows`: they hand addresses and the current stream to
 `omni_kernels._native_cuda` (csrc/cuda). Nothing looks at a tensor's values or waits for the GPU, and all memory is torch's: calls
-can be captured into CUDA graphs. Rows are independent and their sums have a fixed order, so results repeat bit by bit and do not depend on the
-other rows; only a row that starts at another offset from a 16-byte boundary (an odd vocabulary) is grouped differently.
+can be captured into CUDA graphs. Rows are independent and their sums have a fixed order, so results repeat bit by bit and do
+not depend on the other rows; only a row that starts at another offset from a 16-byte boundary (an odd vocabulary) is grouped differently.
 
 Limits: bf16 or fp32 CUDA tensors; a row of at most 900,000 bf16 or 450,000 fp32 logits; the module must have been built
 (`pip install -C cmake.define.OMNI_CUDA=ON .`; `reason_unavailable` says why not). A target outside the vocabulary makes its
