@@ -104,7 +104,8 @@ class Policy:
         if self.lora:
             add_adapter(model, lora_rank, lora_alpha)
         if gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            newer = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.17 has the older name
+            (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
             model.train()
         else:
             model.eval()  # dropout has no place in a policy gradient
