@@ -1,12 +1,12 @@
 """The in-process engine: generates with the policy's own weights, on CPU or one GPU, with nothing to start.
 
-Each prompt is computed once, whatever the number of its samples; rows then decode in lockstep over a cache that is
-allocated once, and leave the batch as they finish. What would not fit the memory bound runs as several waves, prompts
-of like length together. Draws depend on (seed, prompt key, sample number, token number) and the row's own
-probabilities alone; log-probs are those of the distribution sampled from, computed from the logits in float32.
+Each prompt is computed once, whatever the number of its samples; rows then decode in lockstep and leave the batch as they
+finish. What would not fit the memory bound runs as several waves, prompts of like length together. Draws depend on (seed,
+prompt key, sample number, token number) and the row's own probabilities alone; log-probs are those of the distribution
+sampled from, computed from the logits in float32.
 
-Limits: decoders of the Llama layout (Llama, Qwen2, Qwen3, Mistral) without sliding windows; in bf16 the rounding of a
-GEMM may depend on the number of rows, so that a draw on the edge of two tokens can differ between batches.
+Limits: in bf16 the rounding of a product may depend on the number of rows, so that a draw on the edge of two tokens can
+differ between batches.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ import torch
 from transformers import PreTrainedModel
 
 from omni_fast.errors import UserError
-from omni_fast.rollout.decode import ATTENTION, ModuleWave
+from omni_fast.rollout.decode import ModuleWave
 from omni_fast.rollout.engine import Deferred, Finished, Progress, Prompt, Rollout, Sample, Sampling
-from omni_fast.rollout.packed_linear import inference_copy, read_again
 from omni_fast.rollout.sampling import draw, uniforms
-from omni_fast.rollout.shared_cache import SharedWave, fits
+from omni_fast.rollout.shared_cache import PackedModel, SharedWave, fits
 
-ROWS = 64  # what packed weights are laid out for
 ROW_STEP = 8  # rows leave the batch in such steps: a new row count costs the GEMM library a new kernel
 
 
@@ -43,38 +41,28 @@ class LocalEngine:
         max_rows: int = 256,
         threads: int | None = None,
     ) -> None:
-        """tokens_in_flight: bound on the cache, in tokens of prompt and completion over all rows of a wave.
+        """tokens_in_flight: bound on the cache, in tokens of prompt and completion over all rows of a wave of several.
 
         max_rows: bound on the rows of a wave. threads: CPU threads while generating (None: as the process has them).
         """
-        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"} or not model._supports_attention_backend:
-            raise UserError(
-                f"the local engine cannot run {type(model).__name__} (attention: {', '.join(sorted(kinds))}): "
-                "use a Llama, Qwen2 or Qwen3 model without sliding windows, or the sglang engine"
-            )
         self.model = model
-        self.config = model.config
         self.tokens_in_flight = tokens_in_flight
         self.max_rows = max_rows
         self.threads = threads
-        self.fast: PreTrainedModel | None = None
-        self.modules: list[int] = []  # those of `model` that `fast` is a copy of
+        self.packed: PackedModel | None = None
         self.sync(0)
 
     def sync(self, version: int) -> dict[str, float]:
         """Take over the model as it is now, adapters included; samples from now on carry `version`."""
-        modules = [id(module) for module in self.model.modules()]
-        if self.fast is None or modules != self.modules or not read_again(self.fast):
-            self.fast = None  # the packed weights of the last version go first: never two of them in memory
-            self.fast, self.modules = inference_copy(self.model, ATTENTION, ROWS), modules
-        self.shared = fits(self.fast)
+        self.packed = (self.packed or PackedModel(self.model)) if fits(self.model) else None
+        if self.packed is not None:
+            self.packed.read()
         self.version = version
         return {}
 
     def close(self) -> None:
-        """Give the packed weights back; `sync` makes the engine usable again."""
-        self.fast = None
+        """Give the packed weights back; until the next `sync` the model's modules generate."""
+        self.packed = None
 
     def start(self, prompts: Sequence[Prompt], n: int, sampling: Sampling, arrived: Finished | None = None) -> Rollout:
         """Nothing is generated before it is waited for: policy and engine share the cores and the weights."""
@@ -94,16 +82,14 @@ class LocalEngine:
         finished: called between two tokens with each prompt whose samples are all complete, so it must be quick.
         Raises UserError for a prompt without tokens, or one that does not fit with its new tokens.
         """
-        if self.fast is None:
-            raise RuntimeError("this engine has been closed: call sync before generate")
         for number, prompt in enumerate(prompts):
             self._check(number, len(prompt.tokens), sampling.max_new_tokens)
         results: list[list[Sample]] = [[Sample([], [], "length") for _ in range(n)] for _ in prompts]
         left = [n] * len(prompts)
         tokens = 0
-        with torch.inference_mode(), _threads(self.threads):
+        with torch.inference_mode(), _generating(self.model, self.threads):
             for wave in self._waves(prompts, n, sampling.max_new_tokens):
-                for added, ended in self._run(self.fast, prompts, wave, results, sampling):
+                for added, ended in self._run(prompts, wave, results, sampling):
                     tokens += added
                     for index in ended:
                         left[index] -= 1
@@ -117,11 +103,11 @@ class LocalEngine:
         return results
 
     def _check(self, number: int, length: int, new: int) -> None:
-        limit = min(self.config.max_position_embeddings, self.tokens_in_flight) - new
+        limit = self.model.config.max_position_embeddings - new
         if length > limit:
             raise UserError(
-                f"prompt {number} has {length} tokens and at most {limit} fit beside {new} new ones: shorten the prompt, "
-                "lower max_new_tokens, or raise tokens_in_flight if the model's context allows it"
+                f"prompt {number} has {length} tokens and at most {limit} fit into the model's context beside {new} new ones: "
+                "shorten the prompt, lower the task's max_new_tokens, or take a model with a longer context"
             )
         if length == 0:
             raise UserError(f"prompt {number} has no tokens: give each prompt at least one (a BOS token, for example)")
@@ -142,19 +128,20 @@ class LocalEngine:
 
     def _run(
         self,
-        fast: PreTrainedModel,
         prompts: Sequence[Prompt],
         members: list[tuple[int, int]],
         results: list[list[Sample]],
         sampling: Sampling,
     ) -> Iterator[tuple[int, list[int]]]:
         """Generate one wave into `results`; yields after each step the tokens added and the prompts of ended samples."""
-        device = fast.device
-        head = fast.get_output_embeddings()
+        device = self.model.device
         samples = Counter(index for index, _ in members)
-        texts = [prompts[index].tokens for index in samples]
-        make = SharedWave if self.shared else ModuleWave
-        wave = make(fast, texts, list(samples.values()), sampling.max_new_tokens)
+        texts, counts = [prompts[index].tokens for index in samples], list(samples.values())
+        wave: SharedWave | ModuleWave
+        if self.packed is None:
+            wave = ModuleWave(self.model, texts, counts)
+        else:
+            wave = SharedWave(self.packed, texts, counts, sampling.max_new_tokens)
         streams = [
             uniforms(sampling.seed, prompts[index].key, number, sampling.max_new_tokens) for index, number in members
         ]
@@ -162,7 +149,7 @@ class LocalEngine:
         rows = [results[index][number] for index, number in members]
         owners = [index for index, _ in members]
         alive = [True] * len(rows)
-        logits_RV = head(wave.prefill())[wave.prompt_of_row]
+        logits_RV = wave.prefill()[wave.prompt_of_row]
         stops = frozenset(sampling.stop_token_ids)
         for step in range(sampling.max_new_tokens):
             token_R, logprob_R = draw(logits_RV, uniform_RT[:, step], sampling.temperature)
@@ -189,7 +176,7 @@ class LocalEngine:
                 owners = [owners[row] for row in keep]
                 kept = torch.tensor(keep, device=device)
                 token_R, uniform_RT = token_R[kept], uniform_RT[kept]
-            logits_RV = head(wave.step(token_R))
+            logits_RV = wave.step(token_R)
 
 
 def _compaction(alive: list[bool]) -> list[int] | None:
@@ -205,11 +192,13 @@ def _compaction(alive: list[bool]) -> list[int] | None:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
+def _generating(model: PreTrainedModel, threads: int | None) -> Iterator[None]:
+    """The model in eval mode, in so many threads (None: as the process has them); both as before afterwards."""
+    before, training = torch.get_num_threads(), model.training
+    torch.set_num_threads(threads or before)
+    model.eval()
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        model.train(training)

@@ -1,11 +1,11 @@
-"""A wave on the compiled kernels of the CPU: the decoder's forward pass for generation, each prompt's keys held once.
+"""Generation on the compiled kernels of the CPU: the decoder's layers written out, each prompt's keys held once.
 
-The layers are those of `inference_copy`, called without their modules: norms with the residual's sum, q/k/v and gate/up as
-one product each, rotation in place, attention that reads a prompt once for all rows that go on from it. The prefill is one
-tree: the prompts' common beginning, then each prompt's own rows.
+Norms with the residual's sum, q/k/v and gate/up as one product each, rotation in place, attention that reads a prompt once
+for all rows that go on from it. The prefill is one tree: the prompts' common beginning, then each prompt's own rows. Heads
+of another size than the kernels' multiples of 32 are filled up with zeros for attention.
 
-Limits: the layer classes in `KINDS` with plain linear layers and no bias (or LoRA merged into them), heads of a multiple
-of 32, bf16 or fp32; everything else runs as a `Wave` (decode.py).
+Limits: the layer classes in `KINDS` with linear layers (or LoRA, merged) and SiLU, full attention, bf16 or fp32; everything
+else runs through its modules (decode.py).
 """
 
 from __future__ import annotations
@@ -14,45 +14,63 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from omni_fast.rollout.decode import common_length
-from omni_fast.rollout.packed_linear import FirstPart, FusedRMSNorm, PackedLinear
+from omni_fast.rollout.packed_linear import PackedLinear, is_linear
 from omni_kernels import decoder
 
-KINDS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+KINDS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 BLOCK_ROWS = 64
 
 
 def fits(model: PreTrainedModel) -> bool:
-    """Whether this inference copy runs here."""
+    """Whether this model runs here."""
     body: Any = model.get_decoder()
-    return all(
-        type(layer).__name__ in KINDS
-        and isinstance(layer.input_layernorm, FusedRMSNorm)
-        and isinstance(layer.self_attn.q_proj, FirstPart)
-        and isinstance(layer.mlp.gate_proj, FirstPart)
-        and "SiLU" in type(layer.mlp.act_fn).__name__
-        and layer.self_attn.head_dim % 32 == 0
-        and all(linear.bias is None for linear in _linears(layer))
-        and decoder.native(layer.input_layernorm.weight)
-        for layer in body.layers
+    return (
+        torch.backends.mkldnn.is_available()
+        and getattr(model.config, "sliding_window", None) is None
+        and is_linear(model.get_output_embeddings())
+        and all(
+            type(layer).__name__ in KINDS
+            and "SiLU" in type(layer.mlp.act_fn).__name__
+            and all(is_linear(linear) for linears in _products(layer) for linear in linears)
+            and decoder.native(layer.input_layernorm.weight, layer.mlp.gate_proj.weight)
+            for layer in body.layers
+        )
     )
 
 
-def _linears(layer: Any) -> list[PackedLinear]:
-    return [layer.self_attn.q_proj.fused, layer.self_attn.o_proj, layer.mlp.gate_proj.fused, layer.mlp.down_proj]
+def _products(layer: Any) -> tuple[tuple[nn.Module, ...], ...]:
+    """The linear layers of each product."""
+    heads, mlp = layer.self_attn, layer.mlp
+    return (heads.q_proj, heads.k_proj, heads.v_proj), (heads.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
+
+
+class PackedModel:
+    """A model's products, packed as they were at the last `read`; embedding and norms are its own."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.body: Any = model.get_decoder()
+        self.products = [[PackedLinear() for _ in _products(layer)] for layer in self.body.layers]
+        self.head = PackedLinear()
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Take over the weights as they are now."""
+        for layer, products in zip(self.body.layers, self.products, strict=True):
+            for product, sources in zip(products, _products(layer), strict=True):
+                product.read(*sources)
+        self.head.read(self.model.get_output_embeddings())
 
 
 class SharedWave:
     """Rows that decode in lockstep: `samples[g]` rows for prompt g, then up to `new` tokens each."""
 
-    def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], samples: Sequence[int], new: int
-    ) -> None:
-        self.body: Any = model.get_decoder()
-        config = model.config
+    def __init__(self, model: PackedModel, prompts: Sequence[Sequence[int]], samples: Sequence[int], new: int) -> None:
+        self.model = model
         common = common_length(prompts)
         self.tokens = list(prompts[0][:common])
         positions = list(range(common))
@@ -68,25 +86,27 @@ class SharedWave:
         self.blocks = decoder.tree_blocks([(0, len(self.tokens), [block]) for block in blocks])
         owners = [prompt for prompt, count in enumerate(samples) for _ in range(count)]
         self.prompt_of_row = torch.tensor(owners)
-        self.size = self.body.layers[0].self_attn.head_dim
-        self.widths = [config.num_attention_heads * self.size, *[config.num_key_value_heads * self.size] * 2]
+        config, layers = model.model.config, model.body.layers
+        self.size = layers[0].self_attn.head_dim
+        self.filling = -self.size % 32
+        self.heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
         self.cache = decoder.DecodeCache(
-            columns, owners, len(self.body.layers), config.num_key_value_heads, self.size, new, model.dtype
+            columns, owners, len(layers), self.heads[1], self.size + self.filling, new, model.model.dtype
         )
         self.positions = torch.tensor(positions)
         self.next = torch.tensor([len(prompt) for prompt in prompts])[self.prompt_of_row]
 
     def prefill(self) -> Tensor:
-        """Hidden states of each prompt's last token, [prompts, hidden]."""
+        """Logits of each prompt's next token, [prompts, vocabulary]."""
         hidden = self._forward(torch.tensor(self.tokens), self.positions, prefill=True)
-        return hidden[torch.tensor(self.last)]
+        return self.model.head(hidden[torch.tensor(self.last)])
 
     def step(self, token_R: Tensor) -> Tensor:
-        """Hidden states [rows, hidden] after one token more of each row."""
+        """Logits [rows, vocabulary] after one token more of each row."""
         self.cache.advance()
         hidden = self._forward(token_R, self.next, prefill=False)
         self.next = self.next + 1
-        return hidden
+        return self.model.head(hidden)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep `rows`, in that order."""
@@ -94,16 +114,21 @@ class SharedWave:
         self.next = self.next[torch.tensor(rows)]
 
     def _forward(self, tokens: Tensor, positions: Tensor, prefill: bool) -> Tensor:
-        stream = self.body.embed_tokens(tokens)
-        cos, sin = self.body.rotary_emb(stream, position_ids=positions[None])
+        body = self.model.body
+        stream = body.embed_tokens(tokens)
+        cos, sin = body.rotary_emb(stream, position_ids=positions[None])
         added: Tensor | None = None
-        for number, layer in enumerate(self.body.layers):
-            qkv, o, both, down = _linears(layer)
+        for number, (layer, (qkv, o, both, down)) in enumerate(zip(body.layers, self.model.products, strict=True)):
             norm, attention = layer.input_layernorm, layer.self_attn
-            stream, x, _ = decoder.rms_norm(stream, norm.weight, norm.eps, added)
-            q, k, v = (part.unflatten(1, (-1, self.size)) for part in qkv(x).split(self.widths, dim=1))
-            decoder.rotate(q, cos[0], sin[0], q)
-            decoder.rotate(k, cos[0], sin[0], k)
+            stream, x, _ = decoder.rms_norm(stream, norm.weight, norm.variance_epsilon, added)
+            states = qkv(x).unflatten(1, (-1, self.size))
+            queries, keys, _ = states.split(self.heads, dim=1)
+            if hasattr(attention, "q_norm"):
+                for part, own in ((queries, attention.q_norm), (keys, attention.k_norm)):
+                    part.copy_(decoder.rms_norm(part, own.weight, own.variance_epsilon)[1])
+            turned = states[:, : -self.heads[2]]
+            decoder.rotate(turned, cos[0], sin[0], turned)
+            q, k, v = (F.pad(states, (0, self.filling)) if self.filling else states).split(self.heads, dim=1)
             if prefill:
                 assert self.blocks is not None
                 out, _ = decoder.attend(q, k, v, self.blocks, attention.scaling)
@@ -111,10 +136,20 @@ class SharedWave:
             else:
                 out = self.cache.decode(number, q, k, v, attention.scaling)
             norm = layer.post_attention_layernorm
-            stream, x, _ = decoder.rms_norm(o(out.flatten(1)), norm.weight, norm.eps, stream)
+            stream, x, _ = decoder.rms_norm(
+                o(out[..., : self.size].flatten(1)), norm.weight, norm.variance_epsilon, stream
+            )
             added = down(decoder.gate(both(x)))
-        norm = self.body.norm
-        return decoder.rms_norm(stream, norm.weight, norm.eps, added)[1]
+        return decoder.rms_norm(stream, body.norm.weight, body.norm.variance_epsilon, added)[1]
+
+
+def common_length(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, leaving each at least one of its own; 0 for a single prompt."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # in dictionary order, the two that differ most
+    limit = min(map(len, prompts)) - 1
+    return next((place for place in range(limit) if first[place] != last[place]), limit)
 
 
 def _blocks(start: int, end: int, common: int) -> list[tuple[Tensor, Tensor, Tensor]]:
