@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,10 +14,9 @@ from omni_fast import config as configs
 from omni_fast.commands import AsJson, Overrides, Source
 from omni_fast.errors import UserError
 from omni_fast.launch import Kind, Place, render
-
-if TYPE_CHECKING:
-    from omni_fast.predict.plan import Fleet, Plan
-    from omni_fast.predict.step import Work
+from omni_fast.predict.machines import MACHINES, read_shape
+from omni_fast.predict.plan import Fleet, Plan, draw, plan, splits, study_steps
+from omni_fast.predict.step import Work
 
 app = typer.Typer()
 
@@ -31,9 +30,7 @@ def launch(
     gpus_per_node: Annotated[int, typer.Option(min=0)] = 8,
     trainer_gpus: Annotated[int, typer.Option(min=1, help="Of the first node; more than one by torchrun.")] = 1,
     run: Annotated[str, typer.Option(help="Run folder, which all nodes see under this path.")] = "",
-    line: Annotated[
-        list[str] | None, typer.Option(help="Slurm: one more #SBATCH option, for example --account=NAME")
-    ] = None,
+    line: Annotated[list[str], typer.Option(help="Slurm: one more option, for example --account=NAME")] = [],  # noqa: B006
     image: Annotated[str, typer.Option(help="Kubernetes: of the trainer, with omni_fast.")] = "",
     server_image: Annotated[str, typer.Option(help="Kubernetes: with SGLang.")] = "",
     claim: Annotated[str, typer.Option(help="Kubernetes: a ReadWriteMany volume claim, mounted at /data.")] = "",
@@ -43,24 +40,18 @@ def launch(
     Examples: `omni-fast launch my.toml --print slurm --nodes 4 --line --account=lab > run.sh`,
     `omni-fast launch my.toml --print k8s --image trainer:1 --server-image sglang:1 --claim data > run.yaml`
     """
-    place = Place(nodes, gpus_per_node, trainer_gpus, run, tuple(line or ()), image, server_image, claim)
+    place = Place(nodes, gpus_per_node, trainer_gpus, run, tuple(line), image, server_image, claim)
     typer.echo(render(kind, config, overrides or (), place), nl=False)
 
 
 @app.command()
 def predict(
-    config: Annotated[
-        str, typer.Argument(help="TOML file or recipe: prompts, samples and longest completion are its.")
-    ] = "",
+    config: Annotated[str, typer.Argument(help="Whose prompts, samples and lengths to take.")] = "",
     overrides: Overrides = None,
-    model_shape: Annotated[
-        str, typer.Option(help="A folder with config.json, or a name such as qwen2.5-7b.")
-    ] = "qwen2.5-7b",
+    model_shape: Annotated[str, typer.Option(help="A folder with config.json, or a name.")] = "qwen2.5-7b",
     gpus: Annotated[int, typer.Option(min=1, max=4096)] = 8,
-    machine: Annotated[str, typer.Option(help="h100, h200, b200, or cpu: the one this was fitted on.")] = "h100",
-    trainer_gpus: Annotated[
-        int, typer.Option(min=0, help="0: find the best split; all: train and generate in turns.")
-    ] = 0,
+    machine: Annotated[Literal["h100", "h200", "b200", "cpu"], typer.Option(help="cpu: what was fitted.")] = "h100",
+    trainer_gpus: Annotated[int, typer.Option(min=0, help="0: find the best split; all: in turns.")] = 0,
     server_gpus: Annotated[int, typer.Option(min=0, help="Of one replica; 0: the fewest that do.")] = 0,
     prompts: Annotated[int, typer.Option(min=1)] = 128,
     samples: Annotated[int, typer.Option(min=2)] = 8,
@@ -71,15 +62,11 @@ def predict(
     mixed: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the groups whose rewards differ.")] = 1.0,
     staleness: Annotated[int, typer.Option(min=0)] = 0,
     sync_gb_s: Annotated[float, typer.Option(min=0.0, help="Of the weights to all servers; 0: as published.")] = 0.0,
-    sync_share: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Of the weights that travels; deltas are small.")
-    ] = 1.0,
+    sync_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the weights, that travels.")] = 1.0,
     hours_between_failures: Annotated[float, typer.Option(min=0.0, help="Of one server; 0: none fails.")] = 0.0,
     experts_stay: Annotated[bool, typer.Option(help="A trainer with expert parallelism; omni_fast has none.")] = False,
     price: Annotated[float, typer.Option(min=0.0, help="Dollars a GPU and hour.")] = 0.0,
-    study: Annotated[
-        int, typer.Option(min=0, help="Steps a stage of a whole study of four tasks and three seeds.")
-    ] = 0,
+    study: Annotated[int, typer.Option(min=0, help="Steps a stage of a study: four tasks, three seeds.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Write the splits as PNG, for this staleness and for 0.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -88,12 +75,6 @@ def predict(
     A roofline and a simulation. On GPUs nothing of it was measured by us: see docs/scale.md for what the figures rest on.
     Examples: `omni-fast predict --gpus 64 --staleness 1`, `omni-fast predict --gpus 8 --study 100 --price 2.5`
     """
-    from omni_fast.predict.machines import MACHINES, read_shape
-    from omni_fast.predict.plan import Fleet, draw, plan, splits
-    from omni_fast.predict.step import Work
-
-    if machine not in MACHINES:
-        raise UserError(f"--machine {machine} is not known; known: {', '.join(MACHINES)}")
     if config:
         resolved = configs.load(config, overrides or ())
         prompts, samples = resolved.rollout.prompts_per_step, resolved.rollout.samples_per_prompt
@@ -118,37 +99,23 @@ def predict(
     else:
         typer.echo(_table(found, best, work, fleet, price, study))
     if plot:
-        series = {f"staleness {staleness}": found}
-        if staleness:
-            series["staleness 0"] = splits(replace(fleet, staleness=0), work)
+        series = {f"staleness {staleness}": found, "staleness 0": splits(replace(fleet, staleness=0), work)}
         draw(series, f"{model_shape} on {gpus} x {machine}, {prompts} x {samples} samples of {new_tokens} tokens", plot)
 
 
 def _table(found: Sequence[Plan], best: Plan, work: Work, fleet: Fleet, price: float, study: int) -> str:
-    from omni_fast.predict.machines import MACHINES
-    from omni_fast.predict.plan import study_steps
-
-    columns: list[tuple[str, Callable[[Plan], str]]] = [
-        ("train", lambda one: str(one.trainer_gpus) if one.trainer_gpus < fleet.gpus else "turns"),
-        ("servers", lambda one: f"{one.servers} x {one.server_gpus}"),
-        ("step s", lambda one: f"{one.timing.step:.1f}"),
-        ("wait", lambda one: f"{one.timing.waiting:.1f}"),
-        ("update", lambda one: f"{one.timing.update:.1f}"),
-        ("sync", lambda one: f"{one.timing.sync:.1f}"),
-        ("tail", lambda one: f"{one.timing.tail:.1f}"),
-        ("idle", lambda one: f"{one.timing.idle:.0%}"),
-        ("stale", lambda one: f"{one.timing.staleness:.1f}"),
-        ("GB", lambda one: f"{one.trainer_memory / 1e9:.0f}"),
-        ("tok/s/GPU", lambda one: f"{work.tokens / one.timing.step / fleet.gpus:.0f}"),
-        ("limit", lambda one: one.limit),
-    ]
-    rows = [[name for name, _ in columns], *([cell(one) for _, cell in columns] for one in found)]
-    widths = [max(len(row[place]) for row in rows) for place in range(len(columns))]
-    marks = [" ", *("*" if one is best else " " for one in found)]
-    lines = [
-        f"{mark} {'  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))}".rstrip()
-        for mark, row in zip(marks, rows, strict=True)
-    ]
+    rows = ["train|servers|step s|wait|update|sync|tail|idle|stale|GB|tok/s/GPU|limit".split("|")]
+    for one in found:
+        part, took = str(one.trainer_gpus) if one.trainer_gpus < fleet.gpus else "turns", one.timing
+        seconds = [f"{value:.1f}" for value in (took.step, took.waiting, took.update, took.sync, took.tail)]
+        rate, memory = work.tokens / took.step / fleet.gpus, one.trainer_memory / 1e9
+        rest = [f"{took.idle:.0%}", f"{took.staleness:.1f}", f"{memory:.0f}", f"{rate:.0f}", one.limit]
+        rows.append([part, f"{one.servers} x {one.server_gpus}", *seconds, *rest])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row, one in zip(rows, (None, *found), strict=True):
+        cells = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append(f"{'*' if one is best else ' '} {cells}".rstrip())
     if best.timing.lost_tokens:
         lines.append(f"failures lose {best.timing.lost_tokens:,.0f} tokens a step")
     lines.append(f"predicted; {MACHINES[fleet.machine].source}; {fleet.share.source}")

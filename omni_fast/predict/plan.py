@@ -9,19 +9,11 @@ from pathlib import Path
 from omni_fast.errors import UserError
 from omni_fast.predict.machines import CPU, CPU_SYNC_BYTES_S, DENSE, EXPERTS, MACHINES, SYNC_BYTES_S, Efficiency, Shape
 from omni_fast.predict.simulate import Simulation, Timing
-from omni_fast.predict.step import (
-    NETWORK_SHARE,
-    USABLE,
-    WEIGHT,
-    Server,
-    Trainer,
-    Work,
-    smallest_server,
-    smallest_trainer,
-)
+from omni_fast.predict.step import NETWORK_SHARE, USABLE, WEIGHT, Server, Trainer, Work
 
-STEPS = 8  # that count
-MOST_SAMPLES = 400_000  # simulated for one plan: some seconds
+STEPS = 8  # that count; fewer of large steps, whose many samples differ little from step to step, but at least two
+COUNTED_SAMPLES = 80_000
+MOST_SAMPLES = 400_000  # simulated for one plan: a second
 
 
 @dataclass(frozen=True)
@@ -50,8 +42,11 @@ class Fleet:
 
     @property
     def server(self) -> Server:
-        machine = MACHINES[self.machine]
-        return Server(self.shape, machine, self.share, self.server_gpus or smallest_server(self.shape, machine))
+        """Of the GPUs asked for, or the smallest (a power of two) that has a third of its memory or more for the cache."""
+        machine, gpus = MACHINES[self.machine], self.server_gpus or 1
+        while not self.server_gpus and WEIGHT * self.shape.parameters > USABLE * gpus * machine.memory * 2 / 3:
+            gpus *= 2
+        return Server(self.shape, machine, self.share, gpus)
 
 
 @dataclass(frozen=True)
@@ -81,11 +76,14 @@ def plan(fleet: Fleet, work: Work, trainer_gpus: int) -> Plan:
             f"{WEIGHT * fleet.shape.parameters / 1e9:.0f} GB of weights: give more --server-gpus"
         )
     if trainer.memory > USABLE * machine.memory:
+        fewest = smallest_trainer(trainer)
         raise UserError(
             f"training needs {trainer.memory / 1e9:.0f} GB on each of {trainer_gpus} x {fleet.machine}, which have "
-            f"{USABLE * machine.memory / 1e9:.0f} GB to use: {_fewest(trainer)}"
+            f"{USABLE * machine.memory / 1e9:.0f} GB to use: "
+            + (f"{fewest} GPUs are the fewest" if fewest else "a gathered layer alone is too large (--experts-stay)")
         )
-    if (samples := work.batch * (STEPS + 3 * fleet.staleness + 2)) > MOST_SAMPLES:
+    steps = max(2, min(STEPS, COUNTED_SAMPLES // work.batch))
+    if (samples := work.batch * (steps + 3 * fleet.staleness + 2)) > MOST_SAMPLES:
         raise UserError(
             f"{samples:,} samples would have to be simulated and {MOST_SAMPLES:,} is the most: give less of --prompts, --samples "
             "or --staleness"
@@ -100,14 +98,15 @@ def plan(fleet: Fleet, work: Work, trainer_gpus: int) -> Plan:
     sync = WEIGHT * fleet.shape.parameters * fleet.sync_share / rate
     failures = 1 / (3600 * fleet.hours_between_failures) if fleet.hours_between_failures else 0.0
     staleness = 0 if turns else fleet.staleness
-    timing = Simulation(server, servers, work, sum(update.values()), sync, staleness, failures, STEPS).run()
+    timing = Simulation(server, servers, work, sum(update.values()), sync, staleness, failures, steps).run()
     limit = _limit(server, work, update, timing, (fleet.staleness + 1) * work.batch / servers)
     return Plan(trainer_gpus, servers, server.gpus, update, timing, trainer.memory, slots, limit)
 
 
-def _fewest(trainer: Trainer) -> str:
-    fewest = smallest_trainer(trainer)
-    return f"{fewest} GPUs are the fewest" if fewest else "a gathered layer alone is too large (--experts-stay)"
+def smallest_trainer(trainer: Trainer) -> int:
+    """GPUs of the smallest such trainer (a power of two) whose state and activations fit; 0: none of up to 65,536."""
+    sizes = (replace(trainer, gpus=1 << power) for power in range(17))
+    return next((one.gpus for one in sizes if one.memory <= USABLE * one.machine.memory), 0)
 
 
 def splits(fleet: Fleet, work: Work) -> list[Plan]:

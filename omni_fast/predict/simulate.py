@@ -2,8 +2,9 @@
 
 All samples of a server advance together, one token a decoding step, whose time follows from the rows and cache it has then. A
 sample waits in one queue until a server has a slot. As in `omni_fast.ahead`, the samples of a step are asked for when the step
-`staleness` before it begins, and a step trains its own samples, when all of them are there. A sync pauses every server. A server that fails loses its samples, which start again elsewhere, and is back
-after `REPAIR_S`. GPUs that generate and train in turns are servers on all of them with staleness 0.
+`staleness` before it begins, and a step trains its own samples, when all of them are there. A sync pauses every server. A server
+that fails loses its samples, which start again elsewhere, and is back after `REPAIR_S`. GPUs that generate and train in turns are
+servers on all of them with staleness 0.
 
 Limits: rewards take no time; a group's samples may land on several servers and its prompt is charged once; cache that runs out in the
 middle (retraction) is not modelled, the slots are what fits at mean length.
@@ -15,7 +16,9 @@ import heapq
 import math
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from statistics import NormalDist, fmean
 
 from omni_fast.errors import UserError
@@ -26,8 +29,9 @@ REPAIR_S = 300.0  # a server that failed: found, started, loaded
 
 @dataclass(frozen=True)
 class Timing:
-    """Means over the steps that count. lost_tokens: a step's, by failures. waiting: the trainer had not all samples of its step. generate: from a step's
-    first sample to the last it needs. tail: from nine tenths of its samples done to all. idle: share of the servers' time."""
+    """Means over the steps that count. lost_tokens: a step's, by failures. waiting: the trainer had not all samples of its step.
+    generate: from a step's first sample to the last it needs. tail: from nine tenths of its samples done to all. idle: share of
+    the servers' time."""
 
     step: float
     waiting: float
@@ -41,22 +45,43 @@ class Timing:
 
 
 @dataclass
-class _Busy:
-    """A server: its samples as (progress at which each ends, number), the tokens it holds, and how far all have come."""
+class _Replica:
+    """A server: its samples as (progress at which it ends, number, version it began under), the tokens they hold, and how far
+    all have come since they began."""
 
-    running: list[tuple[float, int]] = field(default_factory=list)
+    running: list[tuple[float, int, int]] = field(default_factory=list)
     progress: float = 0.0
     context: float = 0.0
     since: float = 0.0
     stalled_until: float = 0.0
     step_s: float = 0.0
-    epoch: int = 0
+    plans: int = 0  # the end of a sample that an earlier plan foretold does not come
     down: bool = False
     busy_s: float = 0.0
 
+    def advance(self, now: float) -> None:
+        """Bring it up to now at the pace it has had since the last event."""
+        if self.running:
+            self.busy_s += now - self.since
+            moved = max(0.0, now - max(self.since, self.stalled_until)) / self.step_s
+            self.progress += moved
+            self.context += moved * len(self.running)
+        self.since = now
 
-def lengths(work: Work, count: int, draw: random.Random) -> list[float]:
-    """Log-normal with the work's spread, cut at the limit, scaled so that the mean of the cut ones is the work's."""
+
+@dataclass
+class _Step:
+    """The samples of a step: when the first began, when they ended, and the versions they began under, added up."""
+
+    began: float
+    ended: list[float] = field(default_factory=list)
+    versions: int = 0
+
+
+@lru_cache(2)
+def lengths(work: Work, count: int, seed: int) -> tuple[list[float], tuple]:
+    """Log-normal with the work's spread, cut at the limit, scaled so that the mean of the cut ones is the work's; and the
+    state of the generator behind them."""
     sigma = math.sqrt(math.log1p(work.spread**2))
     grid = [NormalDist().inv_cdf((n + 0.5) / 400) for n in range(400)]
 
@@ -67,7 +92,8 @@ def lengths(work: Work, count: int, draw: random.Random) -> list[float]:
     for _ in range(60):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if fmean(cut(middle, z) for z in grid) < work.new_tokens else (low, middle)
-    return [cut(low, draw.gauss(0.0, 1.0)) for _ in range(count)]
+    draw = random.Random(seed)
+    return [cut(low, draw.gauss(0.0, 1.0)) for _ in range(count)], draw.getstate()
 
 
 @dataclass
@@ -88,165 +114,141 @@ class Simulation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.slots, batch = self.server.slots(self.work), self.work.batch
-        assert self.slots > 0
-        self.draw = random.Random(self.seed)
+        work, self.batch, self.slots = self.work, self.work.batch, self.server.slots(self.work)
         self.uncounted = 1 + 2 * self.staleness
-        count = (self.uncounted + self.steps + self.staleness + 1) * batch
-        self.length = lengths(self.work, count, self.draw)
-        self.started_version = [0] * count
-        self.started_at = [math.inf] * count
-        self.finished_at = [math.inf] * count
-        self.left = [batch] * (count // batch)  # unfinished samples of each step
-        self.fleet = [_Busy() for _ in range(self.servers)]
+        self.draw = random.Random()
+        count = (self.uncounted + self.steps + self.staleness + 1) * self.batch
+        self.length, state = lengths(work, count, self.seed)
+        self.draw.setstate(state)
+        self.prompt = work.prompt_tokens / (work.samples if work.shared else 1)  # tokens that a sample brings
+        self.prefill_s = self.server.prefill_s(self.prompt, work.prompt_tokens)
+        # A decoding step takes `rows_s` of its rows and `token_s` for each token in their caches.
+        self.rows_s = [self.server.decode_s(rows, 0.0) for rows in range(self.slots + 1)]
+        self.token_s = (self.server.decode_s(1, 1e9) - self.rows_s[1]) / 1e9
+        self.fleet = [_Replica() for _ in range(self.servers)]
+        self.asked: list[_Step] = []
+        self.done: list[tuple[float, float, float, float, float]] = []  # at, waited, generate, tail, staleness
         self.queue: deque[int] = deque()
-        self.events: list[tuple[float, int, str, int, int]] = []
-        self.number = self.admitted = self.version = self.failures = 0
-        self.now = self.trainer_free = self.lost = 0.0
+        self.events: list[tuple] = []  # at, number, what happens with which arguments
+        self.number = self.version = self.failures = 0
+        self.now = self.free_since = self.lost = 0.0
         self.training = False
 
     def run(self) -> Timing:
-        done: list[tuple[float, float, float, float, float]] = []  # at, waited, generate, tail, staleness
-        if self.failures_per_s:
-            for place in range(len(self.fleet)):
-                self._at(self.now + self.draw.expovariate(self.failures_per_s), "fail", place)
-        self._admit()
-        begun = 0.0
-        while len(done) < self.uncounted + self.steps:
-            self.now, _, what, place, epoch = heapq.heappop(self.events)
-            busy = self.fleet[place]
-            if what == "finish" and epoch == busy.epoch:
-                self._advance(busy)
-                self._finish(busy)
-                self._fill()
-                self._plan(place)
-            elif what == "fail":
-                self._fail(place)
-            elif what == "back":
-                busy.down, busy.since = False, self.now
-                self._fill()
-            elif what == "trained":
-                self.training = False
-                self.version += 1
-                self._pause()
-                batch = self._samples(self.version - 1)
-                samples = sorted(self.finished_at[sample] for sample in batch)
-                start = min(self.started_at[sample] for sample in batch)
-                late = [self.version - 1 - self.started_version[sample] for sample in batch]
-                done.append((self.now + self.sync_s, begun - self.trainer_free, samples[-1] - start,
-                             samples[-1] - samples[int(0.9 * (len(samples) - 1))], fmean(late)))  # fmt: skip
-                self.trainer_free = self.now + self.sync_s
-                self._at(self.trainer_free, "synced", 0)
-            elif what == "synced":
-                self._admit()
-            if not self.training and self.now >= self.trainer_free and not self.left[self.version]:
-                self.training, begun = True, self.now
-                self._at(self.now + self.update_s, "trained", 0)
-        for place in range(len(self.fleet)):
-            self._advance(self.fleet[place])
-        counted = done[self.uncounted :]
-        span = done[-1][0] - done[self.uncounted - 1][0]
-        return Timing(
-            step=span / len(counted),
-            waiting=fmean(row[1] for row in counted),
-            update=self.update_s,
-            sync=self.sync_s,
-            generate=fmean(row[2] for row in counted),
-            tail=fmean(row[3] for row in counted),
-            idle=1 - sum(busy.busy_s for busy in self.fleet) / (len(self.fleet) * self.now),
-            staleness=fmean(row[4] for row in counted),
-            lost_tokens=self.lost / len(done),
-        )
+        for replica in self.fleet if self.failures_per_s else ():
+            self._at(self.draw.expovariate(self.failures_per_s), self._fail, replica)
+        self._ask()
+        while len(self.done) < self.uncounted + self.steps:
+            self.now, _, happen, *what = heapq.heappop(self.events)
+            happen(*what)
+        for replica in self.fleet:
+            replica.advance(self.now)
+        counted = self.done[self.uncounted :]
+        span = counted[-1][0] - self.done[self.uncounted - 1][0]
+        waiting, generate, tail, staleness = (fmean(column) for column in list(zip(*counted, strict=True))[1:])
+        idle = 1 - sum(replica.busy_s for replica in self.fleet) / (self.servers * self.now)
+        lost = self.lost / len(self.done)
+        return Timing(span / len(counted), waiting, self.update_s, self.sync_s, generate, tail, idle, staleness, lost)
 
-    def _samples(self, step: int) -> range:
-        return range(step * self.work.batch, (step + 1) * self.work.batch)
-
-    def _at(self, time: float, what: str, place: int, epoch: int = 0) -> None:
+    def _at(self, time: float, happen: Callable[..., None], *what: object) -> None:
         self.number += 1
-        heapq.heappush(self.events, (time, self.number, what, place, epoch))
+        heapq.heappush(self.events, (time, self.number, happen, *what))
 
-    def _admit(self) -> None:
-        """Steps up to the bound on staleness."""
-        limit = min(self.staleness + self.version + 1, len(self.left))
-        while self.admitted < limit:
-            self.queue.extend(self._samples(self.admitted))
-            self.admitted += 1
+    def _ask(self) -> None:
+        """For the samples of all steps up to the bound on staleness."""
+        while len(self.asked) <= self.version + self.staleness:
+            self.queue.extend(range(len(self.asked) * self.batch, (len(self.asked) + 1) * self.batch))
+            self.asked.append(_Step(math.inf))
         self._fill()
 
     def _fill(self) -> None:
-        """Waiting samples to the servers with the fewest."""
-        if not self.queue:
-            return
-        free = [(len(busy.running), place) for place, busy in enumerate(self.fleet) if not busy.down]
+        """Waiting samples to the servers with the fewest: afterwards none waits, or all are full."""
+        free = [(len(replica.running), place) for place, replica in enumerate(self.fleet) if not replica.down]
         heapq.heapify(free)
-        touched: dict[int, int] = {}
+        fresh = dict[int, _Replica]()
         while self.queue and free and free[0][0] < self.slots:
-            rows, place = heapq.heappop(free)
-            busy = self.fleet[place]
-            if place not in touched:
-                self._advance(busy)
-            touched[place] = touched.get(place, 0) + 1
-            sample = self.queue.popleft()
-            self.started_version[sample] = self.version
-            self.started_at[sample] = min(self.started_at[sample], self.now)
-            heapq.heappush(busy.running, (busy.progress + self.length[sample], sample))
-            busy.context += self._prompt
-            heapq.heappush(free, (rows + 1, place))
-        for place, count in touched.items():
-            seconds = self.server.prefill_s(count * self._prompt, self.work.prompt_tokens)
-            busy = self.fleet[place]
-            busy.stalled_until = max(busy.stalled_until, self.now) + seconds
-            self._plan(place)
+            rows, place = free[0]
+            replica = self.fleet[place]
+            if place not in fresh:
+                fresh[place] = replica
+                replica.advance(self.now)
+            self._start(replica)
+            heapq.heapreplace(free, (rows + 1, place))
+        for replica in fresh.values():
+            self._plan(replica)
 
-    @property
-    def _prompt(self) -> float:  # cached and computed tokens that a sample brings
-        return self.work.prompt_tokens / (self.work.samples if self.work.shared else 1)
+    def _start(self, replica: _Replica) -> None:
+        sample = self.queue.popleft()
+        step = self.asked[sample // self.batch]
+        step.began = min(step.began, self.now)
+        heapq.heappush(replica.running, (replica.progress + self.length[sample], sample, self.version))
+        replica.context += self.prompt
+        replica.stalled_until = max(replica.stalled_until, self.now) + self.prefill_s
 
-    def _advance(self, busy: _Busy) -> None:
-        """Bring a server up to now at the pace it has had since the last event."""
-        since, busy.since = busy.since, self.now
-        if busy.running and not busy.down:
-            busy.busy_s += self.now - since
-            moved = max(0.0, self.now - max(since, busy.stalled_until)) / busy.step_s if busy.step_s else 0.0
-            busy.progress += moved
-            busy.context += moved * len(busy.running)
-
-    def _plan(self, place: int) -> None:
+    def _plan(self, replica: _Replica) -> None:
         """The server's pace from now on, and its next end of a sample."""
-        busy = self.fleet[place]
-        busy.epoch += 1
-        if busy.running and not busy.down:
-            ahead = busy.running[0][0] - busy.progress
-            context = busy.context + len(busy.running) * ahead / 2
-            busy.step_s = self.server.decode_s(len(busy.running), context)
-            self._at(max(self.now, busy.stalled_until) + max(0.0, ahead) * busy.step_s, "finish", place, busy.epoch)
+        replica.plans += 1
+        if rows := len(replica.running):
+            ahead = max(0.0, replica.running[0][0] - replica.progress)
+            replica.step_s = self.rows_s[rows] + self.token_s * (replica.context + rows * ahead / 2)
+            end = max(self.now, replica.stalled_until) + ahead * replica.step_s
+            self._at(end, self._finish, replica, replica.plans)
 
-    def _finish(self, busy: _Busy) -> None:
-        _, sample = heapq.heappop(busy.running)
-        busy.context -= self._prompt + self.length[sample]
-        self.finished_at[sample] = self.now
-        self.left[sample // self.work.batch] -= 1
+    def _finish(self, replica: _Replica, plan: int) -> None:
+        if plan < replica.plans:
+            return
+        replica.advance(self.now)
+        _, sample, version = heapq.heappop(replica.running)
+        replica.context -= self.prompt + self.length[sample]
+        step = self.asked[sample // self.batch]
+        step.versions += version
+        step.ended.append(self.now)
+        if self.queue:  # then every other server is full
+            self._start(replica)
+        self._plan(replica)
+        if len(step.ended) == self.batch:
+            self._train()
 
-    def _pause(self) -> None:
-        for place, busy in enumerate(self.fleet):
-            self._advance(busy)
-            busy.stalled_until = max(busy.stalled_until, self.now) + self.sync_s
-            self._plan(place)
+    def _train(self) -> None:
+        """The next step, if the trainer is free and all its samples are there."""
+        if not self.training and len(self.asked[self.version].ended) == self.batch:
+            self.training, self.waited = True, self.now - self.free_since
+            self._at(self.now + self.update_s, self._sync)
 
-    def _fail(self, place: int) -> None:
-        busy = self.fleet[place]
-        self._at(self.now + REPAIR_S + self.draw.expovariate(self.failures_per_s), "fail", place)
-        if busy.down:
+    def _sync(self) -> None:
+        """The step is trained: every server stands still and takes the weights."""
+        step = self.asked[self.version]
+        tail = step.ended[-1] - step.ended[int(0.9 * (self.batch - 1))]
+        stale = self.version - step.versions / self.batch
+        self.done.append((self.now + self.sync_s, self.waited, step.ended[-1] - step.began, tail, stale))
+        self.version += 1
+        for replica in self.fleet:
+            replica.advance(self.now)
+            replica.stalled_until = max(replica.stalled_until, self.now) + self.sync_s
+            self._plan(replica)
+        self._at(self.now + self.sync_s, self._synced)
+
+    def _synced(self) -> None:
+        self.training, self.free_since = False, self.now
+        self._ask()
+        self._train()
+
+    def _fail(self, replica: _Replica) -> None:
+        self._at(self.now + REPAIR_S + self.draw.expovariate(self.failures_per_s), self._fail, replica)
+        if replica.down:
             return
         self.failures += 1
         if self.failures > len(self.length):
             raise UserError("servers fail so often that samples hardly ever end: give more --hours-between-failures")
-        self._advance(busy)
-        for end, sample in busy.running:
-            self.lost += self.length[sample] - (end - busy.progress)
+        replica.advance(self.now)
+        for end, sample, _ in replica.running:
+            self.lost += self.length[sample] - (end - replica.progress)
             self.queue.appendleft(sample)
-        self.fleet[place] = _Busy(
-            progress=busy.progress, since=self.now, epoch=busy.epoch + 1, down=True, busy_s=busy.busy_s
-        )
-        self._at(self.now + REPAIR_S, "back", place)
+        replica.running, replica.context, replica.stalled_until, replica.down = [], 0.0, 0.0, True
+        self._plan(replica)
+        self._at(self.now + REPAIR_S, self._back, replica)
+        self._fill()
+
+    def _back(self, replica: _Replica) -> None:
+        replica.down = False
         self._fill()

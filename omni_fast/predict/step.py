@@ -7,7 +7,7 @@ with `curriculum.predict`, which forecasts scores.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from omni_fast.predict.machines import Efficiency, Machine, Shape
 
@@ -147,17 +147,3 @@ class Trainer:
         layer = self._gathered_weights / shape.layers if self.gpus > 1 else 0.0
         kept = WEIGHT * shape.layers + ACTIVATION if again else ACTIVATION * shape.layers
         return STATE * shape.parameters / self.gpus + rows * shape.hidden * kept + 3 * WEIGHT * layer
-
-
-def smallest_server(shape: Shape, machine: Machine) -> int:
-    """GPUs of the smallest replica (a power of two) that has a third of its memory or more for the cache."""
-    gpus = 1
-    while WEIGHT * shape.parameters > USABLE * gpus * machine.memory * 2 / 3:
-        gpus *= 2
-    return gpus
-
-
-def smallest_trainer(trainer: Trainer) -> int:
-    """GPUs of the smallest such trainer (a power of two) whose state and activations fit; 0: none of up to 65,536."""
-    sizes = (replace(trainer, gpus=1 << power) for power in range(17))
-    return next((one.gpus for one in sizes if one.memory <= USABLE * one.machine.memory), 0)

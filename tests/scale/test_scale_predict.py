@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +17,9 @@ from typer.testing import CliRunner
 from omni_fast.cli import app
 from omni_fast.errors import UserError
 from omni_fast.predict.machines import CPU, DENSE, MACHINES, SHAPES, read_shape
-from omni_fast.predict.plan import Fleet, plan, splits, study_steps
+from omni_fast.predict.plan import Fleet, plan, smallest_trainer, splits, study_steps
 from omni_fast.predict.simulate import Simulation, Timing, lengths
-from omni_fast.predict.step import STATE, Server, Trainer, Work, smallest_trainer
+from omni_fast.predict.step import STATE, Server, Trainer, Work
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RESULTS = BENCHMARKS / "results"
@@ -104,6 +103,28 @@ def test_twice_the_servers_generate_twice_as_much() -> None:
     assert one / two == pytest.approx(2.0, rel=0.1)
 
 
+def test_the_pace_of_a_server_is_not_computed_for_each_sample() -> None:
+    """5,000 prompts on 64 GPUs took more than a minute."""
+    asked = []
+
+    class Counting(Server):
+        def decode_s(self, rows: float, context: float) -> float:
+            asked.append(rows)
+            return super().decode_s(rows, context)
+
+    Simulation(Counting(SMALL, H100, DENSE, 1), 2, replace(WORK, prompts=500), 1.0, 0.1).run()
+    assert len(asked) <= 260  # one for each number of rows
+
+
+def test_few_steps_of_many_samples_are_as_good_as_many() -> None:
+    fleet, work = Fleet(SMALL, "h100", 8), Work(2500, 8, 64, 100, 400)
+    found = plan(fleet, work, 4)
+    server = fleet.server
+    sync = found.timing.sync
+    longer = Simulation(server, 4, work, sum(found.update.values()), sync, steps=8).run()
+    assert found.timing.step == pytest.approx(longer.step, rel=0.01)
+
+
 def test_staleness_hides_generation_behind_the_update() -> None:
     generate = simulate(1, WORK, 0.0, 0.0).step
     strict, loose = (simulate(1, WORK, generate, 0.0, staleness=n, steps=12).step for n in (0, 1))
@@ -120,7 +141,7 @@ def test_failures_cost_time_and_lose_no_sample() -> None:
 @settings(deadline=None, max_examples=20)
 @given(st.floats(10, 900), st.floats(0.0, 1.5))
 def test_lengths_have_the_mean_asked_for(mean: float, spread: float) -> None:
-    drawn = lengths(replace(WORK, new_tokens=mean, max_new_tokens=1000, spread=spread), 4000, random.Random(0))
+    drawn, _ = lengths(replace(WORK, new_tokens=mean, max_new_tokens=1000, spread=spread), 4000, 0)
     assert max(drawn) <= 1000 and min(drawn) >= 1
     assert fmean(drawn) == pytest.approx(mean, rel=0.1)
 
@@ -200,7 +221,6 @@ def test_the_size_of_a_study() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--machine", "abacus"], "known: h100"),
         (["--new-tokens", "900", "--max-new-tokens", "800"], "above"),
         (["--model-shape", "kimi-k2", "--server-gpus", "8", "--trainer-gpus", "4"], "more --server-gpus"),
         (["--trainer-gpus", "1"], "4 GPUs are the fewest"),
