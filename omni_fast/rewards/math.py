@@ -9,12 +9,14 @@
 Where the gold answer is a number, the answer has to be one number, worked out: math-verify alone pays `17+25` for 42, the
 question said again, and `41=42`, two guesses.
 What the sample causes (no answer, too long, too complex, time limit) scores 0; a lost worker is invalid.
-Limits: units are not compared (42 km is 42 cm), and a percentage equals its number with and without the sign.
+Units are compared by name where both sides have a known one: 42 km is neither 42 cm nor, without conversion, 42,000 m.
+Limits: a `$` and a degree sign mean nothing, and a percentage equals its number with and without the sign.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -59,6 +61,27 @@ _OPERATION = re.compile(r"[0-9)}%](?:[-+*/^×÷]|\\times|\\cdot|\\div|\\pm|\\bmo
 _FUNCTION = re.compile(r"\\(?:sqrt|log|ln|exp|sin|cos|tan|gcd|lcm|max|min|lfloor|lceil)(?![a-z])|\|")
 _PIECE = re.compile(r"[0-9\\]|\b[A-Zb-z]\b")
 _UNFINISHED = re.compile(r"\\(?:i?int|oint|sum|prod|lim|[dt]?binom)(?![a-z])")
+
+_METRIC = dict(
+    metre="m", meter="m", gram="g", litre="l", liter="l", second="s", watt="W", joule="J", newton="N", volt="V",
+    hertz="Hz", pascal="Pa", byte="B", ton="t", tonne="t",
+)  # fmt: skip
+_SCALE = {"": "", "kilo": "k", "centi": "c", "milli": "m", "deci": "d", "mega": "M"}
+_NAMED = (  # the name that all of a line are compared by, then the others
+    "in inch inche", "ft foot feet", "yd yard", "mi mile", "lb pound", "oz ounce", "gal gallon", "acre", "ha hectare",
+    "s sec", "min minute", "h hr hour", "day", "week", "month", "year yr", "mi/h mph", "km/h kmh kmph kph", "am", "pm",
+    "cent", "dollar", "euro", "C celsius", "F fahrenheit", "K kelvin", "/ per",
+)  # fmt: skip
+UNITS = (
+    {alias: line.split()[0] for line in _NAMED for alias in line.split()}
+    | {long + name: short + symbol for long, short in _SCALE.items() for name, symbol in _METRIC.items()}
+    | {short + symbol: short + symbol for short in _SCALE.values() for symbol in _METRIC.values()}
+)
+_WRAP = re.compile(r"\\(?:text|mathrm|textbf|operatorname|rm|left|right)(?![a-z])|\\[^A-Za-z]|\bdegrees?\b|[~^{}()$]")
+# up to the first letter of an answer that belongs to no command of LaTeX's but a wrapper
+_VALUE = re.compile(r"(?:[^A-Za-z\\]|\\(?!(?:text|mathrm|textbf|operatorname|rm)(?![a-z]))(?:[A-Za-z]++|.))*+")
+_SQUARED = re.compile(r"\b(sq|square|cubic)\s+([A-Za-z]+)")
+_SENTENCE = re.compile(r"[.,;:!?\n]")
 
 
 def extract_answer(text: str, lenient: bool = True) -> str | None:
@@ -110,6 +133,41 @@ def normalise(answer: str) -> str:
     if text.startswith("\\(") and text.endswith("\\)"):
         text = text[2:-2]
     return text
+
+
+@lru_cache(maxsize=4096)
+def unit(answer: str) -> tuple[str, str]:
+    """An answer without its unit, and the unit's name ("km", "m/s", "cm2"); "" where it has none that is known.
+
+    What stands behind the unit ("km away") is no part of it, and then the answer stays as it is.
+    """
+    left, equals, side = answer[: 2 * MAX_CHARS].rpartition("=")
+    match = _VALUE.match(side)
+    assert match is not None  # it may be empty
+    text = _WRAP.sub(" ", unicodedata.normalize("NFKC", side[match.end() :]).replace("^", "").replace("}", ""))
+    text = _SQUARED.sub(lambda found: found[2] + ("3" if found[1] == "cubic" else "2"), text)
+    names: list[str] = []
+    for word, power in re.findall(r"([A-Za-z]+|\S)([23]?)", text if match[0].strip() else ""):
+        forms = (word, word.removesuffix("s"), word.lower(), word.lower().removesuffix("s"))
+        name = next((UNITS[form] for form in forms if form in UNITS), None)
+        if name is None:
+            last = names[-1:] in (["in"], ["/"])  # "42 m in total"
+            return answer, "".join(names[:-1] if last else names) if word.isalpha() else ""
+        names.append(name + power)
+    return left + equals + match[0], "".join(names)
+
+
+def bare(answer: str) -> str:
+    """A normalised answer; where it is a number with a known unit, the number."""
+    text = normalise(answer)
+    if number(text) is None and number(value := normalise(unit(answer)[0])):
+        return value
+    return text
+
+
+def in_place(text: str, answer: str) -> str:
+    """An answer with what follows it in its sentence, where its unit may stand: "\\boxed{42} km"."""
+    return answer + _SENTENCE.split(text[max(0, text.rfind(answer)) + len(answer) :][:40], maxsplit=1)[0]
 
 
 @lru_cache(maxsize=16384)
@@ -207,7 +265,7 @@ class MathVerifier:
         """One part per completion. Never raises for any text.
 
         A gold answer may be bare ("72") or a solution that ends in a marked answer ("... #### 72").
-        Reasons: "ok", "wrong", "no_answer", "several", "unfinished", "too_long", "too_complex", "timeout", "memory",
+        Reasons: "ok", "wrong", "unit" (another one than the gold answer's), "no_answer", "several", "unfinished", "too_long", "too_complex", "timeout", "memory",
         "crash"; "worker_lost" is invalid.
         """
         found = [_decide(completion, gold) for completion, gold in zip(completions, golds, strict=True)]
@@ -228,12 +286,14 @@ class MathVerifier:
 
 def _decide(completion: str, gold: str) -> str | tuple[str, str]:
     """A verdict, or the gold answer and the answer that math-verify has to compare."""
-    answer, gold = extract_answer(completion), _bare_gold(gold)
+    answer, (gold, measure) = extract_answer(completion), _bare_gold(gold)
     if answer is None:
         return "no_answer"
     if len(answer) > MAX_CHARS:
         return "too_long"
-    wanted, given = normalise(gold), normalise(answer)
+    if measure and unit(in_place(completion, answer))[1] not in ("", measure):
+        return "unit"
+    wanted, given = bare(gold), bare(answer)
     if wanted == given:
         return "ok" if wanted else "wrong"
     if "$" in given and sum(_PIECE.search(piece) is not None for piece in re.split(r"(?<!\\)\$", answer)) > 1:
@@ -261,5 +321,7 @@ def _part(verdict: str) -> Part:
 
 
 @lru_cache(maxsize=16384)
-def _bare_gold(gold: str) -> str:
-    return extract_answer(gold, lenient=False) or gold.strip()
+def _bare_gold(gold: str) -> tuple[str, str]:
+    """The gold answer alone, and its unit."""
+    answer = extract_answer(gold, lenient=False) or gold.strip()
+    return answer, unit(in_place(gold, answer))[1]

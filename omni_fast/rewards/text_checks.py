@@ -59,12 +59,30 @@ _OPEN = re.compile(r"<(?:think|thinking|reasoning|scratchpad)>", re.IGNORECASE)
 _CLOSE = re.compile(r"</(?:think|thinking|reasoning|scratchpad)>", re.IGNORECASE)
 
 
+def after_reasoning(text: str) -> str:
+    """What follows the last end of reasoning."""
+    text = text[:200_000]
+    return text[max((close.end() for close in _CLOSE.finditer(text)), default=0) :].strip()
+
+
 def strip_reasoning(text: str) -> str:
     """The text after its reasoning; a reasoning that never ends leaves nothing."""
-    text = text[:200_000]
-    text = text[max((close.end() for close in _CLOSE.finditer(text)), default=0) :]
+    text = after_reasoning(text)
     unfinished = _OPEN.search(text)
-    return (text[: unfinished.start()] if unfinished else text).strip()
+    return text[: unfinished.start()].strip() if unfinished else text
+
+
+# Cyrillic, Greek and other letters that are read as Latin ones, after NFKC and without their accents
+_LOOKALIKES = str.maketrans(
+    "АВЕЅІЈКМНОРСТУХҮԌԚԜӀаевѕіјкмнорстухүԍԛԝӏԁһпгьΑΒΕΖΗΙΚΜΝΟΡΤΥΧαβεικηνορστυχωγıɑɡɩꓲ",
+    "ABESIJKMHOPCTYXYGQWlaebsijkmhopctyxygqwldhnrbABEZHIKMNOPTYXabeiknvopotuxwyiagil",
+)
+
+
+def plain(text: str) -> str:
+    """A cleaned text as a reader sees it: without accents, and letters of other scripts as the Latin ones they look like."""
+    letters = unicodedata.normalize("NFKD", text)
+    return "".join(ch for ch in letters if not unicodedata.combining(ch)).translate(_LOOKALIKES)
 
 
 def clean(text: str) -> str:
@@ -166,20 +184,21 @@ def gate(prompt: str, completion: str, required: Sequence[str] = ()) -> str | No
     word_list.
     """
     text = clean(completion).strip()
-    tokens = [match.lower() for match in _WORD.findall(text)]
+    seen = plain(text)
+    tokens = [match.lower() for match in _WORD.findall(seen)]
     if not tokens:
         return "empty"
-    if _INJECTION.search(text):
+    if _INJECTION.search(seen):
         return "injection"
-    if _MASTER_KEY.search(text):
+    if _MASTER_KEY.search(seen):
         return "master_key"
-    if _RUBRIC.search(text):
+    if _RUBRIC.search(seen):
         return "rubric_words"
     if len(tokens) < MIN_WORDS:
         return "too_short"
     if len(tokens) > MAX_WORDS or len(completion) > MAX_CHARS:
         return "too_long"
-    if (_META.search(prompt) and _META.search(text)) or echo_share(tokens, words(prompt)) > 0.3:
+    if (_META.search(prompt) and _META.search(seen)) or echo_share(tokens, words(plain(clean(prompt)))) > 0.3:
         return "prompt_echo"
     meaning = content(tokens)
     top = Counter(meaning).most_common(1)[0][1] if meaning else len(tokens)

@@ -26,7 +26,7 @@ from omni_fast.rewards.judge.base import Reply
 from omni_fast.rewards.qa import QaMatcher
 from omni_fast.rewards.sandbox import Data
 from omni_fast.rewards.score import Part, Score
-from omni_fast.rewards.text_checks import gate
+from omni_fast.rewards.text_checks import gate, strip_reasoning
 from omni_fast.tasks import Resources
 from omni_fast.tasks.base import Item, Json, Split, Task
 from omni_fast.tasks.files import Row, read_rows
@@ -123,7 +123,7 @@ class FileTask:
         """Why each item is dropped, or None."""
         golds = [str(item.answer["gold"]) for item in items]
         if self.verifier == "judge":  # a reference is a bar, not a truth: it must pass the gates that replies meet
-            refused = [gate(i.prompt, gold, _words(i)) for i, gold in zip(items, golds, strict=True)]
+            refused = [gate(i.prompt, strip_reasoning(gold), _words(i)) for i, gold in zip(items, golds, strict=True)]
             return [None if reason is None else f"gold:{reason}" for reason in refused]
         reasons: list[str | None] = [
             None if part.value == 1.0 else f"gold:{part.reason}" for part in self._grade(items, golds, metric=False)

@@ -18,7 +18,7 @@ from omni_fast.config import TaskConfig
 from omni_fast.rewards.judge.base import Judge, Reply
 from omni_fast.rewards.judge.sentences import ANIMATE, EVENTS, OBJECTS, PLACES, article, prompt_text, reference_sentence
 from omni_fast.rewards.score import Part, Score
-from omni_fast.rewards.text_checks import words
+from omni_fast.rewards.text_checks import strip_reasoning, words
 from omni_fast.tasks.base import Item, Json, Split
 from omni_fast.tasks.splits import BuiltIn, Level, Sizes, partition
 
@@ -133,7 +133,7 @@ class WritingTask(BuiltIn):
 
     def _judge(self, judge: Judge, items: Sequence[Item], completions: Sequence[str]) -> list[Part]:
         """A reply that is too short is lost; the judge sees the others."""
-        long = [len(words(completion)) >= self.min_words for completion in completions]
+        long = [len(words(strip_reasoning(completion))) >= self.min_words for completion in completions]
         asked = [reply for reply, enough in zip(_replies(items, completions), long, strict=True) if enough]
         verdicts = iter(judge.judge(asked))
         return [next(verdicts) if enough else Part(0.0, "too_short") for enough in long]

@@ -113,6 +113,8 @@ def test_verdicts_against_the_reference():
     twice = [reply("The cat saw a moon and some river that it"), reply("My cat left the river when a moon was up.")] * 5
     values = [part.value for part in judge.judge(twice)]
     assert values == values[:2] * 5 and values[0] != values[1], "equal texts are worth exactly the same, others are not"
+    thought = reply(f"<think>A cat, a moon, a river.</think> {twice[0].completion}")
+    assert judge.judge([thought])[0].value == values[0]
     assert judge.judge([]) == []
 
 

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from omni_fast.rewards import math_pool
 from omni_fast.rewards.math import (
+    UNITS,
     MathVerifier,
     compare_fast,
     extract_answer,
     normalise,
     number,
     too_complex,
+    unit,
 )
 from omni_fast.rewards.math_pool import MathPool
 from omni_fast.rewards.score import Part
@@ -131,6 +133,26 @@ def test_strict_extraction_needs_a_mark():
         ("1.5", r"\boxed{1\frac{1}{2}}", Part(1.0)),
         ("1.414214", r"\boxed{\sqrt{2}}", Part(1.0)),  # exact, for a gold answer that is rounded
         ("2^{10}", r"\boxed{1024}", Part(1.0)),
+        # units, where both sides have one
+        ("42 km", "#### 42 cm", Part(0.0, "unit")),
+        ("42 km", "The way is 42 cm.", Part(0.0, "unit")),
+        ("42 km", r"\boxed{42}\text{ cm}", Part(0.0, "unit")),
+        (r"42\text{ km}", r"\boxed{42\,\mathrm{cm}}", Part(0.0, "unit")),
+        (r"3\sqrt{2}\text{ m}", r"\boxed{3\sqrt{2}\text{ mm}}", Part(0.0, "unit")),
+        (r"42\text{ cm}^2", r"\boxed{42\text{ cm}^3}", Part(0.0, "unit")),
+        ("... so #### 42 m/s", "#### 42 km per hour", Part(0.0, "unit")),
+        ("20 °C", "#### 20 °F", Part(0.0, "unit")),
+        ("18 cents", "#### 18 dollars", Part(0.0, "unit")),
+        ("42 km", "It lies 42 kilometres away. It took hours.", Part(1.0)),
+        (r"42\text{ cm}^2", "#### 42 square centimeters", Part(1.0)),
+        ("42 km/h", r"\boxed{42\ \text{km/h}}", Part(1.0)),
+        ("42 m", "It is 42 m in total.", Part(1.0)),
+        ("42 m", "#### 42", Part(1.0)),
+        ("42", "#### 42 m", Part(1.0)),
+        ("42 apples", "#### 42 km", Part(1.0)),
+        ("42 m", "#### 41", Part(0.0, "wrong")),
+        ("42 m", "#### 17+25", Part(0.0, "unfinished")),
+        (r"90^\circ", "#### 90 degrees", Part(1.0)),
         # two answers at once
         ("42", "<answer>41$ $42</answer>", Part(0.0, "several")),
         ("B", "<answer>A$ $B</answer>", Part(0.0, "several")),
@@ -236,6 +258,7 @@ def test_extraction_never_raises_and_is_short(text):
 @given(ANY_TEXT | MATHS, ANY_TEXT | MATHS)
 def test_the_exact_stage_never_raises(gold, answer):
     assert compare_fast(normalise(gold), normalise(answer)) in (True, False, None)
+    assert set(unit(answer)[1]) <= set("".join(UNITS.values()) + "23")
     assert too_complex(answer) in (True, False)
 
 

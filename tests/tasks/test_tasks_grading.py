@@ -89,6 +89,7 @@ def test_writing_trains_on_one_judge_and_reports_the_other() -> None:
     good, short = "one two three four five six seven eight nine ten", "A lake uses fire and a train."
     assert [score.parts["preference"].value for score in task.score(items, [good, short])] == [1.0, 0.0]
     assert task.metric(items, [short, good]) == [0.0, None]
+    assert task.metric(items[:1], [f"<think>{good}</think>{short}"]) == [0.0], "what is thought is not written"
     assert [reply.completion for reply in reward.seen + metric.seen] == [good, good]
     assert reward.seen[0].prompt.endswith(" and ".join(map(str, items[0].answer["words"])) + ".")  # type: ignore[arg-type]
     assert reward.seen[0].required == tuple(str(items[0].answer["words"])[2:-2].split("', '"))

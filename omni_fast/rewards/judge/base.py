@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from omni_fast.rewards.score import Part
-from omni_fast.rewards.text_checks import gate
+from omni_fast.rewards.text_checks import gate, strip_reasoning
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,11 @@ class Judge(Protocol):
 
 
 def gated(replies: Sequence[Reply], judge: Callable[[Sequence[Reply]], Sequence[Part]]) -> list[Part]:
-    """What a gate refuses scores 0 with its reason; the rest is judged in one call."""
-    refused = [gate(reply.prompt, reply.completion, reply.required) for reply in replies]
-    judged = iter(judge([reply for reply, reason in zip(replies, refused, strict=True) if not reason]))
+    """What a gate refuses scores 0 with its reason; the rest is judged in one call. Reasoning is stripped from both sides."""
+    stripped = [
+        replace(reply, completion=strip_reasoning(reply.completion), reference=strip_reasoning(reply.reference))
+        for reply in replies
+    ]
+    refused = [gate(reply.prompt, reply.completion, reply.required) for reply in stripped]
+    judged = iter(judge([reply for reply, reason in zip(stripped, refused, strict=True) if not reason]))
     return [Part(0.0, reason) if reason else next(judged) for reason in refused]

@@ -7,7 +7,7 @@ invalid.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from omni_fast.errors import UserError
@@ -24,7 +24,6 @@ from omni_fast.rewards.judge.pairwise import (
     parse_verdict,
 )  # fmt: skip
 from omni_fast.rewards.score import Part
-from omni_fast.rewards.text_checks import strip_reasoning
 
 MAX_TOKENS = 64  # of a chat reply: room for the verdict
 OPENING = "The better reply is"  # what the label follows
@@ -167,11 +166,7 @@ class PairwiseJudge:
 
     def judge(self, replies: Sequence[Reply]) -> list[Part]:
         """1 win, 0.5 tie, 0 loss against the reference; 0 with a reason behind a gate; invalid without two verdicts."""
-        stripped = [
-            replace(reply, completion=strip_reasoning(reply.completion), reference=strip_reasoning(reply.reference))
-            for reply in replies
-        ]
-        return gated(stripped, self._judge)
+        return gated(replies, self._judge)
 
     def _judge(self, replies: Sequence[Reply]) -> list[Part]:
         asked = [reply for reply in replies if reply.completion != reply.reference]
