@@ -2,7 +2,7 @@
 
 Colours are CSS variables of the page, so one drawing serves the light and the dark theme. Nothing rests on colour
 alone: series differ in dash and marker too, a heat map's lightness is monotone and every cell prints its number,
-negative cells are hatched, stacked bars have patterns. NaN leaves a gap in a line and an empty cell in a table.
+negative cells are hatched. NaN leaves a gap in a line and an empty cell in a table.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from omni_fast.curriculum.scores import Estimate
 from omni_fast.report.verdict import points, span
 
 SERIES = 8  # distinct colours, dashes and markers; a ninth series starts over
+Scale = Callable[[float], float]  # from a number to pixels
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 DASHES = ("", "7 4", "2 3", "10 3 2 3", "4 2", "1 2", "12 4", "6 2 1 2")
 
@@ -47,18 +48,9 @@ def short(x: float) -> str:
     return f"{x:.6g}".replace("-", "−")
 
 
-@dataclass(frozen=True, slots=True)
-class Scale:
+def scale(low: float, high: float, start: float, end: float) -> Scale:
     """From low..high to pixels start..end; what lies beyond is drawn at the end. NaN stays NaN."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, x: float) -> float:
-        inside = x if math.isnan(x) else min(max(x, self.low), self.high)
-        return self.start + (inside - self.low) / (self.high - self.low) * (self.end - self.start)
+    return lambda x: start + ((x if math.isnan(x) else min(max(x, low), high)) - low) / (high - low) * (end - start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,17 +104,13 @@ def line_panel(title: str, lines: Sequence[Line], *, y_range: tuple[float, float
     ys = [y for line in lines for y in line.ys if math.isfinite(y)]
     if not xs:
         return _panel(
-            width, height, title, f'<text x={width / 2} y={height / 2} class="mid dim">nothing recorded</text>'
+            width, title, f'<text x={width / 2} y={height / 2} class="mid dim">nothing recorded</text>', height
         )
-    low, high = y_range or _padded(min(ys), max(ys))
-    y_marks = ticks(low, high)
-    px = Scale(min(xs), max(max(xs), min(xs) + 1), left, width - right)
-    py = Scale(y_marks[0], y_marks[-1], height - bottom, top)
-    parts = [_y_axis(y_marks, py, left, width - right)]
-    for mark in ticks(px.low, px.high, 5):
-        if px.low <= mark <= px.high and mark == int(mark):
-            parts.append(f"<text x={px(mark):.1f} y={height - bottom + 15} class=mid>{short(mark)}</text>")
-    parts.append(_x_label(x_label, left, width - right, height))
+    y_marks = ticks(*(y_range or _padded(min(ys), max(ys))))
+    low, high = min(xs), max(max(xs), min(xs) + 1)
+    px, py = scale(low, high, left, width - right), scale(y_marks[0], y_marks[-1], height - bottom, top)
+    x_marks = [mark for mark in ticks(low, high, 5) if low <= mark <= high and mark == int(mark)]
+    parts = [_axes(px, x_marks, py, y_marks, (left, width - right), height, x_label)]
     for line in lines:
         drawn = [(px(x), py(y)) for x, y in zip(line.xs, line.ys, strict=True)]
         if len(drawn) > 24:
@@ -134,7 +122,7 @@ def line_panel(title: str, lines: Sequence[Line], *, y_range: tuple[float, float
     legend = "".join(
         f"<span>{_swatch(line.style)}{text(line.name)}</span>" for line in lines if any(map(math.isfinite, line.ys))
     )
-    return _panel(width, height, title, "".join(parts), legend)
+    return _panel(width, title, "".join(parts), height, legend)
 
 
 def _running_mean(ys: Sequence[float], half: int = 3) -> list[float]:
@@ -142,7 +130,7 @@ def _running_mean(ys: Sequence[float], half: int = 3) -> list[float]:
     return [sum(some) / len(some) if some else math.nan for some in near]
 
 
-def _panel(width: int, height: int, title: str, inner: str, legend: str = "") -> str:
+def _panel(width: int, title: str, inner: str, height: int, legend: str = "") -> str:
     return _figure("panel", width, height, title, f"<text x=4 y=16 class=title>{text(title)}</text>{inner}", legend)
 
 
@@ -153,25 +141,27 @@ def _figure(kind: str, width: int, height: int, label: str, inner: str, legend: 
     )
 
 
-def _key(name: str, inner: str) -> str:
-    return f'<span><svg viewBox="0 0 16 12" class=key aria-hidden=true>{inner}</svg>{text(name)}</span>'
-
-
 def _padded(low: float, high: float) -> tuple[float, float]:
     pad = 0.08 * (high - low) or max(0.05, 0.1 * abs(high))
     return (0.0 if low >= 0 and low - pad < 0 else low - pad), high + pad
 
 
-def _y_axis(marks: Sequence[float], py: Callable[[float], float], left: float, right: float) -> str:
-    return "".join(
+def _axes(
+    px: Scale, xs: Sequence[float], py: Scale, ys: Sequence[float], ends: tuple[int, int], height: int, label: str
+) -> str:
+    """Grid lines at ys from end to end, numbers at ys and xs, the label of x."""
+    (left, right), low = ends, py(ys[0])
+    grid = (
         f"<line x1={left} x2={right} y1={py(m):.1f} y2={py(m):.1f} class=grid />"
         f"<text x={left - 6} y={py(m) + 4:.1f} class=end>{short(m)}</text>"
-        for m in marks
+        for m in ys
     )
+    below = (f"<text x={px(m):.1f} y={low + 15:.0f} class=mid>{short(m)}</text>" for m in xs)
+    return "".join([*grid, *below, _x_label(label, ends, height)])
 
 
-def _x_label(label: str, left: float, right: float, height: int) -> str:
-    return f'<text x={(left + right) / 2:.0f} y={height - 4} class="mid dim">{text(label)}</text>'
+def _x_label(label: str, ends: tuple[int, int], height: int) -> str:
+    return f'<text x={sum(ends) / 2:.0f} y={height - 4} class="mid dim">{text(label)}</text>'
 
 
 def _path(points: Sequence[tuple[float, float]], style: int, faint: bool = False) -> str:
@@ -197,10 +187,8 @@ def _marker(x: float, y: float, style: int, size: float = 3.4, hollow: bool = Fa
 
 
 def _swatch(style: int) -> str:
-    return (
-        f'<svg viewBox="0 0 30 12" class=swatch aria-hidden=true>{_path([(1, 6), (29, 6)], style)}'
-        f"{_marker(15, 6, style)}</svg>"
-    )
+    drawn = _path([(1, 6), (29, 6)], style) + _marker(15, 6, style)
+    return f'<svg viewBox="0 0 30 12" class=swatch aria-hidden=true>{drawn}</svg>'
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,11 +222,11 @@ def mark_rows(
         return "<p class=dim>Nothing measured yet.</p>"
     marks = ticks(min([*spread, 0.0] if zero else spread), max([*spread, 0.0] if zero else spread), 5)
     left = 24 + 7 * max(len(row.label) for row in rows)
-    right = 30 + 7 * max(len(row.note) for row in rows)
+    right = 760 - 30 - 7 * max(len(row.note) for row in rows)
     width, row_height, top = 760, 14 + 13 * max(len(row.marks) for row in rows), 8
     height = top + row_height * len(rows) + 38
-    px = Scale(marks[0], marks[-1], left, width - right)
-    parts = [_x_label(label, left, width - right, height)]
+    px = scale(marks[0], marks[-1], left, right)
+    parts = [_x_label(label, (left, right), height)]
     for m in marks:
         heavy = " zero" if zero and abs(m) < 1e-12 else ""
         parts.append(
@@ -250,7 +238,7 @@ def mark_rows(
         if k:
             parts.append(f"<line x1=0 x2={width} y1={top + row_height * k} y2={top + row_height * k} class=rule />")
         parts.append(f'<text x={left - 14} y={middle + 4:.1f} class="end strong">{text(row.label)}</text>')
-        parts.append(f"<text x={width - right + 16} y={middle + 4:.1f} class=dim>{text(row.note)}</text>")
+        parts.append(f"<text x={right + 16} y={middle + 4:.1f} class=dim>{text(row.note)}</text>")
         for n, mark in enumerate(row.marks):
             if not math.isfinite(mark.at.value):
                 continue
@@ -262,113 +250,42 @@ def mark_rows(
                     f' class="bar s{mark.style % SERIES}" />'
                 )
             parts.append(_marker(px(mark.at.value), y, mark.style, 4.2, mark.hollow))
-    legend = "".join(_key(name, _marker(8, 6, style, 4.2, hollow)) for name, style, hollow in keys)
+    legend = "".join(
+        f'<span><svg viewBox="0 0 16 12" class=key aria-hidden=true>{_marker(8, 6, style, 4.2, hollow)}</svg>'
+        f"{text(name)}</span>"
+        for name, style, hollow in keys
+    )
     return _figure("wide", width, height, label, "".join(parts), legend)
 
 
-def forecast_panel(title: str, points: Sequence[tuple[Mark, Mark]]) -> str:
-    """One small panel of scores, (forecast, realised) each, and the line on which they are equal.
+def forecast_panel(title: str, points: Sequence[tuple[Estimate, Estimate]], style: int) -> str:
+    """One small panel of scores, (forecast, realised) each, one or more, and the line on which they are equal.
 
-    Intervals that are wider than most end at the panel's edge, and the axes at 0 and 1.
+    Intervals that are wider than most end at the panel's edge, and the axes at 0 and 1; NaN is not drawn.
     """
     width, height, left, top, right, bottom = 460, 400, 46, 30, 14, 38
-    known = [(x, y) for x, y in points if math.isfinite(x.at.value) and math.isfinite(y.at.value)]
+    known = [(x, y) for x, y in points if math.isfinite(x.value) and math.isfinite(y.value)]
     if not known:
-        return _panel(width, 80, title, f'<text x={width / 2} y=48 class="mid dim">nothing measured</text>')
-    halves = sorted((mark.at.high - mark.at.low) / 2 for pair in known for mark in pair)
-    values = [mark.at.value for pair in known for mark in pair]
-    usual = halves[len(halves) // 2]
+        return _panel(width, title, f'<text x={width / 2} y=48 class="mid dim">nothing measured</text>', 80)
+    values = [at.value for pair in known for at in pair]
+    usual = sorted((at.high - at.low) / 2 for pair in known for at in pair)[len(known)]
     marks = ticks(max(0.0, min(values) - usual), min(1.0, max(values) + usual), 4)
-    px = Scale(marks[0], marks[-1], left, width - right)
-    py = Scale(marks[0], marks[-1], height - bottom, top)
-    parts = [_y_axis(marks, py, left, width - right)]
-    parts += [f"<text x={px(m):.1f} y={height - bottom + 15} class=mid>{short(m)}</text>" for m in marks]
-    parts.append(_path([(px(m), py(m)) for m in (marks[0], marks[-1])], 7, faint=True))
-    parts.append(_x_label("forecast", left, width - right, height))
-    parts.append(f'<text x={width - right} y=16 class="end dim">realised ↑</text>')
+    px, py = scale(marks[0], marks[-1], left, width - right), scale(marks[0], marks[-1], height - bottom, top)
+    parts = [
+        _axes(px, marks, py, marks, (left, width - right), height, "forecast"),
+        _path([(px(m), py(m)) for m in (marks[0], marks[-1])], 7, faint=True),
+        f'<text x={width - right} y=16 class="end dim">realised ↑</text>',
+    ]
     for x, y in known:
-        middle = px(x.at.value), py(y.at.value)
-        across = [(px(end), middle[1]) for end in (x.at.low, x.at.high)]
-        upright = [(middle[0], py(end)) for end in (y.at.low, y.at.high)]
-        parts += [_path(across, y.style, faint=True), _path(upright, y.style, faint=True)]
-    parts.extend(_marker(px(x.at.value), py(y.at.value), y.style, 3.4, y.hollow) for x, y in known)
-    return _panel(width, height, title, "".join(parts))
-
-
-def stacked_bars(rows: Mapping[str, Mapping[str, float]], *, unit: str) -> str:
-    """Stacked horizontal bars on one scale, one pattern per part. rows: label -> part -> length."""
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    totals = [sum(row.values()) for row in rows.values()]
-    if not totals or max(totals) <= 0:
-        return "<p class=dim>Nothing recorded yet.</p>"
-    left, width, bar = 24 + 7 * max(map(len, rows)), 760, 26
-    scale = (width - left - 70 - 7 * len(unit)) / max(totals)  # the total stands behind the bar
-    parts = []
-    for k, (label, row) in enumerate(rows.items()):
-        y, x = 6 + k * bar, float(left)
-        parts.append(f'<text x={left - 12} y={y + 14} class="end strong">{text(label)}</text>')
-        for name, amount in row.items():
-            style = names.index(name) % SERIES
-            length = amount * scale
-            box = f"x={x:.1f} y={y} width={length:.1f} height=18"
-            parts.append(_patterned(box, style, f"{name}: {amount:.1f} {unit}"))
-            x += length
-        parts.append(f"<text x={x + 8:.1f} y={y + 14} class=dim>{totals[k]:.1f} {text(unit)}</text>")
-    legend = "".join(_key(name, _patterned("width=16 height=12", k % SERIES)) for k, name in enumerate(names))
-    return _figure("wide", width, 12 + bar * len(rows), "time", "".join(parts), legend)
-
-
-def _patterned(geometry: str, style: int, title: str = "") -> str:
-    """A rectangle in the style's colour under the style's pattern."""
-    said = f"<title>{text(title)}</title>" if title else ""
-    return f'<rect {geometry} class="fill s{style}" /><rect {geometry} fill="url(#p{style})">{said}</rect>'
-
-
-def flip_bars(rows: Sequence[tuple[str, int, int]]) -> str:
-    """Items lost (to the left, hatched) and gained (to the right) around a common line; one row or more."""
-    most = max(max(lost, gained) for _, lost, gained in rows)
-    left = 24 + 7 * max(len(name) for name, _, _ in rows)
-    width, bar = 760, 30
-    middle = left + (width - left) / 2
-    scale = ((width - left) / 2 - 80) / max(most, 1)
-    parts = [f'<line x1={middle} x2={middle} y1=0 y2={bar * len(rows) + 4} class="grid zero" />']
-    for k, (name, lost, gained) in enumerate(rows):
-        y = 5 + k * bar
-        parts.append(
-            f'<text x={left - 12} y={y + 15} class="end strong">{text(name)}</text>'
-            f"{_patterned(f'x={middle - lost * scale:.1f} y={y} width={lost * scale:.1f} height=20', 1)}"
-            f'<rect x={middle:.1f} y={y} width={gained * scale:.1f} height=20 class="fill s0" />'
-            f"<text x={middle - lost * scale - 7:.1f} y={y + 15} class=end>{lost} lost</text>"
-            f"<text x={middle + gained * scale + 7:.1f} y={y + 15}>{gained} gained</text>"
-        )
-    return _figure("wide", width, bar * len(rows) + 8, "item flips", "".join(parts))
-
-
-def patterns() -> str:
-    """The fill patterns that tell stacked parts apart without colour; goes into the page once."""
-    shapes = (
-        "",
-        '<path d="M0 8L8 0M-2 2L2 -2M6 10L10 6" />',
-        '<path d="M4 0V8" />',
-        '<path d="M0 4H8" />',
-        '<path d="M0 0L8 8M-2 6L2 10M6 -2L10 2" />',
-        '<path d="M0 4H8M4 0V8" />',
-        '<path d="M2 2h1M6 6h1" />',
-        '<path d="M0 8L8 0M0 0L8 8" />',
-    )
-    return (
-        '<svg width=0 height=0 aria-hidden=true style="position:absolute"><defs>'
-        + "".join(
-            f"<pattern id=p{k} width=8 height=8 patternUnits=userSpaceOnUse class=hatch>{shape}</pattern>"
-            for k, shape in enumerate(shapes)
-        )
-        + "</defs></svg>"
-    )
+        parts.append(_path([(px(end), py(y.value)) for end in (x.low, x.high)], style, faint=True))
+        parts.append(_path([(px(x.value), py(end)) for end in (y.low, y.high)], style, faint=True))
+    parts.extend(_marker(px(x.value), py(y.value), style) for x, y in known)
+    return _panel(width, title, "".join(parts), height)
 
 
 def facts_table(facts: Sequence[tuple[str, str]]) -> str:
-    """A two-column table; the values are HTML already."""
-    rows = "".join(f"<tr><th scope=row>{text(name)}</th><td>{value}</td></tr>" for name, value in facts)
+    """A two-column table."""
+    rows = "".join(f"<tr><th scope=row>{text(name)}</th><td>{text(value)}</td></tr>" for name, value in facts)
     return f"<div class=scroll><table class=plain>{rows}</table></div>" if rows else ""
 
 
@@ -462,7 +379,7 @@ def frame(title: str, kicker: str, headline: str, body: str, footer: str) -> str
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{css}</style></head><body>{patterns()}<main>"
+        f"<title>{text(title)}</title><style>{css}</style></head><body><main>"
         f"<header><p class=kicker>{text(kicker)}</p><h1>{text(headline)}</h1></header>"
         f"{body}<footer>{text(footer)}</footer></main></body></html>"
     )

@@ -2,7 +2,7 @@
 
 `assemble` computes every section that follows from item-level scores; the caller adds what only it knows (seconds,
 throughput, peak_bytes, sandbox, judge, versions, config). A partial run (interrupted, or a task failed) leaves out what
-it does not know yet. Splits: `base`, `stages`, `final`, `bwt`, `intervals` and (where measured) `single` come from
+it does not know yet. Splits: `base`, `stages`, `final`, `bwt`, `intervals` and `single` come from
 `test`; `base_select`, `single_select`, `transfer`, the order and the forecast from `select`, which decides and is never
 the result.
 """
@@ -38,7 +38,7 @@ def assemble(
     """All sections of `result.json` that follow from item scores; what is not there yet is left out.
 
     base_select, single_select: item scores on `select` of the initial policy and of the single-task runs (trained task
-    -> task).   single_test: the same on `test` where it was measured; `single` then comes from it.
+    -> task).   single_test: of the latter on `test`.
     rows_test: item scores on `test`, row 0 the initial policy, row s after stage s.   trained: (task or "joint", steps)
     a stage.   plan: once it is solved.   mode: "curriculum" where the order that was run is the solved one.
     """
@@ -48,10 +48,8 @@ def assemble(
         out["base_select"] = _scores(base_select)
     if single_select:
         out["single_select"] = {task: _scores(row) for task, row in single_select.items()}
-    reported = single_test or single_select
-    if reported:
-        out["single"] = {task: _scores(row) for task, row in reported.items()}
-        out["single_split"] = "test" if single_test else "select"
+    if single_test:
+        out["single"] = {task: _scores(row) for task, row in single_test.items()}
     if plan is not None and plan.transfer is not None and plan.decision is not None:
         run = [task for stage in plan.stages for task in stage.own]
         out |= _solved(plan.transfer, plan.decision, run) | {"forecast_error": {}}
@@ -61,7 +59,7 @@ def assemble(
         if rows_test[1:] and set(stages) <= set(names):
             out["forecast_error"] = _forecast_error(plan.transfer, stages, rows_test[1:])
     if rows_test:
-        out |= _realised(names, rows_test, trained, out)
+        out |= _realised(names, rows_test, trained)
     return out
 
 
@@ -96,7 +94,7 @@ def _forecast_error(transfer: Transfer, stages: Sequence[str], rows: Sequence[It
     return out
 
 
-def _realised(names: list[str], rows: Sequence[ItemScores], trained: Sequence[tuple[str, int]], known: Json) -> Json:
+def _realised(names: list[str], rows: Sequence[ItemScores], trained: Sequence[tuple[str, int]]) -> Json:
     out: Json = {"base": _scores(rows[0])}
     done = rows[1:]
     out["stages"] = [
@@ -116,7 +114,6 @@ def _realised(names: list[str], rows: Sequence[ItemScores], trained: Sequence[tu
         "method": "95 %: Wilson for single scores of 0/1 items, paired percentile bootstrap over items for differences",
         "gain": _dicts({t: scores.mean_difference({t: first[t]}, {t: last[t]}) for t in names}),
         "gain_average": _dict(scores.mean_difference(first, last)),
-        "order_gap": known.get("order_gap"),
     }
     flips = {t: scores.flips(first[t], last[t]) for t in names}
     out["flips"] = {t: {"lost": lost, "gained": gained} for t, (lost, gained) in flips.items()}

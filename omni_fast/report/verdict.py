@@ -9,13 +9,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import JsonValue
+from omni_fast.curriculum.scores import NOT_KNOWN, Estimate, ScoreDict
 
-from omni_fast.curriculum.scores import Estimate
-
-Json = Mapping[str, JsonValue]
+Json = Mapping[str, Any]  # result.json as `result.assemble` makes it; an unfinished run lacks sections
 Tone = Literal["good", "bad", "open"]
 
 NOT_SOLVED = {
@@ -34,24 +32,9 @@ class Sentence:
     text: str
 
 
-def number(x: JsonValue) -> float:
-    """A JSON value as a float; NaN for everything that is none."""
-    return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else math.nan
-
-
-def mapping(x: JsonValue) -> dict[str, JsonValue]:
-    """A JSON object, {} for everything else: a partial result lacks sections, and a report is drawn all the same."""
-    return x if isinstance(x, dict) else {}
-
-
-def listing(x: JsonValue) -> list[JsonValue]:
-    """A JSON list, [] for everything else."""
-    return x if isinstance(x, list) else []
-
-
-def names(x: JsonValue) -> list[str]:
-    """The strings of a JSON list."""
-    return [item for item in listing(x) if isinstance(item, str)]
+def number(x: float | None) -> float:
+    """NaN for null, which stands for "not measured"."""
+    return math.nan if x is None else x
 
 
 def points(x: float, signed: bool = True) -> str:
@@ -61,11 +44,11 @@ def points(x: float, signed: bool = True) -> str:
     return f"{x:+.3f}".replace("-", "−") if signed else f"{x:.3f}"
 
 
-def estimate(x: JsonValue) -> Estimate:
-    """A score of result.json; NaN where it is not known."""
-    found = mapping(x)
-    value, n, low, high = (number(found.get(key)) for key in ("value", "n", "low", "high"))
-    return Estimate(value, int(n) if math.isfinite(n) else 0, low, high)
+def estimate(found: ScoreDict | None) -> Estimate:
+    """A score of result.json."""
+    if found is None:
+        return NOT_KNOWN
+    return Estimate(number(found["value"]), found["n"], number(found["low"]), number(found["high"]))
 
 
 def span(score: Estimate, digits: int = 3) -> str:
@@ -93,24 +76,19 @@ def direction(gain: Estimate) -> Tone | None:
 
 def headline(result: Json) -> Sentence:
     """The one sentence a reader takes away."""
-    average = estimate(mapping(result.get("intervals")).get("gain_average"))
-    tone = direction(average)
-    count = len(names(result.get("tasks")))
+    average = estimate(result.get("intervals", {}).get("gain_average"))
+    tone, count, done = direction(average), len(result["tasks"]), len(result.get("stages", ()))
     if tone is None:
-        done = len(listing(result.get("stages")))
-        have = (
-            f"{done} of {len(names(result.get('order'))) or count} stages are done" if done else "no stage is done yet"
-        )
+        have = f"{done} of {len(result.get('order', ())) or count} stages are done" if done else "no stage is done yet"
         return Sentence("open", f"This run is not finished: {have}. What follows is what it has measured so far.")
     value, low_high = points(average.value), span(average)
     over = f"over {count} tasks" if count > 1 else "on the one task"
-    if tone == "good":
-        return Sentence(
-            "good", f"The average test score {over} rose by {value.lstrip('+')} (95 % interval {low_high})."
-        )
-    if tone == "bad":
-        return Sentence("bad", f"The average test score {over} fell by {value.lstrip('−')} (95 % interval {low_high}).")
-    return Sentence("open", f"The average test score {over} did not change beyond noise: {value} ({low_high}).")
+    told = {
+        "good": f"rose by {value.lstrip('+')} (95 % interval {low_high})",
+        "bad": f"fell by {value.lstrip('−')} (95 % interval {low_high})",
+        "open": f"did not change beyond noise: {value} ({low_high})",
+    }
+    return Sentence(tone, f"The average test score {over} {told[tone]}.")
 
 
 def sentences(result: Json) -> list[Sentence]:
@@ -119,38 +97,26 @@ def sentences(result: Json) -> list[Sentence]:
 
 
 def _tasks(result: Json) -> list[Sentence]:
-    gains = mapping(mapping(result.get("intervals")).get("gain"))
-    by: dict[Tone, list[str]] = {"good": [], "bad": [], "open": []}
-    unknown = []
-    for task in names(result.get("tasks")):
-        gain = estimate(gains.get(task))
+    by: dict[Tone | None, list[str]] = {"good": [], "open": [], "bad": [], None: []}
+    for task, found in result.get("intervals", {"gain": {}})["gain"].items():
+        gain = estimate(found)
         tone = direction(gain)
-        if tone is None:
-            unknown.append(task)
-        else:
-            by[tone].append(f"{task} {points(gain.value)} ({span(gain)})")
-    out = []
-    if by["good"]:
-        out.append(Sentence("good", f"Rose: {'; '.join(by['good'])}."))
-    if by["open"]:
-        out.append(
-            Sentence("open", f"Did not rise beyond noise: {'; '.join(by['open'])}. The interval of the change holds 0.")
-        )
-    if by["bad"]:
-        out.append(Sentence("bad", f"Fell: {'; '.join(by['bad'])}."))
-    if unknown and gains:
-        out.append(Sentence("bad", f"Not measured: {', '.join(unknown)} has no item that was scored before and after."))
-    return out
+        by[tone].append(f"{task} {points(gain.value)} ({span(gain)})" if tone else task)
+    told: dict[Tone | None, str] = {
+        "good": f"Rose: {'; '.join(by['good'])}.",
+        "open": f"Did not rise beyond noise: {'; '.join(by['open'])}. The interval of the change holds 0.",
+        "bad": f"Fell: {'; '.join(by['bad'])}.",
+        None: f"Not measured: {', '.join(by[None])} has no item that was scored before and after.",
+    }
+    return [Sentence(tone or "bad", told[tone]) for tone, tasks in by.items() if tasks]
 
 
 def _order(result: Json) -> list[Sentence]:
     out = []
-    method, statement = result.get("order_method"), result.get("statement")
-    if isinstance(method, str) and method in NOT_SOLVED:
-        out.append(Sentence("open", NOT_SOLVED[method]))
-    if isinstance(statement, str) and statement:
-        settled = result.get("order_settled") is True
-        out.append(Sentence("good" if settled else "open", typeset(statement)))
+    if result.get("order_method") in NOT_SOLVED:
+        out.append(Sentence("open", NOT_SOLVED[result["order_method"]]))
+    if "statement" in result:
+        out.append(Sentence("good" if result.get("order_settled") else "open", typeset(result["statement"])))
     return out
 
 
@@ -159,34 +125,30 @@ def _memory(result: Json) -> list[Sentence]:
     tone = direction(bwt)
     if tone is None:
         return []
-    value, low_high = points(bwt.value), span(bwt)
     what = {
         "good": "later stages helped the tasks trained before them",
         "bad": "later stages cost the tasks trained before them",
         "open": "forgetting cannot be told from none",
     }[tone]
-    return [Sentence(tone, f"Backward transfer is {value} ({low_high}): {what}.")]
+    return [Sentence(tone, f"Backward transfer is {points(bwt.value)} ({span(bwt)}): {what}.")]
 
 
 def _forecast(result: Json) -> list[Sentence]:
-    errors = mapping(result.get("forecast_error"))
-    off = {form: number(mapping(errors.get(form)).get("mean_absolute")) for form in ("additive", "multiplicative")}
-    if not math.isfinite(off["additive"]):
+    errors = result.get("forecast_error")
+    if not errors or errors["additive"]["mean_absolute"] is None:
         return []
-    text = f"The forecast was off by {points(off['additive'], signed=False)} per task and stage on average"
-    if math.isfinite(off["multiplicative"]):
-        text += f" (with ratios instead of differences: {points(off['multiplicative'], signed=False)})"
-    correlation = number(mapping(errors.get("additive")).get("pearson"))
-    if math.isfinite(correlation):
+    additive, ratios = (errors[form]["mean_absolute"] for form in ("additive", "multiplicative"))
+    text = (
+        f"The forecast was off by {points(additive, False)} per task and stage on average (with ratios instead of"
+        f" differences: {points(ratios, False)})"
+    )
+    if (correlation := errors["additive"]["pearson"]) is not None:
         text += f"; within tasks its correlation with what was realised is {correlation:.2f}".replace("-", "−")
     return [Sentence("open", text + ".")]
 
 
 def _trust(result: Json) -> list[Sentence]:
     """What limits every number above."""
-    out = []
-    dropped = {t: int(number(n)) for t, n in mapping(result.get("items_dropped")).items() if number(n) > 0}
-    if dropped:
-        listed = ", ".join(f"{task} {count}" for task, count in dropped.items())
-        out.append(Sentence("bad", f"Items left out because a checkpoint has no score for them: {listed}."))
-    return out
+    listed = ", ".join(f"{task} {count}" for task, count in result.get("items_dropped", {}).items() if count)
+    text = f"Items left out because a checkpoint has no score for them: {listed}."
+    return [Sentence("bad", text)] if listed else []

@@ -55,9 +55,11 @@ class StudyConfig(Section):
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> tuple[Config, StudyConfig]:
-    """As `omni_fast.config.load`, with a section `study`. Raises UserError naming the file, the key and the remedy."""
+    """As `omni_fast.config.load`, with a section `study`. UserError names the file, the key and the remedy."""
     data = configs.read(source, overrides)
-    own = data.pop("study", {})
+    if "study" not in data:
+        raise UserError(f"{source} has no section [study]: add one, or use `omni-fast train` for a single run")
+    own = data.pop("study")
     config = configs.validated(source, data)
     study = _study(source, own)
     problem = check(config, study)

@@ -17,11 +17,10 @@ from omni_fast.curriculum.scores import Floats
 from omni_fast.errors import UserError
 from omni_fast.report import charts
 from omni_fast.report.charts import Cell, Line, Mark, MarkRow, facts_table, text
-from omni_fast.report.verdict import points, span
+from omni_fast.report.verdict import points
 from omni_fast.study import records
 from omni_fast.study.analysis import BASE, JOINT, ArmRow, declared
 from omni_fast.study.analysis_draws import Names
-from omni_fast.study.analysis_orders import AVERAGE
 from omni_fast.study.report_findings import (
     Findings,
     Table,
@@ -29,7 +28,6 @@ from omni_fast.study.report_findings import (
     arrow,
     headline,
     p_value,
-    percent,
     tables,
     verdict,
 )
@@ -92,14 +90,14 @@ def page(found: Findings) -> str:
     bodies = {
         "What the data supports": charts.verdict([(told.tone, told.text) for told in verdict(found)]),
         "Arms": (_gains(found) + made["arms"]) if made["arms"] else "",
-        "Cost": (_cost(found) + made["cost"]) if made["cost"] else "",
+        "Cost": made["cost"],
         "Accuracy matrix": _matrices(found),
         "Transfer": _transfer(found, made["transfer"]),
         "Orders": _orders(found, made["orders"]),
         "Forecast against realised": _scatter(found) + made["forecast"],
         "The two assumptions": made["assumptions"],
         "Entropy": _entropy(found) + made["entropy"],
-        "Item flips": _flips(found) + made["flips"],
+        "Item flips": made["flips"],
         "How it was measured": _setting(found),
     }
     status = ""
@@ -113,7 +111,7 @@ def page(found: Findings) -> str:
         f"omni_fast study: {study.name}",
         f"omni_fast study · {study.name} · {', '.join(study.tasks)}",
         headline(found).text,
-        status + charts.tiles(_tiles(found)) + charts.sections(bodies, NOTES),
+        status + charts.sections(bodies, NOTES),
         "Intervals are 95 %: a hierarchical bootstrap over seeds, then items, read with Student's t. Split select decides,"
         " split test is reported. The primary contrast was declared before anything ran.",
     )
@@ -124,26 +122,6 @@ def _html(made: Table) -> str:
     if made.folded:
         return f"<details><summary>{text(made.title)}</summary>{drawn}</details>"
     return f"<h3>{text(made.title)}</h3>{drawn}"
-
-
-def _tiles(found: Findings) -> list[tuple[str, str, str]]:
-    first, second = found.study.primary
-    out = []
-    if math.isfinite(found.primary.value):
-        out.append((f"{first} − {second}", points(found.primary.value), span(found.primary)))
-    if row := found.first:
-        for what, gain in (("joint", row.relative_joint), ("merging", row.relative_merge)):
-            if math.isfinite(gain.value):
-                big, _, rest = percent(gain).partition(" (")
-                out.append((f"{first}, relative to {what}", big, rest.rstrip(")")))
-    if found.orders:
-        out.append(("orders differ by (sd)", points(found.orders.sd, False), f"p {p_value(found.orders.p)}"))
-    if found.forecast:
-        error = found.forecast.errors["additive"]
-        average = points(found.forecast.errors[f"additive{AVERAGE}"].pearson)
-        small = f"Pearson {points(error.pearson)} in a task, {average} for the average"
-        out.append(("forecast off by", points(error.mean_absolute, False), small))
-    return out
 
 
 def _gains(found: Findings) -> str:
@@ -160,15 +138,6 @@ def _gains(found: Findings) -> str:
 
 def _p(row: ArmRow) -> str:
     return f"p {p_value(row.p_holm)}" if math.isfinite(row.p_holm) else "one seed"
-
-
-def _cost(found: Findings) -> str:
-    stacks = {
-        row.arm.name: {"training": row.samples / 1000, "measuring transfer": row.samples_transfer / 1000}
-        for row in found.rows
-        if row.samples > 0
-    }
-    return charts.stacked_bars(stacks, unit="k samples")
 
 
 def _matrices(found: Findings) -> str:
@@ -219,13 +188,11 @@ def _orders(found: Findings, made: str) -> str:
 def _scatter(found: Findings) -> str:
     if found.forecast is None:
         return ""
+    part = found.forecast
     panels = [
-        charts.forecast_panel(
-            task, [(Mark(p.forecast, k), Mark(p.realised, k)) for p in found.forecast.points if p.task == task]
-        )
+        charts.forecast_panel(task, [(p.forecast, p.realised) for p in part.points if p.task == task], k)
         for k, task in enumerate(found.study.tasks)
     ]
-    part = found.forecast
     seeds = f"Transfer of seeds {', '.join(map(str, part.measured_on))}; realised in {', '.join(map(str, part.realised_on))}."
     return f"<p class=dim>{seeds}</p><div class=panels>{''.join(panels)}</div>"
 
@@ -265,15 +232,9 @@ def _panels(tasks: Names, by_arm: dict[str, Floats], what: str, x_label: str, xs
     return "".join(panels)
 
 
-def _flips(found: Findings) -> str:
-    if not (row := found.first) or not row.seeds:
-        return ""
-    return f"<h3>{text(row.arm.name)}</h3>" + charts.flip_bars([(task, *pair) for task, pair in row.flips.items()])
-
-
 def _setting(found: Findings) -> str:
     study = found.study
-    facts = [(name, text(_said(value))) for name, value in study.facts.items()]
+    facts = [(name, _said(value)) for name, value in study.facts.items()]
     return facts_table(facts) + charts.configuration(study.config)
 
 

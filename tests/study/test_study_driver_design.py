@@ -137,7 +137,7 @@ def test_arms_that_would_be_one_file_are_refused(overrides: list[str]) -> None:
 def many_tasks(folder: Path, count: int) -> Path:
     task = '[[tasks]]\nname = "t{}"\nkind = "python"\ncls = "omni_fast.study.tiny:Sort"\n'
     path = folder / "many.toml"
-    path.write_text("".join(task.format(k) for k in range(count)))
+    path.write_text("[study]\n" + "".join(task.format(k) for k in range(count)))
     return path
 
 
@@ -152,9 +152,14 @@ def test_twelve_tasks_are_a_study_and_nineteen_are_not(tmp_path: Path) -> None:
 
 def test_one_task_is_no_study(tmp_path: Path) -> None:
     path = tmp_path / "one.toml"
-    path.write_text('[[tasks]]\nname = "math"\nkind = "math"\n')
+    path.write_text('[study]\n[[tasks]]\nname = "math"\nkind = "math"\n')
     with pytest.raises(UserError, match="has one task, math: give at least two"):
         configs.load(str(path))
+
+
+def test_a_config_of_a_training_run_is_no_study() -> None:
+    with pytest.raises(UserError, match=r"quickstart has no section \[study\]: add one, or use `omni-fast train`"):
+        configs.load("quickstart")
 
 
 def test_tasks_that_the_model_cannot_read_are_refused() -> None:
