@@ -85,9 +85,6 @@ class ShardedPolicy(Policy):
     def load(self, folder: Path, numbers: Mapping[str, Json]) -> None:
         return self._together("load", folder, numbers)
 
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
-        return self._together("state_dict")
-
     def close(self) -> None:
         """Let the other ranks go; after a failure in the middle of something torchrun has to end them."""
         if not self._failed:
@@ -137,8 +134,7 @@ class ShardedPolicy(Policy):
 
     def _own(self, name: str) -> Callable[..., Any]:
         """This rank's share of a call."""
-        own: dict[str, Callable[..., Any]] = {"save": self._save, "load": self._load}
-        return own[name] if name in own else partial(getattr(Policy, name), self)
+        return self._save if name == "save" else partial(getattr(Policy, name), self)
 
     # -- what is done in parts -----------------------------------------------------------------------------------------
 
@@ -197,21 +193,9 @@ class ShardedPolicy(Policy):
         return part
 
     def _save(self, folder: Path) -> None:
-        shards.write(folder, {name: self._spread(slot, part) for name, slot, part in self._parts()})
-
-    def _load(self, folder: Path, numbers: Mapping[str, Json]) -> None:
-        kept = shards.shapes(folder)
-        self._check_shapes({name[7:]: shape for name, shape in kept.items() if name.startswith("master.")})
-        for slot in self.slots:
-            slot.mean = slot.square = None
-            if f"mean.{slot.name}" in kept:
-                slot.mean, slot.square = torch.zeros_like(slot.master), torch.zeros_like(slot.master)
-        shards.read(folder, {name: self._spread(slot, part) for name, slot, part in self._parts()})
-        self._load_numbers(numbers)
-        self._publish()
+        shards.write(folder, self.tensors())
 
     def _spread(self, slot: Slot, part: Tensor) -> DTensor:
-        """All ranks' parts as one tensor."""
         assert isinstance(slot.working, DTensor)
         return DTensor.from_local(
             part, self._mesh, slot.working.placements, shape=slot.shape, stride=slot.working.stride()

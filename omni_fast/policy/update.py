@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -328,8 +328,12 @@ class Policy:
         """A sum over all parameters, of the sum over this process's."""
         return part
 
+    def _spread(self, slot: Slot, part: Tensor) -> Tensor:
+        """All processes' parts of a parameter or a moment as one tensor."""
+        return part
+
     def _whole(self, slot: Slot, part: Tensor) -> Tensor:
-        """All of a parameter, its gradient or a moment."""
+        """All of a parameter."""
         return part
 
     def _part(self, slot: Slot, whole: Tensor) -> Tensor:
@@ -397,52 +401,38 @@ class Policy:
         for slot in self.slots:
             slot.mean = slot.square = None
 
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
-        """Everything a resume needs: tensors (not copies) under flat names, and a few numbers."""
-        tensors = {name: self._whole(slot, part) for name, slot, part in self._parts()}
-        if self.reference is not None:
-            tensors |= {f"reference.{name}": value.detach() for name, value in self.reference.named_parameters()}
-        return tensors, self.numbers()
-
-    def _parts(self) -> Iterator[tuple[str, Slot, Tensor]]:
-        """This process's part of what a resume needs of each parameter, under flat names."""
-        for slot in self.slots:
-            for kind, part in (("master", slot.master), ("mean", slot.mean), ("square", slot.square)):
-                if part is not None:
-                    yield f"{kind}.{slot.name}", slot, part
-
     def numbers(self) -> dict[str, Json]:
         """What a resume needs besides tensors."""
         return {"steps": self.steps, "bad_steps": self.bad_steps}
 
-    def save(self, folder: Path) -> None:
-        """The tensors of `state_dict` as safetensors in an existing folder."""
-        save_file({name: value.contiguous() for name, value in self.state_dict()[0].items()}, folder / TENSORS)
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything else that a resume needs, under flat names; not copies."""
+        found = {
+            f"{kind}.{slot.name}": self._spread(slot, part)
+            for slot in self.slots
+            for kind, part in (("master", slot.master), ("mean", slot.mean), ("square", slot.square))
+            if part is not None
+        }
+        if self.reference is not None:
+            found |= {f"reference.{name}": value.detach() for name, value in self.reference.named_parameters()}
+        return found
 
-    def load(self, folder: Path, numbers: Mapping[str, Json]) -> None:
-        """Restores what `save` wrote on any number of ranks; `numbers` as they were then."""
-        if (folder / TENSORS).is_file():
-            return self.load_state_dict(load_file(folder / TENSORS), numbers)
-        whole = {name: torch.empty(shape) for name, shape in shards.shapes(folder).items()}
-        shards.read(folder, whole)
-        self.load_state_dict(whole, numbers)
+    def save(self, folder: Path) -> None:
+        """`tensors` as safetensors in an existing folder."""
+        save_file({name: value.contiguous() for name, value in self.tensors().items()}, folder / TENSORS)
 
     @torch.no_grad()
-    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Json]) -> None:
-        """Restores what `state_dict` gave; the next update is then bit for bit the one an uninterrupted run makes."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-        self.load_weights(part("master."))
-        mean, square, reference = part("mean."), part("square."), part("reference.")
+    def load(self, folder: Path, numbers: Mapping[str, Json]) -> None:
+        """Restores what `save` wrote on any number of ranks, `numbers` as they were then; the next update is then bit for
+        bit the one an uninterrupted run makes. Raises UserError where it is of another model."""
+        kept = shards.shapes(folder)
+        self._check_shapes({name[7:]: shape for name, shape in kept.items() if name.startswith("master.")})
         for slot in self.slots:
-            for name, moments in (("mean", mean), ("square", square)):
-                kept = self._part(slot, moments[slot.name]).to(slot.master.device, copy=True) if moments else None
-                setattr(slot, name, kept)
-        if self.reference is not None:
-            for name, value in self.reference.named_parameters():
-                value.copy_(reference[name])
+            slot.mean = slot.square = None
+            if f"mean.{slot.name}" in kept:
+                slot.mean, slot.square = torch.empty_like(slot.master), torch.empty_like(slot.master)
+        shards.read(folder, self.tensors())
+        self._publish()
         self._load_numbers(numbers)
 
     def _load_numbers(self, numbers: Mapping[str, Json]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,12 +67,11 @@ def test_each_token_once_within_the_budget(
 @given(
     raw=groups,
     block=st.sampled_from([1, 3, 64]),
-    keep=st.sampled_from([0, 1024]),
     share=st.sampled_from(["tree", "prompt", "none"]),
 )
 @settings(deadline=None, max_examples=30)
 def test_gradients_equal_plain_forward_per_sample(
-    build_model: Models, raw: list[tuple[list[int], list[list[int]]]], block: int, keep: int, share: Share
+    build_model: Models, raw: list[tuple[list[int], list[list[int]]]], block: int, share: Share
 ) -> None:
     model = build_model().double()
     trajectories = build(raw)
@@ -93,7 +93,6 @@ def test_gradients_equal_plain_forward_per_sample(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tree_attention, "BLOCK_ROWS", block)
-        patch.setattr(tree_attention, "KEEP_COLUMNS", keep)
         batches = pack(trajectories, tokens_per_microbatch=40, share=share)
         model.config._attn_implementation = tree_attention.NAME
         packed_loss = 0.0
@@ -169,16 +168,19 @@ def test_unsupported_attention_is_refused() -> None:
         tree_attention.tree_attention(torch.nn.Identity(), x, x, x, None, tree=layout, sliding_window=4)
 
 
+@pytest.mark.parametrize("size", [8, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_and_direct_attention_agree(dtype: torch.dtype) -> None:
+def test_fused_and_compiled_attention_agree(dtype: torch.dtype, size: int) -> None:
     torch.manual_seed(0)
     trajectories = [Trajectory(range(1, 90), [n, 1, 2, n, 3], [0.0] * 5, 1.0, 0) for n in range(7)]
     layout = pack(trajectories, tokens_per_microbatch=500)[0].layout
-    states = [torch.randn(len(layout.place), heads, 8, dtype=dtype, requires_grad=True) for heads in (6, 2, 2)]
+    if layout.blocks is None:
+        pytest.skip("the compiled kernels are not built")
+    states = [torch.randn(1, heads, len(layout.place), size, dtype=dtype, requires_grad=True) for heads in (6, 2, 2)]
     results = []
-    for attend in (tree_attention._fused, tree_attention._Direct.apply):
-        out = attend(*states, layout, 0.3)
+    for tree in (replace(layout, blocks=None), layout):
+        out, _ = tree_attention.tree_attention(torch.nn.Identity(), *states, None, tree=tree)
         results.append((out, *torch.autograd.grad(out, states, torch.ones_like(out) / 10)))
-    for fused, direct in zip(*results, strict=True):
+    for fused, compiled in zip(*results, strict=True):
         tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-        torch.testing.assert_close(direct, fused, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(compiled, fused, rtol=tolerance, atol=tolerance)

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,6 +21,7 @@ import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from omni_fast.errors import RunError, UserError
+from omni_fast.policy import shards
 from omni_fast.policy.pack import Trajectory
 from omni_fast.policy.sharded import ShardedPolicy
 from omni_fast.policy.update import Policy
@@ -53,7 +55,11 @@ def drive(policy: Policy, batches: list[list[Trajectory]]) -> list[Any]:
 
 
 def tensors(policy: Policy) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone().contiguous() for name, value in policy.state_dict()[0].items()}
+    with tempfile.TemporaryDirectory() as name:
+        policy.save(Path(name))
+        whole = {key: torch.empty(shape) for key, shape in shards.shapes(Path(name)).items()}
+        shards.read(Path(name), whole)
+    return whole
 
 
 def on_rank(rank: int, world: int, port: int, body: Callable[[int], None], step_s: float, ends_well: bool) -> None:

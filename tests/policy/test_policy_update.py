@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,16 +201,16 @@ def test_gradients_that_are_not_finite_are_skipped_then_stop_the_run(
 
 
 @pytest.mark.parametrize("options", [{}, {"loss": LOSSES["grpo with KL"]}, {"dtype": torch.bfloat16}, {"lora_rank": 2}])
-def test_resume_is_bit_for_bit(build_model: Models, build_batch: Batches, options: dict[str, object]) -> None:
+def test_resume_is_bit_for_bit(
+    build_model: Models, build_batch: Batches, options: dict[str, object], tmp_path: Path
+) -> None:
     torch.manual_seed(1)
     straight = policy_of(build_model(), **options)  # type: ignore[arg-type]
     for seed in range(2):
         straight.update(build_batch(seed))
-    tensors, numbers = straight.state_dict()
-    assert all(isinstance(value, torch.Tensor) for value in tensors.values())
-    stored = {name: value.clone() for name, value in tensors.items()}
+    straight.save(tmp_path)
     resumed = policy_of(build_model(), **options)  # type: ignore[arg-type]
-    resumed.load_state_dict(stored, dict(numbers))
+    resumed.load(tmp_path, straight.numbers())
     for seed in range(2, 4):
         first, second = straight.update(build_batch(seed)), resumed.update(build_batch(seed))
         assert first["loss"] == second["loss"] and first["grad_norm"] == second["grad_norm"]
@@ -217,8 +218,11 @@ def test_resume_is_bit_for_bit(build_model: Models, build_batch: Batches, option
         assert torch.equal(master, resumed.weights()[name])
 
 
-def test_weights_of_another_model_are_refused(build_model: Models, model: LlamaForCausalLM) -> None:
+def test_weights_of_another_model_are_refused(build_model: Models, model: LlamaForCausalLM, tmp_path: Path) -> None:
     policy = policy_of(model)
+    policy_of(build_model(tied=False)).save(tmp_path)
+    with pytest.raises(UserError, match="not of this model"):
+        policy.load(tmp_path, policy.numbers())
     with pytest.raises(UserError, match="not of this model"):
         policy.load_weights(policy_of(build_model(tied=False)).weights())
 
