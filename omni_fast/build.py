@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from omni_fast.rollout.local import LocalEngine
 from omni_fast.rollout.sglang import SGLangEngine
 from omni_fast.run import BASE, Run
 from omni_fast.scoring import Scorer
+from omni_fast.serving import process
 from omni_fast.sync import WeightSync
 from omni_fast.tasks import build_tasks
 from omni_fast.tasks.base import SPLITS, Item, Split, Task
@@ -67,11 +69,8 @@ class Parts:
     @cached_property
     def items(self) -> dict[str, dict[Split, Sequence[Item]]]:
         """Task -> split -> items, the held-out splits cut to the sizes of the config."""
-        limits = {
-            "train": None,
-            "select": self.config.evaluation.select_items,
-            "test": self.config.evaluation.test_items,
-        }
+        sizes = self.config.evaluation
+        limits = {"train": None, "select": sizes.select_items, "test": sizes.test_items}
         return {
             name: {split: task.items(split)[: limits[split]] for split in SPLITS} for name, task in self.tasks.items()
         }
@@ -202,9 +201,7 @@ def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
 
 def load_model(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The named model in fp32 (the policy makes its working copy), or the from-scratch one after its warm-up."""
-    device = config.model.device
-    if device == "auto":
-        device = ranks.device()
+    device = ranks.device() if config.model.device == "auto" else config.model.device
     disable_progress_bar()  # transformers' own bars
     try:
         torch.empty(0, device=device)
@@ -212,7 +209,7 @@ def load_model(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"model.device '{device}' cannot be used ({reason}); give 'auto', 'cpu' or 'cuda'") from error
     if config.model.path == "tiny":
-        return tiny_model(tiny_corpus(config.tasks, config.seed), seed=config.seed)
+        return tiny_model(tiny_corpus(config.tasks, config.seed), seed=config.seed, device=device)
     return load(config.model.path, dtype=torch.float32, device=device)
 
 
@@ -222,10 +219,19 @@ def engine_urls(config: Config, model: PreTrainedModel, run: Run, stack: ExitSta
         return config.engine.urls
     progress.wait("the engine's servers to start")
     folder, rank = run.folder / "engine", config.adapter_rank
+    run.at_once = partial(kill_servers, folder)
     urls = serving.up(config.engine, str(model.name_or_path), folder, adapter_rank=rank, say=progress.say)
     stack.callback(partial(serving.down, folder, say=progress.say))
     stack.enter_context(serving.watched(folder, say=progress.warn))
     return urls
+
+
+def kill_servers(folder: Path) -> None:
+    """Without a word or a lock, which whoever is interrupted may hold: for a run that is left at once."""
+    state = folder / serving.servers.STATE
+    for row in json.loads(state.read_text(encoding="utf-8")) if state.is_file() else ():
+        if process.alive(row["pid"], row["born"]):
+            os.killpg(row["pid"], signal.SIGKILL)
 
 
 def with_judge(config: Config, urls: Sequence[str], model: str) -> Config:
@@ -269,23 +275,18 @@ def follow(config: Config) -> None:
 
 def make_policy(config: Config, model: PreTrainedModel) -> Policy:
     loss, optimizer = config.loss, config.optimizer
-    spec = LossSpec.preset(loss.policy, beta=loss.beta, entropy_coef=loss.entropy_bonus)
-    spec = replace(spec, eps_low=loss.eps_low, eps_high=loss.eps_high)
-    if config.engine.kind != "local":  # its kernels round otherwise than the trainer's: truncated importance sampling
-        spec = replace(spec, rollout="truncate")
+    # A server's kernels round otherwise than the trainer's: truncated importance sampling.
+    behaviour = {} if config.engine.kind == "local" else {"rollout": "truncate"}
+    clip = {"eps_low": loss.eps_low, "eps_high": loss.eps_high}
+    spec = LossSpec.preset(loss.policy, beta=loss.beta, entropy_coef=loss.entropy_bonus, **clip, **behaviour)
     kind = ShardedPolicy if ranks.world() > 1 else Policy
     return kind(
         model,
         loss=spec,
-        learning_rate=optimizer.learning_rate,
         temperature=config.rollout.temperature,
         betas=(optimizer.beta1, optimizer.beta2),
-        weight_decay=optimizer.weight_decay,
-        warmup_steps=optimizer.warmup_steps,
-        max_grad_norm=optimizer.max_grad_norm,
-        tokens_per_microbatch=optimizer.tokens_per_microbatch,
-        gradient_checkpointing=optimizer.gradient_checkpointing,
         dtype=None if config.model.dtype == "auto" else getattr(torch, config.model.dtype),
         lora_rank=config.model.lora_rank,
         lora_alpha=config.model.lora_alpha,
+        **optimizer.model_dump(exclude={"beta1", "beta2"}),
     )

@@ -85,12 +85,3 @@ def item_scores(run: Run, name: str, split: Split) -> dict[str, Floats]:
     """Task -> item scores [n_items] of the weights `name` on a split; NaN where there is none."""
     found = run.scores_of(name)["splits"][split]
     return {task: np.array(kept["values"], dtype=np.float64) for task, kept in found.items()}
-
-
-def work(config: Config) -> dict[str, int]:
-    """Optimiser steps and evaluation items of the whole run; a stage that is reused counts until it is skipped."""
-    evaluation, runs = config.evaluation, len(singles(config))
-    stages = 1 if config.curriculum.mode == "joint" else len(config.tasks)
-    items = (1 + runs) * (evaluation.select_items + evaluation.test_items) + stages * evaluation.test_items
-    steps = config.curriculum.steps_per_stage * (runs + len(config.tasks))
-    return {"steps": steps, "items": len(config.tasks) * items}

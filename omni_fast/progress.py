@@ -9,9 +9,8 @@ from __future__ import annotations
 import threading
 import time
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from omni_fast.records import EvalRow, StepRow, TaskRow
@@ -81,27 +80,23 @@ class Progress:
         seconds = row["seconds"]["total"]
         self._done("step", seconds, 1)
         self._step = f"step {row['step']}/{steps}"
-        cells = []
         for name, values in row["tasks"].items():
             if row["step"] == 1 and values["mixed_groups"] < FEW_MIXED:
                 self.warn(_few_mixed(name, values))
-            entropy = values["entropy"]
-            shown = {
-                "reward": f"{values['reward']:.3f}",
-                "entropy": "–" if entropy is None else f"{entropy:.2f}",
-                "mixed": f"{values['mixed_groups']:.0%}",
-            }
             for sign, sentence in values["signs"].items():
                 if (row["stage"], name, sign) not in self._told:
                     self._told.add((row["stage"], name, sign))
                     self.warn(f"{name}: {sentence}")
-            signs = " ".join(SIGNS[sign] for sign in values["signs"])
-            self._rows.setdefault(name, {}).update(shown, signs=signs)
-            cells.append(f"{name}: " + " ".join(f"{key} {value}" for key, value in shown.items()))
-            cells[-1] += f" signs {signs}" if signs else ""
+            entropy = values["entropy"]
+            self._rows.setdefault(name, {}).update(
+                reward=f"{values['reward']:.3f}",
+                entropy="–" if entropy is None else f"{entropy:.2f}",
+                mixed=f"{values['mixed_groups']:.0%}",
+                signs=" ".join(SIGNS[sign] for sign in values["signs"]),
+            )
         if not self.console.is_terminal:
             self.say(
-                f"  {self._step}  {'; '.join(cells)}  {row['tokens_per_s']:.0f} tokens/s  "
+                f"  {self._step}  {'; '.join(self._cells(task) for task in row['tasks'])}  {row['tokens_per_s']:.0f} tokens/s  "
                 f"{seconds:.1f} s ({row['waited_for']})  {_overlapped(row)}left {self.time_left()}"
             )
 
@@ -134,20 +129,18 @@ class Progress:
         self._spent[kind] = (spent + seconds, total + count)
         self._left[kind] -= count
 
-    def _panel(self) -> Group:
-        table = Table(box=None, padding=(0, 2))
-        table.add_column("task")
-        columns = ("reward", "entropy", "mixed", "select", "test", "signs")
-        for column in columns:
-            table.add_column(column, justify="right")
-        for name, row in self._rows.items():
-            table.add_row(name, *(row.get(column, "") for column in columns))
+    def _cells(self, task: str, *scores: str) -> str:
+        """What is known of a task, with the scores of these splits."""
+        row, shown = self._rows[task], ("reward", "entropy", "mixed", "signs", *scores)
+        return f"{task}: " + " ".join(f"{name} {row[name]}" for name in shown if row.get(name))
+
+    def _panel(self) -> Text:
         now = time.monotonic()
-        line = Text(
+        line = (
             f"{self._stage}  {self._step}  elapsed {(now - self._started) / 60:.1f} min  left {self.time_left()}  "
             f"waiting for {self._waiting} ({now - self._since:.0f} s)"
         )
-        return Group(line, table)
+        return Text("\n".join([line, *(self._cells(task, "select", "test") for task in self._rows)]))
 
     def _report_stalls(self) -> None:
         while not self._stop.wait(1.0):

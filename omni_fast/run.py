@@ -65,6 +65,7 @@ class Run:
     def __init__(self, folder: Path, config: Config, state: State) -> None:
         self.folder, self.config, self.state = folder, config, state
         self.stopping = False
+        self.at_once: Callable[[], None] = lambda: None  # what a second Ctrl-C must not leave behind
         self.added: list[str] = []  # tasks that the folder did not have when it was last used
         self._metrics: FileIO | None = None  # open while the run is owned
         self._cut = False  # whether rows of work that is done again are dropped from it
@@ -258,6 +259,7 @@ class Run:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stopping:
+            self.at_once()
             os._exit(Interrupted.exit_code)  # asked twice: now
         self.stopping = True
         os.write(2, b"stopping once what is under way is saved; Ctrl-C again: at once\n")  # print is not safe in here

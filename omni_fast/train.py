@@ -14,6 +14,7 @@ from omni_fast.ahead import Ahead
 from omni_fast.build import Parts, build
 from omni_fast.config import Config
 from omni_fast.curriculum.stages import PromptStream, Stage
+from omni_fast.dry_run import work
 from omni_fast.errors import RunError, UserError
 from omni_fast.groups import Group, set_advantages, trajectories
 from omni_fast.progress import Progress
@@ -60,7 +61,8 @@ class Trainer:
         """Score the initial policy; where the order is to be solved, one short run per task, each scored on all tasks."""
         if not self.run.has_weights(BASE):
             self.parts.keep_weights(BASE)
-        self.progress.plan(**plan.work(self.config))
+        left = work(self.config)
+        self.progress.plan(steps=left.steps, items=left.items)
         if self.run.added:
             self.progress.say(f"added to what is measured here: {', '.join(self.run.added)}")
         self.evaluate(BASE, "select", "test")

@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +19,13 @@ from typing import NamedTuple
 import pytest
 from transformers import AutoTokenizer
 
+from omni_fast import build
 from omni_fast.checkpoint import run_lock
 from omni_fast.cli import main
 from omni_fast.config import load
 from omni_fast.policy.tiny import tiny_model
 from omni_fast.run import Interrupted, Run
+from omni_fast.serving import process
 
 
 class Done(NamedTuple):
@@ -306,6 +309,52 @@ def test_ctrl_c_is_answered_at_once(tmp_path: Path, capfd: pytest.CaptureFixture
         assert run.stopping and "Ctrl-C again: at once" in capfd.readouterr().err
         with pytest.raises(Interrupted, match="the same command resumes"):
             run.raise_if_stopping()
+
+
+SERVED = """
+import json, signal, subprocess, sys
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from omni_fast import build, serving
+from omni_fast.config import load
+from omni_fast.progress import Progress
+from omni_fast.run import Run
+from omni_fast.serving import Launch, Server, process
+
+def up(section, model, folder, **more):
+    child = subprocess.Popen(["sleep", "100"], start_new_session=True)
+    server = Server(Launch("policy-0", model), "http://127.0.0.1:9", child.pid, process.born(child.pid), "log", "1")
+    folder.mkdir()
+    (folder / "servers.json").write_text(json.dumps([asdict(server)]))
+    print(child.pid, server.born, flush=True)
+    return [server.url]
+
+serving.up = up
+config = load("quickstart", ["engine.kind=sglang"])
+with Run.open(Path(sys.argv[1]), config) as run, ExitStack() as stack:
+    build.engine_urls(config, SimpleNamespace(name_or_path="m"), run, stack, Progress())
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_ctrl_c_twice_leaves_no_server(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", SERVED, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    pid, birth = map(int, done.stdout.split())
+    assert done.returncode == Interrupted.exit_code, done
+    until = time.monotonic() + 10
+    while process.alive(pid, birth) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not process.stop(pid, birth, 0.0), "it outlived the run"
+
+
+def test_the_tiny_model_goes_to_the_device_asked_for() -> None:
+    config = load("quickstart-tiny", ["model.device=meta"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "tiny_model", lambda rows, seed, device="cpu": device)
+        assert build.load_model(config) == "meta"
 
 
 def test_damaged_files_of_a_run(omni: Omni, job: Job) -> None:

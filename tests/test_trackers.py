@@ -6,16 +6,42 @@ from pathlib import Path
 import pytest
 
 from omni_fast import config as configs
+from omni_fast.curriculum.scores import ScoreDict
 from omni_fast.errors import UserError
 from omni_fast.records import EvalRow
-from omni_fast.trackers import Trackers, numbers
+from omni_fast.trackers import Trackers
 
 
-def test_an_evaluation_becomes_one_number_per_measured_task() -> None:
-    known = {"value": 0.5, "n": 4, "low": 0.2, "high": 0.8}
-    unknown = {"value": None, "n": 0, "low": None, "high": None}
-    row = EvalRow(event="eval", stage="base", split="test", scores={"math": known, "code": unknown}, seconds=1.0)
-    assert numbers(row) == {"test/math": 0.5}
+class Module:
+    """As trackio and wandb are."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    def init(self, **named: object) -> None:
+        self.named = named
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.logged.append((-1, {}))
+
+
+def test_a_row_becomes_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = {"trackio": Module(), "wandb": Module()}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    trackers = Trackers(configs.load("quickstart", ("logging.trackio=true", "logging.wandb=true")), tmp_path, 3)
+    known = ScoreDict(value=0.5, n=4, low=0.2, high=0.8)
+    unknown = ScoreDict(value=None, n=0, low=None, high=None)
+    trackers.log(
+        EvalRow(event="eval", stage="base", split="test", scores={"math": known, "code": unknown}, seconds=1.0)
+    )
+    trackers.close()
+    scores = {f"test/scores/math/{key}": value for key, value in known.items()} | {"test/scores/code/n": 0}
+    for module in modules.values():
+        assert module.logged == [(4, scores | {"test/seconds": 1.0}), (-1, {})]
 
 
 def test_a_missing_tracker_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

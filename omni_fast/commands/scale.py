@@ -113,9 +113,9 @@ def _table(found: Sequence[Plan], best: Plan, work: Work, fleet: Fleet, price: f
         rows.append([part, f"{one.servers} x {one.server_gpus}", *seconds, *rest])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for row, one in zip(rows, (None, *found), strict=True):
+    for row, mark in zip(rows, (" ", *(" *"[one is best] for one in found)), strict=True):
         cells = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append(f"{'*' if one is best else ' '} {cells}".rstrip())
+        lines.append(f"{mark} {cells}".rstrip())
     if best.timing.lost_tokens:
         lines.append(f"failures lose {best.timing.lost_tokens:,.0f} tokens a step")
     lines.append(f"predicted; {MACHINES[fleet.machine].source}; {fleet.share.source}")
