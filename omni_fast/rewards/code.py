@@ -6,12 +6,11 @@ Tests are data, never code, so no exit status, printed marker or overridden `__e
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from omni_fast.rewards.sandbox import Call, Data, Job, Sandbox
@@ -55,8 +54,8 @@ class _Failed(Exception):
     """The function under test gave no value; the text is the outcome."""
 
 
-class _Unknown(BaseException):  # no `except Exception` of the tests may catch it
-    """The function under test has not been run on these arguments yet."""
+class _Ended(BaseException):  # no `except Exception` of the tests may catch it
+    """The jail failed, or the time is over; the text says which."""
 
 
 class CodeVerifier:
@@ -83,23 +82,42 @@ class CodeVerifier:
     def score_asserts(self, sources: Sequence[str], tests: Sequence[Asserts]) -> list[Part]:
         """One part per source text: 1 when `check` returns, else 0; invalid where the jail failed.
 
-        The tests run here and the function runs in the jail, one job a call. They are run again for each call they
-        make, with what is known by then, until they need no other; all jobs together may take a job's wall clock.
+        The tests run here and the function in the jail, one job a call; all jobs together may take a job's wall clock.
         """
         return [self._assert_one(source, test) for source, test in zip(sources, tests, strict=True)]
 
     def _assert_one(self, source: str, tests: Asserts) -> Part:
-        known: dict[str, Call] = {}
         deadline = time.monotonic() + self.sandbox.limits.wall_s
-        while time.monotonic() < deadline:
-            found = _check(known, tests)
-            if isinstance(found, Part):
-                return found
-            ((call,),) = self.sandbox.run([Job(source, tests.entry, [found])])
+
+        def candidate(*args: Data) -> Data:
+            if time.monotonic() > deadline:
+                raise _Ended("timeout")
+            ((call,),) = self.sandbox.run([Job(source, tests.entry, [args])])
             if call.outcome == "infrastructure":
-                return Part(None, "infrastructure")
-            known[repr(found)] = call
-        return Part(0.0, "timeout")
+                raise _Ended(call.outcome)
+            if call.outcome != "ok":
+                raise _Failed(call.outcome)
+            return call.value
+
+        namespace: dict[str, object] = {"__name__": "tests"}
+        state = random.getstate()
+        random.seed(0)  # tests that draw their inputs draw the same ones for every program
+        try:
+            exec(tests.prelude, namespace)
+            namespace[tests.entry] = candidate  # some tests call the function by its name
+            exec(tests.test, namespace)
+            check = namespace["check"]
+            assert callable(check)
+            check(candidate)
+        except (_Failed, _Ended) as end:
+            return Part(None if str(end) == "infrastructure" else 0.0, str(end))
+        except AssertionError:
+            return Part(0.0, "wrong")
+        except Exception:  # the tests compare values of any type and raise whatever that raises
+            return Part(0.0, "error")
+        finally:
+            random.setstate(state)
+        return Part(1.0)
 
     def _part(self, calls: Sequence[Call], cases: Sequence[Case]) -> Part:
         if any(call.outcome == "infrastructure" for call in calls):
@@ -118,62 +136,20 @@ class CodeVerifier:
         return Part(sum(passed) / len(passed), reason)
 
 
-def _check(known: Mapping[str, Call], tests: Asserts) -> Part | tuple[Data, ...]:
-    """The tests' verdict from the calls known so far, or the arguments of the first one that is not."""
-    unknown: list[tuple[Data, ...]] = []
-
-    def candidate(*args: Data) -> Data:
-        call = known.get(repr(args))
-        if call is None:
-            unknown.append(args)
-            raise _Unknown
-        if call.outcome != "ok":
-            raise _Failed(call.outcome)
-        return copy.deepcopy(call.value)
-
-    namespace: dict[str, object] = {"__name__": "tests"}
-    state = random.getstate()
-    random.seed(0)  # tests that draw their inputs draw the same ones each time
-    try:
-        exec(tests.prelude, namespace)
-        namespace[tests.entry] = candidate  # some tests call the function by its name
-        exec(tests.test, namespace)
-        check = namespace["check"]
-        assert callable(check)
-        check(candidate)
-    except _Unknown:
-        return unknown[0]
-    except _Failed as failure:
-        return Part(0.0, str(failure))
-    except AssertionError:
-        return Part(0.0, "wrong")
-    except Exception:  # the tests compare values of any type and raise whatever that raises
-        return Part(0.0, "error")
-    finally:
-        random.setstate(state)
-    return Part(1.0)
-
-
 def same(expected: Data, got: Data) -> bool:
     """Whether two values are equal, types included; floats within 1e-6 relative, NaN equal to nothing. Never raises."""
     if isinstance(expected, float):
-        return type(got) in (float, int) and _close(expected, got)  # type: ignore[arg-type]
+        return isinstance(got, float | int) and not isinstance(got, bool) and _close(expected, got)
     if type(expected) is not type(got):
         return False
-    if isinstance(expected, complex):
-        assert isinstance(got, complex)
+    if isinstance(expected, complex) and isinstance(got, complex):
         return _close(expected.real, got.real) and _close(expected.imag, got.imag)
-    if isinstance(expected, (list, tuple)):
-        assert isinstance(got, (list, tuple))
+    if isinstance(expected, list | tuple) and isinstance(got, list | tuple):
         return len(expected) == len(got) and all(map(same, expected, got))
-    if isinstance(expected, dict):
-        assert isinstance(got, dict)
-        if len(expected) != len(got) or {_typed(key) for key in expected} != {_typed(key) for key in got}:
-            return False
-        return all(key in got and same(value, got[key]) for key, value in expected.items())
-    if isinstance(expected, (set, frozenset)):
-        assert isinstance(got, (set, frozenset))
-        return {_typed(item) for item in expected} == {_typed(item) for item in got}
+    if isinstance(expected, dict) and isinstance(got, dict):
+        return set(map(_typed, expected)) == set(map(_typed, got)) and all(same(expected[key], got[key]) for key in got)
+    if isinstance(expected, set | frozenset) and isinstance(got, set | frozenset):
+        return set(map(_typed, expected)) == set(map(_typed, got))
     return expected == got
 
 
@@ -186,11 +162,9 @@ def _close(expected: float, got: float) -> bool:
 
 def _typed(key: Data) -> object:
     """A hashable stand-in that keeps 1, 1.0 and True apart inside sets and keys."""
-    if isinstance(key, tuple):
-        return "tuple", tuple(_typed(item) for item in key)
-    if isinstance(key, frozenset):
-        return "frozenset", frozenset(_typed(item) for item in key)
-    return type(key).__name__, key
+    return type(key), frozenset(map(_typed, key)) if isinstance(key, frozenset) else (
+        tuple(map(_typed, key)) if isinstance(key, tuple) else key
+    )
 
 
 def extract_code(text: str) -> str:

@@ -13,8 +13,8 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from omni_fast.errors import UserError
 from omni_fast.rewards.score import Part
@@ -210,84 +210,58 @@ class Choice:
     gold: int
     kind: str = ""
 
+    def refusal(self) -> str:
+        """Why it makes no question with an answer as text, or ""."""
+        names = [normalise(option) for option in self.options]
+        if not 0 <= self.gold < len(names):
+            return "bad_gold"
+        if any(_META_OPTION.search(option.strip()) for option in self.options):
+            return "meta_option"
+        if _ILL_POSED.search(self.stem):
+            return "ill_posed"
+        if len({*names, ""}) <= len(names):
+            return "collision"
+        return "gold_in_stem" if f" {names[self.gold]} " in f" {normalise(self.stem)} " else ""
 
-@dataclass(frozen=True, slots=True)
-class QaItem:
-    """A question whose answer is text. candidates: gold and distractors, in an order that tells nothing (sorted)."""
 
-    question: str
-    gold: str
-    candidates: tuple[str, ...]
+def to_text_answers(
+    choices: Sequence[Choice], candidates: int = 8, seed: int = 0
+) -> tuple[list[dict[str, str | list[str]]], Counter[str]]:
+    """Multiple choice -> rows with `question`, `answer` (a text) and `candidates` for the verifier `qa`; what was dropped, by reason.
 
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """dropped: reason -> count, of ill_posed, meta_option, gold_in_stem, collision, bad_gold, too_few."""
-
-    items: list[QaItem]
-    dropped: Mapping[str, int] = field(default_factory=dict)
+    Own options come first, then answers of other items of the same kind that look alike, sorted at the end, so that the
+    order tells nothing. Dropped: ill_posed (the stem makes no sense without its options), meta_option (an option speaks
+    about the others), gold_in_stem, collision (two options read the same), bad_gold, too_few (not even two candidates).
+    """
+    pools: dict[str, set[str]] = {}
+    for choice in choices:
+        pools.setdefault(choice.kind, set()).update(choice.options)
+    rows: list[dict[str, str | list[str]]] = []
+    dropped: Counter[str] = Counter()
+    for choice in choices:
+        if reason := choice.refusal():
+            dropped[reason] += 1
+            continue
+        gold, rng = choice.options[choice.gold], random.Random(f"{seed}:{choice.stem}")
+        own = [option for option in choice.options if option != gold]
+        pool = sorted(option for option in pools[choice.kind] if not _META_OPTION.search(option.strip()))
+        rng.shuffle(own)
+        rng.shuffle(pool)
+        pool.sort(key=lambda option: _likeness(gold, option))
+        taken = {normalise(option): option for option in [gold, *own[: candidates - 1]]}
+        known, stem = {normalise(option) for option in own}, f" {normalise(choice.stem)} "
+        for other in pool:
+            name = normalise(other)
+            if len(taken) < candidates and name and name not in known and f" {name} " not in stem:
+                taken.setdefault(name, other)
+        if len(taken) < 2:
+            dropped["too_few"] += 1
+        else:
+            rows.append({"question": choice.stem, "answer": gold, "candidates": sorted(taken.values())})
+    return rows, dropped
 
 
 def _likeness(gold: str, other: str) -> tuple[bool, bool, int]:
     """Sort key: numbers with numbers, one word with one word, then length."""
-    return (
-        any(ch.isdigit() for ch in gold) != any(ch.isdigit() for ch in other),
-        (len(gold.split()) == 1) != (len(other.split()) == 1),
-        abs(len(gold) - len(other)),
-    )
-
-
-def to_text_answers(choices: Sequence[Choice], candidates: int = 8, seed: int = 0) -> Conversion:
-    """Multiple choice -> answer as text among gold and distractors.
-
-    Own options come first, then answers of other items of the same kind that look alike. An item is dropped when its
-    stem makes no sense without its options, an option speaks about the others, the stem names the answer, two options
-    read the same, or not even two candidates are left. A drawn distractor is never another spelling of an option.
-    """
-    if candidates < 2:
-        raise UserError(f"candidates must be at least 2, got {candidates}")
-    pools: dict[str, list[str]] = {}
-    for choice in choices:
-        pools.setdefault(choice.kind, []).extend(choice.options)
-    items: list[QaItem] = []
-    dropped: Counter[str] = Counter()
-    for choice in choices:
-        reason = _refusal(choice)
-        if reason:
-            dropped[reason] += 1
-            continue
-        gold = choice.options[choice.gold]
-        rng = random.Random(f"{seed}:{choice.stem}")
-        own = [option for place, option in enumerate(choice.options) if place != choice.gold]
-        rng.shuffle(own)
-        taken = {normalise(option): option for option in [gold, *own[: candidates - 1]]}
-        every_option = {normalise(option) for option in choice.options}
-        stem = f" {normalise(choice.stem)} "
-        pool = sorted({option for option in pools[choice.kind] if not _META_OPTION.search(option.strip())})
-        rng.shuffle(pool)
-        for other in sorted(pool, key=lambda option: _likeness(gold, option)):
-            name = normalise(other)
-            if len(taken) >= candidates:
-                break
-            if name and name not in every_option and f" {name} " not in stem:
-                taken.setdefault(name, other)
-        if len(taken) < 2:
-            dropped["too_few"] += 1
-            continue
-        items.append(QaItem(choice.stem, gold, tuple(sorted(taken.values()))))
-    return Conversion(items, dict(dropped))
-
-
-def _refusal(choice: Choice) -> str | None:
-    if not 0 <= choice.gold < len(choice.options):
-        return "bad_gold"
-    names = [normalise(option) for option in choice.options]
-    if any(_META_OPTION.search(option.strip()) for option in choice.options):
-        return "meta_option"
-    if _ILL_POSED.search(choice.stem):
-        return "ill_posed"
-    if len(set(names)) != len(names) or "" in names:
-        return "collision"
-    if f" {names[choice.gold]} " in f" {normalise(choice.stem)} ":
-        return "gold_in_stem"
-    return None
+    digits, single = (any(ch.isdigit() for ch in text) for text in (gold, other)), (" " in gold) != (" " in other)
+    return len({*digits}) > 1, single, abs(len(gold) - len(other))

@@ -156,22 +156,23 @@ def test_conversion_keeps_what_makes_sense_and_counts_the_rest():
         Choice("Bad?", ("x", "y"), 7),
         Choice("Alone?", ("x",), 0, "lonely"),
     ]
-    result = to_text_answers(choices, candidates=4)
-    assert [item.gold for item in result.items] == ["Paris", "Lima", "eight"]
-    assert result.dropped == {
+    rows, dropped = to_text_answers(choices, candidates=4)
+    assert [row["answer"] for row in rows] == ["Paris", "Lima", "eight"]
+    assert dropped == {
         "ill_posed": 1, "meta_option": 1, "gold_in_stem": 1, "collision": 1, "bad_gold": 1, "too_few": 1
     }  # fmt: skip
-    assert set(result.items[0].candidates) <= {"Paris", "Rome", "Lima", "Oslo", "Cairo"}, "same kind only"
+    assert set(rows[0]["candidates"]) <= {"Paris", "Rome", "Lima", "Oslo", "Cairo"}, "same kind only"
 
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.tuples(names, st.lists(names, min_size=2, max_size=5)), min_size=1, max_size=8), st.integers(2, 9))
 def test_every_converted_item_can_be_graded(raw, count):
     choices = [Choice(f"Question about {stem}?", tuple(options), 0, "word") for stem, options in raw]
-    result = to_text_answers(choices, candidates=count)
-    assert len(result.items) + sum(result.dropped.values()) == len(choices)
-    for item in result.items:
-        assert 2 <= len(item.candidates) <= count and item.gold in item.candidates
-        grader = QaMatcher(item.gold, candidates=item.candidates)
-        assert grader.score(item.gold).value == 1.0
-        assert grader.score(", ".join(item.candidates)).value == 0.0
+    rows, dropped = to_text_answers(choices, candidates=count)
+    assert len(rows) + dropped.total() == len(choices)
+    for row in rows:
+        gold, candidates = row["answer"], row["candidates"]
+        assert 2 <= len(candidates) <= count and gold in candidates
+        grader = QaMatcher(gold, candidates=candidates)
+        assert grader.score(gold).value == 1.0
+        assert grader.score(", ".join(candidates)).value == 0.0
