@@ -103,7 +103,9 @@ def test_minus_infinity_is_probability_zero_and_the_rest_is_nan(isa: str, dtype:
 
 
 @every_dtype
-def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
+def test_threads_do_not_change_a_bit(batch_of: Callable[..., Tokens], dtype: torch.dtype) -> None:
+    tokens, spec = batch_of(67, 3001), LossSpec(beta=0.1, entropy_coef=0.01)
+    batch = prepare(tokens, spec, torch.float32)
     g = torch.Generator().manual_seed(0)
     logits, targets = torch.randn(67, 3001, generator=g).to(dtype), torch.randint(0, 3001, (67,), generator=g)
     a, before = torch.randn(67, generator=g), torch.get_num_threads()
@@ -114,7 +116,8 @@ def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
             logp, entropy, lse = cpu.rows_forward(logits, targets)
             gradient = logits.clone()
             cpu.rows_backward_(gradient, targets, lse, entropy, a, a)
-            results.append((logp, entropy, lse, gradient))
+            swept = logits.clone()
+            results.append((logp, entropy, lse, gradient, swept, *cpu.rows_policy_loss_(swept, targets, batch, spec)))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
