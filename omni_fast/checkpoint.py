@@ -18,12 +18,11 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,7 +30,6 @@ from torch import Tensor
 
 from omni_fast.errors import RunError, UserError
 
-FORMAT = 1
 TENSORS = "tensors.safetensors"
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -47,15 +45,6 @@ class Checkpoint:
     path: Path
     state: dict[str, Any]
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Read from disk at each access, onto the CPU."""
-        return load_file(self.path / TENSORS)
-
-
-def _warn(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
 
 def save(folder: Path, name: str, tensors: Contents, state: Mapping[str, Json], *, keep_last: int) -> Path:
     """Writes a new checkpoint into `folder` (made when missing), then removes all but the newest `keep_last`.
@@ -63,12 +52,10 @@ def save(folder: Path, name: str, tensors: Contents, state: Mapping[str, Json], 
     tensors: by name, or a function that writes safetensors files into the folder it is given. `name` is for people; order
     is that of writing. RunError, with everything older untouched, if the disk is full or the folder cannot be written.
     """
-    if keep_last < 1:
-        raise ValueError(f"keep_last is {keep_last}; give at least 1")
-    _sweep(folder)
-    before = _numbered(folder)
-    number = int(before[-1].name.split("-")[0]) + 1 if before else 1
-    target = folder / f"{number:06d}-{name}"
+    for left in (*folder.glob(".writing-*"), *folder.glob(".old-*")):  # by a killed process
+        shutil.rmtree(left)
+    numbers = [int(path.name.split("-")[0]) for path in _numbered(folder)]
+    target = folder / f"{max(numbers, default=0) + 1:06d}-{name}"
     with published(target) as work:
         _write(work, tensors, state)
     for old in _numbered(folder)[:-keep_last]:
@@ -76,18 +63,18 @@ def save(folder: Path, name: str, tensors: Contents, state: Mapping[str, Json], 
     return target
 
 
-def latest(folder: Path, warn: Callable[[str], None] = _warn) -> Checkpoint | None:
+def latest(folder: Path, warn: Callable[[str], None] = print) -> Checkpoint | None:
     """The newest checkpoint whose bytes are right; None if there is none at all.
 
     Each newer one that is damaged is named through `warn`. UserError if there are checkpoints and all are damaged.
     """
-    paths = _numbered(folder)
-    for index in reversed(range(len(paths))):
-        problem = _problem(paths[index])
+    paths = _numbered(folder)[::-1]
+    for path, before in zip(paths, [*paths[1:], None], strict=False):
+        problem = _problem(path)
         if problem is None:
-            return Checkpoint(paths[index], json.loads((paths[index] / STATE).read_text(encoding="utf-8")))
-        remedy = f"trying the one before, {paths[index - 1].name}" if index else "there is none before it"
-        warn(f"The checkpoint {paths[index]} is damaged ({problem}): {remedy}.")
+            return Checkpoint(path, json.loads((path / STATE).read_text(encoding="utf-8")))
+        remedy = f"trying the one before, {before.name}" if before else "there is none before it"
+        warn(f"The checkpoint {path} is damaged ({problem}): {remedy}.")
     if paths:
         raise UserError(
             f"All {len(paths)} checkpoints in {folder} are damaged: restore one from a copy, or remove that folder to "
@@ -103,7 +90,7 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(folder: Path) -> dict[str, Tensor]:
-    """What `save_tensors` wrote. UserError if it is missing or damaged."""
+    """What `save_tensors` or `save` wrote, onto the CPU. UserError if it is missing or damaged."""
     problem = _problem(folder)
     if problem is not None:
         raise UserError(f"The weights in {folder} are damaged ({problem}): restore them from a copy, or start over.")
@@ -146,7 +133,7 @@ def _write(work: Path, tensors: Contents, state: Mapping[str, Json]) -> None:
         tensors(work)
     (work / STATE).write_text(json.dumps(state), encoding="utf-8")
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in work.iterdir()}
-    (work / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
+    (work / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
 
 
 def _numbered(folder: Path) -> list[Path]:
@@ -160,13 +147,6 @@ def _drop(path: Path) -> None:
     shutil.rmtree(away, ignore_errors=True)  # of a kill in here
     path.rename(away)
     shutil.rmtree(away)
-
-
-def _sweep(folder: Path) -> None:
-    """What a killed process left."""
-    for pattern in (".writing-*", ".old-*"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path)
 
 
 def _digest(path: Path) -> str:
@@ -185,24 +165,18 @@ def _to_disk(path: Path) -> None:
 def _problem(path: Path) -> str | None:
     """What is wrong with the checkpoint, in a few words; None if every byte is as it was written."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']}, this version reads {FORMAT}"
-        files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is unreadable"
-    if STATE not in files or len(files) < 2:
-        return f"{MANIFEST} lists {sorted(files)}"
-    for name, (size, digest) in files.items():
-        file = path / name
-        try:
-            if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size} bytes instead of {size}"
-            if _digest(file) != digest:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, told in files.items():
+            size = (path / name).stat().st_size
+            if size != told["bytes"]:
+                return f"{name} has {size} bytes instead of {told['bytes']}"
+            if _digest(path / name) != told["sha256"]:
                 return f"the checksum of {name} is wrong"
-        except OSError as error:
-            return f"{name}: {error.strerror}"
-    return None
+    except OSError as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is unreadable"
+    return None if STATE in files and len(files) > 1 else f"{MANIFEST} lists {sorted(files)}"
 
 
 # The run folder
@@ -222,22 +196,18 @@ def run_lock(folder: Path) -> Iterator[None]:
             f"The run folder {folder} cannot be written ({error.strerror}): give another one, or change its permissions."
         ) from error
     with handle:
-        _take(handle, folder)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            raise UserError(
+                f"Another process (pid {handle.read().strip() or 'unknown'}) is working in the run folder {folder}: wait for "
+                "it, stop it, or give another folder."
+            ) from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
         yield
-
-
-def _take(handle: IO[str], folder: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.seek(0)
-        owner = handle.read().strip() or "unknown"
-        raise UserError(
-            f"Another process (pid {owner}) is working in the run folder {folder}: wait for it, stop it, or give another folder."
-        ) from None
-    handle.truncate(0)
-    handle.write(str(os.getpid()))
-    handle.flush()
 
 
 def write_json(path: Path, value: Json | Mapping[str, Json]) -> None:
@@ -265,13 +235,6 @@ def differences(before: Json, now: Json) -> list[str]:
 
 def _flatten(value: Json, prefix: str = "") -> dict[str, str]:
     """Leaves of nested mappings and lists by dotted path, as JSON text."""
-    if isinstance(value, dict) and value:
-        parts: list[tuple[str, Json]] = list(value.items())
-    elif isinstance(value, list) and value:
-        parts = [(str(index), item) for index, item in enumerate(value)]
-    else:
-        return {prefix: json.dumps(value)}
-    flat: dict[str, str] = {}
-    for key, item in parts:
-        flat |= _flatten(item, f"{prefix}.{key}" if prefix else key)
-    return flat
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inside = (_flatten(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in parts)
+    return {key: text for flat in inside for key, text in flat.items()} or {prefix: json.dumps(value)}

@@ -30,8 +30,9 @@ class Trackers:
         values = numbers(row, f"{row['split']}/" if row["event"] == "eval" else "")  # type: ignore[typeddict-item]
         for module in self._modules:
             module.log(values, step=self._rows)
-        for key, value in values.items() if self._writer else ():
-            self._writer.add_scalar(key, value, self._rows)
+        if self._writer:
+            for key, value in values.items():
+                self._writer.add_scalar(key, value, self._rows)
 
     def close(self) -> None:
         for module in self._modules:

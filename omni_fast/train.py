@@ -29,16 +29,16 @@ def train(config: Config, folder: Path, progress: Progress) -> Path:
     with Run.open(folder, config) as run:
         if run.state["finished"]:
             progress.say("this run is finished already")
-            return outcome.finish(run)
-        with build(config, run, progress) as parts:
-            trainer = Trainer(parts)
-            trainer.measure()
-            solved = plan.solve(run)
-            progress.say(solved.statement)
-            last = trainer.train_stages(solved.stages, BASE)
-            last = trainer.train_stages(plan.refresh(run, solved), last)
-            parts.export(run.folder / "final", last)
-        run.finish()
+        else:
+            with build(config, run, progress) as parts:
+                trainer = Trainer(parts)
+                trainer.measure()
+                solved = plan.solve(run)
+                progress.say(solved.statement)
+                last = trainer.train_stages(solved.stages, BASE)
+                last = trainer.train_stages(plan.refresh(run, solved), last)
+                parts.export(run.folder / "final", last)
+            run.finish()
         return outcome.finish(run)
 
 
