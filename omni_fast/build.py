@@ -195,6 +195,8 @@ def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
             progress.wait("the prompts' tokens")
             parts.check_items()
         run.bind()
+        if run.added:
+            progress.say(f"added to what is measured here: {', '.join(run.added)}")
         run.state["facts"] |= grading.facts()
         yield parts
 

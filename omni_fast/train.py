@@ -63,8 +63,6 @@ class Trainer:
             self.parts.keep_weights(BASE)
         left = work(self.config)
         self.progress.plan(steps=left.steps, items=left.items)
-        if self.run.added:
-            self.progress.say(f"added to what is measured here: {', '.join(self.run.added)}")
         self.evaluate(BASE, "select", "test")
         for single in plan.singles(self.config):
             self.train_stage(single, start=BASE)
