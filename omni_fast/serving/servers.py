@@ -9,21 +9,23 @@ of its role is stopped first. A process that dies leaves its servers running: `u
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Literal
+
+import httpx
+from pydantic import TypeAdapter
 
 from omni_fast.config import EngineConfig
 from omni_fast.errors import RunError, UserError
@@ -41,7 +43,6 @@ WATCH_EVERY_S = 1.0
 SAY_EVERY_S = 15.0
 MAX_RESTARTS = 10
 LOG_LINES, LOG_COLUMNS = 12, 300
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 NEVER = threading.Event()
 # What the log of a server that did not start says -> what to do about it.
 CAUSES = (
@@ -79,6 +80,9 @@ class Server:
     @property
     def alive(self) -> bool:
         return process.alive(self.pid, self.born)
+
+
+KNOWN = TypeAdapter(list[Server])
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +128,15 @@ def start(
         known = {server.launch.name: server for server in _read(folder)}
         others = [server for server in known.values() if not server.launch.name.startswith(role)]
         running = {launch.name: server for launch in wanted if (server := _same(known.get(launch.name), launch))}
-        for name, server in known.items():
-            if server not in others and name not in running and _stop(server):
-                say(f"stopped {name} of an earlier start")
+        for server in _stop(server for server in known.values() if server not in [*others, *running.values()]):
+            say(f"stopped {server.launch.name} of an earlier start")
         started: dict[str, Server] = {}
         try:
             ports = _free_ports([launch for launch in wanted if launch.name not in running])
             for launch in wanted:
-                started[launch.name] = running.get(launch.name) or _spawn(launch, folder, ports[launch.name])
-                _write(folder, [*others, *started.values()])
+                with _undisturbed():  # or it would run and be in no list
+                    started[launch.name] = running.get(launch.name) or _spawn(launch, folder, ports[launch.name])
+                    _write(folder, [*others, *started.values()])
             for name, server in started.items():
                 if name in running:
                     say(f"{name} at {server.url} runs already: taken over")
@@ -140,52 +144,40 @@ def start(
                     started[name] = _wait(server, timeout_s, say)
                     _write(folder, [*others, *started.values()])
         except BaseException:
-            for server in (running | started).values():
-                _stop(server)
-            _write(folder, others)
+            with _undisturbed():
+                _stop((running | started).values())
+                _write(folder, others)
             raise
         return list(started.values())
 
 
-def restart_if_dead(
-    folder: Path,
-    url: str,
-    *,
-    timeout_s: float = START_TIMEOUT_S,
-    say: Say = print,
-    stopping: threading.Event = NEVER,
-) -> bool:
-    """Start the server behind `url` again if its process is gone; True if that was so and it answers again.
+def _restart(folder: Path, dead: Server, timeout_s: float, say: Say, stopping: threading.Event) -> None:
+    """The same launch again at the same address, unless somebody else has seen to it meanwhile.
 
-    It has the weights of its model folder then: sync before using it. A live process that does not answer is left alone
-    (False). UserError for a URL that was not started here; RunError when it does not come up, or died too often, or
-    `stopping` was set meanwhile.
+    It has the weights of its model folder then: sync before using it. RunError when it does not come up, or died too often,
+    or `stopping` was set meanwhile.
     """
     with _locked(folder, timeout_s, say):
         servers = _read(folder)
-        server = next((server for server in servers if server.url == url.rstrip("/")), None)
-        if server is None:
-            raise UserError(f"no server at {url} was started in {folder}; known: {[server.url for server in servers]}")
-        if server.alive:
-            return False
-        name = server.launch.name
-        if server.restarts >= MAX_RESTARTS:
-            raise RunError(f"{name} died {MAX_RESTARTS + 1} times; {_last_words(server)}")
-        say(f"{name} at {server.url} died and is started again (its last log: {server.log}.{server.restarts})")
-        _stop(server)  # children that outlived it
-        here = replace(server.launch, port=int(server.url.rpartition(":")[2]))
+        if dead not in servers:
+            return
+        name = dead.launch.name
+        if dead.restarts >= MAX_RESTARTS:
+            raise RunError(f"{name} died {MAX_RESTARTS + 1} times; {_last_words(dead)}")
+        say(f"{name} at {dead.url} died and is started again (its last log: {dead.log}.{dead.restarts})")
+        _stop([dead])  # children that outlived it
+        here = replace(dead.launch, port=int(dead.url.rpartition(":")[2]))
         port = _free_ports([here], PORT_TIMEOUT_S)[name]  # a killed process can hold it until its memory is freed
-        Path(server.log).rename(f"{server.log}.{server.restarts}")
-        place = servers.index(server)
-        servers[place] = fresh = replace(_spawn(server.launch, folder, port), restarts=server.restarts + 1)
+        Path(dead.log).rename(f"{dead.log}.{dead.restarts}")
+        place = servers.index(dead)
+        servers[place] = fresh = replace(_spawn(dead.launch, folder, port), restarts=dead.restarts + 1)
         _write(folder, servers)
         try:
             servers[place] = _wait(fresh, timeout_s, say, stopping)
             _write(folder, servers)
         except BaseException:
-            _stop(fresh)
+            _stop([fresh])
             raise
-        return True
 
 
 @contextmanager
@@ -202,7 +194,7 @@ def watched(folder: Path, *, timeout_s: float = START_TIMEOUT_S, say: Say = prin
             for server in _read(folder):
                 if server.version and server.url not in given_up and not server.alive:
                     try:
-                        restart_if_dead(folder, server.url, timeout_s=timeout_s, say=say, stopping=stopping)
+                        _restart(folder, server, timeout_s, say, stopping)
                     except (RunError, UserError, OSError) as error:
                         given_up.add(server.url)
                         if not stopping.is_set():
@@ -225,14 +217,33 @@ def status(folder: Path) -> list[Status]:
 def down(folder: Path, *, role: str = "", say: Say = print) -> int:
     """Stop the servers of a role (all without one), by SIGTERM, then SIGKILL; how many were running."""
     with _locked(folder, START_TIMEOUT_S, say):
-        servers = _read(folder)
-        stopped = 0
-        for server in servers:
-            if server.launch.name.startswith(role) and _stop(server):
-                stopped += 1
-                say(f"stopped {server.launch.name} at {server.url}")
-        _write(folder, [server for server in servers if not server.launch.name.startswith(role)])
-    return stopped
+        mine = [server for server in _read(folder) if server.launch.name.startswith(role)]
+        with _undisturbed():
+            stopped = _stop(mine)
+            _write(folder, [server for server in _read(folder) if server not in mine])
+        for server in stopped:
+            say(f"stopped {server.launch.name} at {server.url}")
+    return len(stopped)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until what is inside is done, which is soon: in the middle of it they would leave servers
+    running."""
+    held: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append(number)
+
+    main = threading.current_thread() is threading.main_thread()  # no other thread is interrupted
+    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in held:
+            signal.raise_signal(late)
 
 
 def _spawn(launch: Launch, folder: Path, port: int) -> Server:
@@ -312,7 +323,7 @@ def _same(server: Server | None, launch: Launch) -> Server | None:
     """The server, if it is one of this launch, runs, and was ready."""
     if server is None or server.launch != launch or not server.version or not server.alive:
         return None
-    _ask(server, "/continue_generation", b"{}")  # one that a dead trainer left paused answers /health never
+    _ask(server, "/continue_generation", {})  # one that a dead trainer left paused answers /health never
     return server if _ask(server, "/health")[0] == 200 else None
 
 
@@ -324,9 +335,13 @@ def _status(server: Server) -> Status:
     return Status(server, "ready", str(_ask(server, "/model_info")[1].get("weight_version", "")))
 
 
-def _stop(server: Server) -> bool:
-    _key_file(server).unlink(missing_ok=True)
-    return process.stop(server.pid, server.born, STOP_GRACE_S)
+def _stop(servers: Iterable[Server]) -> list[Server]:
+    """All of them at the same time; those that were running."""
+    with ThreadPoolExecutor() as pool:
+        stopping = [(one, pool.submit(process.stop, one.pid, one.born, STOP_GRACE_S)) for one in servers]
+    for server, _ in stopping:
+        _key_file(server).unlink(missing_ok=True)
+    return [server for server, was_running in stopping if was_running.result()]
 
 
 def _key_file(server: Server) -> Path:
@@ -355,35 +370,26 @@ def _free_ports(wanted: Sequence[Launch], patience_s: float = 0.0) -> dict[str, 
     return ports
 
 
-def _ask(server: Server, path: str, body: bytes | None = None) -> tuple[int, dict[str, object]]:
+def _ask(server: Server, path: str, body: dict[str, str] | None = None) -> tuple[int, dict[str, object]]:
     """Status and JSON object of the answer; 0 where there is none. Never by a proxy, which would see the key."""
     key = os.environ.get(KEY_VARIABLE)
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    request = urllib.request.Request(server.url + path, body, headers)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    method, url = "GET" if body is None else "POST", server.url + path
     try:
-        with DIRECT.open(request, timeout=PROBE_TIMEOUT_S) as answer:
-            text = answer.read()
-            return 200, dict(json.loads(text)) if text else {}
-    except urllib.error.HTTPError as error:
-        return error.code, {}
-    except (OSError, http.client.HTTPException, ValueError):  # refused, reset, timed out, half an answer
+        answer = httpx.request(method, url, json=body, headers=headers, timeout=PROBE_TIMEOUT_S, trust_env=False)
+        return answer.status_code, dict(answer.json()) if answer.is_success and answer.content else {}
+    except (httpx.HTTPError, ValueError):  # refused, reset, timed out, half an answer
         return 0, {}
 
 
 def _read(folder: Path) -> list[Server]:
     path = folder / STATE
-    if not path.is_file():
-        return []
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    return [
-        Server(**(row | {"launch": Launch(**(row["launch"] | {"flags": tuple(row["launch"]["flags"])}))}))
-        for row in rows
-    ]
+    return KNOWN.validate_json(path.read_bytes()) if path.is_file() else []
 
 
 def _write(folder: Path, servers: Sequence[Server]) -> None:
     work = folder / f".{STATE}.writing"
-    work.write_text(json.dumps([asdict(server) for server in servers], indent=1), encoding="utf-8")
+    work.write_bytes(KNOWN.dump_json([*servers], indent=1))
     work.chmod(0o600)
     work.replace(folder / STATE)
 

@@ -8,8 +8,10 @@ import signal
 import socket
 import stat
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,7 +122,7 @@ def test_a_second_start_takes_over_what_is_the_same_and_stops_the_rest(place: Pl
 
 def test_a_server_that_a_dead_trainer_left_paused_is_taken_over(place: Place) -> None:
     (server,) = place.start("good")
-    servers._ask(server, "/pause_generation", b"{}")
+    servers._ask(server, "/pause_generation", {})
     assert serving.status(place.folder)[0].state == "silent"
     assert place.start("good") == [server] and serving.status(place.folder)[0].state == "ready"
 
@@ -170,6 +172,21 @@ def test_a_server_that_ignores_sigterm_is_killed(place: Place) -> None:
     assert serving.down(place.folder) == 1 and process.group(server.pid, server.born) == []
 
 
+@pytest.mark.parametrize("ended_by", ["down", "a start that fails"])
+def test_ctrl_c_while_servers_are_stopped_waits_until_they_are(place: Place, ended_by: str) -> None:
+    """They ignore SIGTERM for a second, and Ctrl-C comes in the middle of it."""
+    started = place.start("stubborn", "stubborn")
+    told = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    told.start()
+    with pytest.raises(KeyboardInterrupt):
+        if ended_by == "down":
+            serving.down(place.folder)
+        else:
+            place.start("stubborn", "stubborn", "killed")
+    told.join()
+    assert serving.status(place.folder) == [] and not any(server.alive for server in started)
+
+
 def test_a_port_that_is_taken_is_told_and_nothing_starts(place: Place) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -205,21 +222,21 @@ def test_a_dead_server_is_started_again_where_it_was_and_not_for_ever(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (server,) = place.start("good")
-    assert not serving.restart_if_dead(place.folder, server.url)
+    restart = partial(servers._restart, place.folder, timeout_s=20, say=place.said.append, stopping=servers.NEVER)
     monkeypatch.setattr(servers, "MAX_RESTARTS", 1)
     os.kill(server.pid, signal.SIGKILL)
     wait_until_dead(server)
     assert serving.status(place.folder)[0].state == "dead"
-    assert serving.restart_if_dead(place.folder, server.url, say=place.said.append)
+    restart(server)
     (after,) = serving.status(place.folder)
     assert after.state == "ready" and after.server.url == server.url and after.server.restarts == 1
     assert process.group(server.pid, server.born) == [], "its child was left over"
+    restart(server)
+    assert after.server.alive and [one.server for one in serving.status(place.folder)] == [after.server], "seen to"
     os.kill(after.server.pid, signal.SIGKILL)
     wait_until_dead(after.server)
     with pytest.raises(RunError, match="died 2 times"):
-        serving.restart_if_dead(place.folder, server.url)
-    with pytest.raises(UserError, match="no server at http://127.0.0.1:1"):
-        serving.restart_if_dead(place.folder, "http://127.0.0.1:1")
+        restart(after.server)
 
 
 def test_watching_starts_the_dead_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
