@@ -275,17 +275,15 @@ def load(source: str, overrides: Sequence[str] = ()) -> Config:
 
 def read(source: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The keys of a TOML file or recipe with the overrides in their places."""
-    path = Path(source)
-    if path.is_file():
-        text = _read(path)
-    elif source in recipes():
-        text = resources.files("omni_fast.recipes").joinpath(f"{source}.toml").read_text(encoding="utf-8")
-    else:
+    path, shipped = Path(source), resources.files("omni_fast.recipes").joinpath(f"{source}.toml")
+    if not path.is_file() and source not in recipes():
         raise UserError(f"no config file or recipe '{source}'; recipes: {', '.join(recipes())}")
     try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        data = tomllib.loads((path if path.is_file() else shipped).read_text(encoding="utf-8"))
+    except ValueError as error:  # of TOML or of UTF-8
         raise UserError(f"{source} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"{source} cannot be read ({error.strerror}); check its permissions") from error
     for override in overrides:
         _apply_override(data, override)
     return data
@@ -297,15 +295,6 @@ def validated(source: str, data: dict[str, Any]) -> Config:
         return Config.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{source}: " + "; ".join(_explain(item, data) for item in error.errors())) from None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason}); a config is a TOML file") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
 
 
 def recipes() -> list[str]:
@@ -323,22 +312,19 @@ def _apply_override(data: dict, override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    node: dict | list = data
-    keys = path.strip().split(".")
-    for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
+    node: Any = data
+    *sections, last = path.strip().split(".")
+    for depth, key in enumerate(sections, start=1):
         if isinstance(node, list):  # the list of tasks is addressed by name
-            named = {entry.get("name"): entry for entry in node if isinstance(entry, dict)}
-            if key not in named or last:
-                names = ", ".join(map(str, named))
-                raise UserError(f"override '{override}': a task's key is tasks.NAME.KEY, with a NAME of {names}")
-            node = named[key]
-        elif last:
-            node[key] = value
+            node = {entry.get("name"): entry for entry in node if isinstance(entry, dict)}.get(key)
         else:
             node = node.setdefault(key, {})
-            if not isinstance(node, dict | list):
-                raise UserError(f"override '{override}': '{'.'.join(keys[: depth + 1])}' is a value, not a section")
+        if node is not None and not isinstance(node, dict | list):
+            raise UserError(f"override '{override}': '{'.'.join(sections[:depth])}' is a value, not a section")
+        if node is None or isinstance(node, list) and depth == len(sections):
+            names = ", ".join(str(entry.get("name")) for entry in data.get("tasks", ()) if isinstance(entry, dict))
+            raise UserError(f"override '{override}': a task's key is tasks.NAME.KEY, with a NAME of {names}")
+    node[last] = value
 
 
 def _explain(item: ErrorDetails, data: dict[str, Any]) -> str:  # one line per pydantic error
