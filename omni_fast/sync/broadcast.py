@@ -5,8 +5,9 @@ sides must build it alike, which is why a private function of torch is called he
 dies or hangs ends the group for all, and whoever owns the weights brings them another way.
 
 Limits: NCCL was written after its documentation and not run; a GPU can be in a NCCL group once, so trainer and servers
-need GPUs of their own. It connects its members in the first broadcast, not in the join, and waits there for a member that
-hangs as long as it hangs. The store listens on all addresses of this host for as long as the group lives.
+need GPUs of their own. It connects its members in the first broadcast, not in the join, without a limit of its own: a
+thread that still waits there when ours is over is left behind, with its group. The store listens on all addresses of this
+host for as long as the group lives.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import os
 import socket
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
+from threading import Thread
 from urllib.parse import urlsplit
 
 import torch
@@ -86,12 +89,25 @@ class BroadcastGroup:
         async def take(server: Server) -> Json:
             return await self.fleet.ask(server, "/update_weights_from_distributed", body, self.limit_s + ANSWER_S)
 
-        taken, reason = self.fleet.each_soon(self.servers, take), ""
+        taken, sent, group = self.fleet.each_soon(self.servers, take), Future[None](), self._group
+
+        def send() -> None:
+            try:
+                group.broadcast(flat.view(torch.uint8), 0).wait()
+                sent.set_result(None)
+            except RuntimeError as error:
+                sent.set_exception(error)
+
+        Thread(target=send, name="broadcast of weights", daemon=True).start()
+        reason = ""
         try:
-            self._group.broadcast(flat.view(torch.uint8), 0).wait()
+            sent.result(self.limit_s + ANSWER_S / 2)  # gloo has told by then
         except RuntimeError as error:
             reason = str(error)
             self._leave()  # those that wait for the rest of it give up now
+        except TimeoutError:
+            reason = f"{bucket.size >> 20} MiB were not sent within {self.limit_s:g} s"
+            del self._group  # to end it would wait as well
         self._settle(taken.result(), reason)
 
     def close(self) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import resource
 import socket
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
 from fake_sglang import FakeSGLang, Fault, Handler, cut, saying, serving, silent, slow, status, times
 from syncing import PROMPTS, SAMPLING, SHAPE, TRANSPORTS, check_equal, engine, fake, llama, move
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -160,6 +162,37 @@ def test_a_group_that_is_lost_in_mid_sync_is_bounded_and_the_weights_come_from_d
         assert len(made.fleet.ready) == 3 and len(servers[1].groups) == 1, "a new group, with all of them"
         for server in servers:
             check_equal(model, server)
+
+
+class Unconnected:
+    """A group of NCCL in its first broadcast, of which a member hangs."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+
+    def broadcast(self, flat: torch.Tensor, root: int) -> Unconnected:
+        return self
+
+    def wait(self) -> None:
+        self.released.wait(30)
+
+
+def test_a_broadcast_that_would_never_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broadcast, "ANSWER_S", 0.5)
+    model, group = llama(), Unconnected()
+    servers = [fake(model) for _ in range(2)]
+    with engine(model, tmp_path, *servers, transport="distributed", broadcast_s=0.5) as made:
+        move(model)
+        for server in servers:
+            server.faults.append(("/update_weights_from_distributed", times(1, status(400))))
+        monkeypatch.setattr(made.weights._group, "_group", group)
+        started = time.monotonic()
+        made.sync(1)
+        assert time.monotonic() - started < 8
+        assert "0 MiB were not sent within 0.5 s" in made.said[0] and len(made.fleet.ready) == 2
+        for server in servers:
+            check_equal(model, server)
+        group.released.set()
 
 
 def test_a_group_is_joined_before_servers_stand_still(tmp_path: Path) -> None:
