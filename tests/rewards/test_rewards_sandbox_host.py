@@ -1,14 +1,18 @@
 """The host's end: whatever a jail sends, the host goes on; the filter lets through what its table says and no more."""
 
+import contextlib
+import signal
 import struct
+import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni_fast.errors import UserError
-from omni_fast.rewards.sandbox import OUTCOMES, Job, Limits, Sandbox, seccomp
+from omni_fast.rewards.sandbox import OUTCOMES, Job, Limits, Sandbox, cgroup, seccomp
 from omni_fast.rewards.sandbox.process import Exit, Jail, JailError, outcomes
 
 LIMITS = Limits(wall_s=0.3, cpu_s=1)
@@ -130,6 +134,29 @@ def test_the_filter_allows_its_table_and_nothing_else(column, machine):
     assert verdict(program, arch, clone, 0x3D0F00) == seccomp.RET_ALLOW  # what pthread_create asks for
     for flags in (17, 0x10000000, 0x3D0F00 | 0x10000000, 0x4111):
         assert verdict(program, arch, clone, flags) == seccomp.RET_ERRNO | seccomp.EPERM
+
+
+def test_a_group_limits_the_process_that_entered_it_and_leaves_nothing(monkeypatch):
+    home = cgroup._homes()
+    group = cgroup.Group(1 << 30, 17)
+    if not group.folders:
+        pytest.skip("no control group can be made here")
+    left = cgroup.Group(1 << 30, 17)  # as by a trainer that was killed
+    with contextlib.ExitStack() as fds:
+        line, standard = group.enter([sys.executable, "-c", "import time; time.sleep(60)"], fds)
+        process = subprocess.Popen(line, stdin=standard[0], stdout=standard[-1])
+    while not group.controllers():
+        time.sleep(0.01)
+    assert all((folder / "cgroup.procs").read_text().split() == [str(process.pid)] for folder in group.folders)
+    assert left.controllers() == [], "a limit that binds nobody is no layer"
+    monkeypatch.setattr(cgroup, "START_S", 0.0)
+    again = cgroup.Group(1 << 30, 17)
+    assert not any(folder.exists() for folder in left.folders) and all(folder.exists() for folder in group.folders)
+    folders = [*group.folders, *again.folders]
+    group.remove()
+    again.remove()
+    assert process.wait() == -signal.SIGKILL and not any(folder.exists() for folder in folders)
+    assert cgroup._homes() == home, "this process has not moved"
 
 
 def test_an_unknown_machine_has_no_filter():

@@ -19,10 +19,10 @@ from scipy.stats import binomtest
 
 from omni_fast.rewards.judge.base import Judge, Pair, Reply
 from omni_fast.rewards.judge.client import Failure
-from omni_fast.rewards.judge.pairwise import Json, Question, Verdict
+from omni_fast.rewards.judge.pairwise import Json, Verdict
 from omni_fast.rewards.judge.server import PairwiseJudge
 
-Answers = list[tuple[Verdict | None, Verdict | None]]  # one pair asked as (first, second) and as (second, first)
+Answers = list[tuple[Verdict, Verdict] | tuple[None, None]]  # a pair asked as (first, second) and as (second, first)
 
 MAX_HACKS = 0.02
 _SAME = 0.02  # an absolute judge's values nearer than this are a tie
@@ -152,10 +152,10 @@ def _winner(forward: Verdict, swapped: Verdict) -> str | None:
 def _compare(judge: Judge, replies: Sequence[Reply]) -> Answers:
     """Raw verdicts of both orders. A judge without positions gives the mirrored answer."""
     if isinstance(judge, PairwiseJudge):
-        sides = [side for reply in replies for side in (reply, reply.swapped())]
-        questions = [Question(side.prompt, side.completion, side.reference) for side in sides]
-        given = [None if isinstance(answer, Failure) else answer for answer in judge.verdicts(questions)]
-        return list(zip(given[0::2], given[1::2], strict=True))
+        return [
+            (None, None) if isinstance(a, Failure) or isinstance(b, Failure) else (a, b)
+            for a, b in judge.both_orders(replies)
+        ]
     first, second = judge.judge(replies), judge.judge([reply.swapped() for reply in replies])
     return [
         (None, None) if a.value is None or b.value is None else _mirrored(a.value - b.value)

@@ -21,57 +21,45 @@ class VerdictCache:
 
     def __init__(self, path: Path, say: Callable[[str], None] = lambda line: None) -> None:
         self.path, self.say = path, say
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = self._open()
-        except (OSError, sqlite3.OperationalError) as error:
+            try:
+                self._open()
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError as error:
+                self.close()
+                aside = path.replace(path.with_name(path.name + ".damaged"))
+                for suffix in ("-wal", "-shm"):
+                    path.with_name(path.name + suffix).unlink(missing_ok=True)
+                self._open()
+                say(f"the verdict cache {path} was damaged ({error}); it is kept as {aside.name} and begun anew")
+        except (OSError, sqlite3.Error) as error:
             self._give_up(error)
-        except sqlite3.DatabaseError as error:
-            self._set_aside(error)
 
-    def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=30.0, check_same_thread=False)
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-            connection.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT NOT NULL)")
-            connection.execute("SELECT count(*) FROM verdicts").fetchone()
-        except sqlite3.Error:
-            connection.close()
-            raise
-        return connection
-
-    def _set_aside(self, error: Exception) -> None:
-        aside = self.path.with_name(self.path.name + ".damaged")
-        try:
-            self.path.replace(aside)
-            for suffix in ("-wal", "-shm"):
-                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
-            self._connection = self._open()
-        except (OSError, sqlite3.Error) as second:
-            self._give_up(second)
-            return
-        self.say(f"the verdict cache {self.path} was damaged ({error}); it is kept as {aside.name} and begun anew")
+    def _open(self) -> None:
+        self._connection = connection = sqlite3.connect(self.path, timeout=30.0, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT NOT NULL)")
+        connection.execute("SELECT count(*) FROM verdicts").fetchone()
 
     def _give_up(self, error: Exception) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = None
+        self.close()
         self.say(f"the verdict cache {self.path} cannot be used ({error}); verdicts are asked for again each time")
 
     def _run(self, work: Callable[[sqlite3.Connection], list[tuple[str, str]]]) -> list[tuple[str, str]]:
         """Rows of one piece of work; none where the file cannot be used, which is told once."""
         with self._lock:
-            if self._connection is None:
-                return []
-            try:
-                with self._connection:
-                    return work(self._connection)
-            except sqlite3.Error as error:
-                self._give_up(error)
-                return []
+            if self._connection is not None:
+                try:
+                    with self._connection:
+                        return work(self._connection)
+                except sqlite3.Error as error:
+                    self._give_up(error)
+            return []
 
     def get(self, keys: Iterable[str]) -> dict[str, Verdict]:
         """The known verdicts among the keys."""

@@ -14,7 +14,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -89,10 +89,11 @@ class JsonClient:
         self._jitter = random.Random(0)
 
     def ask(
-        self, path: str, payloads: Sequence[Json], read: Read, done: Callable[[int, Verdict], None]
+        self, path: str, payloads: Iterable[Json], read: Read, done: Callable[[int, Verdict], None]
     ) -> list[Verdict | Failure]:
         """A verdict or a failure for every payload, in order. done: called as soon as a verdict is there."""
-        return asyncio.run(self._ask(path, payloads, read, done)) if payloads else []
+        asked = list(payloads)
+        return asyncio.run(self._ask(path, asked, read, done)) if asked else []
 
     def close(self) -> None:
         """End the calls that are under way in other threads; each raises CancelledError there."""

@@ -76,21 +76,15 @@ def parse_verdict(text: str) -> Verdict | None:
         data = json.loads(text, object_pairs_hook=tuple)  # of two equal keys a dictionary would take the last
     except (ValueError, RecursionError):
         data = None
-    if isinstance(data, tuple):
-        return next((v for v in VERDICTS if data == (("verdict", v),)), None)
-    match = _FREE.fullmatch(text)
-    if match is None or match[3] != match[1][::-1].translate(_CLOSING):
-        return None
-    return next(v for v in VERDICTS if match[2] == v)
+    found = _FREE.fullmatch(text)
+    if found and found[3] == found[1][::-1].translate(_CLOSING):
+        data = (("verdict", found[2]),)
+    return next((v for v in VERDICTS if data == (("verdict", v),)), None)
 
 
 def combine(forward: Verdict, swapped: Verdict) -> float:
     """Value of the reply that stood as A in the first question and as B in the second."""
-    if forward == "A" and swapped == "B":
-        return 1.0
-    if forward == "B" and swapped == "A":
-        return 0.0
-    return 0.5
+    return {("A", "B"): 1.0, ("B", "A"): 0.0}.get((forward, swapped), 0.5)
 
 
 def label_verdict(a: float, b: float) -> Verdict:

@@ -22,7 +22,7 @@ from omni_fast.rewards.judge.pairwise import (
     combine,
     label_verdict,
     parse_verdict,
-)  # fmt: skip
+)
 from omni_fast.rewards.score import Part
 
 MAX_TOKENS = 64  # of a chat reply: room for the verdict
@@ -60,10 +60,9 @@ class OpenAIBackend:
         return f"openai {self.model} at {self.client.url}"
 
     def ask(self, questions: Sequence[Question], keep: Keep) -> list[Verdict | Failure]:
-        payloads = [self._payload(question) for question in questions]
-        answers = self.client.ask("/chat/completions", payloads, _read_chat, keep)
-        refused = [a for a in answers if isinstance(a, Failure) and a.reason in ("http_400", "http_422")]
-        if self.structured and refused and len(refused) == len(answers):
+        answers = self.client.ask("/chat/completions", map(self._payload, questions), _read_chat, keep)
+        refused = [isinstance(a, Failure) and a.reason in ("http_400", "http_422") for a in answers]
+        if self.structured and refused and all(refused):
             self.structured = False
             return self.ask(questions, keep)
         return answers
@@ -74,7 +73,6 @@ class OpenAIBackend:
             "messages": [{**message} for message in question.messages(self.salt)],
             "temperature": 0,
             "max_tokens": MAX_TOKENS,
-            "stream": False,
         }
         if self.structured:
             schema: Json = {"name": "verdict", "strict": True, "schema": SCHEMA}
@@ -101,7 +99,7 @@ class ScoreBackend:
         return f"score {self.model} at {self.client.url}"
 
     def ask(self, questions: Sequence[Question], keep: Keep) -> list[Verdict | Failure]:
-        return self.client.ask("/score", [self._payload(question) for question in questions], _read_scores, keep)
+        return self.client.ask("/score", map(self._payload, questions), _read_scores, keep)
 
     def _payload(self, question: Question) -> Json:
         return {
@@ -125,25 +123,25 @@ def check(backend: Backend) -> None:
 
 
 _HINTS = {
-    "down": "nothing answers there: start the server, or correct judge.url",
-    "unreachable": "nothing answers there: start the server, or correct judge.url",
-    "timeout": "it is too slow: raise judge.timeout_s, or take a smaller judge",
-    "http_401": "set the key in the environment variable OMNI_FAST_JUDGE_KEY",
-    "http_403": "set the key in the environment variable OMNI_FAST_JUDGE_KEY",
-    "http_404": "there is no such path or model: judge.url usually ends in /v1, and judge.model is as the server lists it",
-    "bad_json": "this is not an OpenAI-compatible server: correct judge.url",
-    "wrong_schema": "this is not an OpenAI-compatible server: correct judge.url",
-    "unclear": "the model does not answer as it is told to: take a larger judge",
+    reason: hint
+    for reasons, hint in {
+        "down unreachable": "nothing answers there: start the server, or correct judge.url",
+        "timeout": "it is too slow: raise judge.timeout_s, or take a smaller judge",
+        "http_401 http_403": "set the key in the environment variable OMNI_FAST_JUDGE_KEY",
+        "http_404": "no such path or model: judge.url usually ends in /v1, and judge.model is as the server lists it",
+        "bad_json wrong_schema": "this is not an OpenAI-compatible server: correct judge.url",
+        "unclear": "the model does not answer as it is told to: take a larger judge",
+    }.items()
+    for reason in reasons.split()
 }
 
 
 def _read_chat(data: Json) -> Verdict:
     match data:
         case {"choices": [{"message": {"content": str(content)}}, *_]}:
-            verdict = parse_verdict(content)
-            if verdict is None:
-                raise Unclear(content[:80])
-            return verdict
+            if verdict := parse_verdict(content):
+                return verdict
+            raise Unclear(content[:80])
     raise ValueError("no choices[0].message.content")
 
 
@@ -170,15 +168,13 @@ class PairwiseJudge:
 
     def _judge(self, replies: Sequence[Reply]) -> list[Part]:
         asked = [reply for reply in replies if reply.completion != reply.reference]
-        sides = [side for reply in asked for side in (reply, reply.swapped())]
-        answers = iter(self.verdicts([Question(side.prompt, side.completion, side.reference) for side in sides]))
-        return [
-            Part(0.5, "tie") if reply.completion == reply.reference else _part(next(answers), next(answers))
-            for reply in replies
-        ]
+        answers = iter(self.both_orders(asked))
+        return [Part(0.5, "tie") if reply.completion == reply.reference else _part(*next(answers)) for reply in replies]
 
-    def verdicts(self, questions: Sequence[Question]) -> list[Verdict | Failure]:
-        """One answer per question; equal questions are asked once, known ones not at all."""
+    def both_orders(self, replies: Sequence[Reply]) -> list[tuple[Verdict | Failure, Verdict | Failure]]:
+        """For each reply the answer with it as A, and with it as B. Equal questions are asked once, known ones not at all."""
+        sides = [side for reply in replies for side in (reply, reply.swapped())]
+        questions = [Question(side.prompt, side.completion, side.reference) for side in sides]
         keys = [question.key(self.backend.name) for question in questions]
         known: dict[str, Verdict | Failure] = {**self.cache.get(keys)} if self.cache is not None else {}
         open_ = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
@@ -189,13 +185,12 @@ class PairwiseJudge:
                 self.cache.put({names[index]: verdict})
 
         known |= dict(zip(names, self.backend.ask(list(open_.values()), keep), strict=True))
-        return [known[key] for key in keys]
+        return [(known[keys[place]], known[keys[place + 1]]) for place in range(0, len(keys), 2)]
 
 
 def _part(forward: Verdict | Failure, swapped: Verdict | Failure) -> Part:
-    if isinstance(forward, Failure):
-        return Part(None, f"judge_{forward.reason}")
-    if isinstance(swapped, Failure):
-        return Part(None, f"judge_{swapped.reason}")
-    value = combine(forward, swapped)
+    for answer in (forward, swapped):
+        if isinstance(answer, Failure):
+            return Part(None, f"judge_{answer.reason}")
+    value = combine(forward, swapped)  # type: ignore[arg-type]
     return Part(value, "ok" if value == 1.0 else "tie" if value else "loss")

@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
+PREFIX = "omni_fast-"
+START_S = 60.0  # a group that is this old has got its process
 LIMIT_FILES = {  # controller: its files in version 2 and version 1
     "memory": ("memory.max", "memory.limit_in_bytes"),
     "pids": ("pids.max", "pids.max"),
@@ -33,39 +36,49 @@ def _homes() -> list[Path]:
 
 
 class Group:
-    """One group per controller that can be had; `controllers` says which, perhaps none."""
+    """A group in each hierarchy that we may make one in; `folders` says where, perhaps nowhere."""
 
     def __init__(self, memory_bytes: int, pids: int) -> None:
-        self.controllers: list[str] = []
-        self._folders: list[Path] = []
+        self.folders: list[Path] = []
         for home in _homes():
+            for left in home.glob(
+                f"{PREFIX}*"
+            ):  # by a trainer that was killed; one with a process in it cannot be removed
+                with contextlib.suppress(OSError):
+                    if time.time() - left.stat().st_mtime > START_S:
+                        left.rmdir()
             with contextlib.suppress(OSError):
-                folder = Path(tempfile.mkdtemp(prefix="omni_fast-", dir=home))
-                found = [
-                    (name, file)
+                folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=home))
+                limits = [
+                    (folder / file, memory_bytes if name == "memory" else pids)
                     for name, files in LIMIT_FILES.items()
                     for file in dict.fromkeys(files)
-                    if (folder / file).exists()
                 ]
-                for name, file in found:
-                    (folder / file).write_text(str(memory_bytes if name == "memory" else pids))
-                    self.controllers.append(name)
-                if found:
-                    self._folders.append(folder)
-                else:
-                    folder.rmdir()
+                self.folders.append(folder)
+                if not [file.write_text(str(limit)) for file, limit in limits if file.exists()]:
+                    self.folders.pop().rmdir()
 
-    def add(self, pid: int) -> None:
-        """Move a process in; its later children follow. Raises OSError."""
-        for folder in self._folders:
-            (folder / "cgroup.procs").write_text(str(pid))
+    def controllers(self) -> list[str]:
+        """The limits that bind somebody: those of the groups with a process in it."""
+        held = [folder for folder in self.folders if (folder / "cgroup.procs").read_text()]
+        return [n for n, files in LIMIT_FILES.items() if any((folder / f).exists() for folder in held for f in files)]
+
+    def enter(self, line: list[str], fds: contextlib.ExitStack) -> tuple[list[str], list[int]]:
+        """A command that moves itself into the groups and then becomes `line`, and its standard input and output.
+
+        The files are opened here: who runs the command may not be allowed to.
+        """
+        if not self.folders:
+            return line, [subprocess.DEVNULL]
+        move = ["/bin/sh", "-c", 'echo 0 >&0; echo 0 >&1; exec "$@" </dev/null >/dev/null', "sh", *line]
+        return move, [fds.enter_context((folder / "cgroup.procs").open("w")).fileno() for folder in self.folders]
 
     def remove(self) -> None:
         """Kill what is left inside and remove the groups. Waits up to a second for the kernel to let go."""
-        for folder in self._folders:
+        for folder in self.folders:
             for _ in range(100):
                 try:
-                    os.rmdir(folder)
+                    folder.rmdir()
                     break
                 except FileNotFoundError:
                     break
@@ -74,4 +87,4 @@ class Group:
                         for pid in (folder / "cgroup.procs").read_text().split():
                             os.kill(int(pid), signal.SIGKILL)
                     time.sleep(0.01)
-        self._folders = []
+        self.folders = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -24,38 +25,10 @@ if TYPE_CHECKING:
 # Runs inside, before the sample: the value leaves as the text of `wire`. A set built out here from the worker's own
 # message would hash what the sample chose, and colliding numbers make that quadratic. A sample that breaks this
 # function breaks its own answers; the f-string around the call leaves no other type a way out.
-ENCODER = """
-import json, base64
-def _encode(value, depth=0):
-    if depth > 100:
-        raise ValueError('nested too deeply')
-    kind = type(value)
-    if value is None or kind is bool:
-        return value
-    if kind is int:
-        return value if -(2 ** 63) < value < 2 ** 63 else {'$int': hex(value)}
-    if kind is float:
-        return value if value - value == 0.0 else {'$float': repr(value)}
-    if kind is str:
-        return value
-    if kind is list:
-        return [_encode(item, depth + 1) for item in value]
-    if kind is tuple:
-        return {'$tuple': [_encode(item, depth + 1) for item in value]}
-    if kind is set:
-        return {'$set': [_encode(item, depth + 1) for item in value]}
-    if kind is frozenset:
-        return {'$frozenset': [_encode(item, depth + 1) for item in value]}
-    if kind is dict and all(type(key) is str and not key.startswith('$') for key in value):
-        return {key: _encode(item, depth + 1) for key, item in value.items()}
-    if kind is dict:
-        return {'$dict': [[_encode(key, depth + 1), _encode(item, depth + 1)] for key, item in value.items()]}
-    if kind is bytes:
-        return {'$bytes': base64.b64encode(value).decode()}
-    if kind is complex:
-        return {'$complex': [repr(value.real), repr(value.imag)]}
-    raise ValueError('cannot carry a value of type ' + kind.__name__)
-"""
+ENCODER = (
+    f"import base64, json, math\nData = Json = None\nWireError, bytearray = ValueError, bytes\n"
+    f"MAX_DEPTH, PLAIN_INT = {wire.MAX_DEPTH}, {wire.PLAIN_INT}\n{inspect.getsource(wire.encode)}"
+)
 
 _STARTING = threading.Lock()  # it looks its program up through sysconfig, whose first use two threads must not share
 MAX_MEMORY = 64 << 20  # a value is built in this process before its size can be looked at
@@ -141,6 +114,6 @@ class MontyJail:
             calls: list[Call] = []
             for args in job.calls:
                 if last.outcome not in ("timeout", "killed"):
-                    last = feed(f"f'{{json.dumps(_encode({job.entry}(*_arguments)))}}'", _arguments=tuple(args))
+                    last = feed(f"f'{{json.dumps(encode({job.entry}(*_arguments)))}}'", _arguments=tuple(args))
                 calls.append(last)
             return calls

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import struct
@@ -19,8 +18,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 from omni_fast.rewards.sandbox import bwrap, seccomp, wire
 from omni_fast.rewards.sandbox.cgroup import Group
@@ -34,8 +34,7 @@ PIDS = 96  # bubblewrap, fork-server, one job with its threads
 HERE = Path(__file__).parent
 
 
-@dataclass(frozen=True, slots=True)
-class Exit:
+class Exit(NamedTuple):
     """How the child ended, as the fork-server says (`wire.REPORT`)."""
 
     code: int
@@ -64,7 +63,7 @@ class Jail:
     @property
     def layers(self) -> tuple[str, ...]:
         """What this machine added to the layers that every jail has."""
-        controllers = self._group.controllers if self._group else ()
+        controllers = self._group.controllers() if self._group else ()
         return (f"cgroup: {', '.join(controllers)}",) if controllers else ()
 
     def start(self) -> None:
@@ -86,27 +85,22 @@ class Jail:
         settings = json.dumps(
             asdict(self.limits) | {"isolate": self.isolate, "fd": fd, "seccomp": seccomp.build().hex()}
         )
-        inherited = [fd]
-        gate = None
+        inherited, standard = [fd], [subprocess.DEVNULL]
         if self._command is not None:
             line = [word.format(fd=fd) for word in self._command]
         elif self.isolate:
             files = [_as_fd(HERE / name, fds) for name in ("jail.py", "wire.py")]
-            line = bwrap.command(files[0], files[1], settings)
             inherited += files
             self._group = Group(self.limits.memory_bytes + OVERHEAD_BYTES, PIDS)
-            if self._group.controllers:
-                gate = _Gate(fds)
-                line[1:1] = gate.options
-                inherited += gate.theirs
+            line, standard = self._group.enter(bwrap.command(files[0], files[1], settings), fds)
         else:
             line = [sys.executable, "-I", "-S", "-B", str(HERE / "jail.py"), settings]
         # RLIMIT_NPROC does not bind real root, and root owns too much: then the whole jail, bubblewrap included, is nobody.
         drop = bwrap.NOBODY if self.isolate and os.getuid() == 0 else None
         self._process = subprocess.Popen(
             line,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdin=standard[0],
+            stdout=standard[-1],
             stderr=subprocess.PIPE,
             # nothing of the trainer's environment: keys live there
             env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},
@@ -117,8 +111,6 @@ class Jail:
             start_new_session=True,  # Ctrl-C on the terminal is for the trainer
             cwd="/",
         )
-        if gate is not None and self._group is not None:
-            gate.open(self._group, self._process)
 
     def stop(self) -> None:
         """Kill the jail with all in it; harmless when it does not run."""
@@ -141,17 +133,6 @@ class Jail:
             message = _message(job, self.limits)
         except wire.WireError as error:
             return [Call("error", detail=str(error))] * len(job.calls)
-        self._write_job(message)
-        reply = self._read_frame(time.monotonic() + self.limits.wall_s + GRACE_S)
-        if len(reply) < wire.REPORT.size:
-            raise JailError("no report on the child's end")
-        code, number, cpu_s, cut = wire.REPORT.unpack_from(reply)
-        end = Exit(code, number, cpu_s, cut.rstrip(b"\0"))
-        if end.cut not in (b"", b"wall", b"output"):
-            raise JailError("bytes that are not a report")
-        return outcomes(reply[wire.REPORT.size :], len(job.calls), end, self.limits)
-
-    def _write_job(self, message: bytes) -> None:
         if self._socket is None:
             raise JailError("the jail does not run")
         self._socket.settimeout(self.limits.wall_s + GRACE_S)
@@ -159,6 +140,13 @@ class Jail:
             self._socket.sendall(struct.pack("<I", len(message)) + message)
         except OSError as error:
             raise JailError(f"the jail does not read: {error}") from None
+        reply = self._read_frame(time.monotonic() + self.limits.wall_s + GRACE_S)
+        if len(reply) < wire.REPORT.size:
+            raise JailError("no report on the child's end")
+        end = Exit(*wire.REPORT.unpack_from(reply))
+        if end.cut.rstrip(b"\0") not in (b"", b"wall", b"output"):
+            raise JailError("bytes that are not a report")
+        return outcomes(reply[wire.REPORT.size :], len(job.calls), end, self.limits)
 
     def _read_frame(self, deadline: float) -> bytes:
         (size,) = struct.unpack("<I", self._read(4, deadline))
@@ -189,35 +177,6 @@ class Jail:
         self._process.kill()
         text = self._process.stderr.read(4096).decode("utf-8", "replace").strip()
         return text.splitlines()[-1][:300] if text else ""
-
-
-class _Gate:
-    """Holds bubblewrap back between making the jail and running anything in it, while the jail is put into its group."""
-
-    def __init__(self, fds: contextlib.ExitStack) -> None:
-        self._block, self._go = _pipe(fds)
-        self._told, self._info = _pipe(fds)
-        self.theirs = [self._block, self._info]
-        self.options = ["--block-fd", str(self._block), "--info-fd", str(self._info)]
-
-    def open(self, group: Group, process: subprocess.Popen[bytes]) -> None:
-        """Raises OSError when bubblewrap does not come so far."""
-        text = b""
-        while b"}" not in text:
-            if select.select([self._told], [], [], 0.05)[0]:
-                text += os.read(self._told, 4096)
-            elif process.poll() is not None:
-                raise OSError("bubblewrap ended")
-        group.add(process.pid)
-        group.add(int(json.loads(text)["child-pid"]))
-        os.write(self._go, b"g")
-
-
-def _pipe(fds: contextlib.ExitStack) -> tuple[int, int]:
-    ends = os.pipe()
-    for fd in ends:
-        fds.callback(os.close, fd)
-    return ends
 
 
 def _as_fd(path: Path, fds: contextlib.ExitStack) -> int:
@@ -276,9 +235,9 @@ def _parsed(line: bytes) -> Data:
 
 def _unanswered(end: Exit, limits: Limits, cut_line: bool) -> Call:
     """Why the calls after the last reply have none."""
-    if end.cut == b"wall":
+    if end.cut.startswith(b"wall"):
         return Call("timeout", detail="wall clock")
-    if end.cut == b"output":
+    if end.cut.startswith(b"output"):
         return Call("protocol", detail="output limit")
     # The kernel answers RLIMIT_CPU with SIGKILL, by its own coarse clock: hence half. Nobody in the jail can send signals.
     if end.signal in (signal.SIGKILL, signal.SIGXCPU) and end.cpu_s >= 0.5 * limits.cpu_s:

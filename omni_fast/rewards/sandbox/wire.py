@@ -19,19 +19,9 @@ import struct
 from typing import Union
 
 Data = Union[  # noqa: UP007 -- evaluated by the jail's interpreter, which may be older than 3.10
-    None,
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    "list[Data]",
-    "tuple[Data, ...]",
-    "set[Data]",
-    "frozenset[Data]",
-    "dict[Data, Data]",
-]
+    None, bool, int, float, complex, str, bytes,
+    "list[Data]", "tuple[Data, ...]", "set[Data]", "frozenset[Data]", "dict[Data, Data]",
+]  # fmt: skip
 Json = Union[None, bool, int, float, str, "list[Json]", "dict[str, Json]"]  # noqa: UP007
 
 MAX_DEPTH = 100
@@ -40,7 +30,7 @@ MAX_FRAME_BYTES = 4 << 20  # of one message from the host to the fork-server
 # How a child ended, from the fork-server: exit status or -1, signal or 0, seconds of processor, "" or the limit it hit
 # ("wall", "output").
 REPORT = struct.Struct("<iid6s")
-PLAIN_INT_BITS = 63  # longer integers travel as hexadecimal: decimal conversion is quadratic and limited to 4300 digits
+PLAIN_INT = 2**63  # larger integers travel as hexadecimal: decimal conversion is quadratic and limited to 4300 digits
 
 
 class WireError(ValueError):
@@ -48,32 +38,29 @@ class WireError(ValueError):
 
 
 def encode(value: Data, depth: int = 0) -> Json:
-    """Data -> its JSON form. Raises WireError for a type or a depth outside the encoding."""
+    """Data -> its JSON form. Raises WireError for a type or a depth outside the encoding.
+
+    Its source also runs in the interpreter of `monty`: no method of a type called through the type.
+    """
     if depth > MAX_DEPTH:
         raise WireError("nested too deeply")
     if value is None or value is True or value is False:
         return value
     if isinstance(value, int):
-        plain = int.__index__(value)
-        return plain if int.bit_length(plain) <= PLAIN_INT_BITS else {"$int": hex(plain)}
+        return int(value) if abs(int(value)) < PLAIN_INT else {"$int": hex(value)}
     if isinstance(value, float):
-        number = float.__pos__(value)
-        return number if math.isfinite(number) else {"$float": repr(number)}
+        return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
     if isinstance(value, str):
-        return str.__str__(value)
+        return str(value)
     if isinstance(value, list):
-        return [encode(item, depth + 1) for item in list.__iter__(value)]
-    if isinstance(value, tuple):
-        return {"$tuple": [encode(item, depth + 1) for item in tuple.__iter__(value)]}
+        return [encode(item, depth + 1) for item in value]
     if isinstance(value, dict):
-        pairs = list(dict.items(value))
-        if all(type(key) is str and not key.startswith("$") for key, _ in pairs):
-            return {str(key): encode(item, depth + 1) for key, item in pairs}
-        return {"$dict": [[encode(key, depth + 1), encode(item, depth + 1)] for key, item in pairs]}
-    if isinstance(value, frozenset):
-        return {"$frozenset": [encode(item, depth + 1) for item in frozenset.__iter__(value)]}
-    if isinstance(value, set):
-        return {"$set": [encode(item, depth + 1) for item in set.__iter__(value)]}
+        if all(type(key) is str and not key.startswith("$") for key in value):
+            return {str(key): encode(item, depth + 1) for key, item in value.items()}
+        return {"$dict": [[encode(key, depth + 1), encode(item, depth + 1)] for key, item in value.items()]}
+    for kind, tag in ((tuple, "$tuple"), (frozenset, "$frozenset"), (set, "$set")):
+        if isinstance(value, kind):
+            return {tag: [encode(item, depth + 1) for item in value]}
     if isinstance(value, (bytes, bytearray)):
         return {"$bytes": base64.b64encode(bytes(value)).decode("ascii")}
     if isinstance(value, complex):
@@ -82,48 +69,42 @@ def encode(value: Data, depth: int = 0) -> Json:
 
 
 def decode(form: Json, depth: int = 0) -> Data:
-    """The JSON form -> data. Raises WireError for anything `encode` could not have written."""
+    """The JSON form -> data. Raises WireError for what is no such form."""
     if depth > MAX_DEPTH:
         raise WireError("nested too deeply")
-    if form is None or isinstance(form, (bool, int, float, str)):
-        return form
     if isinstance(form, list):
         return [decode(item, depth + 1) for item in form]
+    if not isinstance(form, dict):
+        return form
     if not any(key.startswith("$") for key in form):
         return {key: decode(item, depth + 1) for key, item in form.items()}
-    if len(form) != 1:
-        raise WireError("a tagged object has exactly one key")
-    ((tag, body),) = form.items()
     try:
+        ((tag, body),) = form.items()
         return _decode_tagged(tag, body, depth)
-    except (TypeError, ValueError) as error:  # unhashable set member, bad base64, bad number: all from hostile input
-        raise WireError(f"bad {tag[:20]}: {str(error)[:80]}") from None
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+    ) as error:  # unhashable member, bad base64 or number, unknown tag: hostile input
+        raise WireError(f"bad tagged object: {str(error)[:80]}") from None
 
 
-def _decode_tagged(tag: str, body: Json, depth: int) -> Data:
-    if tag in ("$int", "$float", "$bytes"):
-        if not isinstance(body, str):
-            raise WireError("expected a string")
-        if tag == "$int":
-            return int(body, 16)
-        return float(body) if tag == "$float" else base64.b64decode(body, validate=True)
-    if not isinstance(body, list):
-        raise WireError("expected a list")
-    if len(body) > MAX_MEMBERS and tag in ("$dict", "$set", "$frozenset"):
-        raise WireError(f"more than {MAX_MEMBERS} members")
+def _decode_tagged(tag: str, body, depth: int) -> Data:  # noqa: ANN001
+    if tag == "$int":
+        return int(body, 16)
+    if tag == "$float":
+        return float(body)
+    if tag == "$bytes":
+        return base64.b64decode(body, validate=True)
     if tag == "$complex":
         real, imag = body
-        return complex(float(real), float(imag))  # type: ignore[arg-type]
+        return complex(float(real), float(imag))
+    if not isinstance(body, list) or (len(body) > MAX_MEMBERS and tag != "$tuple"):
+        raise WireError(f"no list, or more than {MAX_MEMBERS} members")
     if tag == "$dict":
-        return {decode(key, depth + 1): decode(item, depth + 1) for key, item in body}  # type: ignore[misc,str-unpack]
-    items = [decode(item, depth + 1) for item in body]
-    if tag == "$tuple":
-        return tuple(items)
-    if tag == "$set":
-        return set(items)
-    if tag == "$frozenset":
-        return frozenset(items)
-    raise WireError("unknown tag")
+        return {decode(key, depth + 1): decode(item, depth + 1) for key, item in body}
+    kind = {"$tuple": tuple, "$set": set, "$frozenset": frozenset}[tag]
+    return kind(decode(item, depth + 1) for item in body)
 
 
 def _refuse_constant(name: str) -> float:
@@ -144,7 +125,5 @@ def loads(line: bytes) -> Data:
     """One line -> data: the only door for hostile bytes. Raises WireError for any that are not the encoding."""
     try:
         return decode(_from_json(line.decode("ascii")))
-    except WireError:
-        raise
     except (ValueError, RecursionError) as error:  # bad JSON, not ASCII, 5000-digit integers; 60,000 nested brackets
         raise WireError(f"{type(error).__name__}: {str(error)[:80]}") from None
