@@ -14,8 +14,9 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Literal
 from urllib.parse import urlsplit
@@ -55,128 +56,102 @@ class Place:
 
 def render(kind: Kind, source: str, overrides: Sequence[str], place: Place) -> str:
     """The script (slurm, local) or manifest (k8s) of the config `source`, a file or a recipe. UserError if it could not run."""
-    config = configs.load(source, tuple(overrides))
-    _refuse_secrets(config)
-    _refuse_options(kind, place)
+    config, name, gpus = configs.load(source, tuple(overrides)), _name(source), place.gpus_per_node
     width = _server_gpus(config, place)
-    servers = _servers(width, place)
-    name = _name(source)
-    values: dict[str, object] = asdict(place) | {
-        "name": name,
-        "source": source,
-        "overrides": list(overrides),
-        "run": place.run or f"runs/{name}",
-        "gpus": place.gpus_per_node,
-        "trainer": _trainer(place),
-        "devices": ",".join(str(gpu) for gpu in range(place.trainer_gpus)),
-        "width": width,
-        "servers": servers,
-        "port": PORT,
-        "key": KEY_VARIABLE,
-        "judge_key": JUDGE_KEY_VARIABLE,
-    }
-    if servers and config.engine.sync == "tensor" and (place.nodes > 1 or kind == "k8s"):
-        raise UserError("engine.sync = 'tensor' reaches servers on the trainer's host alone: give engine.sync=disk")
-    if kind == "k8s":
-        return _fill("k8s.yaml", _yaml, values | _pods(source, config, overrides, place, servers))
+    # The first node's first GPUs train.
+    servers = (gpus - place.trainer_gpus) // width + gpus // width * (place.nodes - 1) if width else 0
+    run = place.run or f"{MOUNT}/runs/{name}" * (kind == "k8s") or f"runs/{name}"
+    _refuse(kind, config, replace(place, run=run), width, servers)
+    # torchrun starts a killed rank again and ends a stopped one after 30 s.
+    ranks = f"torchrun --standalone --nproc-per-node={place.trainer_gpus} --max-restarts=3 -m -- omni_fast".split()
+    trainer = ranks if place.trainer_gpus > 1 else ["omni-fast"]
     # The list of flags stays open: the script adds host and port of each server.
     flags = "engine.flags=[" + "".join(f"{json.dumps(flag)}, " for flag in config.engine.flags)
-    return _fill(f"{kind}.sh", _shell, values | {"flags": flags})
+    values: dict[str, object] = asdict(place) | {
+        "name": name, "source": source, "overrides": list(overrides), "run": run, "gpus": gpus, "trainer": trainer,
+        "devices": ",".join(map(str, range(place.trainer_gpus))), "width": width, "servers": servers, "port": PORT,
+        "key": KEY_VARIABLE, "judge_key": JUDGE_KEY_VARIABLE, "flags": flags, "mount": MOUNT,
+    }  # fmt: skip
+    if kind != "k8s":
+        return _fill(f"{kind}.sh", _shell, values)
+    # Pods share nothing but the claim.
+    text = Path(source).read_text(encoding="utf-8") if Path(source).is_file() else ""
+    urls = [f"http://{name}-policy-{number}.{name}-policy:{PORT}" for number in range(servers)]
+    what = [
+        f"/etc/omni-fast/{name}.toml" if text else source,
+        *overrides,
+        *([f"engine.urls={json.dumps(urls)}"] if urls else []),
+    ]
+    launch = Launch("policy", config.model.path, "cuda", config.engine.dtype, tuple(config.engine.flags), "0.0.0.0")
+    serve = _words(*command(launch, Path("python3"), PORT, None))
+    train = _words(*trainer, "train", "--run", str(PurePosixPath(run)), "--", *what)
+    return _fill("k8s.yaml", _yaml, values | {"config": text, "train": train, "serve": serve})
 
 
-def _refuse_secrets(config: Config) -> None:
-    """Keys have their variables; what stands in the config is printed."""
+def _refuse(kind: Kind, config: Config, place: Place, width: int, servers: int) -> None:
+    """UserError for what could not run there, or would print a key. width: GPUs of a server, 0: none is started."""
     launches("policy", config.model.path, "cuda", config.engine.dtype, config.engine.flags, 1)  # says no to --api-key
-    urls = [(config.judge.url, "judge.url", JUDGE_KEY_VARIABLE)]
-    urls += [(url, "engine.urls", KEY_VARIABLE) for url in config.engine.urls]
-    for url, where, variable in urls:
-        if "@" in urlsplit(url).netloc:
-            raise UserError(
-                f"{where} holds a user or a password, and what is rendered is stored: give a key in the environment as {variable}"
-            )
-
-
-def _refuse_options(kind: Kind, place: Place) -> None:
-    if any(not re.fullmatch(r"--?[\x21-\x7e]+", line) for line in place.lines):
-        raise UserError("a --line is one Slurm option such as --account=NAME: ASCII, no space, no line break")
-    if place.lines and kind != "slurm":
-        raise UserError("--line adds a Slurm option, so it goes with --print slurm alone")
+    urls = [("judge.url", JUDGE_KEY_VARIABLE, config.judge.url)]
+    urls += [("engine.urls", KEY_VARIABLE, url) for url in config.engine.urls]
     pods = {"--image": place.image, "--server-image": place.server_image, "--claim": place.claim}
-    wrong = [option for option, value in pods.items() if bool(value) != (kind == "k8s")]
-    if wrong:
-        raise UserError(
-            f"{', '.join(wrong)}: --print k8s needs --image, --server-image and --claim, the others take none"
+    wrong = ", ".join(option for option, value in pods.items() if bool(value) != (kind == "k8s"))
+    run, gpus, pod, several = PurePosixPath(place.run), place.gpus_per_node, kind == "k8s", place.nodes > 1
+    below = run.parts[:2] == ("/", MOUNT[1:]) and ".." not in run.parts and len(run.parts) > 2
+    plain = all(re.fullmatch(r"--?[\x21-\x7e]+", line) for line in place.lines)
+    problems: list[tuple[object, str]] = [
+        (
+            "@" in urlsplit(url).netloc,
+            f"{where} holds a user or a password, and what is rendered is stored: give a key in the environment as {variable}",
         )
-    if place.trainer_gpus > max(1, place.gpus_per_node):
-        raise UserError(
-            f"--trainer-gpus {place.trainer_gpus} are those of the first node, which has {place.gpus_per_node}"
-        )
-    if kind == "local" and place.nodes > 1:
-        raise UserError(f"--print local is for one host, got --nodes {place.nodes}: use slurm or k8s")
+        for where, variable, url in urls
+    ] + [
+        (not plain, "a --line is one Slurm option such as --account=NAME: ASCII, no space, no line break"),
+        (place.lines and kind != "slurm", "--line adds a Slurm option, so it goes with --print slurm alone"),
+        (wrong, f"{wrong}: --print k8s needs --image, --server-image and --claim, the others take none"),
+        (
+            place.trainer_gpus > max(1, gpus),
+            f"--trainer-gpus {place.trainer_gpus} are those of the first node, which has {gpus}",
+        ),
+        (several and kind == "local", f"--print local is for one host, got --nodes {place.nodes}: use slurm or k8s"),
+        (
+            several and not width,
+            f"--nodes {place.nodes}: a run uses several nodes through the servers it starts there, and this one starts none: "
+            "set engine.kind=sglang without engine.urls, and --gpus-per-node",
+        ),
+        (
+            width and servers < 1,
+            f"--gpus-per-node {gpus} has no room for a server of {width} GPU(s) beside the {place.trainer_gpus} that train",
+        ),
+        (
+            servers and config.engine.sync == "tensor" and (several or pod),
+            "engine.sync = 'tensor' reaches servers on the trainer's host alone: give engine.sync=disk",
+        ),
+        (
+            pod and not below,
+            f"--run {run}: on Kubernetes the run folder is below {MOUNT}, where the claim is mounted",
+        ),
+        (
+            pod and servers and config.model.path in UNPACKED_HERE,
+            f"model.path = '{config.model.path}' is unpacked into the trainer's own cache, which other pods do not see: "
+            f"give a folder below {MOUNT} or a Hugging Face id",
+        ),
+    ]
+    if found := next((problem for holds, problem in problems if holds), ""):
+        raise UserError(found)
 
 
 def _server_gpus(config: Config, place: Place) -> int:
     """GPUs of one server; 0 where none is to be started here: the run generates itself, has URLs, or there is no GPU."""
     if config.engine.kind == "local" or config.engine.urls or place.gpus_per_node == 0:
         return 0
-    width = 1
-    for number, flag in enumerate(config.engine.flags):
-        option, equals, value = flag.partition("=")
+    width, words = "1", [word for flag in config.engine.flags for word in flag.split("=", 1)]
+    for option, value in pairwise([*words, ""]):
         if option in ("--host", "--port", "--base-gpu-id"):
             raise UserError(f"engine.flags holds {option}, which differs from server to server: leave it to the script")
-        if option in TENSOR_PARALLEL:
-            value = value if equals else "".join(config.engine.flags[number + 1 : number + 2])
-            if not re.fullmatch("[1-9][0-9]{0,3}", value):
-                raise UserError(f"engine.flags: {option} '{value}' is no number of GPUs")
-            width = int(value)
-    return width
-
-
-def _servers(width: int, place: Place) -> int:
-    """Of all nodes; the first node's first GPU trains."""
-    if not width:
-        if place.nodes > 1:
-            raise UserError(
-                f"--nodes {place.nodes}: a run uses several nodes through the servers it starts there, and this one starts none: "
-                "set engine.kind=sglang without engine.urls, and --gpus-per-node"
-            )
-        return 0
-    first, other = (place.gpus_per_node - place.trainer_gpus) // width, place.gpus_per_node // width
-    if not first and place.nodes == 1 or not other:
-        raise UserError(
-            f"--gpus-per-node {place.gpus_per_node} has no room for a server of {width} GPU(s) beside the {place.trainer_gpus} that train"
-        )
-    return first + other * (place.nodes - 1)
-
-
-def _pods(source: str, config: Config, overrides: Sequence[str], place: Place, servers: int) -> dict[str, object]:
-    """What the manifest has in the place of the script's values. Pods share nothing but the claim."""
-    name = _name(source)
-    run = PurePosixPath(place.run or f"{MOUNT}/runs/{name}")
-    if run.parts[:2] != ("/", MOUNT[1:]) or ".." in run.parts or len(run.parts) < 3:
-        raise UserError(f"--run {run}: on Kubernetes the run folder is below {MOUNT}, where the claim is mounted")
-    if servers and config.model.path in UNPACKED_HERE:
-        raise UserError(
-            f"model.path = '{config.model.path}' is unpacked into the trainer's own cache, which other pods do not see: "
-            f"give a folder below {MOUNT} or a Hugging Face id"
-        )
-    urls = [f"http://{name}-policy-{number}.{name}-policy:{PORT}" for number in range(servers)]
-    engine = [f"engine.urls={json.dumps(urls)}"] if servers else []
-    file = Path(source)
-    launch = Launch("policy", config.model.path, "cuda", config.engine.dtype, tuple(config.engine.flags), "0.0.0.0")
-    return {
-        "config": file.read_text(encoding="utf-8") if file.is_file() else "",
-        "train": _words(*_trainer(place), "train", "--run", str(run), "--", *([f"/etc/omni-fast/{name}.toml"] if file.is_file() else [source]), *overrides, *engine),
-        "serve": _words(*command(launch, Path("python3"), PORT, None)),
-        "mount": MOUNT,
-    }  # fmt: skip
-
-
-def _trainer(place: Place) -> list[str]:
-    """What `train` follows. torchrun starts a killed rank again and ends a stopped one after 30 s."""
-    if place.trainer_gpus == 1:
-        return ["omni-fast"]
-    return f"torchrun --standalone --nproc-per-node={place.trainer_gpus} --max-restarts=3 -m -- omni_fast".split()
+        width = value if option in TENSOR_PARALLEL else width
+    if not re.fullmatch("[1-9][0-9]{0,3}", width):
+        raise UserError(f"engine.flags: {' or '.join(TENSOR_PARALLEL)} '{width}' is no number of GPUs")
+    return int(width)
 
 
 def _words(*words: str) -> list[str]:
