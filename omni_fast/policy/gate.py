@@ -1,4 +1,4 @@
-"""A gated MLP as one autograd function that keeps its input and the two halves before the gate.
+"""A gated MLP as two autograd functions that keep its input and the two halves before the gate.
 
 Written out in plain operations, down(silu(gate) * up) leaves gate, up, silu(gate) and the product to autograd: half of the
 activations of SmolLM2-135M. The last two are computed again, in the pass over memory that makes their gradients.
@@ -19,30 +19,25 @@ from omni_fast.policy import products
 from omni_kernels import decoder
 
 
-class _GatedMLP(torch.autograd.Function):
+class _GatedDown(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        flat = x.flatten(0, -2)
-        both = products.forward(flat, gate, up)
-        ctx.save_for_backward(flat, both, gate, up, down)
-        return products.forward(decoder.gate(both), down).view(x.shape)
+    def forward(ctx: Any, both: Tensor, down: Tensor) -> Tensor:
+        ctx.save_for_backward(both, down)
+        return products.forward(decoder.gate(both), down)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, both, gate, up, down = ctx.saved_tensors
-        flat = grad.reshape(x.shape)
-        dboth, inner = decoder.gate_backward(products.backward(flat, down), both)
-        wanted = ctx.needs_input_grad
-        (ddown,) = products.weight_gradients(flat, inner, [down], wanted[3:])
-        dgate, dup = products.weight_gradients(dboth, x, [gate, up], wanted[1:3])
-        dx = products.backward(dboth, gate, up).view(grad.shape) if wanted[0] else None
-        return dx, dgate, dup, ddown
+        both, down = ctx.saved_tensors
+        grad = grad.contiguous()
+        dboth, inner = decoder.gate_backward(products.backward(grad, down), both)
+        return dboth, *products.weight_gradients(grad, inner, [down], ctx.needs_input_grad[1:])
 
 
 def gated_mlp(mlp: Any, x: Tensor) -> Tensor:
     """The output of an MLP of plain linear layers."""
-    return _GatedMLP.apply(x, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+    both = products.product(x.flatten(0, -2), mlp.gate_proj.weight, mlp.up_proj.weight)
+    return _GatedDown.apply(both, mlp.down_proj.weight).view(x.shape)
 
 
 def _forward(self: Any, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The linear layers of a block as products written out, forward and backward, for autograd functions of whole blocks.
+"""The linear layers of a block as products written out, forward and backward.
 
-Layers that read the same input are one product. On processors with bf16 instructions the products are those of
+Layers that read the same input are one product (`product`), which keeps that input alone. On processors with bf16 instructions the products are those of
 omni_kernels (fp32 sums, the weights packed as they are needed), and a weight's gradient goes straight into the fp32 sum of
 its `Slot`; elsewhere they are torch's, and autograd takes the gradients on as ever.
 """
@@ -8,9 +8,11 @@ its `Slot`; elsewhere they are torch's, and autograd takes the gradients on as e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from omni_fast.policy.slots import Slot
@@ -20,6 +22,26 @@ from omni_kernels import decoder
 def is_plain(*modules: object) -> bool:
     """Whether each is a linear layer without bias, and nothing else (no adapter around it)."""
     return all(type(module) is nn.Linear and module.bias is None for module in modules)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        return forward(x, *weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        grad = grad.contiguous()
+        dweights = weight_gradients(grad, x, weights, ctx.needs_input_grad[1:])
+        return backward(grad, *weights) if ctx.needs_input_grad[0] else None, *dweights
+
+
+def product(x: Tensor, *weights: Tensor) -> Tensor:
+    """`forward`, differentiable."""
+    return _Product.apply(x, *weights)
 
 
 def forward(x: Tensor, *weights: Tensor) -> Tensor:

@@ -125,30 +125,55 @@ def tree_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if tree.blocks is None or not decoder.native(q_THD, k_TKD, v_TKD):
         return _fused(q_THD, k_TKD, v_TKD, tree, scale)[None], None
+    heads = [part.shape[1] for part in (q_THD, k_TKD, v_TKD)]
     filling = (0, -query.shape[-1] % 32)  # the kernels' heads are multiples of 32
-    parts = (F.pad(part, filling).contiguous() for part in (q_THD, k_TKD, v_TKD))
-    return _Compiled.apply(*parts, tree.blocks, scale)[None, ..., : query.shape[-1]], None
+    states_TSD = F.pad(torch.cat((q_THD, k_TKD, v_TKD), dim=1), filling)
+    return compiled(states_TSD, heads, tree.blocks, scale)[None, ..., : query.shape[-1]], None
+
+
+def compiled(
+    states_TSD: Tensor, heads: Sequence[int], blocks: decoder.TreeBlocks, scale: float,
+    turn_TD: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of `states`, queries, keys and values side by side, so many `heads` of each: [T, heads, D].
+
+    turn: cosines and sines of a rotary embedding, by which queries and keys are rotated in place before.
+    """
+    return _Compiled.apply(states_TSD, *(turn_TD or (None, None)), heads, blocks, scale)
 
 
 class _Compiled(torch.autograd.Function):
-    """On the compiled kernels: keeps queries, keys, values and one number a row and head."""
+    """On the compiled kernels: keeps `states` and one number a row and head."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, blocks: decoder.TreeBlocks, scale: float
-    ) -> Tensor:
+        ctx: Any, states_TSD: Tensor, cos_TD: Tensor | None, sin_TD: Tensor | None, heads: list[int],
+        blocks: decoder.TreeBlocks, scale: float,
+    ) -> Tensor:  # fmt: skip
+        _turn(states_TSD, heads, cos_TD, sin_TD)
+        q_THD, k_TKD, v_TKD = states_TSD.split(heads, dim=1)
         out, lse = decoder.attend(q_THD, k_TKD, v_TKD, blocks, scale)
-        ctx.save_for_backward(q_THD, k_TKD, v_TKD, lse)
-        ctx.blocks, ctx.scale = blocks, scale
+        ctx.save_for_backward(states_TSD, lse, cos_TD, sin_TD)
+        ctx.heads, ctx.blocks, ctx.scale = heads, blocks, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
-        q_THD, k_TKD, v_TKD, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.empty_like(part) for part in (q_THD, k_TKD, v_TKD))
-        decoder.attend_backward(grad_THD, q_THD, k_TKD, v_TKD, lse, ctx.blocks, ctx.scale, (dq, dk, dv))
-        return dq, dk, dv, None, None
+        states_TSD, lse, cos_TD, sin_TD = ctx.saved_tensors
+        dstates = torch.empty_like(states_TSD)
+        (q, k, v), (dq, dk, dv) = (each.split(ctx.heads, dim=1) for each in (states_TSD, dstates))
+        decoder.attend_backward(grad_THD, q, k, v, lse, ctx.blocks, ctx.scale, (dq, dk, dv))
+        _turn(dstates, ctx.heads, cos_TD, sin_TD, backward=True)
+        return dstates, None, None, None, None, None
+
+
+def _turn(
+    states_TSD: Tensor, heads: Sequence[int], cos_TD: Tensor | None, sin_TD: Tensor | None, backward: bool = False
+) -> None:
+    if cos_TD is not None and sin_TD is not None:
+        turned = states_TSD[:, : -heads[2]]
+        decoder.rotate(turned, cos_TD, sin_TD, turned, backward=backward)
 
 
 def _fused(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, tree: TreeLayout, scale: float) -> Tensor:
