@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -21,7 +19,8 @@ def add_adapter(model: PreTrainedModel, rank: int, alpha: float) -> None:
     except ImportError as error:
         raise UserError("lora_rank > 0 needs the package peft: pip install peft, or set lora_rank to 0.") from error
     model.requires_grad_(False)
-    settings = LoraConfig(r=rank, target_modules="all-linear")
+    settings = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings.base_model_name_or_path = model.name_or_path
     settings.lora_alpha = alpha  # type: ignore[assignment]  # declared int, used as a number
     inject_adapter_in_model(settings, model)
 
@@ -34,17 +33,7 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
         if ".lora_" in name
     }
     save_file(kept, folder / "adapter_model.safetensors", {"format": "pt"})
-    settings: Any = model.peft_config["default"]  # peft's LoraConfig, which transformers declares narrower
-    said = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.name_or_path,
-        "r": settings.r,
-        "lora_alpha": settings.lora_alpha,
-        "target_modules": sorted(settings.target_modules),
-        "bias": "none",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(said, indent=1), encoding="utf-8")
+    model.peft_config["default"].save_pretrained(str(folder))
 
 
 @contextmanager

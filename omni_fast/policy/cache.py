@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,26 +59,17 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
     A folder is visible under its name only when `build` has returned and its files are on disk, so a killed process
     leaves nothing that looks complete.
     """
+    from omni_fast.checkpoint import published  # which imports torch
+
     home = cache_home()
     final = home / name
     if final.is_dir():
         return final
     try:
         with alone(home / f".{name}.lock", f"preparing {name}", WAIT_S, partial(print, file=sys.stderr)):
-            if final.is_dir():
-                return final
-            for stale in home.glob(f".{name}.tmp-*"):
-                shutil.rmtree(stale)
-            folder = Path(tempfile.mkdtemp(prefix=f".{name}.tmp-", dir=home))
-            try:
-                build(folder)
-                for path in folder.iterdir():
-                    with path.open("rb") as handle:
-                        os.fsync(handle.fileno())
-                folder.rename(final)
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
+            if not final.is_dir():
+                with published(final) as folder:
+                    build(folder)
     except OSError as error:
         raise RunError(
             f"{name} could not be written to the cache folder {home} ({error.strerror or error}): "

@@ -37,7 +37,7 @@ from omni_fast.policy.pack import MicroBatch, Trajectory
 from omni_fast.policy.slots import Slot
 from omni_fast.policy.update import Json, Policy, body
 from omni_fast.ranks import STEP_S
-from omni_kernels import LossOutput, Tokens, linear_policy_loss
+from omni_kernels import LossOutput, Tokens
 
 IDLE_S = 24 * 3600.0  # how long a rank waits for rank 0's next call, which samples, scores and saves meanwhile
 Head = Callable[[Tensor, nn.Linear], Any]
@@ -156,10 +156,7 @@ class ShardedPolicy(Policy):
 
     def _loss_backward(self, micro: MicroBatch, tokens: Tokens, clock: Any) -> LossOutput:
         def loss(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor, Tensor | None]:
-            found = linear_policy_loss(
-                hidden.index_select(0, micro.predicts), head.weight, tokens, self.loss, bias=head.bias,
-                inv_temperature=self.inv_temperature, softcap=self.softcap, return_tokens=True,
-            )  # fmt: skip
+            found = self._head_loss(hidden, head, micro, tokens)
             return found.loss, found.metrics, found.entropy
 
         with self._attention(self.trained):

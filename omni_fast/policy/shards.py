@@ -7,8 +7,8 @@ that it needs from whichever files have them. Nothing is pickled.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,16 +16,20 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+QUIET = partial(
+    warnings.catch_warnings, action="ignore"
+)  # DCP warns that it runs in one process, which is no mistake here
+
 
 def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """One file of this rank's parts (of DTensors) in a folder that all ranks see; all ranks call it."""
-    with _quiet():
+    with QUIET():
         dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
 def shapes(folder: Path) -> dict[str, torch.Size]:
     """The whole tensors that the folder's files make up."""
-    with _quiet():
+    with QUIET():
         found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {name: entry.size for name, entry in found.items() if isinstance(entry, dcp.metadata.TensorStorageMetadata)}
 
@@ -33,13 +37,5 @@ def shapes(folder: Path) -> dict[str, torch.Size]:
 def read(folder: Path, into: Mapping[str, Tensor]) -> None:
     """Fills the tensors; all ranks call it with their parts (DTensors), or one process alone with whole tensors."""
     alone = not any(isinstance(tensor, DTensor) for tensor in into.values())
-    with _quiet():
+    with QUIET():
         dcp.load(dict(into), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """DCP warns that it runs in one process, which is no mistake here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

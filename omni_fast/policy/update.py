@@ -240,11 +240,7 @@ class Policy:
             hidden = body(self.model, inputs, micro)
             clock.lap("forward")
             head = self.model.get_output_embeddings()
-            output = linear_policy_loss(
-                hidden.index_select(0, micro.predicts), head.weight, tokens, self.loss, bias=head.bias,
-                inv_temperature=self.inv_temperature, softcap=self.softcap, return_tokens=True,
-                main_grad=self._head.sum() if self._head else None, grad_scale=1.0 if self._head else None,
-            )  # fmt: skip
+            output = self._head_loss(hidden, head, micro, tokens, self._head.sum() if self._head else None)
             clock.lap("head")
             output.loss.backward()
         if self._embedding is not None:
@@ -253,6 +249,15 @@ class Policy:
             self._embedding.sum().index_add_(0, micro.input_ids[0], inputs.grad[0].float())
         clock.lap("backward")
         return output
+
+    def _head_loss(
+        self, hidden: Tensor, head: nn.Linear, micro: MicroBatch, tokens: Tokens, main_grad: Tensor | None = None
+    ) -> LossOutput:
+        return linear_policy_loss(
+            hidden.index_select(0, micro.predicts), head.weight, tokens, self.loss, bias=head.bias,
+            inv_temperature=self.inv_temperature, softcap=self.softcap, return_tokens=True, main_grad=main_grad,
+            grad_scale=None if main_grad is None else 1.0,
+        )  # fmt: skip
 
     def _step(self, scale: float, any_rows: bool, clock: Clock) -> dict[str, float]:
         """Clips and applies the gradient sums, divided by `scale`; metrics of it."""

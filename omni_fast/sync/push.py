@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import re
 import shutil
 import time
@@ -36,12 +35,12 @@ from typing import Literal
 
 import torch
 import torch.multiprocessing
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from omni_fast.errors import RunError, UserError
+from omni_fast.checkpoint import published
+from omni_fast.errors import UserError
 from omni_fast.policy.adapter import save_adapter
 from omni_fast.rollout.fleet import ASK_S, OLDEST, Fleet, Json, Server, ServerError, member
 from omni_fast.sync import adapter
@@ -85,6 +84,10 @@ class WeightSync:
                 f"engine.sync 'tensor' shares memory and {far[0]} is not on this host: set it to 'disk' and put the run "
                 "folder where all hosts see it"
             )
+        if (
+            transport == "tensor"
+        ):  # by name: a file descriptor cannot be passed to a process that is no child of this one
+            torch.multiprocessing.set_sharing_strategy("file_system")
         self.fleet, self.model, self.folder = fleet, model, folder.absolute()
         self.transport, self.compared, self.load_s, self.broadcast_s = transport, compared, load_s, broadcast_s
         self.bucket_bytes, self.packed_bytes = bucket_bytes, packed_bytes
@@ -278,10 +281,8 @@ class WeightSync:
         """The current weights as a folder of the tag's name, unless it is there; older ones go."""
         if self._folder.is_dir():
             return
-        work = self.folder / ".writing"
-        try:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            work.mkdir(parents=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with published(self._folder) as work:
             if self.transport == "adapter":
                 save_adapter(self.model, work)
             else:
@@ -289,17 +290,6 @@ class WeightSync:
                 kinds = {entry.name: entry.dtype for entry in self.plan.entries}
                 values = {name: value.to("cpu", kinds[name]).contiguous() for name, value in tensors(self.model)}
                 save_file(values, work / "model.safetensors", {"format": "pt"})
-            for path in (*work.glob("*.safetensors"), work):
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
-            work.rename(self._folder)
-        except (OSError, SafetensorError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise RunError(
-                f"the weights for the engine could not be written to {self.folder} ({reason}): make room there, and run the "
-                "same command again"
-            ) from error
 
     # -- buckets -----------------------------------------------------------------------------------------------------
 
@@ -387,9 +377,8 @@ class WeightSync:
         if device.type == "cuda":
             return torch.empty(self.plan.buckets[number].size, dtype=torch.uint8, device=device)
         if slot not in self._memory:
-            with _named_memory():
-                made = torch.empty(self._sizes[slot], dtype=torch.uint8)
-                self._memory[slot] = made.share_memory_() if self.transport == "tensor" else made
+            made = torch.empty(self._sizes[slot], dtype=torch.uint8)
+            self._memory[slot] = made.share_memory_() if self.transport == "tensor" else made
         return self._memory[slot]
 
     def _lose(self, lost: GroupLost) -> None:
@@ -455,20 +444,8 @@ def _readable(model: PreTrainedModel, name: str) -> bool:
 def _handle(views: list[tuple[str, Tensor]]) -> str:
     """What one reader needs to map the views: each opening takes one reference, so every reader gets its own."""
     buffer = io.BytesIO()
-    with _named_memory():
-        ForkingPickler(buffer).dump(views)
+    ForkingPickler(buffer).dump(views)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-@contextmanager
-def _named_memory() -> Iterator[None]:
-    """Share by name: a file descriptor cannot be passed to a process that is no child of this one."""
-    before = torch.multiprocessing.get_sharing_strategy()
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    try:
-        yield
-    finally:
-        torch.multiprocessing.set_sharing_strategy(before)
 
 
 @contextmanager

@@ -368,7 +368,7 @@ def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
         try:
-            with pytest.raises(RunError, match="could not be written to .*File too large.*make room"):
+            with pytest.raises(RunError, match="could not be written .*File too large.*Make room"):
                 made.sync(1)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
