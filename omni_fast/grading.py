@@ -31,8 +31,7 @@ from omni_fast.rewards.math import MathVerifier
 from omni_fast.rewards.parts import EXTRA
 from omni_fast.rewards.sandbox import Limits, Sandbox
 from omni_fast.rewards.score import Score
-from omni_fast.tasks import Resources
-from omni_fast.tasks.base import Item, Split, Task
+from omni_fast.tasks.base import Item, Resources, Split, Task
 from omni_fast.tasks.jsonl import check, guess_block
 
 API_KEY = "OMNI_FAST_JUDGE_KEY"  # environment variable; a key never stands in a config or a log

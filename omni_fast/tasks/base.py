@@ -6,11 +6,14 @@ decides: transfer, order, temperature) and `test` (everything that is reported).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from omni_fast.rewards.code import CodeVerifier
 from omni_fast.rewards.compose import Composition
+from omni_fast.rewards.judge.base import Judge
+from omni_fast.rewards.math import MathVerifier
 from omni_fast.rewards.score import Score
 
 Split = Literal["train", "select", "test"]
@@ -54,3 +57,16 @@ class Task(Protocol):
     def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
         """The test metric of each completion in 0..1; None where the infrastructure failed."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What tasks grade with. Each is made when a task first needs it, so that a run without code starts no sandbox.
+
+    reward_judge trains the writing task, metric_judge is what its score is reported by: two different judges.
+    """
+
+    math: Callable[[], MathVerifier]
+    code: Callable[[], CodeVerifier]
+    reward_judge: Callable[[], Judge]
+    metric_judge: Callable[[], Judge]

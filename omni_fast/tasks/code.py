@@ -12,12 +12,13 @@ import hashlib
 import random
 import re
 from collections.abc import Mapping, Sequence
+from itertools import product, zip_longest
 
 from omni_fast.config import TaskConfig
-from omni_fast.rewards.code import Case, CodeVerifier, Tests
+from omni_fast.rewards.code import Case, Tests
 from omni_fast.rewards.sandbox import Data
 from omni_fast.rewards.score import Part, Score
-from omni_fast.tasks.base import Item, Json, Split
+from omni_fast.tasks.base import Item, Json, Resources, Split
 from omni_fast.tasks.functions import OPERATIONS, Operation, draw, reference
 from omni_fast.tasks.splits import BuiltIn, Level, Sizes, partition
 
@@ -27,6 +28,7 @@ _CANDIDATES = 80  # inputs drawn, of which CASES are taken so that the expected 
 _COMMENTS = ("return {text}", "{text}", "gives {text}")
 _NAMES = {"n": ("n", "x", "number"), "s": ("s", "text", "word"), "items": ("items", "numbers", "values")}
 _TINY = tuple(f"{name}_constant" for name in ("add", "subtract", "multiply", "modulo", "above", "below"))
+_SHARES: Mapping[Split, float] = {"train": 0.5, "select": 0.15, "test": 0.35}
 _TINY_SIZES = Sizes(train=24, select=7, test=17)
 
 
@@ -67,21 +69,14 @@ def _digest(item: Item, completions: Sequence[str]) -> str:
 def _pools(seed: int) -> dict[Split, list[Item]]:
     """Operations in turn, each with its constants, parameter names and wordings in random order."""
     rng = random.Random(f"code:default:{seed}")
-    shares: dict[Split, float] = {"train": 0.5, "select": 0.15, "test": 0.35}
     pools: dict[Split, list[Item]] = {}
-    for split, operations in partition(OPERATIONS, shares, rng).items():
+    for split, operations in partition(OPERATIONS, _SHARES, rng).items():
         queues = []
         for operation in operations:
-            variants = [
-                _item(operation, constant, rename, comment)
-                for constant in operation.constants or ("",)
-                for rename in range(len(_renamings(operation)))
-                for comment in range(len(_COMMENTS))
-            ]
-            rng.shuffle(variants)
-            queues.append(variants)
-        rounds = range(max(map(len, queues)))
-        pools[split] = [queue[turn] for turn in rounds for queue in queues if turn < len(queue)]
+            choices = product(operation.constants or ("",), range(len(_renamings(operation))), range(len(_COMMENTS)))
+            queues.append([_item(operation, *choice) for choice in choices])
+            rng.shuffle(queues[-1])
+        pools[split] = [item for turn in zip_longest(*queues) for item in turn if item]
     return pools
 
 
@@ -121,30 +116,12 @@ def _tiny_pools(seed: int) -> dict[Split, list[Item]]:
     chosen = [
         (operation, constant) for operation in OPERATIONS if operation.name in _TINY for constant in operation.constants
     ]
-    shares: dict[Split, float] = {"train": 0.5, "select": 0.15, "test": 0.35}
-    pools: dict[Split, list[Item]] = {}
-    for split, pairs in partition(chosen, shares, rng).items():
-        pools[split] = []
-        for operation, constant in pairs:
-            item = _item(operation, constant, 0, 0)
-            text = operation.text.replace("{k}", str(constant))
-            pools[split].append(Item(item.id, text, item.answer, f"def {ENTRY}(n): return"))
-    return pools
+    return {split: [_tiny_item(*pair) for pair in pairs] for split, pairs in partition(chosen, _SHARES, rng).items()}
 
 
-def tiny_corpus(seed: int) -> list[tuple[str, str, str]]:
-    """Demonstrations (prompt, reply, wrong reply) to warm up a from-scratch model: the train items of "tiny".
-
-    The reply opens with the item's prefix.
-    """
-    rng = random.Random(f"code:tiny:corpus:{seed}")
-    items = _tiny_pools(seed)["train"]
-    expressions = [str(item.answer["expression"]) for item in items]
-    rows = []
-    for item, expression in zip(items, expressions, strict=True):
-        wrong = rng.choice([other for other in expressions if other != expression])
-        rows.append((item.prompt, f"{item.prefix} {expression}", f"{item.prefix} {wrong}"))
-    return rows
+def _tiny_item(operation: Operation, constant: int | str) -> Item:
+    item = _item(operation, constant, 0, 0)
+    return Item(item.id, operation.text.replace("{k}", str(constant)), item.answer, f"def {ENTRY}(n): return")
 
 
 class CodeTask(BuiltIn):
@@ -157,9 +134,9 @@ class CodeTask(BuiltIn):
         "tiny": Level(_TINY_SIZES, "", _tiny_pools),
     }
 
-    def __init__(self, verifier: CodeVerifier, block: TaskConfig | None = None, seed: int = 0) -> None:
-        super().__init__(block, seed)
-        self.verifier = verifier
+    def __init__(self, block: TaskConfig, seed: int, resources: Resources) -> None:
+        super().__init__(block, seed, resources)
+        self.verifier = resources.code()
 
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
         draws = [_digest(item, completions) for item in items]
@@ -168,6 +145,13 @@ class CodeTask(BuiltIn):
     def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
         parts = self._run(items, completions, ["metric"] * len(items))
         return [None if part.value is None else float(part.value == 1.0) for part in parts]
+
+    @staticmethod
+    def demonstrate(item: Item, items: Sequence[Item], rng: random.Random) -> tuple[str, str]:
+        """Replies open with the item's prefix."""
+        expression = str(item.answer["expression"])
+        wrong = rng.choice([other for one in items if (other := str(one.answer["expression"])) != expression])
+        return f"{item.prefix} {expression}", f"{item.prefix} {wrong}"
 
     def _run(self, items: Sequence[Item], completions: Sequence[str], draws: Sequence[str]) -> list[Part]:
         tests = [

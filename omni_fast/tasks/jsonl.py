@@ -27,8 +27,7 @@ from omni_fast.rewards.qa import QaMatcher
 from omni_fast.rewards.sandbox import Data
 from omni_fast.rewards.score import Part, Score
 from omni_fast.rewards.text_checks import gate, strip_reasoning
-from omni_fast.tasks import Resources
-from omni_fast.tasks.base import Item, Json, Split, Task
+from omni_fast.tasks.base import Item, Json, Resources, Split, Task
 from omni_fast.tasks.files import Row, read_rows
 from omni_fast.tasks.splits import partition
 
@@ -156,7 +155,7 @@ class FileTask:
         return [_matcher(item.answer).score(text) for item, text in zip(items, completions, strict=True)]
 
 
-def load_task(block: TaskConfig, *, seed: int, resources: Resources) -> Task:
+def load_task(block: TaskConfig, seed: int, resources: Resources) -> Task:
     """The task of a block. Raises UserError when the file is unreadable or too little of it is usable."""
     task = FileTask(block, seed, resources)
     if not task._items:

@@ -16,9 +16,8 @@ from itertools import combinations_with_replacement
 
 from omni_fast.config import TaskConfig
 from omni_fast.errors import UserError
-from omni_fast.rewards.math import MathVerifier
 from omni_fast.rewards.score import Score
-from omni_fast.tasks.base import Item, Split
+from omni_fast.tasks.base import Item, Resources, Split
 from omni_fast.tasks.splits import BuiltIn, Level, Sizes, partition
 
 GYM = ("chain_sum", "basic_arithmetic", "gcd", "leg_counting")  # of reasoning-gym; integers, an answer in a few tokens
@@ -37,10 +36,9 @@ def _arithmetic(seed: int, tiny: bool = False) -> dict[Split, list[Item]]:
     """
     rng = random.Random(f"math:{'tiny' if tiny else 'default'}:{seed}")
     wordings = _TINY_WORDINGS if tiny else _WORDINGS
-    shares: dict[Split, float] = {"train": 0.42, "select": 0.18, "test": 0.4}
     pools: dict[Split, list[Item]] = {}
     pairs = list(combinations_with_replacement(range(10) if tiny else range(1, 14), 2))
-    for split, own in partition(pairs, shares, rng).items():
+    for split, own in partition(pairs, {"train": 0.42, "select": 0.18, "test": 0.4}, rng).items():
         asked = [
             (problem, wording)
             for pair in own
@@ -50,7 +48,7 @@ def _arithmetic(seed: int, tiny: bool = False) -> dict[Split, list[Item]]:
         rng.shuffle(asked)
         pools[split] = [
             Item(f"{a}{op}{b}/{wordings.index(wording)}", wording.format(a=a, op=op, b=b), {"gold": str(result)})
-            for (a, op, b, result), wording in asked
+            for (a, op, b, result), wording in asked[: _TINY_SIZES.train if tiny else None]
         ]
     return pools
 
@@ -94,17 +92,6 @@ def _gym(seed: int) -> dict[Split, list[Item]]:
     return {"test": items[: _SIZES.test], "select": items[_SIZES.test : cut], "train": items[cut:]}
 
 
-def tiny_corpus(seed: int) -> list[tuple[str, str, str]]:
-    """Demonstrations (prompt, reply, wrong reply) to warm up a from-scratch model: the train items of "tiny"."""
-    rng = random.Random(f"math:tiny:corpus:{seed}")
-    pools = _arithmetic(seed, tiny=True)
-    rows = []
-    for item in pools["train"][: _TINY_SIZES.train]:
-        gold = str(item.answer["gold"])
-        rows.append((item.prompt, gold, rng.choice([str(n) for n in range(19) if str(n) != gold])))
-    return rows
-
-
 class MathTask(BuiltIn):
     """Part `correct`: 1 when the final number equals the result. The metric is the same."""
 
@@ -116,10 +103,15 @@ class MathTask(BuiltIn):
         "gym": Level(_SIZES, _SYSTEM, _gym),
     }
 
-    def __init__(self, verifier: MathVerifier, block: TaskConfig | None = None, seed: int = 0) -> None:
-        super().__init__(block, seed)
-        self.verifier = verifier
+    def __init__(self, block: TaskConfig, seed: int, resources: Resources) -> None:
+        super().__init__(block, seed, resources)
+        self.verifier = resources.math()
 
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
         golds = [str(item.answer["gold"]) for item in items]
         return [Score({"correct": part}) for part in self.verifier.score(completions, golds)]
+
+    @staticmethod
+    def demonstrate(item: Item, items: Sequence[Item], rng: random.Random) -> tuple[str, str]:
+        gold = str(item.answer["gold"])
+        return gold, rng.choice([str(n) for n in range(19) if str(n) != gold])

@@ -9,14 +9,13 @@ import importlib
 import math
 import traceback
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import TypeVar
 
 from omni_fast.config import TaskConfig
 from omni_fast.errors import RunError, UserError
 from omni_fast.rewards.compose import Composition
 from omni_fast.rewards.score import Score
-from omni_fast.tasks.base import SPLITS, Item, Split, Task
+from omni_fast.tasks.base import SPLITS, Item, Resources, Split, Task
 
 T = TypeVar("T")
 MEMBERS = ("name", "system", "composition", "max_new_tokens", "items", "score", "metric")
@@ -25,7 +24,7 @@ MEMBERS = ("name", "system", "composition", "max_new_tokens", "items", "score", 
 class OwnTask:
     """The user's object behind the `Task` interface, called as `Class(name=..., seed=..., max_new_tokens=...)`."""
 
-    def __init__(self, block: TaskConfig, seed: int) -> None:
+    def __init__(self, block: TaskConfig, seed: int, resources: Resources) -> None:
         self.name, self.where = block.name, f"task '{block.name}'"
         made = self._class(block.cls)
         self.task: Task = self._call(
@@ -72,7 +71,15 @@ class OwnTask:
         module_name, _, class_name = path.partition(":")
         if not module_name or not class_name:
             raise UserError(f"{self.where}: cls '{path}' must read \"module:Class\"")
-        module = self._call("import", lambda: _module(module_name))
+        try:
+            module = self._call("import", lambda: importlib.import_module(module_name))
+        except UserError as error:
+            if not isinstance(error.__cause__, ImportError):
+                raise
+            raise UserError(
+                f"cls '{path}' cannot be imported ({error.__cause__}); is its folder on PYTHONPATH? For a file beside "
+                "you: PYTHONPATH=. omni-fast ..."
+            ) from error
         found = getattr(module, class_name, None)
         if not callable(found):
             raise UserError(f"{self.where}: module {module_name} has no class {class_name}; correct cls '{path}'")
@@ -95,13 +102,3 @@ class OwnTask:
                 f"the {what} of {self.where} raised {type(error).__name__}: {error} ({at.filename}, line {at.lineno}); "
                 "correct it and run the same command again"
             ) from error
-
-
-def _module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"cls '{name}:...' cannot be imported ({error}); is its folder on PYTHONPATH? For a file beside you: "
-            "PYTHONPATH=. omni-fast ..."
-        ) from error

@@ -78,9 +78,8 @@ def _askable(country: Country) -> bool:
 
 def _pools(seed: int) -> dict[Split, list[Item]]:
     rng = random.Random(f"qa:default:{seed}")
-    shares: dict[Split, float] = {"train": 0.52, "select": 0.16, "test": 0.32}
     pools: dict[Split, list[Item]] = {}
-    for split, own in partition(countries(), shares, rng).items():
+    for split, own in partition(countries(), {"train": 0.52, "select": 0.16, "test": 0.32}, rng).items():
         found: dict[str, Item] = {}  # by prompt: few candidates of a kind meet again in the same order
         epoch = 0
         while len(found) < getattr(_SIZES, split) and (split == "train" or epoch == 0):
@@ -150,17 +149,6 @@ def _tiny_pools(seed: int) -> dict[Split, list[Item]]:
     return partition(items, {"train": 0.64, "select": 0.12, "test": 0.24}, random.Random(f"qa:tiny:{seed}"))
 
 
-def tiny_corpus(seed: int) -> list[tuple[str, str, str]]:
-    """Demonstrations (prompt, reply, wrong reply) to warm up a from-scratch model: the train items of "tiny"."""
-    rng = random.Random(f"qa:tiny:corpus:{seed}")
-    rows = []
-    for item in _tiny_pools(seed)["train"]:
-        gold, candidates = str(item.answer["gold"]), item.answer["candidates"]
-        assert isinstance(candidates, list)
-        rows.append((item.prompt, gold, rng.choice([str(other) for other in candidates if other != gold])))
-    return rows
-
-
 class QaTask(BuiltIn):
     """Part `correct`: 1 when the reply is the gold answer and names no other candidate. The metric is the same."""
 
@@ -176,3 +164,9 @@ class QaTask(BuiltIn):
             matcher = QaMatcher(gold, candidates=[str(candidate) for candidate in shown])
             scores.append(Score({"correct": matcher.score(completion.removeprefix(item.prefix))}))
         return scores
+
+    @staticmethod
+    def demonstrate(item: Item, items: Sequence[Item], rng: random.Random) -> tuple[str, str]:
+        gold, candidates = str(item.answer["gold"]), item.answer["candidates"]
+        assert isinstance(candidates, list)
+        return gold, rng.choice([str(other) for other in candidates if other != gold])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import ClassVar, TypeVar
 
 from omni_fast.config import TaskConfig
 from omni_fast.errors import UserError
 from omni_fast.rewards.compose import Composition
 from omni_fast.rewards.score import Score
-from omni_fast.tasks.base import SPLITS, Item, Split
+from omni_fast.tasks.base import SPLITS, Item, Resources, Split
 
 T = TypeVar("T")
 
@@ -57,13 +57,12 @@ class Level:
 class BuiltIn:
     """What the built-in domains share of the `Task` interface. A subclass states its kind, its part and its levels."""
 
-    kind: Literal["math", "code", "qa", "writing"]
-    part: str
-    levels: Mapping[str, Level]
+    kind: ClassVar[str]
+    part: ClassVar[str]
+    levels: ClassVar[Mapping[str, Level]]
 
-    def __init__(self, block: TaskConfig | None = None, seed: int = 0) -> None:
-        """block: None takes the defaults. Raises UserError for a level that there is not."""
-        block = block or TaskConfig(name=self.kind, kind=self.kind)
+    def __init__(self, block: TaskConfig, seed: int, resources: Resources) -> None:
+        """Raises UserError for a level that there is not."""
         self.name, self.seed, self.level, self.max_new_tokens = block.name, seed, block.level, block.max_new_tokens
         if self.level not in self.levels:
             raise UserError(f"{self.kind} has no level {self.level!r}; use one of {', '.join(self.levels)}")
@@ -76,6 +75,11 @@ class BuiltIn:
         return self._items[split]
 
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
+        raise NotImplementedError
+
+    @staticmethod
+    def demonstrate(item: Item, items: Sequence[Item], rng: random.Random) -> tuple[str, str]:
+        """A right and a wrong reply to one of the train items of "tiny", to warm up a from-scratch model."""
         raise NotImplementedError
 
     def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:

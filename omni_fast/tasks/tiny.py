@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
+import random
 from collections.abc import Sequence
 
 from omni_fast.config import TaskConfig
 from omni_fast.errors import UserError
-
-KINDS = ("math", "code", "qa", "writing")
+from omni_fast.tasks import BUILT_IN
 
 
 def tiny_corpus(blocks: Sequence[TaskConfig], seed: int) -> list[tuple[str, str, str]]:
@@ -19,10 +18,12 @@ def tiny_corpus(blocks: Sequence[TaskConfig], seed: int) -> list[tuple[str, str,
     """
     rows: list[tuple[str, str, str]] = []
     for block in blocks:
-        if block.kind not in KINDS or block.level != "tiny":
+        if block.kind not in BUILT_IN or block.level != "tiny":
             raise UserError(
-                f"task '{block.name}' cannot be learned by the from-scratch model; give a kind of {', '.join(KINDS)} "
+                f"task '{block.name}' cannot be learned by the from-scratch model; give a kind of {', '.join(BUILT_IN)} "
                 'with level = "tiny", or another model'
             )
-        rows += importlib.import_module(f"omni_fast.tasks.{block.kind}").tiny_corpus(seed)
+        domain, rng = BUILT_IN[block.kind], random.Random(f"{block.kind}:tiny:corpus:{seed}")
+        items = domain.levels["tiny"].pools(seed)["train"]
+        rows += [(item.prompt, *domain.demonstrate(item, items, rng)) for item in items]
     return rows

@@ -19,7 +19,7 @@ from omni_fast.rewards.judge.base import Judge, Reply
 from omni_fast.rewards.judge.sentences import ANIMATE, EVENTS, OBJECTS, PLACES, article, prompt_text, reference_sentence
 from omni_fast.rewards.score import Part, Score
 from omni_fast.rewards.text_checks import strip_reasoning, words
-from omni_fast.tasks.base import Item, Json, Split
+from omni_fast.tasks.base import Item, Json, Resources, Split
 from omni_fast.tasks.splits import BuiltIn, Level, Sizes, partition
 
 MIN_WORDS = 10
@@ -72,9 +72,10 @@ def _reference(topic: str, texts: Sequence[str], rng: random.Random) -> str:
 def _tiny_pools(seed: int) -> dict[Split, list[Item]]:
     """Both orders of pairs of a dozen words; splits share no pair."""
     rng = random.Random(f"writing:tiny:{seed}")
-    shares: dict[Split, float] = {"train": 0.52, "select": 0.14, "test": 0.34}
     pools: dict[Split, list[Item]] = {}
-    for split, pairs in partition(list(combinations(_TINY_OBJECTS, 2)), shares, rng).items():
+    for split, pairs in partition(
+        list(combinations(_TINY_OBJECTS, 2)), {"train": 0.52, "select": 0.14, "test": 0.34}, rng
+    ).items():
         pools[split] = []
         for pair in [order for low, high in pairs for order in ((low, high), (high, low))]:
             answer: dict[str, Json] = {"words": [*pair], "reference": _tiny_sentence(pair, rng)}
@@ -95,19 +96,6 @@ def _tiny_sentence(pair: Sequence[str], rng: random.Random) -> str:
     return rng.choice(_TINY_SENTENCES).format(*pair)
 
 
-def tiny_corpus(seed: int) -> list[tuple[str, str, str]]:
-    """Demonstrations (prompt, reply, wrong reply) to warm up a from-scratch model: the train items of "tiny".
-
-    The wrong reply uses other words.
-    """
-    rng = random.Random(f"writing:tiny:corpus:{seed}")
-    rows = []
-    for item in _tiny_pools(seed)["train"]:
-        others = rng.sample([word for word in _TINY_OBJECTS if word not in item.prompt.split()], 2)
-        rows.append((item.prompt, str(item.answer["reference"]), _tiny_sentence(others, rng)))
-    return rows
-
-
 class WritingTask(BuiltIn):
     """Part `preference`: the reward judge's verdict, 1 win, 0.5 tie, 0 loss. The metric: the other judge's, 0..1."""
 
@@ -118,11 +106,9 @@ class WritingTask(BuiltIn):
         "tiny": Level(_TINY_SIZES, "", _tiny_pools),
     }
 
-    def __init__(
-        self, reward_judge: Judge, metric_judge: Judge, block: TaskConfig | None = None, seed: int = 0
-    ) -> None:
-        super().__init__(block, seed)
-        self.reward_judge, self.metric_judge = reward_judge, metric_judge
+    def __init__(self, block: TaskConfig, seed: int, resources: Resources) -> None:
+        super().__init__(block, seed, resources)
+        self.reward_judge, self.metric_judge = resources.reward_judge(), resources.metric_judge()
         self.min_words = 0 if self.level == "tiny" else MIN_WORDS
 
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
@@ -130,6 +116,12 @@ class WritingTask(BuiltIn):
 
     def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
         return [part.value for part in self._judge(self.metric_judge, items, completions)]
+
+    @staticmethod
+    def demonstrate(item: Item, items: Sequence[Item], rng: random.Random) -> tuple[str, str]:
+        """The wrong reply uses other words."""
+        others = rng.sample([word for word in _TINY_OBJECTS if word not in item.prompt.split()], 2)
+        return str(item.answer["reference"]), _tiny_sentence(others, rng)
 
     def _judge(self, judge: Judge, items: Sequence[Item], completions: Sequence[str]) -> list[Part]:
         """A reply that is too short is lost; the judge sees the others."""

@@ -9,13 +9,14 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_fast.config import RewardConfig
+from omni_fast.config import RewardConfig, TaskConfig
 from omni_fast.grading import composed
 from omni_fast.rewards.code import extract_code
 from omni_fast.rewards.compose import group_advantages
@@ -30,9 +31,9 @@ from omni_fast.rewards.parts import EXTRA
 from omni_fast.rewards.qa import QaMatcher
 from omni_fast.rewards.score import Part
 from omni_fast.rewards.text_checks import words
+from omni_fast.tasks import build_tasks
+from omni_fast.tasks.base import Resources, Task
 from omni_fast.tasks.code import program
-from omni_fast.tasks.qa import QaTask
-from omni_fast.tasks.writing import WritingTask
 
 CASES, BATCH = 10_000, 10
 LIMIT_S = 20.0  # for a batch, on a machine as busy as it may be; usual are milliseconds
@@ -75,7 +76,7 @@ def judged(judge: Judge) -> Reward:
     )
 
 
-def of_task(task: QaTask | WritingTask, kind: str) -> Reward:
+def of_task(task: Task, kind: str) -> Reward:
     """The composed reward of a task with the extra parts, as a config asks for it."""
     part = next(iter(task.composition.weights))
     weights = {part: 1.0, "format": 0.1, "unrepeated": 0.1}
@@ -106,10 +107,18 @@ def programs(texts: Sequence[str]) -> list[Part]:
     return [Part(float(program(text) is not None)) for text in texts]
 
 
+def never() -> Any:
+    raise AssertionError("nothing is verified here")
+
+
 @pytest.fixture(scope="module")
 def rewards() -> dict[str, Reward]:
     matcher = QaMatcher("Guatemala City", candidates=["Lima", "Oslo"])
     rubric = RubricJudge()
+    own = Resources(never, never, lambda: rubric, lambda: rubric)
+    tasks = build_tasks(
+        [TaskConfig(name="qa", kind="qa"), TaskConfig(name="writing", kind="writing")], seed=0, resources=own
+    )
     found: dict[str, Reward] = {
         "qa": lambda texts: [matcher.score(text) for text in texts],
         "maths, exact": exact,
@@ -117,8 +126,8 @@ def rewards() -> dict[str, Reward]:
         "rubric": judged(rubric),
         "embedded": judged(EmbeddedJudge(bigrams, fit_head(bigrams))),
         "pairwise": judged(PairwiseJudge(Agreeable())),
-        "qa task, normalised": of_task(QaTask(), "normalised"),
-        "writing task, gated": of_task(WritingTask(rubric, rubric), "gated"),
+        "qa task, normalised": of_task(tasks["qa"], "normalised"),
+        "writing task, gated": of_task(tasks["writing"], "gated"),
     }
     for name, part in EXTRA.items():
         found[name] = lambda texts, part=part: [part(text) for text in texts]  # type: ignore[misc]

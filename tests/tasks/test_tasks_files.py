@@ -17,8 +17,8 @@ from omni_fast.rewards.judge.rubric import RubricJudge
 from omni_fast.rewards.math import MathVerifier
 from omni_fast.rewards.sandbox import Sandbox
 from omni_fast.rewards.score import Part, Score
-from omni_fast.tasks import Resources, build_tasks
-from omni_fast.tasks.base import SPLITS
+from omni_fast.tasks import build_tasks
+from omni_fast.tasks.base import SPLITS, Resources
 from omni_fast.tasks.files import read_rows
 from omni_fast.tasks.jsonl import check, guess_block
 

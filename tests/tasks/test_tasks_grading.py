@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omni_fast.config import TaskConfig
 from omni_fast.errors import UserError
 from omni_fast.rewards.code import CodeVerifier, same
-from omni_fast.rewards.judge.base import Reply
+from omni_fast.rewards.judge.base import Judge, Reply
 from omni_fast.rewards.judge.rubric import RubricJudge
 from omni_fast.rewards.math import MathVerifier
 from omni_fast.rewards.sandbox import Sandbox
 from omni_fast.rewards.score import Part
-from omni_fast.tasks.base import Item
-from omni_fast.tasks.code import CASES, CodeTask, _item, hidden_tests, program
+from omni_fast.tasks import BUILT_IN
+from omni_fast.tasks.base import Item, Resources
+from omni_fast.tasks.code import CASES, _item, hidden_tests, program
 from omni_fast.tasks.functions import OPERATIONS, draw, reference
-from omni_fast.tasks.math import MathTask
-from omni_fast.tasks.qa import QaTask
-from omni_fast.tasks.writing import WritingTask
+from omni_fast.tasks.splits import BuiltIn
 
 EVERY = [
     _item(operation, constant, rename, 0)
@@ -31,19 +31,28 @@ EVERY = [
 ]
 
 
+def never() -> CodeVerifier:
+    raise AssertionError("no program is run")
+
+
+def make(kind: str, code: Callable[[], CodeVerifier] = never, judges: Sequence[Judge] = (RubricJudge(),)) -> BuiltIn:
+    own = Resources(MathVerifier, code, lambda: judges[0], lambda: judges[-1])
+    return BUILT_IN[kind](TaskConfig.model_validate({"name": kind, "kind": kind}), 0, own)
+
+
 @pytest.fixture(scope="module")
-def code() -> Iterator[CodeTask]:
+def code() -> Iterator[BuiltIn]:
     sandbox = Sandbox(workers=1)
     try:
         sandbox.start()
     except UserError as error:
         pytest.skip(str(error))
-    yield CodeTask(CodeVerifier(sandbox))
+    yield make("code", lambda: CodeVerifier(sandbox))
     sandbox.close()
 
 
 def test_math_pays_for_the_last_number_alone() -> None:
-    task = MathTask(MathVerifier())
+    task = make("math")
     item = next(item for item in task.items("test") if item.prompt.startswith("What is") and "+" in item.id)
     gold = int(str(item.answer["gold"]))
     replies = [f"It is {gold}.", f"{gold} or {gold + 1}", "I do not know", "", f"\\boxed{{{gold}}}", f"-{gold}"]
@@ -53,13 +62,13 @@ def test_math_pays_for_the_last_number_alone() -> None:
 
 
 def test_every_math_gold_is_right() -> None:
-    task = MathTask(MathVerifier())
+    task = make("math")
     for item in task.items("train"):
         assert int(str(item.answer["gold"])) == eval(item.id.split("/")[0])  # noqa: S307
 
 
 def test_qa_wants_one_candidate_as_the_answer() -> None:
-    task = QaTask()
+    task = make("qa")
     item = next(item for item in task.items("test") if item.id.startswith("capital/"))
     gold, candidates = str(item.answer["gold"]), item.answer["candidates"]
     assert isinstance(candidates, list)
@@ -84,7 +93,7 @@ class Fixed:
 
 def test_writing_trains_on_one_judge_and_reports_the_other() -> None:
     reward, metric = Fixed(1.0), Fixed(None)
-    task = WritingTask(reward, metric)
+    task = make("writing", judges=(reward, metric))
     items = task.items("test")[:2]
     good, short = "one two three four five six seven eight nine ten", "A lake uses fire and a train."
     assert [score.parts["preference"].value for score in task.score(items, [good, short])] == [1.0, 0.0]
@@ -96,7 +105,7 @@ def test_writing_trains_on_one_judge_and_reports_the_other() -> None:
 
 
 def test_writing_references_are_good_replies() -> None:
-    task = WritingTask(RubricJudge(), RubricJudge())
+    task = make("writing")
     items = task.items("train")[:100]
     values = [value for value in task.metric(items, [str(item.answer["reference"]) for item in items]) if value]
     assert len(values) >= 99 and sum(values) / len(values) > 0.9
@@ -136,7 +145,7 @@ def test_renaming_reaches_every_parameter_and_no_constant() -> None:
         assert "{" not in item.prompt + str(item.answer["expression"])
 
 
-def test_every_reference_passes_and_no_stub_does(code: CodeTask) -> None:
+def test_every_reference_passes_and_no_stub_does(code: BuiltIn) -> None:
     golds = [f"{item.prefix} {item.answer['expression']}\n```" for item in EVERY]
     assert {score.parts["tests"].reason for score in code.score(EVERY, golds)} == {"ok"}
     plain = EVERY[::2]
@@ -148,12 +157,12 @@ def test_every_reference_passes_and_no_stub_does(code: CodeTask) -> None:
         assert code.metric(plain, replies) == [0.0] * len(plain)
 
 
-WITHOUT_SANDBOX = (MathTask(MathVerifier()), QaTask(), WritingTask(RubricJudge(), RubricJudge()))
+WITHOUT_SANDBOX = (make("math"), make("qa"), make("writing"))
 
 
 @given(text=st.text(max_size=200))
 @settings(deadline=None, max_examples=25)
-def test_no_text_upsets_a_domain(code: CodeTask, text: str) -> None:
+def test_no_text_upsets_a_domain(code: BuiltIn, text: str) -> None:
     for task in (*WITHOUT_SANDBOX, code):
         item = task.items("train")[0]
         for reply in (text, item.prefix + text):
@@ -169,7 +178,7 @@ def test_an_invalid_score_stays_invalid() -> None:
         def score(self, sources: Sequence[str], tests: Sequence[object]) -> list[Part]:
             return [Part(None, "infrastructure") for _ in sources]
 
-    task = CodeTask(Down())
+    task = make("code", Down)
     item: Item = task.items("test")[0]
     assert not task.score([item], ["x"])[0].valid
     assert task.metric([item], ["x"]) == [None]

@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -19,10 +20,9 @@ from omni_fast.rewards.code import CodeVerifier
 from omni_fast.rewards.judge.rubric import RubricJudge
 from omni_fast.rewards.math import MathVerifier
 from omni_fast.rewards.sandbox import Sandbox
-from omni_fast.tasks import Resources, build_tasks, code, math, qa, writing
-from omni_fast.tasks.base import SPLITS, Item, Task
-from omni_fast.tasks.math import MathTask
-from omni_fast.tasks.qa import QaTask, countries
+from omni_fast.tasks import BUILT_IN, build_tasks, qa
+from omni_fast.tasks.base import SPLITS, Item, Resources, Task
+from omni_fast.tasks.qa import countries
 from omni_fast.tasks.splits import Sizes, partition, take
 from omni_fast.tasks.tiny import tiny_corpus
 
@@ -31,10 +31,15 @@ VERIFIER = MathVerifier()
 CODE = CodeVerifier(Sandbox())  # never started: these tests grade no code
 
 
-def tasks(seed: int, level: str = "default") -> list[Task]:
-    own = Resources(lambda: VERIFIER, lambda: CODE, RubricJudge, RubricJudge)
-    blocks = [TaskConfig(name=kind, kind=kind, level=level) for kind in ("math", "code", "qa", "writing")]
-    return list(build_tasks(blocks, seed=seed, resources=own).values())
+RESOURCES = Resources(lambda: VERIFIER, lambda: CODE, RubricJudge, RubricJudge)
+
+
+def block(kind: str, level: str = "default") -> TaskConfig:
+    return TaskConfig.model_validate({"name": kind, "kind": kind, "level": level})
+
+
+def tasks(seed: int, level: str = "default", kinds: Sequence[str] = tuple(BUILT_IN)) -> list[Task]:
+    return list(build_tasks([block(kind, level) for kind in kinds], seed=seed, resources=RESOURCES).values())
 
 
 def keys(task: Task, item: Item) -> set[object]:
@@ -88,7 +93,7 @@ def test_same_seed_same_items_and_another_seed_others() -> None:
 
 def test_an_echo_of_the_prompt_is_never_right() -> None:
     """The last-number rule would pay for it."""
-    task = MathTask(VERIFIER)
+    (task,) = tasks(0, kinds=["math"])
     for split in SPLITS:
         items = task.items(split)
         assert not any(task.metric(items, [item.prompt for item in items]))
@@ -103,7 +108,7 @@ def test_prompts_are_short_enough_for_the_quickstart() -> None:
 def test_qa_candidates_hold_the_gold_once_at_no_fixed_place() -> None:
     places = []
     for split in SPLITS:
-        for item in QaTask().items(split):
+        for item in tasks(0, kinds=["qa"])[0].items(split):
             candidates = item.answer["candidates"]
             assert isinstance(candidates, list) and len(candidates) == qa.CANDIDATES == len(set(map(str, candidates)))
             places.append(candidates.index(item.answer["gold"]))
@@ -112,7 +117,7 @@ def test_qa_candidates_hold_the_gold_once_at_no_fixed_place() -> None:
 
 
 def test_qa_shows_a_fact_again_with_other_distractors() -> None:
-    items = QaTask().items("train")
+    items = tasks(0, kinds=["qa"])[0].items("train")
     first = {item.id.removesuffix("/0"): item for item in items if item.id.endswith("/0")}
     again = [item for item in items if item.id.endswith("/1")]
     assert again and all(item.prompt != first[item.id.removesuffix("/1")].prompt for item in again)
@@ -130,8 +135,9 @@ def test_gym_deals_distinct_problems_to_the_splits() -> None:
         pytest.skip("reasoning-gym is not installed")
     program = (
         "from omni_fast.config import TaskConfig\nfrom omni_fast.rewards.math import MathVerifier\n"
-        "from omni_fast.tasks.math import MathTask\n"
-        "task = MathTask(MathVerifier(), TaskConfig(name='math', kind='math', level='gym'))\n"
+        "from omni_fast.tasks import build_tasks\nfrom omni_fast.tasks.base import Resources\n"
+        "block = TaskConfig(name='math', kind='math', level='gym')\n"
+        "task = build_tasks([block], seed=0, resources=Resources(MathVerifier, None, None, None))['math']\n"
         "items = [item for split in ('train', 'select', 'test') for item in task.items(split)]\n"
         "assert len({item.prompt for item in items}) == len(items) == 616\n"
         "assert all(str(item.answer['gold']).lstrip('-').isdigit() for item in items)\n"
@@ -153,24 +159,25 @@ def test_too_large_a_split_is_the_users_mistake() -> None:
         items = [Item("a", "a"), Item("b", "b")]
         take("mine", {"train": items, "select": items, "test": items}, Sizes(2, 2, 3))
     with pytest.raises(UserError, match="no level 'hard'"):
-        QaTask(TaskConfig(name="q", kind="qa", level="hard"))
+        tasks(0, "hard", ["qa"])
 
 
-@pytest.mark.parametrize("module", [math, code, qa, writing])
-def test_tiny_corpus_demonstrates_train_items_alone(module: object) -> None:
-    rows = module.tiny_corpus(0)  # type: ignore[attr-defined]
-    task = {"math": 0, "code": 1, "qa": 2, "writing": 3}[module.__name__.rsplit(".", 1)[1]]  # type: ignore[attr-defined]
-    made = tasks(0, "tiny")[task]
+@pytest.mark.parametrize("kind", BUILT_IN)
+def test_tiny_corpus_demonstrates_train_items_alone(kind: str) -> None:
+    rows = tiny_corpus([block(kind, "tiny")], 0)
+    (made,) = tasks(0, "tiny", [kind])
     train = {item.prompt for item in made.items("train")}
     held_out = {item.prompt for split in SPLITS[1:] for item in made.items(split)}
     prompts = {prompt for prompt, _, _ in rows}
     assert prompts and not prompts & held_out and prompts >= train
     assert all(reply and wrong and reply != wrong for _, reply, wrong in rows)
-    assert rows == module.tiny_corpus(0) != module.tiny_corpus(1)  # type: ignore[attr-defined]
+    assert rows == tiny_corpus([block(kind, "tiny")], 0) != tiny_corpus([block(kind, "tiny")], 1)
 
 
 def test_tiny_corpus_of_blocks_joins_the_domains() -> None:
-    blocks = [TaskConfig(name=kind, kind=kind, level="tiny") for kind in ("math", "qa")]
-    assert tiny_corpus(blocks, 3) == math.tiny_corpus(3) + qa.tiny_corpus(3)
+    both, one, other = (
+        tiny_corpus([block(k, "tiny") for k in kinds], 3) for kinds in (("math", "qa"), ("math",), ("qa",))
+    )
+    assert both == one + other
     with pytest.raises(UserError, match="task 'big' cannot be learned"):
         tiny_corpus([TaskConfig(name="big", kind="math")], 3)
