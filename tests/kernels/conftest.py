@@ -83,7 +83,7 @@ ROW_WISE = [
 ]
 
 
-@pytest.fixture(scope="session", params=ROW_WISE)
+@pytest.fixture(params=ROW_WISE)
 def loss(request: pytest.FixtureRequest) -> tuple[LossSpec, bool]:
     """A loss whose gradient follows row by row, and whether its batch is on-policy."""
     return request.param
