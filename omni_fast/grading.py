@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,13 +11,12 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from omni_fast.config import Config, RewardConfig, TaskConfig, recipes
+from omni_fast.config import Config, recipes
 from omni_fast.config import load as load_config
 from omni_fast.errors import UserError
 from omni_fast.policy import smollm2
 from omni_fast.policy.model import load, working_dtype
 from omni_fast.rewards.code import CodeVerifier
-from omni_fast.rewards.compose import Composition
 from omni_fast.rewards.judge.audit import Audit, audit
 from omni_fast.rewards.judge.base import Judge
 from omni_fast.rewards.judge.cache import VerdictCache
@@ -28,10 +27,9 @@ from omni_fast.rewards.judge.rubric import RubricJudge
 from omni_fast.rewards.judge.server import Backend, Messages, OpenAIBackend, PairwiseJudge, ScoreBackend
 from omni_fast.rewards.judge.server import check as check_server
 from omni_fast.rewards.math import MathVerifier
-from omni_fast.rewards.parts import EXTRA
 from omni_fast.rewards.sandbox import Limits, Sandbox
-from omni_fast.rewards.score import Score
-from omni_fast.tasks.base import Item, Resources, Split, Task
+from omni_fast.tasks.base import Resources
+from omni_fast.tasks.composed import composed as composed
 from omni_fast.tasks.jsonl import check, guess_block
 
 API_KEY = "OMNI_FAST_JUDGE_KEY"  # environment variable; a key never stands in a config or a log
@@ -61,18 +59,16 @@ class Grading:
         """For result.json."""
         sandbox = self.sandbox.describe() if self.sandbox else {"backend": "none: no task runs code"}
         judge = self.judge.name if self.judge else "none: no task is judged"
-        told = {"judge": judge, "judge_metric": RubricJudge.name}
-        return {"sandbox": sandbox["backend"], "sandbox_detail": sandbox, **told}
+        judges = {"judge": judge, "judge_metric": RubricJudge.name}
+        return {"sandbox": sandbox["backend"], "sandbox_detail": sandbox, **judges}
 
     def reward_judge(self) -> Judge:
         """The judge whose verdicts train; the metric comes from another one (the rubric)."""
-        wanted = self.config.judge
-        if wanted.backend == "embedded" and self.model is not None and self.tokenizer is not None:
+        backend = self.config.judge.backend
+        if backend == "embedded" and self.model is not None and self.tokenizer is not None:
             self.judge = self._embedded(self.model, self.tokenizer)
-        elif wanted.backend in ("openai", "sglang"):
-            self.judge = self._server()
         else:
-            self.judge = RubricJudge()
+            self.judge = self._server() if backend in ("openai", "sglang") else RubricJudge()
         return self.judge
 
     def _server(self) -> PairwiseJudge:
@@ -82,10 +78,8 @@ class Grading:
             raise UserError(f"judge.backend '{wanted.backend}' needs judge.url and judge.model")
         limits = ClientLimits(timeout_s=wanted.timeout_s, pause_s=min(JUDGE_PATIENCE_S, self.config.rewards.pause_s))
         client = JsonClient(wanted.url, key, limits, self.say)
-        server: Backend
-        if wanted.backend == "openai":
-            server = OpenAIBackend(client, wanted.model, salt)
-        else:
+        server: Backend = OpenAIBackend(client, wanted.model, salt)
+        if wanted.backend == "sglang":
             server = ScoreBackend(client, wanted.model, *_judge_prompts(wanted.model), salt)
         self.stack.callback(client.close)
         check_server(server)
@@ -131,41 +125,6 @@ def _judge_prompts(model: str) -> tuple[Callable[[Messages], str], tuple[int, in
     return render, (first, second)
 
 
-class Composed:
-    """A task whose reward is put together as the config says; everything else is the task's own."""
-
-    def __init__(self, task: Task, composition: Composition) -> None:
-        self.task, self.composition = task, composition
-        self.name, self.system, self.max_new_tokens = task.name, task.system, task.max_new_tokens
-        self._extra = {name: EXTRA[name] for name in composition.weights if name not in task.composition.weights}
-
-    def items(self, split: Split) -> Sequence[Item]:
-        return self.task.items(split)
-
-    def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
-        scores = self.task.score(items, completions)
-        return [
-            Score({**score.parts, **{name: part(text) for name, part in self._extra.items()}})
-            for score, text in zip(scores, completions, strict=True)
-        ]
-
-    def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
-        return self.task.metric(items, completions)
-
-
-def composed(task: Task, reward: RewardConfig) -> Task:
-    """The task with the config's composition. Raises UserError for a part that nothing gives."""
-    if reward.kind == "own":
-        return task
-    known = [*task.composition.weights, *EXTRA]
-    unknown = sorted(set(reward.weights) - set(known))
-    if unknown:
-        parts = f"task '{task.name}': reward.weights names {', '.join(unknown)}"
-        raise UserError(f"{parts}; the parts there are: {', '.join(known)}")
-    threshold = reward.gate_threshold
-    return Composed(task, Composition(reward.kind, reward.weights, reward.gate or None, threshold))
-
-
 def check_data(source: str, overrides: tuple[str, ...], folder: Path) -> list[str]:
     """What would be dropped of a data file, or of the files that a config names, and why; for people."""
     with ExitStack() as stack:
@@ -173,7 +132,7 @@ def check_data(source: str, overrides: tuple[str, ...], folder: Path) -> list[st
             config = load_config(source, overrides)
         else:
             config = Config(tasks=[guess_block(source)])
-        blocks: list[TaskConfig] = [block for block in config.tasks if block.kind == "jsonl"]
+        blocks = [block for block in config.tasks if block.kind == "jsonl"]
         if not blocks:
             raise UserError(
                 f"{source} has no task of kind jsonl; give a config with your data, or the data file itself"

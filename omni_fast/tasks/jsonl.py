@@ -24,7 +24,6 @@ from omni_fast.rewards.code import Case, Tests, extract_code
 from omni_fast.rewards.compose import Composition
 from omni_fast.rewards.judge.base import Reply
 from omni_fast.rewards.qa import QaMatcher
-from omni_fast.rewards.sandbox import Data
 from omni_fast.rewards.score import Part, Score
 from omni_fast.rewards.text_checks import gate, strip_reasoning
 from omni_fast.tasks.base import Item, Json, Resources, Split, Task
@@ -37,7 +36,7 @@ _MIN_ITEMS = 10
 _EXAMPLES = 3  # of dropped items in a message
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Dropped:
     """An item that was left out. line: of the file. reason: "gold:REASON", "stub:WHICH", "duplicate" or "row"."""
 
@@ -58,13 +57,11 @@ class Report:
     def lines(self) -> list[str]:
         """For people: the counts by reason, with examples."""
         few = f": too few, a task needs at least {_MIN_ITEMS} usable items" if self.kept < _MIN_ITEMS else ""
-        text = [
-            f"{self.file}: {self.kept} items pass their own verifier ({self.verifier}), {len(self.dropped)} dropped{few}"
-        ]
+        passed = f"{self.file}: {self.kept} items pass their own verifier ({self.verifier})"
+        text = [f"{passed}, {len(self.dropped)} dropped{few}"]
         for reason, count in Counter(drop.reason for drop in self.dropped).most_common():
-            text.append(f"  {count} x {reason}")
             examples = [drop for drop in self.dropped if drop.reason == reason][:_EXAMPLES]
-            text += [f"    line {drop.line}: {drop.text}" for drop in examples]
+            text += [f"  {count} x {reason}", *(f"    line {drop.line}: {drop.text}" for drop in examples)]
         return text
 
 
@@ -77,14 +74,14 @@ class FileTask:
         self.verifier, self.resources = block.verifier, resources
         self.composition = Composition("additive", {PART[self.verifier]: 1.0})
         rows = read_rows(block.file)
-        _check_columns(block, rows)
+        source = _gold_source(block, {column for _, row in rows for column in row})
         items: dict[str, tuple[int, Item]] = {}
         dropped: list[Dropped] = []
         ids: set[str] = set()
         for line, row in rows:
             try:
-                item = _item(line, row, block)
-            except ValueError as error:
+                item = _item(line, row, block, source)
+            except (ValueError, UserError) as error:
                 dropped.append(Dropped(line, "row", str(error)))
                 continue
             if item.prompt in items or item.id in ids:
@@ -92,25 +89,25 @@ class FileTask:
             else:
                 ids.add(item.id)
                 items[item.prompt] = (line, item)
-        kept: list[Item] = []
         reasons = self._refusals([item for _, item in items.values()])
-        for (line, item), reason in zip(items.values(), reasons, strict=True):
-            if reason is None:
-                kept.append(item)
-            else:
-                dropped.append(Dropped(line, reason, _short(f"{item.prompt} -> {item.answer['gold']}")))
-        self.report = Report(block.file, self.verifier, len(kept), sorted(dropped, key=lambda drop: drop.line))
-        shares: dict[Split, float] = {"train": 0.7, "select": 0.1, "test": 0.2}
+        judged = [(line, item, reason) for (line, item), reason in zip(items.values(), reasons, strict=True)]
+        dropped += [
+            Dropped(line, reason, _short(f"{item.prompt} -> {item.answer['gold']}"))
+            for line, item, reason in judged
+            if reason
+        ]
+        kept = [item for _, item, reason in judged if not reason]
+        self.report = Report(block.file, self.verifier, len(kept), sorted(dropped))
         self._items: Mapping[Split, Sequence[Item]] = {}
         if len(kept) >= _MIN_ITEMS:
-            self._items = partition(kept, shares, random.Random(f"jsonl:{self.name}:{seed}"))
+            rng = random.Random(f"jsonl:{self.name}:{seed}")
+            self._items = partition(kept, {"train": 0.7, "select": 0.1, "test": 0.2}, rng)
 
     def items(self, split: Split) -> Sequence[Item]:
         return self._items[split]
 
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
-        part = PART[self.verifier]
-        return [Score({part: value}) for value in self._grade(items, completions, metric=False)]
+        return [Score({PART[self.verifier]: part}) for part in self._grade(items, completions)]
 
     def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
         values = [part.value for part in self._grade(items, completions, metric=True)]
@@ -118,41 +115,33 @@ class FileTask:
             return [None if value is None else float(value == 1.0) for value in values]
         return values
 
-    def _refusals(self, items: Sequence[Item]) -> list[str | None]:
-        """Why each item is dropped, or None."""
+    def _refusals(self, items: Sequence[Item]) -> list[str]:
+        """Why each item is dropped, or ""."""
         golds = [str(item.answer["gold"]) for item in items]
         if self.verifier == "judge":  # a reference is a bar, not a truth: it must pass the gates that replies meet
             refused = [gate(i.prompt, strip_reasoning(gold), _words(i)) for i, gold in zip(items, golds, strict=True)]
-            return [None if reason is None else f"gold:{reason}" for reason in refused]
-        reasons: list[str | None] = [
-            None if part.value == 1.0 else f"gold:{part.reason}" for part in self._grade(items, golds, metric=False)
-        ]
-        for name, stubs in self._stubs(items).items():
-            for place, part in enumerate(self._grade(items, stubs, metric=False)):
-                if reasons[place] is None and part.value:
-                    reasons[place] = f"stub:{name}"
+            return [f"gold:{reason}" if reason else "" for reason in refused]
+        reasons = ["" if part.value == 1.0 else f"gold:{part.reason}" for part in self._grade(items, golds)]
+        stubs = {"empty": [""] * len(items), "prompt": [item.prompt for item in items]}  # replies that answer nothing
+        if self.verifier == "code":
+            for name, value in (("none", "None"), ("echo", "values[0]")):
+                stubs[name] = [f"def {item.answer['entry']}(*values):\n    return {value}" for item in items]
+        for name, replies in stubs.items():
+            paid = [bool(part.value) for part in self._grade(items, replies)]
+            reasons = [reason or f"stub:{name}" * hit for reason, hit in zip(reasons, paid, strict=True)]
         return reasons
 
-    def _stubs(self, items: Sequence[Item]) -> dict[str, list[str]]:
-        """Replies that answer nothing."""
-        stubs = {"empty": [""] * len(items), "prompt": [item.prompt for item in items]}
-        if self.verifier == "code":
-            heads = [f"def {item.answer['entry']}(*values):\n" for item in items]
-            stubs["none"] = [f"{head}    return None" for head in heads]
-            stubs["echo"] = [f"{head}    return values[0]" for head in heads]
-        return stubs
-
-    def _grade(self, items: Sequence[Item], completions: Sequence[str], *, metric: bool) -> list[Part]:
+    def _grade(self, items: Sequence[Item], completions: Sequence[str], metric: bool = False) -> list[Part]:
         if self.verifier == "math":
             return self.resources.math().score(completions, [str(item.answer["gold"]) for item in items])
         if self.verifier == "code":
             sources = [extract_code(text) for text in completions]
             return self.resources.code().score(sources, [_tests(item.answer) for item in items])
+        pairs = zip(items, completions, strict=True)
         if self.verifier == "judge":
             judge = (self.resources.metric_judge if metric else self.resources.reward_judge)()
-            pairs = zip(items, completions, strict=True)
             return judge.judge([Reply(i.prompt, text, str(i.answer["gold"]), _words(i)) for i, text in pairs])
-        return [_matcher(item.answer).score(text) for item, text in zip(items, completions, strict=True)]
+        return [_matcher(item.answer).score(text) for item, text in pairs]
 
 
 def load_task(block: TaskConfig, seed: int, resources: Resources) -> Task:
@@ -186,49 +175,31 @@ def guess_block(path: str) -> TaskConfig:
         verifier = "judge"
     elif all(re.search(r"\d\W*$", str(row.get(answer, ""))) for row in rows):
         verifier = "math"
+    place, reference = f"{{{prompt}}}", "reference"
     return TaskConfig(
-        name="data",
-        kind="jsonl",
-        file=path,
-        prompt=f"{{{prompt}}}",
-        answer=answer,
-        reference="reference",
-        verifier=verifier,
+        name="data", kind="jsonl", file=path, prompt=place, answer=answer, reference=reference, verifier=verifier
     )
 
 
-def _check_columns(block: TaskConfig, rows: Sequence[tuple[int, Row]]) -> None:
-    columns = {column for _, row in rows for column in row}
-    if not _PLACE.search(block.prompt):
-        raise UserError(
-            f"task '{block.name}': prompt '{block.prompt}' has no {{column}} place; the columns are {sorted(columns)}"
-        )
-    source = _gold_source(block)
-    wanted = set(_PLACE.findall(block.prompt)) | set(_PLACE.findall(source) or [source])
-    wanted |= {"entry", "tests"} if block.verifier == "code" else set()
-    missing = sorted(wanted - columns)
-    if missing:
-        raise UserError(
-            f"task '{block.name}': '{block.file}' has no column {', '.join(missing)}; its columns are {sorted(columns)}"
-        )
-
-
-def _gold_source(block: TaskConfig) -> str:
-    """Column or template of the gold answer."""
+def _gold_source(block: TaskConfig, columns: set[str]) -> str:
+    """Column or template of the gold answer. Raises UserError for what the block names and the columns lack."""
+    task, shown = f"task '{block.name}'", sorted(columns)
     key = "reference" if block.verifier == "judge" else "answer"
     source = str(getattr(block, key))
+    if not _PLACE.search(block.prompt):
+        raise UserError(f"{task}: prompt '{block.prompt}' has no {{column}} place; the columns are {shown}")
     if not source:
-        raise UserError(
-            f"task '{block.name}': verifier '{block.verifier}' needs `{key}`, the column of the gold answer"
-        )
+        raise UserError(f"{task}: verifier '{block.verifier}' needs `{key}`, the column of the gold answer")
+    wanted = {*_PLACE.findall(block.prompt), *(_PLACE.findall(source) or [source])}
+    wanted |= {"entry", "tests"} if block.verifier == "code" else set()
+    if missing := sorted(wanted - columns):
+        raise UserError(f"{task}: '{block.file}' has no column {', '.join(missing)}; its columns are {shown}")
     return source
 
 
-def _item(line: int, row: Row, block: TaskConfig) -> Item:
-    """Raises ValueError saying what is wrong with the row."""
-    source = _gold_source(block)
-    gold = _fill(source, row) if _PLACE.search(source) else _text(row, source)
-    answer: dict[str, Json] = {"gold": gold}
+def _item(line: int, row: Row, block: TaskConfig, source: str) -> Item:
+    """Raises ValueError or UserError saying what is wrong with the row."""
+    answer: dict[str, Json] = {"gold": _fill(source, row) if _PLACE.search(source) else _text(row, source)}
     for column in {"qa": ("candidates", "aliases"), "judge": ("words",)}.get(block.verifier, ()):
         values = row.get(column) or []
         if not isinstance(values, list) or not all(isinstance(value, str | int | float) for value in values):
@@ -238,10 +209,7 @@ def _item(line: int, row: Row, block: TaskConfig) -> Item:
         answer |= {"entry": _text(row, "entry"), "tests": row.get("tests")}
         _tests(answer)
     if block.verifier == "qa":
-        try:
-            _matcher(answer)
-        except UserError as error:
-            raise ValueError(str(error)) from error
+        _matcher(answer)
     prompt = _fill(block.prompt, row)
     if not prompt.strip():
         raise ValueError("the prompt is empty")
@@ -260,23 +228,21 @@ def _text(row: Row, column: str) -> str:
 
 
 def _matcher(answer: Mapping[str, Json]) -> QaMatcher:
-    gold = str(answer["gold"])
     aliases, candidates = answer["aliases"], answer["candidates"]
     assert isinstance(aliases, list) and isinstance(candidates, list)
-    return QaMatcher(gold, [str(alias) for alias in aliases], [str(candidate) for candidate in candidates])
+    return QaMatcher(str(answer["gold"]), list(map(str, aliases)), list(map(str, candidates)))
 
 
 def _tests(answer: Mapping[str, Json]) -> Tests:
-    tests = answer["tests"]
-    if not isinstance(tests, list) or not tests:
-        raise ValueError('column \'tests\' must be a list of {"args": [...], "expected": ...}')
     cases = []
-    for test in tests:
-        arguments = test.get("args") if isinstance(test, dict) else None
-        if not isinstance(test, dict) or not isinstance(arguments, list) or "expected" not in test:
-            raise ValueError('every test must be {"args": [...], "expected": ...}')
-        expected: Data = test["expected"]  # type: ignore[assignment]
-        cases.append(Case(tuple(arguments), expected))  # type: ignore[arg-type]
+    for test in tests if isinstance(tests := answer["tests"], list) else ():
+        match test:
+            case {"args": list(arguments), "expected": expected}:
+                cases.append(Case(tuple(arguments), expected))  # type: ignore[arg-type]
+            case _:
+                raise ValueError('every test must be {"args": [...], "expected": ...}')
+    if not cases:
+        raise ValueError('column \'tests\' must be a list of {"args": [...], "expected": ...}')
     return Tests(str(answer["entry"]), tuple(cases))
 
 

@@ -134,8 +134,8 @@ def test_features_are_bounded_and_blind_to_length():
         topic, required = random_prompt(rng)
         prompt, text = prompt_text(topic, required), reference_sentence(topic, required, rng)
         values = features(prompt, text, required)
-        assert len(values) == len(FEATURES) and all(0.0 <= value <= 1.0 for value in values)
-    assert all(0.0 <= value <= 1.0 for value in features("", "", ()))
+        assert tuple(values) == FEATURES and all(0.0 <= value <= 1.0 for value in values.values())
+    assert all(0.0 <= value <= 1.0 for value in features("", "", ()).values())
 
 
 def test_encoder_is_frozen_and_independent_of_padding(tiny):

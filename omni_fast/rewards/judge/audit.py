@@ -76,13 +76,11 @@ class Audit:
 
     def record(self) -> dict[str, Json]:
         """For --json."""
-        shares: dict[str, Json] = {name: share.record() for name, share in self.shares.items()}
-        families: dict[str, Json] = {name: share.record() for name, share in self.families.items()}
         return {
             "judge": self.judge,
             "passed": self.passed,
-            **shares,
-            "families": families,
+            **{name: share.record() for name, share in self.shares.items()},
+            "families": {name: share.record() for name, share in self.families.items()},
             "verdicts": self.verdicts,
             "seconds": self.seconds,
             "seconds_per_verdict": self.seconds / max(1, self.verdicts),

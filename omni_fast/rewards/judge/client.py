@@ -69,20 +69,15 @@ class JsonClient:
     ) -> None:
         try:
             parsed = httpx.URL(url)
-        except httpx.InvalidURL as error:
-            raise UserError(
-                f"judge url {url!r} is not a URL ({error}); give something like http://host:port/v1"
-            ) from error
+        except httpx.InvalidURL:
+            parsed = httpx.URL()
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise UserError(f"judge url {url!r} is not an http(s) URL; give something like http://host:port/v1")
-        self.url = url.rstrip("/")
-        self.limits = limits or ClientLimits()
-        self.say = say
+        self.url, self.limits, self.say = url.rstrip("/"), limits or ClientLimits(), say
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._failures = 0  # in a row
         self._down_since: float | None = None
-        self._hold_until = 0.0
-        self._next_probe = 0.0
+        self._hold_until = self._next_probe = 0.0
         self._probe_gap = self.limits.backoff_s
         self._told_down = False
         self._calls: dict[asyncio.Task[object], asyncio.AbstractEventLoop] = {}
@@ -100,6 +95,10 @@ class JsonClient:
         for task, loop in list(self._calls.items()):
             with suppress(RuntimeError):  # it ended by itself meanwhile
                 loop.call_soon_threadsafe(task.cancel)
+
+    @property
+    def _broken(self) -> bool:
+        return self._failures >= self.limits.breaker_failures
 
     async def _ask(
         self, path: str, payloads: Sequence[Json], read: Read, done: Callable[[int, Verdict], None]
@@ -140,8 +139,7 @@ class JsonClient:
                 return verdict
             except Failure as failure:
                 self._failed(failure)
-                if self._failures < limits.breaker_failures:  # one against a server that is down is none of its own
-                    attempt += 1
+                attempt += not self._broken  # one against a server that is down is none of its own
                 if not failure.retry or attempt >= limits.attempts:
                     return failure
             pause = min(limits.backoff_max_s, limits.backoff_s * 2 ** max(0, attempt - 1))
@@ -151,28 +149,25 @@ class JsonClient:
         """Wait until a request may go out: at once, after a Retry-After, or as the probe of an open circuit."""
         while True:
             now = time.monotonic()
-            broken = self._failures >= self.limits.breaker_failures
-            if self._down_since is not None and broken and now - self._down_since > self.limits.pause_s:
+            if self._broken and self._down_since is not None and now - self._down_since > self.limits.pause_s:
                 return False
-            if now >= self._hold_until:
-                if not broken:
-                    return True
-                if now >= self._next_probe:
-                    self._next_probe = now + self._probe_gap
-                    self._probe_gap = min(2 * self._probe_gap, self.limits.backoff_max_s)
-                    return True
+            if now >= self._hold_until and not self._broken:
+                return True
+            if now >= max(self._hold_until, self._next_probe):
+                self._next_probe = now + self._probe_gap
+                self._probe_gap = min(2 * self._probe_gap, self.limits.backoff_max_s)
+                return True
             await asyncio.sleep(min(0.1, self.limits.backoff_s))
 
     def _succeeded(self) -> None:
-        if self._failures >= self.limits.breaker_failures and self._down_since is not None:
+        if self._broken and self._down_since is not None:
             self.say(f"the judge at {self.url} answers again after {time.monotonic() - self._down_since:.0f} s")
         self._failures, self._down_since, self._probe_gap = 0, None, self.limits.backoff_s
         self._told_down = False
 
     def _failed(self, failure: Failure) -> None:
         now = time.monotonic()
-        if failure.retry_after_s:
-            self._hold_until = max(self._hold_until, now + min(failure.retry_after_s, self.limits.pause_s))
+        self._hold_until = max(self._hold_until, now + min(failure.retry_after_s, self.limits.pause_s))
         if not failure.outage:
             return
         self._failures += 1
@@ -215,19 +210,17 @@ def _refusal(response: httpx.Response) -> Failure:
     """429 and 5xx pass; any other status will be the same next time. 400-like ones may be one request's own fault."""
     status = response.status_code
     again = status in (408, 409, 425, 429) or status >= 500
-    outage = again or status in (401, 403, 404)
-    return Failure(f"http_{status}", retry=again, outage=outage, retry_after_s=_retry_after(response) if again else 0.0)
+    return Failure(
+        f"http_{status}", again, again or status in (401, 403, 404), _retry_after(response) if again else 0.0
+    )
 
 
 def _retry_after(response: httpx.Response) -> float:
     """Seconds from a Retry-After header, given as a number or a date; 0 without one or with nonsense."""
     text = response.headers.get("retry-after", "").strip()
-    if not text:
-        return 0.0
     if text.isdecimal() and len(text) < 8:
         return float(text)
-    try:
+    with suppress(ValueError, TypeError):
         when = parsedate_to_datetime(text)
-    except (ValueError, TypeError):
-        return 0.0
-    return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+        return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    return 0.0

@@ -61,7 +61,7 @@ class Report:
 
     @property
     def worst_family(self) -> str:
-        return min(self.auc, key=lambda family: self.auc[family])
+        return min(self.auc, key=self.auc.__getitem__)
 
     @property
     def acceptance(self) -> float:
@@ -69,18 +69,13 @@ class Report:
 
     @property
     def usable(self) -> bool:
-        return (
-            self.mean_auc >= MEAN_AUC
-            and self.auc[self.worst_family] >= WORST_AUC
-            and self.acceptance <= HACK_ACCEPTANCE
-        )
+        reached = self.mean_auc >= MEAN_AUC and self.auc[self.worst_family] >= WORST_AUC
+        return reached and self.acceptance <= HACK_ACCEPTANCE
 
     def describe(self) -> str:
-        worst = self.worst_family
-        return (
-            f"held-out AUC {self.mean_auc:.2f} (worst family {worst} {self.auc[worst]:.2f}), "
-            f"{self.hacks_accepted} of {self.hacks} hacks accepted"
-        )
+        worst = f"worst family {self.worst_family} {self.auc[self.worst_family]:.2f}"
+        hacks = f"{self.hacks_accepted} of {self.hacks} hacks accepted"
+        return f"held-out AUC {self.mean_auc:.2f} ({worst}), {hacks}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +130,7 @@ def _views(replies: Sequence[Reply], encode: Encode) -> tuple[Array, Array]:
     unique = list(dict.fromkeys(texts))  # equal texts must be worth exactly the same, wherever they stand in a batch
     place = {text: row for row, text in enumerate(unique)}
     hidden = encode(unique).double().numpy()[[place[text] for text in texts]]
-    return hidden, np.array([features(r.prompt, r.completion, r.required) for r in replies])
+    return hidden, np.array([[*features(r.prompt, r.completion, r.required).values()] for r in replies])
 
 
 def fit_head(encode: Encode, seed: int = 0) -> Head:
@@ -209,12 +204,8 @@ class EmbeddedJudge:
 
     @property
     def name(self) -> str:
-        described = self.head.report.describe()
-        return (
-            f"embedded ({described})"
-            if self.usable
-            else f"rubric checks alone (embedded judge below its bar: {described})"
-        )
+        kind = "embedded (" if self.usable else "rubric checks alone (embedded judge below its bar: "
+        return f"{kind}{self.head.report.describe()})"
 
     def judge(self, replies: Sequence[Reply]) -> list[Part]:
         """A value in 0..1 against the reference (see the module), or the rubric's where the head is not usable."""

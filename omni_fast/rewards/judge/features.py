@@ -22,50 +22,34 @@ from omni_fast.rewards.text_checks import (
     words,
 )
 
-FEATURES = (
-    "coverage",
-    "all_words",
-    "topic",
-    "faults",
-    "clean_end",
-    "clean_start",
-    "one_sentence",
-    "function_share",
-    "function_run",
-    "repeated_2",
-    "repeated_words",
-    "echo",
-    "odd_letters",
-)
 
-
-def features(prompt: str, reply: str, required: Sequence[str]) -> list[float]:
-    """The numbers of `FEATURES`, each in 0..1, in order."""
+def features(prompt: str, reply: str, required: Sequence[str]) -> dict[str, float]:
+    """The features by name, each in 0..1."""
     text = clean(reply).strip()
     tokens = words(text)
     count = max(1, len(tokens))
     topics = [word for word in content(words(prompt)) if word not in required]
     topics = [word for word in topics if word not in ("write", "sentence", "use", "uses", "word", "words", "short")]
     share = function_word_share(tokens)
-    run, longest = 0, 0
-    for token in tokens:
-        run = run + 1 if token in FUNCTION_WORDS else 0
-        longest = max(longest, run)
+    runs = "".join("x" if token in FUNCTION_WORDS else " " for token in tokens).split()
     meaning = content(tokens)
     covered = coverage(tokens, required)
     letters = sum(ch.isascii() and (ch.isalpha() or ch in " .,'") for ch in text)
-    return [
-        covered,
-        float(covered == 1.0),
-        float(not topics or any(has_word(tokens, topic) for topic in topics)),
-        min(1.0, 4.0 * grammar_faults(text) / count),
-        float(ends_cleanly(text)),
-        float(text[:1].isupper() or text[:1] in "\"'"),
-        float(sentence_count(text) == 1),
-        min(1.0, abs(share - 0.45) / 0.45),
-        min(1.0, max(0, longest - 3) / 4),
-        repeated_ngram_share(tokens, 2),
-        1.0 - len(set(meaning)) / max(1, len(meaning)),
-        echo_share(tokens, words(prompt), 3),
-        1.0 - letters / max(1, len(text)),
-    ]
+    return {
+        "coverage": covered,
+        "all_words": float(covered == 1.0),
+        "topic": float(not topics or any(has_word(tokens, topic) for topic in topics)),
+        "faults": min(1.0, 4.0 * grammar_faults(text) / count),
+        "clean_end": float(ends_cleanly(text)),
+        "clean_start": float(text[:1].isupper() or text[:1] in "\"'"),
+        "one_sentence": float(sentence_count(text) == 1),
+        "function_share": min(1.0, abs(share - 0.45) / 0.45),
+        "function_run": min(1.0, max(0, max(map(len, runs), default=0) - 3) / 4),
+        "repeated_2": repeated_ngram_share(tokens, 2),
+        "repeated_words": 1.0 - len(set(meaning)) / max(1, len(meaning)),
+        "echo": echo_share(tokens, words(prompt), 3),
+        "odd_letters": 1.0 - letters / max(1, len(text)),
+    }
+
+
+FEATURES = tuple(features("", "", ()))
