@@ -3,16 +3,15 @@
 Written out in plain operations, down(silu(gate) * up) leaves gate, up, silu(gate) and the product to autograd: half of the
 activations of SmolLM2-135M. The last two are computed again, in the pass over memory that makes their gradients.
 
-Limits: SiLU, and plain linear layers without bias; other MLPs (an adapter's, for example) stay as they are.
+Limits: SiLU, and plain linear layers without bias.
 """
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from omni_fast.policy import products
@@ -38,19 +37,3 @@ def gated_mlp(mlp: Any, x: Tensor) -> Tensor:
     """The output of an MLP of plain linear layers."""
     both = products.product(x.flatten(0, -2), mlp.gate_proj.weight, mlp.up_proj.weight)
     return _GatedDown.apply(both, mlp.down_proj.weight).view(x.shape)
-
-
-def _forward(self: Any, x: Tensor) -> Tensor:
-    if not products.is_plain(self.gate_proj, self.up_proj, self.down_proj):
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-    return gated_mlp(self, x)
-
-
-def slim_gates(model: nn.Module) -> None:
-    """Puts it into each MLP of the Llama family (`gate_proj`, `up_proj`, `down_proj`, SiLU as `act_fn`), in place."""
-    for module in model.modules():
-        if (
-            all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj"))
-            and "SiLU" in type(getattr(module, "act_fn", None)).__name__
-        ):
-            module.forward = types.MethodType(_forward, module)

@@ -19,7 +19,6 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -95,7 +94,7 @@ class ShardedPolicy(Policy):
         self._failed = True  # until all are through
         try:
             self._send(name, given)
-            found = self._own(name)(*given)
+            found = getattr(Policy, name)(self, *given)
         except (UserError, RunError):
             self._failed = False  # the others have the same
             raise
@@ -128,13 +127,9 @@ class ShardedPolicy(Policy):
             if name == "close":
                 return
             try:
-                self._own(name)(*given)
+                getattr(Policy, name)(self, *given)
             except (UserError, RunError):
                 continue  # rank 0 has the same, and says it
-
-    def _own(self, name: str) -> Callable[..., Any]:
-        """This rank's share of a call."""
-        return self._save if name == "save" else partial(getattr(Policy, name), self)
 
     # -- what is done in parts -----------------------------------------------------------------------------------------
 
@@ -189,7 +184,7 @@ class ShardedPolicy(Policy):
         dist.all_reduce(part)
         return part
 
-    def _save(self, folder: Path) -> None:
+    def _store(self, folder: Path) -> None:
         shards.write(folder, self.tensors())
 
     def _spread(self, slot: Slot, part: Tensor) -> DTensor:

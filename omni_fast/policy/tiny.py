@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -127,10 +128,6 @@ def _warm_up(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, seed: int,
 
 def _batch(samples: Sequence[tuple[int, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded tokens and labels [B, L]; the prompt and the padding (which causal attention never reads) count not."""
-    length = max(len(tokens) for _, tokens in samples)
-    inputs = torch.zeros(len(samples), length, dtype=torch.int64)
-    labels = torch.full((len(samples), length), -100)
-    for row, (start, tokens) in enumerate(samples):
-        inputs[row, : len(tokens)] = torch.tensor(tokens)
-        labels[row, start : len(tokens)] = inputs[row, start : len(tokens)]
-    return inputs, labels
+    inputs = [torch.tensor(tokens) for _, tokens in samples]
+    labels = [torch.tensor([-100] * start + tokens[start:]) for start, tokens in samples]
+    return pad_sequence(inputs, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=-100)

@@ -29,10 +29,8 @@ from omni_fast.checkpoint import TENSORS
 from omni_fast.errors import RunError, UserError
 from omni_fast.policy import shards, tree_attention
 from omni_fast.policy.adapter import add_adapter, without_adapter
-from omni_fast.policy.gate import slim_gates
-from omni_fast.policy.layer import slim_layers
+from omni_fast.policy.layer import slim
 from omni_fast.policy.model import working_dtype
-from omni_fast.policy.norm import slim_norms
 from omni_fast.policy.pack import MicroBatch, Share, Trajectory, pack
 from omni_fast.policy.slots import Clock, Slot
 from omni_kernels import (
@@ -84,9 +82,7 @@ class Policy:
                 "Masks by quantile (top_entropy, drop_covariance) depend on the micro-batch split: turn them off."
             )
         _check_model(model)
-        slim_norms(model)
-        slim_gates(model)
-        slim_layers(model)
+        slim(model)
         self.model = self.trained = model
         self.loss = loss
         self.learning_rate = learning_rate
@@ -333,6 +329,9 @@ class Policy:
         """A sum over all parameters, of the sum over this process's."""
         return part
 
+    def _store(self, folder: Path) -> None:
+        save_file({name: value.contiguous() for name, value in self.tensors().items()}, folder / TENSORS)
+
     def _spread(self, slot: Slot, part: Tensor) -> Tensor:
         """All processes' parts of a parameter or a moment as one tensor."""
         return part
@@ -424,7 +423,7 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """`tensors` as safetensors in an existing folder."""
-        save_file({name: value.contiguous() for name, value in self.tensors().items()}, folder / TENSORS)
+        self._store(folder)
 
     @torch.no_grad()
     def load(self, folder: Path, numbers: Mapping[str, Json]) -> None:

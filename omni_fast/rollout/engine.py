@@ -84,7 +84,7 @@ class Engine(Protocol):
         finished: Finished | None = None,
     ) -> list[list[Sample]]:
         """The samples of `start`, waited for; `finished` gets each complete group, in any thread."""
-        ...
+        return self.start(prompts, n, sampling, finished).wait(progress)
 
     def sync(self, version: int) -> dict[str, float]:
         """Take over the policy's current weights as `version`; metrics of it, for the step's row."""

@@ -28,7 +28,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from omni_fast.errors import RunError, UserError
-from omni_fast.rollout.engine import Finished, Progress, Prompt, Sample, Sampling
+from omni_fast.rollout.engine import Engine, Finished, Progress, Prompt, Sample, Sampling
 from omni_fast.rollout.fleet import ASK_S, OLDEST, PROBE_S, Fleet, Json, Server, ServerError, member, parse_version
 
 ATTEMPTS = 4  # of one group
@@ -57,7 +57,7 @@ class Weights(Protocol):
         ...
 
 
-class SGLangEngine:
+class SGLangEngine(Engine):
     """Implements `Engine`. Used from one thread; what it asked for goes on while that one does something else."""
 
     def __init__(
@@ -175,17 +175,6 @@ class SGLangEngine:
 
         job = self.fleet.submit(self._all(prompts, n, sampling, next(self._turns), take))
         return ServedRollout(self, job, came, len(prompts), n)
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        n: int,
-        sampling: Sampling,
-        progress: Progress | None = None,
-        finished: Finished | None = None,
-    ) -> list[list[Sample]]:
-        """As `start`, and wait."""
-        return self.start(prompts, n, sampling, finished).wait(progress)
 
     def sync(self, version: int) -> dict[str, float]:
         """The policy's weights to every server as `version`; seconds/sync_PHASE. A server that fails is drained."""

@@ -337,11 +337,12 @@ def _status(server: Server) -> Status:
 
 def _stop(servers: Iterable[Server]) -> list[Server]:
     """All of them at the same time; those that were running."""
-    with ThreadPoolExecutor() as pool:
-        stopping = [(one, pool.submit(process.stop, one.pid, one.born, STOP_GRACE_S)) for one in servers]
-    for server, _ in stopping:
+    chosen = [*servers]
+    with ThreadPoolExecutor(len(chosen) or 1) as pool:
+        running = [pool.submit(process.stop, one.pid, one.born, STOP_GRACE_S) for one in chosen]
+    for server in chosen:
         _key_file(server).unlink(missing_ok=True)
-    return [server for server, was_running in stopping if was_running.result()]
+    return [server for server, was_running in zip(chosen, running, strict=True) if was_running.result()]
 
 
 def _key_file(server: Server) -> Path:

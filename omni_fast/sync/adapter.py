@@ -14,10 +14,11 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import load_state_dict_from_file
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -31,38 +32,22 @@ def request(folder: Path, name: str, server: Server) -> tuple[str, Json]:
     if server.version != CHECKS:
         return "/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}
     path = folder / "adapter_model.safetensors"
-    values = load_file(path)
-    copies: list[Json] = [_directions(path, values)] * server.tensor_parallel
+    directions = base64.b64encode(pickle.dumps(_Read(path))).decode()
+    copies: list[Json] = [directions] * server.tensor_parallel
     config: Json = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    sums: Json = {tensor: _sha256(value) for tensor, value in values.items()}
+    sums: Json = {tensor: _sha256(value) for tensor, value in load_file(path).items()}
     checked: dict[str, Json] = {"serialized_named_tensors": copies, "expected_checksums": sums}
     return "/load_lora_adapter_from_tensors", {"lora_name": name, "config_dict": config} | checked
 
 
-class _Call:
-    """Becomes what `make` returns where it is unpickled."""
+@dataclass
+class _Read:
+    """Becomes the tensors of the file where it is unpickled, by a function of a package that SGLang trusts."""
 
-    def __init__(self, make: Callable[..., Tensor], *arguments: object) -> None:
-        self.made: tuple[Callable[..., Tensor], tuple[object, ...]] = (make, arguments)
+    path: Path
 
-    def __reduce__(self) -> tuple[Callable[..., Tensor], tuple[object, ...]]:
-        return self.made
-
-
-def _directions(path: Path, values: dict[str, Tensor]) -> str:
-    """A pickle of the `values` of a safetensors file, all of one dtype, that copies them from there."""
-    kind = next(iter(values.values())).dtype
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    first = (8 + size) // kind.itemsize  # the header is filled up to a multiple of 8
-    whole = _Call(partial(torch.from_file, dtype=kind), str(path), False, path.stat().st_size // kind.itemsize)
-    parts = {}
-    for name, value in values.items():
-        start = first + header[name]["data_offsets"][0] // kind.itemsize
-        part = _Call(torch.reshape, _Call(torch.narrow, whole, 0, start, value.numel()), list(value.shape))
-        parts[name] = _Call(torch.clone, part)  # the file goes with the next version
-    return base64.b64encode(pickle.dumps(parts)).decode()
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return load_state_dict_from_file, (str(self.path),)
 
 
 def _sha256(value: Tensor) -> str:

@@ -59,15 +59,6 @@ class Plan:
     def entries(self) -> list[Entry]:
         return [entry for bucket in self.buckets for entry in bucket.entries]
 
-    def buffers(self, limit: int) -> list[int]:
-        """Sizes in bytes of as many buffers as `limit` bytes hold, two at the least: bucket k is packed into number k modulo
-        their count."""
-        for count in range(len(self.buckets), 0, -1):
-            sizes = [max(bucket.size for bucket in self.buckets[first::count]) for first in range(count)]
-            if count <= 2 or sum(sizes) <= limit:
-                return sizes
-        return []
-
 
 def make_plan(model: PreTrainedModel, bucket_bytes: int = BUCKET_BYTES, dtype: torch.dtype | None = None) -> Plan:
     """Buckets in the order of the model's tensors. A tensor larger than `bucket_bytes` has a bucket of its own.

@@ -84,9 +84,8 @@ class WeightSync:
                 f"engine.sync 'tensor' shares memory and {far[0]} is not on this host: set it to 'disk' and put the run "
                 "folder where all hosts see it"
             )
-        if (
-            transport == "tensor"
-        ):  # by name: a file descriptor cannot be passed to a process that is no child of this one
+        if transport == "tensor":
+            # By name: a file descriptor cannot be passed to a process that is no child of this one.
             torch.multiprocessing.set_sharing_strategy("file_system")
         self.fleet, self.model, self.folder = fleet, model, folder.absolute()
         self.transport, self.compared, self.load_s, self.broadcast_s = transport, compared, load_s, broadcast_s
@@ -303,7 +302,7 @@ class WeightSync:
         except GroupLost as error:
             self._lose(error)
             return self._push_folder(clock)
-        count, ahead = len(self.plan.buckets), len(self._sizes)
+        count, ahead = len(self.plan.buckets), self._ahead
         with ThreadPoolExecutor(1) as packer:
             with _timed(clock, "pack"):
                 packed = deque(self._packed(number) for number in range(ahead))
@@ -354,9 +353,10 @@ class WeightSync:
                 self._group = BroadcastGroup(self.fleet, self.fleet.ready, self.model.device, self.broadcast_s)
 
     @cached_property
-    def _sizes(self) -> list[int]:
-        """Bytes of each buffer; bucket k is packed into number k modulo their count."""
-        return self.plan.buffers(self.packed_bytes)
+    def _ahead(self) -> int:
+        """How many buckets `packed_bytes` hold; bucket k is packed into memory k modulo that."""
+        largest = max(bucket.size for bucket in self.plan.buckets)
+        return min(len(self.plan.buckets), max(2, self.packed_bytes // largest))
 
     @torch.no_grad()
     def _packed(self, number: int) -> Tensor:
@@ -373,11 +373,12 @@ class WeightSync:
     def _buffer(self, number: int) -> Tensor:
         """Memory that is kept from sync to sync. But that of a GPU is training's between two syncs, and a reader of another
         process may still copy out of it when it has answered: torch does not use it again before the reader lets go."""
-        device, slot = self.model.device, number % len(self._sizes)
+        device, slot = self.model.device, number % self._ahead
         if device.type == "cuda":
             return torch.empty(self.plan.buckets[number].size, dtype=torch.uint8, device=device)
         if slot not in self._memory:
-            made = torch.empty(self._sizes[slot], dtype=torch.uint8)
+            size = max(bucket.size for bucket in self.plan.buckets[slot :: self._ahead])
+            made = torch.empty(size, dtype=torch.uint8)
             self._memory[slot] = made.share_memory_() if self.transport == "tensor" else made
         return self._memory[slot]
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from omni_fast.policy.gate import slim_gates
+from omni_fast.policy.layer import slim
 
 
 def make(dtype: torch.dtype = torch.float32) -> LlamaMLP:
@@ -25,12 +25,12 @@ def make(dtype: torch.dtype = torch.float32) -> LlamaMLP:
 def test_values_and_gradients(dtype: torch.dtype, tolerance: float, frozen: bool) -> None:
     plain = make(dtype)
     plain.down_proj.weight.requires_grad_(not frozen)
-    slim = copy.deepcopy(plain)
-    slim_gates(slim)
-    assert "forward" in vars(slim) and vars(copy.deepcopy(slim))["forward"].__self__ is not slim
+    slimmed = copy.deepcopy(plain)
+    slim(slimmed)
+    assert "forward" in vars(slimmed) and vars(copy.deepcopy(slimmed))["forward"].__self__ is not slimmed
     x, grad = torch.randn(2, 7, 24, dtype=dtype), torch.randn(2, 7, 24, dtype=dtype)
     results = []
-    for mlp in (plain, slim):
+    for mlp in (plain, slimmed):
         leaf = x.clone().requires_grad_()
         out = mlp(leaf)
         wanted = [leaf, *(parameter for parameter in mlp.parameters() if parameter.requires_grad)]
@@ -41,7 +41,7 @@ def test_values_and_gradients(dtype: torch.dtype, tolerance: float, frozen: bool
 
 def test_it_keeps_the_two_halves_before_the_gate() -> None:
     mlp, kept = make(), []
-    slim_gates(mlp)
+    slim(mlp)
     x = torch.randn(5, 24, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor
@@ -54,5 +54,5 @@ def test_other_projections_keep_their_own_forward() -> None:
     mlp = make()
     mlp.down_proj = nn.Linear(56, 24)
     expected = mlp(torch.ones(3, 24))
-    slim_gates(mlp)
+    slim(mlp)
     assert torch.equal(mlp(torch.ones(3, 24)), expected)
