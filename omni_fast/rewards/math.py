@@ -20,6 +20,7 @@ import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 from typing import Self
 
 from omni_fast.rewards.math_pool import MathPool
@@ -106,33 +107,20 @@ def _braced(text: str, start: int) -> str | None:
     """The content of the brace that opens at `start`; None when it never closes within what an answer may be long."""
     if start < 0:
         return None
-    depth = 0
-    for position in range(start, min(len(text), start + 2 * MAX_CHARS)):
-        if text[position] == "{":
-            depth += 1
-        elif text[position] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start + 1 : position]
-    return text[start + 1 : start + 2 * MAX_CHARS] if len(text) > start + 2 * MAX_CHARS else None
+    inside = text[start : start + 2 * MAX_CHARS]
+    depths = accumulate((character == "{") - (character == "}") for character in inside)
+    end = next((place for place, depth in enumerate(depths) if depth == 0), None)
+    return inside[1:end] if end or len(inside) == 2 * MAX_CHARS else None
 
 
 @lru_cache(maxsize=16384)
 def normalise(answer: str) -> str:
     """The same answer without mathematical spacing, dollar signs and other things that carry no meaning."""
     text = _DROP.sub("", _SPACE.sub(" ", answer[: 2 * MAX_CHARS]))
-    text = (
-        text.replace("\u2212", "-")
-        .replace("\\$", "$")
-        .replace("{,}", ",")
-        .replace("\\dfrac", "\\frac")
-        .replace("\\tfrac", "\\frac")
-        .rstrip(".")
-        .strip("$")
-    )
-    if text.startswith("\\(") and text.endswith("\\)"):
-        text = text[2:-2]
-    return text
+    for form, plain in (("\u2212", "-"), ("\\$", "$"), ("{,}", ","), ("\\dfrac", "\\frac"), ("\\tfrac", "\\frac")):
+        text = text.replace(form, plain)
+    text = text.rstrip(".").strip("$")
+    return text[2:-2] if text.startswith("\\(") and text.endswith("\\)") else text
 
 
 @lru_cache(maxsize=4096)
@@ -243,15 +231,8 @@ def too_complex(answer: str, gold: str = "") -> bool:
     """
     if _UNFINISHED.search(answer) and not _UNFINISHED.search(gold):
         return True
-    depth = 0
-    for character in answer:
-        if character in "([{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                return True
-        elif character in ")]}":
-            depth -= 1
-    return _COSTLY.search(answer) is not None
+    depths = accumulate((character in "([{") - (character in ")]}") for character in answer)
+    return max(depths, default=0) > MAX_DEPTH or _COSTLY.search(answer) is not None
 
 
 class MathVerifier:

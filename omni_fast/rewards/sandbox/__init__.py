@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from typing import Protocol, Self
+from typing import Self
 
 from omni_fast.errors import UserError
 from omni_fast.rewards.sandbox.job import OUTCOMES, Call, JailError, Job, Limits
@@ -66,17 +66,7 @@ PROBE_ASKS = ("fork", "write", "files", "root", "socket", "plain")
 PROBE_REFUSALS: tuple[Data, ...] = ("denied", [], False)
 
 
-class Backend(Protocol):
-    """One place to run jobs, used by one thread at a time."""
-
-    @property
-    def layers(self) -> tuple[str, ...]: ...
-
-    def start(self) -> None: ...
-
-    def run(self, job: Job) -> list[Call]: ...
-
-    def stop(self) -> None: ...
+Backend = Jail | MontyJail  # one place to run jobs, used by one thread at a time
 
 
 class Sandbox:

@@ -11,7 +11,7 @@ Sources: catalogues of reward hacking (prime-environments, terminal-bench, LeetC
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
@@ -74,13 +74,10 @@ ATTACKS: tuple[Attack, ...] = (
 )
 
 
-def stopped(attack: Attack, calls: Sequence[Call]) -> bool:
+def stopped(attack: Attack, call: Call) -> bool:
     """Whether the attack failed, judged by what came out. To be taken for a failure of the jail is a way out of a 0."""
-    call = calls[0]
-    if call.outcome == "infrastructure":
-        return False
     if attack.goal == "score":
-        return not (call.outcome == "ok" and type(call.value) is int and call.value == SECRET)
-    if attack.goal == "reach":
-        return call.outcome != "ok" or call.value == "denied"
-    return True  # it came back, and in time: the caller looks at the clock
+        won = call.outcome == "ok" and type(call.value) is int and call.value == SECRET
+    else:  # to stall: it came back, and the caller looks at the clock
+        won = attack.goal == "reach" and call.outcome == "ok" and call.value != "denied"
+    return call.outcome != "infrastructure" and not won

@@ -116,16 +116,12 @@ class Jail:
         """Kill the jail with all in it; harmless when it does not run."""
         if self._socket is not None:
             self._socket.close()
-            self._socket = None
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            if self._process.stderr is not None:
-                self._process.stderr.close()
-            self._process = None
+            with self._process:  # waits for its end and closes its pipe
+                self._process.kill()
         if self._group is not None:
             self._group.remove()
-            self._group = None
+        self._socket = self._process = self._group = None
 
     def run(self, job: Job) -> list[Call]:
         """All calls of one job, whatever the sample does. Raises JailError when the jail itself failed."""
