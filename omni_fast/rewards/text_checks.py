@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
+from itertools import pairwise
 
 MAX_CHARS = 8_000
 MIN_WORDS, MAX_WORDS = 5, 400  # of a reply that a judge may see
@@ -144,18 +145,26 @@ def function_word_share(tokens: Sequence[str]) -> float:
     return sum(token in FUNCTION_WORDS for token in tokens) / len(tokens) if tokens else 0.0
 
 
+# what may not follow a word
+_CLASHES = {
+    left: rights
+    for lefts, rights in {
+        "a an the every my your its our their": (
+            DETERMINERS | PREPOSITIONS | AUXILIARIES | PRONOUNS | word_set("and or but because to")
+        ),
+        "of from into with at by for beside near": (
+            AUXILIARIES | word_set("and or but of by at because i he she we they")
+        ),
+        "is are was were has have had": word_set("is are was were of has can will and"),
+        "and or but": word_set("and or of"),
+        "to": word_set("and or of to is was were are has"),
+    }.items()
+    for left in lefts.split()
+}
+
+
 def _clash(left: str, right: str) -> bool:
-    if left == right:
-        return left != "had" and left != "that"
-    if left in ("a", "an", "the", "every", "my", "your", "its", "our", "their"):
-        return right in DETERMINERS | PREPOSITIONS | AUXILIARIES | PRONOUNS | {"and", "or", "but", "because", "to"}
-    if left in ("of", "from", "into", "with", "at", "by", "for", "beside", "near"):
-        return right in AUXILIARIES | {"and", "or", "but", "of", "by", "at", "because", "i", "he", "she", "we", "they"}
-    if left in ("is", "are", "was", "were", "has", "have", "had"):
-        return right in {"is", "are", "was", "were", "of", "has", "can", "will", "and"}
-    if left in ("and", "or", "but"):
-        return right in {"and", "or", "of"}
-    return left == "to" and right in {"and", "or", "of", "to", "is", "was", "were", "are", "has"}
+    return left not in ("had", "that") if left == right else right in _CLASHES.get(left, ())
 
 
 def grammar_faults(text: str) -> int:
@@ -164,15 +173,12 @@ def grammar_faults(text: str) -> int:
 
     Few false alarms rather than full coverage: it is one feature among others, never a parser.
     """
-    faults = 0
-    last = ""
+    faults, last = 0, ""
     for sentence in re.split(r"[.!?,;:\n]+", clean(text)):
         tokens = [match.lower() for match in _WORD.findall(sentence)]
-        faults += sum(_clash(left, right) for left, right in zip(tokens, tokens[1:], strict=False))
-        faults += sum(
-            (left == "an" and right[0] not in "aeiouh") or (left == "a" and right[0] in "aio")
-            for left, right in zip(tokens, tokens[1:], strict=False)
-        )
+        for left, right in pairwise(tokens):
+            faults += _clash(left, right)
+            faults += (left == "an" and right[0] not in "aeiouh") or (left == "a" and right[0] in "aio")
         last = tokens[-1] if tokens else last
     return faults + (last in _DANGLING)
 
@@ -206,11 +212,8 @@ def gate(prompt: str, completion: str, required: Sequence[str] = ()) -> str | No
     if runs or repeated_ngram_share(tokens, 3) > 0.15 or top >= max(3, 0.25 * len(tokens)):
         return "repeated"
     letters = [ch for ch in text if ch.isalpha()]
-    if sum(ch.isascii() for ch in letters) < 0.9 * len(letters) or sum(map(len, tokens)) < 0.6 * len(
-        "".join(text.split())
-    ):
-        return "wrong_language"
-    if function_word_share(tokens) < 0.12:
+    latin = sum(ch.isascii() for ch in letters) >= 0.9 * len(letters)
+    if not latin or sum(map(len, tokens)) < 0.6 * len("".join(text.split())) or function_word_share(tokens) < 0.12:
         return "wrong_language"
     extra = [token for token in meaning if not any(has_word([token], word) for word in required)]
     if required and len(extra) < 2:

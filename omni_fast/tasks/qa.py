@@ -29,18 +29,10 @@ _SIZES = Sizes()
 _TINY_SIZES = Sizes(train=64, select=12, test=24)
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of question. question has {options} and {subject}; opening starts the reply and has {subject}."""
-
-    question: str
-    opening: str
-
-
-KINDS = {
-    "capital": Kind("{options}: which is the capital of {subject}?", "The capital of {subject} is"),
-    "continent": Kind("{options}: where is {subject}?", "{subject} is in"),
-    "country": Kind("{options}: which country has the capital {subject}?", "{subject} is the capital of"),
+KINDS = {  # the question, which has {options} and {subject}, and the reply's opening, which has {subject}
+    "capital": ("{options}: which is the capital of {subject}?", "The capital of {subject} is"),
+    "continent": ("{options}: where is {subject}?", "{subject} is in"),
+    "country": ("{options}: which country has the capital {subject}?", "{subject} is the capital of"),
 }
 
 
@@ -54,26 +46,22 @@ class Country:
 @cache
 def countries() -> tuple[Country, ...]:
     """Countries with a capital and a continent, by name."""
-    found = {}
-    for entry in (resources.files("countryinfo") / "data").iterdir():
-        if not entry.name.endswith(".json"):
-            continue
-        row = json.loads(entry.read_text(encoding="utf-8"))
-        country = Country(row["name"], row.get("capital") or "", row.get("region") or "")
-        if (row.get("population") or 0) >= _MIN_POPULATION and _askable(country):
-            found[country.name] = country
-    return tuple(found[name] for name in sorted(found))
+    entries = (entry for entry in (resources.files("countryinfo") / "data").iterdir() if entry.name.endswith(".json"))
+    rows = [json.loads(entry.read_text(encoding="utf-8")) for entry in entries]
+    known = {
+        row["name"]: Country(row["name"], row.get("capital") or "", row.get("region") or "")
+        for row in rows
+        if (row.get("population") or 0) >= _MIN_POPULATION
+    }
+    return tuple(country for _, country in sorted(known.items()) if _askable(country))
 
 
 def _askable(country: Country) -> bool:
     """Short names without punctuation, a known continent, and a capital that does not give the country away."""
-    plain = all(
-        0 < len(text) <= _MAX_CHARS and not set(text) & set(".,;:()'") for text in (country.name, country.capital)
-    )
-    if not plain or country.continent not in CONTINENTS:
-        return False
-    name, capital = set(normalise(country.name).split()), set(normalise(country.capital).split())
-    return not name & capital
+    names = (country.name, country.capital)
+    plain = all(0 < len(text) <= _MAX_CHARS and not set(text) & set(".,;:()'") for text in names)
+    words, capital = (set(normalise(text).split()) for text in names)
+    return plain and country.continent in CONTINENTS and not words & capital
 
 
 def _pools(seed: int) -> dict[Split, list[Item]]:
@@ -94,11 +82,9 @@ def _pools(seed: int) -> dict[Split, list[Item]]:
 
 def _fact(kind: str, country: Country) -> tuple[str, str]:
     """Subject and gold answer."""
-    if kind == "capital":
-        return country.name, country.capital
     if kind == "country":
         return country.capital, country.name
-    return country.name, country.continent
+    return country.name, country.capital if kind == "capital" else country.continent
 
 
 @cache
@@ -116,12 +102,8 @@ def _item(kind: str, country: Country, epoch: int, seed: int) -> Item:
     shown = [gold, *rng.sample(others, CANDIDATES - 1)]
     rng.shuffle(shown)
     candidates: list[Json] = list(shown)
-    return Item(
-        f"{kind}/{country.name}/{epoch}",
-        KINDS[kind].question.format(options=", ".join(shown), subject=subject),
-        {"gold": gold, "candidates": candidates},
-        KINDS[kind].opening.format(subject=subject),
-    )
+    question, opening = (text.format(options=", ".join(shown), subject=subject) for text in KINDS[kind])
+    return Item(f"{kind}/{country.name}/{epoch}", question, {"gold": gold, "candidates": candidates}, opening)
 
 
 # Level "tiny": closed-book capitals of a few countries. A model this small knows only what its warm-up told it, so here

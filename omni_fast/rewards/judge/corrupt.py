@@ -42,15 +42,14 @@ def _plain(text: str) -> list[str]:
 
 def _other(topic: str, words: Sequence[str], length: int, rng: random.Random, keep_topic: bool = False) -> str:
     """A good sentence of about `length` words about something else (or the same topic with other words)."""
-    best = ""
+    best, absent = "", {*words} if keep_topic else {*words, topic}
     for _ in range(60):
         other_topic, other_words = random_prompt(rng)
-        if keep_topic:
-            other_topic = topic
-        if (not keep_topic and other_topic == topic) or set(other_words) & {*words, other_topic, topic}:
+        about = topic if keep_topic else other_topic
+        if (not keep_topic and about == topic) or set(other_words) & {*words, about, topic}:
             continue
-        text = reference_sentence(other_topic, other_words, rng)
-        if any(has_word(_plain(text.lower()), word) for word in (*words, *(() if keep_topic else (topic,)))):
+        text = reference_sentence(about, other_words, rng)
+        if any(has_word(_plain(text.lower()), word) for word in absent):
             continue
         if not best or abs(len(text.split()) - length) < abs(len(best.split()) - length):
             best = text
@@ -84,12 +83,8 @@ def _repeated(good: str, topic: str, words: Sequence[str], rng: random.Random) -
 def _truncated(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
     """A longer sentence cut at the good one's length, as a token limit would."""
     length = len(good.split())
-    text = (
-        reference_sentence(topic, words, rng).rstrip(".")
-        + rng.choice((" and the", " while", " because of", " with a"))
-        + " "
-    )
-    tokens = text.split()
+    tokens = reference_sentence(topic, words, rng).rstrip(".").split()
+    tokens += rng.choice((" and the", " while", " because of", " with a")).split()
     while len(tokens) < length + 2:
         tokens += reference_sentence(topic, words, rng).rstrip(".").lower().split()
     return _finish(tokens[:length], "")
@@ -127,14 +122,12 @@ def _foreign(good: str, topic: str, words: Sequence[str], rng: random.Random) ->
 
 def _echo(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
     about, both = article(topic), f"uses the words {words[0]} and {words[1]}"
-    text = rng.choice(
-        (
-            f"write one sentence about {about} that {both} in one sentence about {about}",
-            f"{about} that {both} is {about} that {both}",
-            f"one sentence about {about} {both} so this sentence {both}",
-        )
+    texts = (
+        f"write one sentence about {about} that {both} in one sentence about {about}",
+        f"{about} that {both} is {about} that {both}",
+        f"one sentence about {about} {both} so this sentence {both}",
     )
-    return _finish(_fit(text.split(), len(good.split())))
+    return _finish(_fit(rng.choice(texts).split(), len(good.split())))
 
 
 def _word_salad(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
@@ -170,17 +163,13 @@ def _dropped_function_words(good: str, topic: str, words: Sequence[str], rng: ra
 
 
 def _typos(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
-    result = []
-    for token in _plain(good):
+    tokens = _plain(good)
+    for place, token in enumerate(tokens):
         if len(token) > 3 and rng.random() < 0.6:
             i = rng.randrange(len(token) - 1)
-            token = (
-                token[:i] + token[i + 1] + token[i] + token[i + 2 :]
-                if rng.random() < 0.5
-                else token[:i] + token[i + 1 :]
-            )
-        result.append(token)
-    return _finish(result)
+            left = token[i] if rng.random() < 0.5 else ""  # two letters change places, or one is lost
+            tokens[place] = token[:i] + token[i + 1] + left + token[i + 2 :]
+    return _finish(tokens)
 
 
 _SPOILERS: tuple[Callable[[str, str, Sequence[str], random.Random], str], ...] = (
