@@ -9,8 +9,8 @@ the order of the prompt stream: which prompts a step has does not depend on what
 from __future__ import annotations
 
 from collections import deque
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 
 from omni_fast.build import Parts
 from omni_fast.curriculum.stages import PromptStream, Stage, StreamState
@@ -28,7 +28,7 @@ class _Batch:
     before: StreamState
 
 
-class Ahead:
+class Ahead(AbstractContextManager["Ahead"]):
     """Context manager; leaving it gives up what is under way."""
 
     def __init__(self, parts: Parts, stage: Stage, stream: PromptStream, done: int) -> None:
@@ -39,12 +39,7 @@ class Ahead:
         self._under_way: deque[_Batch] = deque()
         self._staleness: dict[str, float] = {}
 
-    def __enter__(self) -> Ahead:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for batch in self._under_way:
             for rollout in batch.rollouts:
                 rollout.cancel()

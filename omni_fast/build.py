@@ -51,7 +51,8 @@ from omni_kernels import LossSpec
 
 @dataclass
 class Parts:
-    """What the driver works with. holds: the name of the weights that the policy has now."""
+    """What the driver works with. holds: the name of the weights that the policy has now. prompts: (task, item's id) -> its
+    chat-templated tokens."""
 
     config: Config
     run: Run
@@ -64,7 +65,7 @@ class Parts:
     scorer: Scorer
     trackers: Trackers
     holds: str = BASE
-    _prompts: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    prompts: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
     @cached_property
     def items(self) -> dict[str, dict[Split, Sequence[Item]]]:
@@ -86,23 +87,15 @@ class Parts:
     def group(self, draw: Draw) -> Group:
         """An empty group for a drawn prompt."""
         item = self.items[draw.task]["train"][draw.item]
-        return Group(draw, item, self.prompt(draw.task, item))
-
-    def prompt(self, task: str, item: Item) -> list[int]:
-        """The item's chat-templated tokens."""
-        key = (task, item.id)
-        if key not in self._prompts:
-            limit = self.config.rollout.max_prompt_tokens
-            self._prompts[key] = tokenise(self.tokenizer, self.tasks[task], item, limit)
-        return self._prompts[key]
+        return Group(draw, item, self.prompts[draw.task, item.id])
 
     def check_items(self) -> None:
-        """Look at everything that the run may ask: a prompt above the limit, or another one than before, is told at once."""
-        digests = {}
+        """Tokenise all that the run may ask: a prompt above the limit, or another one than before, is told at once."""
+        digests, limit = {}, self.config.rollout.max_prompt_tokens
         for task, splits in self.items.items():
             digest = hashlib.sha256()
             for item in (item for items in splits.values() for item in items):
-                self.prompt(task, item)
+                self.prompts[task, item.id] = tokenise(self.tokenizer, self.tasks[task], item, limit)
                 told = [item.id, item.prompt, item.prefix, dict(item.answer)]
                 digest.update(json.dumps(told, sort_keys=True, default=lambda value: type(value).__name__).encode())
             digests[task] = digest.hexdigest()
@@ -134,7 +127,7 @@ class Parts:
             self.run.raise_if_stopping()
             self.progress.wait(f"{task}: {running} of {len(items)} completions")
 
-        prompts = [self.prompt(task, item) for item in items]
+        prompts = [self.prompts[task, item.id] for item in items]
         sampling = Sampling(
             EVAL_TOKENS_FACTOR * self.tasks[task].max_new_tokens, temperature, self.stop_token_ids, self.config.seed
         )

@@ -98,29 +98,41 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def published(target: Path) -> Iterator[Path]:
-    """A folder to write into, which gets the name `target` when it is whole and on disk, in the place of what had it before.
-
-    RunError if the disk is full or read-only; what was there before is then as it was.
-    """
-    parent, work = target.parent, target.with_name(f".writing-{target.name}")
+def writing(target: Path) -> Iterator[None]:
+    """RunError if the disk is full or read-only."""
     try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        yield work
-        for path in (*work.iterdir(), work):
-            _to_disk(path)
-        if target.exists():
-            _drop(target)
-        work.rename(target)
-        _to_disk(parent)
+        yield
     except (OSError, SafetensorError) as error:
-        free = f"{shutil.disk_usage(parent).free / 2**30:.2f} GiB free" if parent.is_dir() else "no such folder"
+        free = (
+            f"{shutil.disk_usage(target.parent).free / 2**30:.2f} GiB free"
+            if target.parent.is_dir()
+            else "no such folder"
+        )
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise RunError(
             f"{target} could not be written ({reason}; {free}); what was saved before is intact. "
             "Make room or permission there, and run the same command again."
         ) from error
+
+
+@contextmanager
+def published(target: Path) -> Iterator[Path]:
+    """A folder to write into, which gets the name `target` when it is whole and on disk, in the place of what had it before.
+
+    RunError if the disk is full or read-only; what was there before is then as it was.
+    """
+    work = target.with_name(f".writing-{target.name}")
+    try:
+        with writing(target):
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            yield work
+            for path in (*work.iterdir(), work):
+                _to_disk(path)
+            if target.exists():
+                _drop(target)
+            work.rename(target)
+            _to_disk(target.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -214,16 +226,14 @@ def write_json(path: Path, value: Json | Mapping[str, Json]) -> None:
     """Replaces the file at once: a reader sees the old or the new one. RunError if the disk is full or read-only."""
     work = path.with_name(f".{path.name}.writing")
     try:
-        work.write_text(json.dumps(value, indent=1), encoding="utf-8")
-        _to_disk(work)
-        work.replace(path)
-        _to_disk(path.parent)
-    except OSError as error:
+        with writing(path):
+            work.write_text(json.dumps(value, indent=1), encoding="utf-8")
+            _to_disk(work)
+            work.replace(path)
+            _to_disk(path.parent)
+    finally:
         with suppress(OSError):
             work.unlink()
-        raise RunError(
-            f"{path} could not be written ({error.strerror}): make room or permission there, and run the same command again."
-        ) from error
 
 
 def differences(before: Json, now: Json) -> list[str]:

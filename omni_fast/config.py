@@ -22,7 +22,6 @@ from omni_fast.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
@@ -88,9 +87,7 @@ class CurriculumConfig(Section):
     mode: Literal["curriculum", "reversed", "random", "order", "joint"] = "curriculum"
     order: list[str] = []  # for mode "order"
     steps_per_stage: Positive = 12
-    replay_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = (
-        0.0  # share of a stage's prompts drawn from tasks of earlier stages
-    )
+    replay_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # of a stage's prompts, from earlier stages' tasks
     refresh_steps: NonNegative = 0  # a last short stage on the task with the largest realised drop
 
     @property
@@ -170,9 +167,8 @@ class JudgeConfig(Section):
 class RewardsConfig(Section):
     """When nothing can score (a judge is down, a worker lost), samples are invalid, never 0, and the run may pause."""
 
-    max_invalid: Fraction = (
-        0.2  # share of a task's samples in a step that may go without a score; above, the run pauses
-    )
+    # share of a task's samples in a step that may go without a score; above, the run pauses
+    max_invalid: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
     pause_s: Annotated[float, Field(ge=0.0)] = 600.0  # how long it waits before it stops, resumable
 
 
@@ -328,7 +324,7 @@ def _apply_override(data: dict, override: str) -> None:
 
 
 def _explain(item: ErrorDetails, data: dict[str, Any]) -> str:  # one line per pydantic error
-    parts = [str(part) for part in item["loc"]]
+    parts = list(map(str, item["loc"]))
     if parts[:1] == ["tasks"] and len(parts) > 1 and isinstance(entry := data["tasks"][int(parts[1])], dict):
         parts[1] = str(entry.get("name", parts[1]))  # as an override has it
     where = ".".join(parts) or "config"
@@ -346,8 +342,7 @@ def _explain(item: ErrorDetails, data: dict[str, Any]) -> str:  # one line per p
 def _keys_at(location: tuple) -> list[str]:
     model: type[BaseModel] = Config
     for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else TaskConfig
+        if isinstance(part, str):
+            annotation = model.model_fields[part].annotation
+            model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else TaskConfig
     return list(model.model_fields)

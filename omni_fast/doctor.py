@@ -31,7 +31,7 @@ def examine() -> list[Finding]:
     flags = set(info.read_text().split()) if info.is_file() else set()
     units = ", ".join(name for name in ("amx_bf16", "avx512_bf16") if name in flags)
     usable, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    busy = load > 0.5 * usable
+    busy = f"; load is {load:.1f}: other work makes OpenMP wait, lower `threads`" if load > 0.5 * usable else ""
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     disk = shutil.disk_usage(Path.cwd()).free / 2**30
     bwrap = shutil.which("bwrap")
@@ -41,17 +41,9 @@ def examine() -> list[Finding]:
         Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads"),
         Finding("native CPU kernels", native is None, native or "loaded"),
         Finding("bf16 units", bool(units), units or "none: the working copy stays fp32 and a step takes longer"),
-        Finding(
-            "cores",
-            not busy,
-            f"{usable}" + (f"; load is {load:.1f}: other work makes OpenMP wait, lower `threads`" if busy else ""),
-        ),
+        Finding("cores", not busy, f"{usable}{busy}"),
         Finding("memory", memory >= MEMORY_GB, f"{memory:.1f} GiB free; the quickstart needs {MEMORY_GB} at most"),
         Finding("disk", disk >= DISK_GB, f"{disk:.1f} GiB free here; the quickstart writes about {DISK_GB}"),
-        Finding(
-            "bubblewrap",
-            bwrap is not None,
-            bwrap or "missing: install bubblewrap, or model-written code runs in the slower fallback",
-        ),
+        Finding("bubblewrap", bool(bwrap), bwrap or "missing: model-written code runs in the slower fallback"),
         Finding("GPU", True, gpu),
     ]

@@ -76,14 +76,7 @@ def staleness(groups: Iterable[Group], version: int) -> dict[str, float]:
 def trajectories(groups: Iterable[Group]) -> list[Trajectory]:
     """What the policy trains on: every valid sample, groups kept together so that they can share their prompt."""
     return [
-        Trajectory(
-            prompt=group.prompt,
-            completion=sample.tokens,
-            logprobs=sample.logprobs,
-            advantage=advantage,
-            group=number,
-            task=group.draw.task,
-        )
+        Trajectory(group.prompt, sample.tokens, sample.logprobs, advantage, number, group.draw.task)
         for number, group in enumerate(groups)
         for sample, advantage in zip(group.samples, group.advantages, strict=True)
         if advantage is not None

@@ -165,14 +165,9 @@ def _name(source: str) -> str:
 
 
 def _fill(template: str, quoted: Callable[[object], object], values: Mapping[str, object]) -> str:
-    environment = jinja2.Environment(
-        finalize=quoted,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     text = resources.files("omni_fast.templates").joinpath(template).read_text(encoding="utf-8")
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.finalize, environment.undefined = quoted, jinja2.StrictUndefined
     return environment.from_string(text).render(values)
 
 

@@ -64,8 +64,6 @@ def record_step(
         stage=stage.name,
         step=step,
         tasks=task_rows(groups, parts.tasks, {name: update.get(f"entropy/{name}") for name in stage.tasks}, monitor),
-        loss=update.get("loss"),  # absent when no group was mixed
-        grad_norm=update["grad_norm"],
         update=update,
         new_tokens=new_tokens,
         tokens_per_s=new_tokens / (total if max_staleness else seconds["generate"]),
@@ -75,8 +73,7 @@ def record_step(
         max_staleness=max_staleness,
     )
     part = "transfer" if stage.name.startswith("single:") else "train"
-    run.add_seconds(**{part: total}, **{name: seconds[name] for name in ("generate", "reward", "update")})
-    run.add_seconds(scoring=scoring_s)  # overlaps with `generate`
+    run.add_seconds(**{part: total}, scoring=scoring_s, **seconds)  # scoring overlaps with generating
     run.add_counts(rollout_tokens=new_tokens, train_tokens=update.get("sample_tokens", 0.0))
     run.record(row)
     parts.trackers.log(row)
@@ -101,8 +98,8 @@ def score(parts: Parts, name: str, splits: Sequence[Split], tasks: Collection[st
 
 def evaluated(results: Mapping[Split, Mapping[str, Evaluation]], entropy: dict[str, float]) -> Evaluated:
     """What state.json keeps of an evaluation."""
-    splits = {split: {task: _task_scores(found) for task, found in tasks.items()} for split, tasks in results.items()}
-    return Evaluated(splits={str(split): tasks for split, tasks in splits.items()}, entropy=entropy)
+    splits = {str(split): {task: _task_scores(one) for task, one in found.items()} for split, found in results.items()}
+    return Evaluated(splits=splits, entropy=entropy)
 
 
 def entropies(parts: Parts, tasks: Collection[str]) -> dict[str, float]:
@@ -114,7 +111,8 @@ def entropies(parts: Parts, tasks: Collection[str]) -> dict[str, float]:
     run = parts.run
     known = {row["task"] for row in run.state["probe"]}
     if parts.config.evaluation.probe_items and (new := [task for task in tasks if task not in known]):
-        run.keep_probe([*run.state["probe"], *(row for task in new for row in _probe(parts, task))])
+        # Kept with the evaluation that is under way: saved alone, it would count rows that are written again.
+        run.state["probe"] = [*run.state["probe"], *(row for task in new for row in _probe(parts, task))]
     rows = [
         Trajectory(row["prompt"], row["tokens"], [0.0] * len(row["tokens"]), 0.0, number, row["task"])
         for number, row in enumerate(run.state["probe"])
@@ -129,7 +127,7 @@ def entropies(parts: Parts, tasks: Collection[str]) -> dict[str, float]:
 def _probe(parts: Parts, task: str) -> list[ProbeRow]:
     """One completion for each of the task's first `select` items."""
     items = parts.items[task]["select"][: parts.config.evaluation.probe_items]
-    prompts = [Prompt(parts.prompt(task, item), key) for key, item in enumerate(items)]
+    prompts = [Prompt(parts.prompts[task, item.id], key) for key, item in enumerate(items)]
     limit = parts.tasks[task].max_new_tokens
     sampling = Sampling(limit, stop_token_ids=parts.stop_token_ids, seed=parts.config.seed)
     found = parts.engine.generate(prompts, 1, sampling)
@@ -155,9 +153,8 @@ def result(run: Run) -> Json:
     started = run.evaluated(BASE) is not None
     plan = solve(run) if started and len(measured) >= len(singles(config)) else None
     planned = plan.stages if plan else []
-    stages = list(planned)
-    if plan and all(run.evaluated(stage.name) for stage in planned):
-        stages += refresh(run, plan)
+    ended = plan and all(run.evaluated(stage.name) for stage in planned)
+    stages = [*planned, *(refresh(run, plan) if plan and ended else ())]
     done = [stage for stage in stages if run.evaluated(stage.name)]
     rows = [BASE, *(stage.name for stage in done)] if started else []
     out = assemble(
@@ -211,26 +208,17 @@ def _samples(run: Run) -> list[Json]:
     if not names:
         return []
     first, last = (run.scores_of(name)["splits"]["test"] for name in (names[0], names[-1]))
-    return [
-        {
-            "task": task,
-            "prompt": before["prompt"],
-            "before": before["completion"],
-            "after": after["completion"],
-            "score_before": before["value"],
-            "score_after": after["value"],
-        }
-        for task in first
-        if task in last  # else it is added to the run and not scored there yet
-        for before, after in zip(first[task]["samples"], last[task]["samples"], strict=True)
-    ]
+    found: list[Json] = []
+    for task in (task for task in first if task in last):  # else it is added to the run and not scored there yet
+        for one, other in zip(first[task]["samples"], last[task]["samples"], strict=True):
+            values = {"score_before": one["value"], "score_after": other["value"]}
+            texts = {"prompt": one["prompt"], "before": one["completion"], "after": other["completion"]}
+            found.append({"task": task, **texts, **values})
+    return found
 
 
 def _throughput(counts: Mapping[str, float], seconds: Mapping[str, float], overlapped: bool) -> Json:
     """Tokens per second of generating and of training; a rollout that ran ahead took the steps' whole time."""
-    generating = ("transfer", "train") if overlapped else ("generate",)
-    rates: Json = {}
-    for name, tokens, parts in (("rollout", "rollout_tokens", generating), ("train", "train_tokens", ("update",))):
-        spent = sum(seconds.get(part, 0.0) for part in parts)
-        rates[f"{name}_tokens_per_s"] = counts[tokens] / spent if spent else None
-    return rates
+    generating = sum(seconds.get(part, 0.0) for part in (("transfer", "train") if overlapped else ("generate",)))
+    spent = {"rollout": generating, "train": seconds.get("update", 0.0)}
+    return {f"{name}_tokens_per_s": counts[f"{name}_tokens"] / s if s else None for name, s in spent.items()}

@@ -5,7 +5,6 @@ Rank 0 runs the job; the others only take part in its optimiser steps (policy/sh
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -70,9 +69,8 @@ def together(fingerprint: dict[str, Any]) -> Iterator[None]:
 
 
 def _check_same(parts: list[dict[str, Any]]) -> None:
-    texts = [{key: json.dumps(value, sort_keys=True) for key, value in part.items()} for part in parts]
-    for other, text in enumerate(texts):
-        if odd := sorted(key for key in texts[0] if text.get(key) != texts[0][key]):
+    for other, part in enumerate(parts):
+        if odd := sorted(key for key in parts[0] if part.get(key) != parts[0][key]):
             raise UserError(
                 f"rank {other} has another config than rank 0 (in {', '.join(odd)}): start all hosts with the same file "
                 "and overrides"

@@ -92,15 +92,14 @@ class StepRow(TypedDict):
     and where rollouts run ahead (max_staleness > 0) `generate` is what of them was not hidden behind other steps.
     scoring_s: what verifiers and judges worked, most of it while samples were still generated.
     tokens_per_s: new tokens per second of generating; where rollouts run ahead, per second of the step.
-    update: what the optimiser step says of itself (`policy.update`), and how old its samples were (`groups.staleness`).
+    update: what the optimiser step says of itself (`policy.update`: loss, where any group was mixed, grad_norm, ...), and how
+    old its samples were (`groups.staleness`).
     """
 
     event: str
     stage: str
     step: int
     tasks: dict[str, TaskRow]
-    loss: float | None
-    grad_norm: float
     update: dict[str, float]
     new_tokens: int
     tokens_per_s: float

@@ -16,6 +16,7 @@ belong to work that is done again; they are cut off before the first new row.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -35,22 +36,10 @@ from torch import Tensor
 from omni_fast import checkpoint
 from omni_fast.config import Config
 from omni_fast.errors import RunError, UserError
-from omni_fast.records import (
-    EvalRow,
-    Evaluated,
-    ProbeRow,
-    State,
-    StepRow,
-    Totals,
-    Trained,
-    empty_state,
-    joined,
-    scored,
-)
+from omni_fast.records import EvalRow, Evaluated, State, StepRow, Totals, Trained, empty_state, joined, scored
 
 BASE = "base"  # the initial policy's name among evaluations and weights
 FINGERPRINT = "fingerprint.json"
-AGAIN = "make room or permission there, and run the same command again"
 
 
 class Interrupted(RunError):
@@ -181,10 +170,6 @@ class Run:
         self.state["finished"] = True
         self._save_state()
 
-    def keep_probe(self, rows: list[ProbeRow]) -> None:
-        """Kept with the evaluation that is under way: saved alone, it would count rows that are written again."""
-        self.state["probe"] = rows
-
     # Metrics and totals.
 
     def record(self, row: StepRow | EvalRow) -> None:
@@ -195,12 +180,9 @@ class Run:
             self._metrics.truncate(min(size, self.state["totals"]["metrics_bytes"]))
             self._cut = True
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
-        try:
-            written = self._metrics.write(line)
-        except OSError as error:
-            raise RunError(f"{self._metrics.name} could not be written ({error.strerror}); {AGAIN}") from error
-        if written < len(line):
-            raise RunError(f"{self._metrics.name} could not be written (the disk is full); {AGAIN}")
+        with checkpoint.writing(self.folder / "metrics.jsonl"):
+            if self._metrics.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def rows(self) -> list[dict[str, Any]]:
         """metrics.jsonl as it stands, without a last row that a full disk or a kill cut off."""

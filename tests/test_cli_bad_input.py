@@ -195,6 +195,34 @@ def test_a_prompt_template_without_a_column(omni: Omni, job: Job) -> None:
     refused(omni(*job.command, "tasks.sums.prompt=Add them."), "'Add them.'", "{column}", "'question'")
 
 
+UNSCORED = """
+from omni_fast.rewards.compose import Composition
+from omni_fast.tasks.base import Item
+
+class Down:
+    system, max_new_tokens, composition = "", 2, Composition("additive", {"correct": 1.0})
+
+    def __init__(self, name, seed, max_new_tokens):
+        self.name = name
+
+    def items(self, split):
+        return [Item(split, "1+1=?")]
+
+    def score(self, items, completions):
+        raise AssertionError
+
+    def metric(self, items, completions):
+        return [None for _ in items]
+"""
+
+
+def test_a_task_that_nothing_could_score(omni: Omni, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "unscored.py").write_text(UNSCORED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    done = omni("eval", job.config, "tasks.sums.kind=python", "tasks.sums.cls=unscored:Down")
+    assert done.code == 0 and "sums         –  [–, –]  n=0" in done.out, done
+
+
 # The model.
 
 

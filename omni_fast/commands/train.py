@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -41,15 +41,9 @@ def train(config: Source, overrides: Overrides = None, run: RunFolder = None, dr
     if dry_run:
         from omni_fast.dry_run import describe
 
-        return say(describe(resolved, folder))
-    if _followed(resolved):
-        return
-    from omni_fast import train as driver
-    from omni_fast.progress import Progress
-
-    with Progress(console) as progress:
-        report_path = driver.train(resolved, folder, progress)
-    say(f"result: {folder / 'result.json'}", f"report: {report_path}")
+        say(describe(resolved, folder))
+    elif _driven("train", resolved, folder):
+        say(f"result: {folder / 'result.json'}", f"report: {folder / 'report.html'}")
 
 
 @app.command()
@@ -63,14 +57,8 @@ def transfer(config: Source, overrides: Overrides = None, run: RunFolder = None)
     if not resolved.curriculum.measures_transfer:
         mode = resolved.curriculum.mode
         raise UserError(f"{config}: curriculum.mode '{mode}' measures no transfer; give curriculum.mode=curriculum")
-    if _followed(resolved):
-        return
-    from omni_fast import train as driver
-    from omni_fast.progress import Progress
-
-    with Progress(console) as progress:
-        driver.measure(resolved, folder, progress)
-    plan(folder)
+    if _driven("measure", resolved, folder):
+        plan(folder)
 
 
 @app.command()
@@ -128,7 +116,8 @@ def evaluate(
         print(json.dumps(scores))
         return
     for task, one in scores.items():
-        say(f"{task:<12} {one['value']:.3f}  [{one['low']:.3f}, {one['high']:.3f}]  n={one['n']}")
+        value, low, high = (f"{one[key]:.3f}" if one[key] is not None else "–" for key in ("value", "low", "high"))
+        say(f"{task:<12} {value}  [{low}, {high}]  n={one['n']}")
 
 
 @app.command()
@@ -143,11 +132,16 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or n
     say(f"report: {outcome.finish(Run.read(run))}")
 
 
-def _followed(config: configs.Config) -> bool:
-    """Under torchrun every rank but the first only helps with the optimiser steps; whether this was one."""
-    if os.environ.get("RANK", "0") == "0":
-        return False
-    from omni_fast.build import follow
+def _driven(how: Literal["train", "measure"], config: configs.Config, folder: Path) -> bool:
+    """Under torchrun every rank but the first only helps with the optimiser steps, and has nothing to tell."""
+    if os.environ.get("RANK", "0") != "0":
+        from omni_fast.build import follow
 
-    follow(config)
+        follow(config)
+        return False
+    from omni_fast import train as driver
+    from omni_fast.progress import Progress
+
+    with Progress(console) as progress:
+        getattr(driver, how)(config, folder, progress)
     return True

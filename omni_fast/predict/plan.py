@@ -144,22 +144,19 @@ def _limit(server: Server, work: Work, update: dict[str, float], timing: Timing,
 
 def draw(plans: Mapping[str, Sequence[Plan]], title: str, path: Path) -> None:
     """Seconds a step against the trainer's GPUs, a line for each series; what takes turns is a dashed line."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for name, found in plans.items():
         *apart, turns = found
-        line = axes.plot(
-            [one.trainer_gpus for one in apart], [one.timing.step for one in apart], marker="o", label=name
+        points = [(one.trainer_gpus, one.timing.step) for one in apart]
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        best = min(points, key=lambda point: point[1])
+        axes.annotate(
+            f"{best[1]:.0f} s", best, xytext=(0, 7), textcoords="offset points", ha="center", color=line.get_color()
         )
-        best = min(apart, key=lambda one: one.timing.step)
-        axes.annotate(f"{best.timing.step:.0f} s", (best.trainer_gpus, best.timing.step), xytext=(0, 7),
-                      textcoords="offset points", ha="center", color=line[0].get_color())  # fmt: skip
     axes.axhline(turns.timing.step, linestyle="--", color="grey", label="all GPUs in turns")
     axes.set(xlabel="GPUs that train", ylabel="seconds a step (predicted)", title=title, ylim=(0, None))
     axes.legend()
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
