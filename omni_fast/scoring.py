@@ -64,10 +64,8 @@ class Scorer:
         for group in groups:
             if group.scoring is None:
                 self._begin(group)
-        jobs = [group.scoring for group in groups if group.scoring is not None]
         self.progress.wait(f"the rewards of {sum(len(group.samples) for group in groups)} samples")
-        self._wait(jobs)
-        work = sum(job.result() for job in jobs) + self._outlast(groups)
+        work = self._wait([group.scoring for group in groups if group.scoring is not None]) + self._outlast(groups)
         self._down.clear()
         return work
 
@@ -93,10 +91,8 @@ class Scorer:
         """Ask again for what is lost until it is little enough; returns the seconds that the asking took."""
         start, gap, work = time.monotonic(), RETRY_S, 0.0
         if lost := self._lost(groups):
-            limit = f"up to {self.limits.pause_s:.0f} s (rewards.pause_s)"
-            self.progress.warn(
-                f"paused: {_told(lost)}. Nothing is scored 0 for it; waiting {limit} for it to come back"
-            )
+            limit = f"Nothing is scored 0 for it; waiting up to {self.limits.pause_s:.0f} s (rewards.pause_s)"
+            self.progress.warn(f"paused: {_told(lost)}. {limit} for it to come back")
         while lost:
             spent = time.monotonic() - start
             if spent >= self.limits.pause_s:
@@ -117,10 +113,8 @@ class Scorer:
                 for group in members
                 if not all(score.valid for score in group.scores)
             ]
-            self._wait(jobs)
-            work += sum(job.result() for job in jobs)
-            lost = self._lost(groups)
-            if not lost:
+            work += self._wait(jobs)
+            if not (lost := self._lost(groups)):
                 self.progress.say(f"  scores are there again after {time.monotonic() - start:.0f} s; the run goes on")
         return work
 
@@ -133,7 +127,8 @@ class Scorer:
                 found[name] = members
         return found
 
-    def _wait(self, jobs: Iterable[Future[float]]) -> None:
+    def _wait(self, jobs: Sequence[Future[float]]) -> float:
+        """Until all are done; the sum of their results."""
         pending, end = set(jobs), 0.0
         while pending:
             pending = wait(pending, timeout=0.2).not_done
@@ -143,6 +138,7 @@ class Scorer:
                 end = end or time.monotonic() + STOP_S
                 if pending and time.monotonic() > end:
                     raise
+        return sum(job.result() for job in jobs)
 
 
 class _Thread:

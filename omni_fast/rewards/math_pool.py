@@ -8,7 +8,6 @@ request's doing.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -16,8 +15,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal, cast
 
@@ -30,90 +29,55 @@ START_S = 120.0  # importing sympy on a busy machine
 _CACHE_SIZE = 65536
 
 
-class _Lost(Exception):
-    """The worker cannot be started or gets no processor: nobody's doing but the machine's."""
-
-
-class _Died(Exception):
-    """The worker ended under a request: perhaps the request's doing."""
-
-
 class _Worker:
     """One outer process and the inner one that answers. For one thread at a time."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
-        self._pipe: Connection | None = None
+        self._pipe, _ = Pipe()
 
-    def check(self, gold: str, answer: str) -> Verdict:
-        """Raises _Lost or _Died; the next call starts a new worker."""
-        if self._process is None or self._process.poll() is not None:
-            self._start()
-        assert self._pipe is not None
-        try:
-            self._pipe.send_bytes(json.dumps([gold, answer]).encode("ascii"))
-            line = self._line(self._timeout_s * PATIENCE)
-        except OSError:
-            self.stop()
-            raise _Died from None
-        if line is None:
-            self.stop()
-            raise _Lost("no answer within the time on the clock")
-        if line not in ("ok", "wrong", "memory", "timeout"):
+    def check(self, pair: tuple[str, str]) -> Verdict:
+        """(gold, answer) -> verdict. Two processes that end under a request are its doing, a start that fails is not."""
+        for _ in range(2):
+            if (self._process is None or self._process.poll() is not None) and not self._start():
+                return "worker_lost"
+            with suppress(OSError, EOFError):
+                self._pipe.send_bytes(json.dumps(pair).encode("ascii"))
+                if not self._pipe.poll(self._timeout_s * PATIENCE):
+                    self.stop()
+                    return "worker_lost"
+                line = self._pipe.recv_bytes(100).decode("ascii", "replace")
+                if line in ("ok", "wrong", "memory", "timeout"):
+                    return cast(Verdict, line)
             self.stop()  # with its pipe: it may hold an answer that would be taken for the next request's
-            raise _Died
-        return cast(Verdict, line)
+        return "crash"
 
     def stop(self) -> None:
-        if self._pipe is not None:
-            self._pipe.close()
-            self._pipe = None
+        self._pipe.close()
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+            with suppress(ProcessLookupError):  # it may have ended by itself
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
+        """Whether there is a new process that is ready."""
         self.stop()
         self._pipe, theirs = Pipe()
         script = str(Path(__file__).with_name("math_worker.py"))
         # -P: this folder must not be on its path, a file here is named like the standard library's `math`
         line = [sys.executable, "-P", script, str(theirs.fileno()), str(MEMORY_BYTES), str(self._timeout_s)]
         null = subprocess.DEVNULL
-        try:
+        with suppress(OSError, EOFError):
             with theirs:  # start_new_session: one group to kill, and Ctrl-C stays with the trainer
                 self._process = subprocess.Popen(
                     line, stdin=null, stdout=null, stderr=null, pass_fds=[theirs.fileno()], start_new_session=True
                 )
-        except OSError as error:
-            raise _Lost(str(error)) from None
-        try:
-            ready = self._line(START_S) == "ready"
-        except OSError:
-            ready = False
-        if not ready:
-            self.stop()
-            raise _Lost("the worker did not start")
-
-    def _line(self, timeout_s: float) -> str | None:
-        """The next message, or None after the time limit. Raises OSError at the end of them."""
-        assert self._pipe is not None
-        try:
-            return self._pipe.recv_bytes(100).decode("ascii", "replace") if self._pipe.poll(timeout_s) else None
-        except EOFError:
-            raise BrokenPipeError("the worker ended") from None
-
-
-def _check_one(worker: _Worker, pair: tuple[str, str]) -> Verdict:
-    try:
-        for _ in range(2):
-            with contextlib.suppress(_Died):
-                return worker.check(*pair)
-        return "crash"
-    except _Lost:
-        return "worker_lost"
+            if self._pipe.poll(START_S) and self._pipe.recv_bytes(100) == b"ready":
+                return True
+        self.stop()
+        return False
 
 
 class MathPool:
@@ -134,7 +98,7 @@ class MathPool:
             workers = self._workers
         known = self._known  # another thread may begin a new one meanwhile
         wanted = [pair for pair in dict.fromkeys(pairs) if pair not in known]
-        found = dict(zip(wanted, workers.run(_check_one, wanted), strict=True))
+        found = dict(zip(wanted, workers.run(_Worker.check, wanted), strict=True))
         verdicts = [found[pair] if pair in found else known[pair] for pair in pairs]
         known.update({pair: verdict for pair, verdict in found.items() if verdict in ("ok", "wrong")})
         if len(known) > _CACHE_SIZE:
