@@ -457,8 +457,9 @@ def _check_model(model: PreTrainedModel) -> None:
     for key in ("logit_scale", "logits_scaling"):
         if getattr(config, key, None) not in (None, 1, 1.0):
             raise UserError(f"{name} scales its logits ({key}), which training does not know: choose another model.")
-    layers = getattr(config, "layer_types", None) or []
-    if any(kind != "full_attention" for kind in layers):
+    window = getattr(config, "sliding_window", None)  # of all layers, where their kinds are not named
+    layers = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    if layers != {"full_attention"}:
         raise UserError(
-            f"{name} has layers that are not plain full attention ({sorted(set(layers))}): choose another model."
+            f"{name} has layers that are not plain full attention ({sorted(layers)}): choose another model."
         )

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 from omni_fast.errors import RunError, UserError
 from omni_fast.rollout.engine import Engine, Finished, Progress, Prompt, Sample, Sampling
@@ -414,22 +414,17 @@ def read(server: Server, data: Json, n: int, tag: str, adapter: bool = False) ->
         kind = member(member(meta, "finish_reason"), "type")
         if kind == "abort":
             raise Aborted(server.url, "/generate", "the server aborted the request")
-        pairs, ids = member(meta, "output_token_logprobs"), member(row, "output_ids")
+        pairs: Any = member(meta, "output_token_logprobs")
+        ids = member(row, "output_ids")
         if not isinstance(pairs, list) or not isinstance(ids, list) or not pairs or kind not in ("stop", "length"):
             raise wrong("a sample without tokens, log-probs or a reason for its end")
-        tokens, logprobs = [], []
-        for pair in pairs:
-            if (
-                not isinstance(pair, list)
-                or len(pair) < 2
-                or not isinstance(pair[0], (float, int))
-                or not isinstance(pair[1], int)
-            ):
-                raise wrong(f"{str(pair)[:60]} instead of a log-prob and a token")
-            logprobs.append(float(pair[0]))
-            tokens.append(pair[1])
-        if tokens != ids:
-            raise wrong("tokens and log-probs of a sample are not of each other")
+        try:
+            logprobs, tokens = [float(pair[0]) for pair in pairs], [pair[1] for pair in pairs]
+            fit = tokens == ids and all(isinstance(token, int) for token in tokens)
+        except (TypeError, ValueError, LookupError):
+            fit = False
+        if not fit:
+            raise wrong(f"tokens and log-probs of a sample are not of each other: {str(pairs)[:60]}")
         if not math.isfinite(sum(logprobs)):
             raise wrong("a log-prob of a sample is not finite")
         spans = _spans(meta, len(tokens), tag)

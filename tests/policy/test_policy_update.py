@@ -273,6 +273,10 @@ def test_models_that_tree_attention_or_the_head_would_get_wrong_are_refused(buil
     with pytest.raises(UserError, match="full attention"):
         policy_of(model)
     model = build_model()
+    model.config.sliding_window = 8  # as Mistral says it, whose layers have no kinds
+    with pytest.raises(UserError, match="full attention .*sliding"):
+        policy_of(model)
+    model = build_model()
     model.config.logit_scale = 0.5
     with pytest.raises(UserError, match="logit_scale"):
         policy_of(model)
