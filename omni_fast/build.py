@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 import zlib
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -25,7 +27,7 @@ from omni_fast.checkpoint import published
 from omni_fast.config import Config
 from omni_fast.curriculum.stages import Draw
 from omni_fast.errors import UserError
-from omni_fast.evaluate import EVAL_TOKENS_FACTOR, Evaluation, evaluate, tokenise
+from omni_fast.evaluate import EVAL_TOKENS_FACTOR, Evaluation, decode, tokenise
 from omni_fast.grading import Grading, composed
 from omni_fast.groups import Group, by_task
 from omni_fast.policy.model import load, stop_tokens
@@ -121,17 +123,20 @@ class Parts:
         self.scorer.submit(groups[place])
 
     def evaluate(self, task: str, items: Sequence[Item], temperature: float = 0.0) -> Evaluation:
-        """One completion per item; Ctrl-C takes effect between two tokens, since an evaluation is simply done again."""
+        """One completion per item, scored by the task's metric; Ctrl-C takes effect between two tokens, since an evaluation is simply done again."""
 
         def interruptible(tokens: int, running: int) -> None:
             self.run.raise_if_stopping()
             self.progress.wait(f"{task}: {running} of {len(items)} completions")
 
-        prompts = [self.prompts[task, item.id] for item in items]
-        sampling = Sampling(
-            EVAL_TOKENS_FACTOR * self.tasks[task].max_new_tokens, temperature, self.stop_token_ids, self.config.seed
-        )
-        return evaluate(self.engine, self.tokenizer, self.tasks[task], items, prompts, sampling, interruptible)
+        prompts = [Prompt(self.prompts[task, item.id], key) for key, item in enumerate(items)]
+        limit = EVAL_TOKENS_FACTOR * self.tasks[task].max_new_tokens
+        sampling = Sampling(limit, temperature, self.stop_token_ids, self.config.seed)
+        samples = [one for (one,) in self.engine.generate(prompts, 1, sampling, interruptible)]
+        texts = decode(self.tokenizer, items, samples)
+        values = [math.nan if value is None else value for value in self.tasks[task].metric(items, texts)]
+        truncated = sum(sample.finish_reason == "length" for sample in samples) / len(samples)
+        return Evaluation(items, np.array(values), texts, truncated)
 
     def sleep(self) -> None:
         """Let the engine's servers give their GPU memory to the policy until the next sync, where the config says so."""

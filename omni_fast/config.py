@@ -252,10 +252,8 @@ class Config(Section):
         """All that the result depends on: neither logging nor checkpoints, nor where servers stand and how they are waited for."""
         judge = {"url": True, "timeout_s": True}
         engine = dict.fromkeys(EngineConfig.model_fields.keys() - {"kind", "dtype", "flags"}, True)
-        return self.model_dump(
-            mode="json",
-            exclude={"logging": True, "checkpoint": True, "rewards": True, "judge": judge, "engine": engine},
-        )
+        parts: dict[str, Any] = {"judge": judge, "engine": engine, "logging": True, "checkpoint": True, "rewards": True}
+        return self.model_dump(mode="json", exclude=parts)
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Config:

@@ -1,4 +1,4 @@
-"""Score the current policy on held-out items: greedy, with twice the new tokens that training allows.
+"""What a policy is scored on and what comes out: greedy, with twice the new tokens that training allows (`Parts.evaluate`).
 
 Twice the tokens, for the first and the last policy alike, so that a gain is never a truncation effect.
 """
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from omni_fast.errors import UserError
 from omni_fast.policy.model import chat_tokens
-from omni_fast.rollout.engine import Engine, Progress, Prompt, Sample, Sampling
+from omni_fast.rollout.engine import Sample
 from omni_fast.tasks.base import Item, Task
 
 EVAL_TOKENS_FACTOR = 2
@@ -43,24 +43,6 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, task: Task, item: Item, max_tok
             "raise rollout.max_prompt_tokens or shorten the prompt"
         )
     return tokens
-
-
-def evaluate(
-    engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    items: Sequence[Item],
-    prompts: Sequence[list[int]],
-    sampling: Sampling,
-    progress: Progress | None = None,
-) -> Evaluation:
-    """One completion per item, scored by the task's metric. prompts: the items' tokens."""
-    keyed = [Prompt(tokens, key) for key, tokens in enumerate(prompts)]
-    samples = [group[0] for group in engine.generate(keyed, 1, sampling, progress)]
-    texts = decode(tokenizer, items, samples)
-    values = [np.nan if value is None else value for value in task.metric(items, texts)]
-    truncated = float(np.mean([sample.finish_reason == "length" for sample in samples]))
-    return Evaluation(items, np.asarray(values, dtype=np.float64), texts, truncated)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], samples: Sequence[Sample]) -> list[str]:

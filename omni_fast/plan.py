@@ -33,24 +33,18 @@ def singles(config: Config) -> list[Stage]:
 def solve(run: Run) -> Plan:
     """The order from the finished single-task runs, or as the config gives it, and its stages."""
     config, names = run.config, task_names(run.config)
+    wanted, weights = config.curriculum, {task.name: task.weight for task in config.tasks}
     transfer = decision = None
-    order: Sequence[str] = config.curriculum.order
-    statement = f"Mode {config.curriculum.mode}: the order is not measured."
-    if config.curriculum.measures_transfer:
+    order: Sequence[str] = wanted.order
+    statement = f"Mode {wanted.mode}: the order is not measured."
+    if wanted.measures_transfer:
         single = {name: item_scores(run, f"single:{name}", "select") for name in names}
         base = item_scores(run, BASE, "select")
         transfer = measure(base, single, draws=config.evaluation.bootstrap_draws, seed=config.seed)
         decision = decide(transfer)
         order, statement = decision.order, decision.statement
-    stages = build_stages(
-        config.curriculum.mode,
-        names,
-        config.curriculum.steps_per_stage,
-        order=order,
-        seed=config.seed,
-        replay=config.curriculum.replay_fraction,
-        weights={task.name: task.weight for task in config.tasks},
-    )
+    steps, replay = wanted.steps_per_stage, wanted.replay_fraction
+    stages = build_stages(wanted.mode, names, steps, order=order, seed=config.seed, replay=replay, weights=weights)
     return Plan(stages, statement, transfer, decision)
 
 

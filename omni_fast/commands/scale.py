@@ -86,8 +86,6 @@ def predict(
     shape, sync = read_shape(model_shape), sync_gb_s * 1e9
     fleet = Fleet(shape, machine, gpus, server_gpus, staleness, sync, sync_share, hours_between_failures, experts_stay)
     work = Work(prompts, samples, prompt_tokens, new_tokens, max_new_tokens, spread, mixed=mixed)
-    if trainer_gpus > gpus:
-        raise UserError(f"--trainer-gpus {trainer_gpus} is more than --gpus {gpus}")
     if plot and (trainer_gpus or gpus == 1):
         raise UserError("--plot shows all splits: leave out --trainer-gpus, and give two GPUs or more")
     if plot and not plot.parent.is_dir():

@@ -89,7 +89,9 @@ def plan(fleet: Fleet, work: Work, trainer_gpus: int) -> Plan:
             "or --staleness"
         )
     if servers < 1:
-        raise UserError(f"{fleet.gpus - trainer_gpus} GPUs are left for servers of {server.gpus}: give more --gpus")
+        raise UserError(
+            f"--gpus {fleet.gpus} leaves no room for a server of {server.gpus} beside those that train: give more"
+        )
     update = trainer.update_s(work)
     # In turns every server collects its own part of the weights, all at once.
     rate = fleet.sync_bytes_s or (CPU_SYNC_BYTES_S if fleet.machine == "cpu" else SYNC_BYTES_S)

@@ -225,8 +225,8 @@ def test_the_size_of_a_study() -> None:
         (["--model-shape", "kimi-k2", "--server-gpus", "8", "--trainer-gpus", "4"], "more --server-gpus"),
         (["--trainer-gpus", "1"], "4 GPUs are the fewest"),
         (["--model-shape", "kimi-k2", "--gpus", "1024"], "--experts-stay"),
-        (["--trainer-gpus", "7", "--server-gpus", "2"], "more --gpus"),
-        (["--trainer-gpus", "9"], "more than --gpus"),
+        (["--trainer-gpus", "7", "--server-gpus", "2"], "no room for a server of 2"),
+        (["--trainer-gpus", "9"], "--gpus 8 leaves no room"),
         (["--plot", "x.png", "--trainer-gpus", "4"], "leave out"),
     ],
 )  # fmt: skip
