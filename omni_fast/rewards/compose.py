@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from omni_fast.errors import UserError
-from omni_fast.rewards.score import Score
+from omni_fast.rewards.score import Part, Score
 
 MAX_WEIGHT = 1e6  # squares of sums stay numbers
 ZERO_STD = 1e-6  # a spread below this is rounding noise: dividing by it would turn noise into a full-size advantage
@@ -79,10 +79,15 @@ def total(score: Score, composition: Composition) -> float | None:
     return sum(weight * values[name] for name, weight in composition.weights.items())
 
 
+def moments(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and population standard deviation of at least one value."""
+    mean = math.fsum(values) / len(values)
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+
+
 def centre(values: Sequence[float], scale: Literal["std", "none"]) -> list[float]:
     """Values minus their mean, for "std" over the population standard deviation; all 0.0 when they do not differ."""
-    mean = math.fsum(values) / len(values)
-    std = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+    mean, std = moments(values)
     if std <= ZERO_STD * max(1.0, abs(mean)):
         return [0.0] * len(values)
     return [(value - mean) / (std if scale == "std" else 1.0) for value in values]
@@ -98,21 +103,18 @@ def group_advantages(
     A "normalised" composition always divides each part by its own deviation; the sum of the parts is brought back to a
     common scale over the step by `batch_normalise`.
     """
-    valid = [index for index, score in enumerate(scores) if score.valid]
-    advantages: list[float | None] = [None] * len(scores)
+    valid = [score for score in scores if score.valid]
     if len(valid) < 2:
-        return advantages
+        return [None] * len(scores)
     if composition.kind == "normalised":
         sums = [0.0] * len(valid)
         for name, weight in composition.weights.items():
-            for place, value in enumerate(centre([part_value(scores[index], name) for index in valid], "std")):
-                sums[place] += weight * value
+            part = centre([part_value(score, name) for score in valid], "std")
+            sums = [before + weight * value for before, value in zip(sums, part, strict=True)]
     else:
-        totals = [total(scores[index], composition) for index in valid]
-        sums = centre([value for value in totals if value is not None], scale)
-    for index, value in zip(valid, sums, strict=True):
-        advantages[index] = value
-    return advantages
+        sums = centre([value for score in valid if (value := total(score, composition)) is not None], scale)
+    advantages = iter(sums)
+    return [next(advantages) if score.valid else None for score in scores]
 
 
 def batch_normalise(groups: Sequence[Sequence[float | None]]) -> list[list[float | None]]:
@@ -141,13 +143,14 @@ class PartStatistics:
 
 def part_statistics(scores: Sequence[Score]) -> dict[str, PartStatistics]:
     """Statistics of every part that occurs, by name, in order of first appearance."""
-    names = list(dict.fromkeys(name for score in scores for name in score.parts))
+    found: dict[str, list[Part]] = {}
+    for score in scores:
+        for name, part in score.parts.items():
+            found.setdefault(name, []).append(part)
     result: dict[str, PartStatistics] = {}
-    for name in names:
-        parts = [score.parts[name] for score in scores if name in score.parts]
+    for name, parts in found.items():
         values = [part.value for part in parts if part.value is not None]
-        mean = math.fsum(values) / len(values) if values else None
-        std = None if mean is None else math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+        mean, std = moments(values) if values else (None, None)
         reasons = Counter(part.reason for part in parts if part.reason != "ok")
         result[name] = PartStatistics(len(parts), len(parts) - len(values), mean, std, dict(reasons))
     return result
@@ -180,23 +183,16 @@ class GroupStatistics:
 
 def group_statistics(groups: Sequence[Sequence[Score]], composition: Composition) -> GroupStatistics:
     """Statistics over the groups of one step or one evaluation."""
-    totals = [value for group in groups for score in group if (value := total(score, composition)) is not None]
+    scores = [score for group in groups for score in group]
+    totals = [value for score in scores if (value := total(score, composition)) is not None]
     advantages = [group_advantages(group, composition) for group in groups]
-    samples = sum(len(group) for group in groups)
+    lost = [f"{name}:{part.reason}" for score in scores for name, part in score.parts.items() if not part.valid]
     return GroupStatistics(
         groups=len(groups),
-        samples=samples,
+        samples=len(scores),
         reward=math.fsum(totals) / len(totals) if totals else None,
-        mixed=sum(any(value for value in group) for group in advantages),
+        mixed=sum(any(group) for group in advantages),
         dropped=sum(all(value is None for value in group) for group in advantages),
-        invalid=samples - len(totals),
-        invalid_reasons=dict(
-            Counter(
-                f"{name}:{part.reason}"
-                for group in groups
-                for score in group
-                for name, part in score.parts.items()
-                if part.value is None
-            )
-        ),
+        invalid=len(scores) - len(totals),
+        invalid_reasons=dict(Counter(lost)),
     )

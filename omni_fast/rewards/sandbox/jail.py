@@ -99,14 +99,14 @@ def lock_down(settings: dict) -> None:
     check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, settings["filter"], 0, 0), "seccomp")
 
 
-def one_call(function, args):  # noqa: ANN001, ANN201 -- hostile values have no type
-    """Outcome and value of one call. Catches all: SystemExit and KeyboardInterrupt are a sample's tricks, not ours."""
+def attempt(work, *args):  # noqa: ANN001, ANN002, ANN201 -- hostile values have no type
+    """Outcome and result. Catches all: SystemExit and KeyboardInterrupt are a sample's tricks, not ours."""
     try:
-        return ["ok", wire.encode(function(*args))]
+        return "ok", work(*args)
     except MemoryError:
-        return ["memory", "MemoryError"]
+        return "memory", "MemoryError"
     except BaseException as error:  # noqa: BLE001
-        return ["error", describe(error)]
+        return "error", describe(error)
 
 
 def describe(error: BaseException) -> str:
@@ -116,10 +116,10 @@ def describe(error: BaseException) -> str:
         return "error without a text"
 
 
-def reply(values: list) -> None:
-    line = wire.to_json(values).encode("ascii") + b"\n"
-    while line:
-        line = line[os.write(RESULT_FD, line) :]
+def reply(line: str) -> None:
+    data = line.encode("ascii") + b"\n"
+    while data:
+        data = data[os.write(RESULT_FD, data) :]
 
 
 def load(job: dict) -> object:
@@ -129,27 +129,22 @@ def load(job: dict) -> object:
     return namespace[job["entry"]]
 
 
+def answer(function, index: int, line: bytes) -> str:  # noqa: ANN001
+    """One call of the sample's function, as the line that tells its value."""
+    return wire.to_json([index, "ok", wire.encode(function(*wire.loads(line)))])
+
+
 def work(settings: dict) -> None:
     """Body of the child: read one job, answer its calls in order. Never returns."""
     lock_down(settings)
     random.seed(0)  # rewards are reproducible: the hash seed is fixed by the environment, this by us
     os.write(RESULT_FD, READY)
     lines = os.fdopen(JOB_FD, "rb")
-    job = wire.loads(lines.readline())
-    try:
-        function = load(job)
-        reply(["load", "ok", ""])
-    except MemoryError:
-        reply(["load", "memory", "MemoryError"])
-        os._exit(0)
-    except BaseException as error:  # noqa: BLE001
-        reply(["load", "error", describe(error)])
-        os._exit(0)
-    for index, line in enumerate(lines):
-        try:
-            reply([index, *one_call(function, wire.loads(line))])
-        except (ValueError, RecursionError, MemoryError) as error:  # a value that JSON cannot carry
-            reply([index, "error", describe(error)])
+    loaded, function = attempt(load, wire.loads(lines.readline()))
+    reply(wire.to_json(["load", loaded, "" if loaded == "ok" else function]))
+    for index, line in enumerate(lines if loaded == "ok" else ()):
+        outcome, text = attempt(answer, function, index, line)
+        reply(text if outcome == "ok" else wire.to_json([index, outcome, text]))
     os._exit(0)
 
 
@@ -287,7 +282,7 @@ def rehearse() -> None:
     for number in range(20):
         source = f"def rehearsal(x):\n    return [x, {number}, 'a', 1.5, (x,)]\n"
         function = load(wire.loads(wire.dumps({"source": source, "entry": "rehearsal"})))
-        wire.to_json([number, *one_call(function, wire.loads(wire.dumps((number,))))])
+        attempt(answer, function, number, wire.dumps((number,)))
         random.seed(0)
 
 
