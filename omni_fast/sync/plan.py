@@ -21,25 +21,23 @@ BUCKET_BYTES = 512 << 20
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor; `offset` is where its first number stands in its bucket."""
+    """One tensor."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: torch.Size
     dtype: torch.dtype
-    offset: int
-
-    @property
-    def count(self) -> int:
-        return int(torch.Size(self.shape).numel())
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Tensors of one dtype that travel as one flat buffer of `count` numbers."""
+    """Tensors of one dtype that travel one after the other as one flat buffer of `count` numbers."""
 
     dtype: torch.dtype
-    entries: tuple[Entry, ...]
-    count: int
+    entries: list[Entry]
+
+    @property
+    def count(self) -> int:
+        return sum(entry.shape.numel() for entry in self.entries)
 
     @property
     def size(self) -> int:
@@ -48,12 +46,13 @@ class Bucket:
 
     def views(self, flat: Tensor) -> list[tuple[str, Tensor]]:
         """Its tensors as parts of its buffer."""
-        return [(one.name, flat[one.offset : one.offset + one.count].view(one.shape)) for one in self.entries]
+        parts = flat.split([entry.shape.numel() for entry in self.entries])
+        return [(entry.name, part.view(entry.shape)) for entry, part in zip(self.entries, parts, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    buckets: tuple[Bucket, ...]
+    buckets: list[Bucket]
 
     @property
     def entries(self) -> list[Entry]:
@@ -66,23 +65,15 @@ def make_plan(model: PreTrainedModel, bucket_bytes: int = BUCKET_BYTES, dtype: t
     dtype: what fp32 tensors travel as; None: all as they are.
     """
     buckets: list[Bucket] = []
-    open_: dict[torch.dtype, list[Entry]] = {}
-
-    def close(kind: torch.dtype) -> None:
-        if entries := open_.pop(kind, []):
-            buckets.append(Bucket(kind, tuple(entries), entries[-1].offset + entries[-1].count))
-
+    open_: dict[torch.dtype, Bucket] = {}
     for name, value in tensors(model):
         kind = dtype if dtype is not None and value.dtype == torch.float32 else value.dtype
-        entries = open_.get(kind, [])
-        start = entries[-1].offset + entries[-1].count if entries else 0
-        if entries and (start + value.numel()) * kind.itemsize > bucket_bytes:
-            close(kind)
-            start = 0
-        open_.setdefault(kind, []).append(Entry(name, tuple(value.shape), kind, start))
-    for kind in list(open_):
-        close(kind)
-    return Plan(tuple(buckets))
+        bucket = open_.get(kind)
+        if bucket is None or bucket.size + value.numel() * kind.itemsize > bucket_bytes:
+            bucket = open_[kind] = Bucket(kind, [])
+            buckets.append(bucket)
+        bucket.entries.append(Entry(name, value.shape, kind))
+    return Plan(buckets)
 
 
 @torch.no_grad()
