@@ -209,6 +209,7 @@ def load_model(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"model.device '{device}' cannot be used ({reason}); give 'auto', 'cpu' or 'cuda'") from error
     if config.model.path == "tiny":
+        device = "cpu" if config.model.device == "auto" else device  # a GPU would wait for its launches
         return tiny_model(tiny_corpus(config.tasks, config.seed), seed=config.seed, device=device)
     return load(config.model.path, dtype=torch.float32, device=device)
 
