@@ -23,13 +23,12 @@ from omni_fast.rewards.text_checks import FUNCTION_WORDS, strip_reasoning
 MAX_CHARS = 2_000
 MAX_ANSWER_WORDS = 12
 
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 _UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"
-)
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_NUMBER = {word: value for value, word in enumerate(_UNITS.split())}
-_TEN = {word: 10 * value for value, word in enumerate(_TENS.split(), start=2)}
+).split()
+_NUMBER = dict(zip([*_UNITS, *_TENS], [*range(20), *range(20, 100, 10)], strict=True))
 _ARTICLES = frozenset(("a", "an", "the"))
 _TOKEN = re.compile(r"(?<!\w)[-−]?\d+(?:[.,]\d+)*|[^\W\d_]+|[%€$£+°]")
 _TAGGED = (  # the last match of the first kind that matches is the answer
@@ -94,16 +93,12 @@ def tokens(text: str) -> list[str]:
         value = _NUMBER.get(token)
         if value is not None and 0 < value < 10 and result and result[-1] in _TENS_TEXT:
             result[-1] = str(int(result[-1]) + value)  # twenty one -> 21
-        elif value is not None:
-            result.append(str(value))
-        elif token in _TEN:
-            result.append(str(_TEN[token]))
         elif token not in _ARTICLES:
-            result.append(_number(token))
+            result.append(_number(token) if value is None else str(value))
     return result
 
 
-_TENS_TEXT = frozenset(str(value) for value in _TEN.values())
+_TENS_TEXT = frozenset(str(_NUMBER[word]) for word in _TENS)
 
 
 def normalise(text: str) -> str:
@@ -126,10 +121,9 @@ def extract_answers(completion: str) -> list[str]:
         found = pattern.findall(text)
         if found:
             return [_first_sentence(found[-1])]
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
+    if not text.strip():
         return []
-    first = _LEAD_IN.sub("", _first_sentence(lines[0].strip()))
+    first = _LEAD_IN.sub("", _first_sentence(text.strip().splitlines()[0].strip()))
     sides = _COPULA.split(first)
     return [first, sides[0], sides[-1]] if len(sides) == 2 else [first]
 
@@ -147,12 +141,11 @@ class QaMatcher:
         if not normalise(gold):
             raise UserError(f"the gold answer {gold!r} has no letter or digit; correct or remove the item")
         others = [normalise(text) for text in candidates if text != gold]
-        clash = [text for text in others if text in self.accepted or not text]
-        if clash or len(set(others)) != len(others):
+        if len({*others, *self.accepted, ""}) <= len(others) + len(self.accepted):
             raise UserError(
                 f"two candidates of {list(candidates)} read the same as each other or as {gold!r}; remove one"
             )
-        self._rivals = bool(set(others) - self.accepted)
+        self._rivals = bool(others)
         self._named = sorted(((text.split(), text) for text in {*self.accepted, *others}), key=lambda row: -len(row[0]))
 
     def named(self, text: str) -> set[str]:

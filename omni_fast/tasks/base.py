@@ -38,6 +38,12 @@ class Item:
     prefix: str = ""
 
 
+def words_of(answer: Mapping[str, Json]) -> tuple[str, ...]:
+    """The words that a prompt asks for, lower case."""
+    words = answer.get("words")
+    return tuple(str(word).lower() for word in words) if isinstance(words, list) else ()
+
+
 class Task(Protocol):
     """A domain. All methods are deterministic functions of the task's seed and their arguments."""
 

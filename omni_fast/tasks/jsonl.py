@@ -26,7 +26,7 @@ from omni_fast.rewards.judge.base import Reply
 from omni_fast.rewards.qa import QaMatcher
 from omni_fast.rewards.score import Part, Score
 from omni_fast.rewards.text_checks import gate, strip_reasoning
-from omni_fast.tasks.base import Item, Json, Resources, Split, Task
+from omni_fast.tasks.base import Item, Json, Resources, Split, Task, words_of
 from omni_fast.tasks.files import Row, read_rows
 from omni_fast.tasks.splits import partition
 
@@ -119,7 +119,9 @@ class FileTask:
         """Why each item is dropped, or ""."""
         golds = [str(item.answer["gold"]) for item in items]
         if self.verifier == "judge":  # a reference is a bar, not a truth: it must pass the gates that replies meet
-            refused = [gate(i.prompt, strip_reasoning(gold), _words(i)) for i, gold in zip(items, golds, strict=True)]
+            refused = [
+                gate(i.prompt, strip_reasoning(gold), words_of(i.answer)) for i, gold in zip(items, golds, strict=True)
+            ]
             return [f"gold:{reason}" if reason else "" for reason in refused]
         reasons = ["" if part.value == 1.0 else f"gold:{part.reason}" for part in self._grade(items, golds)]
         stubs = {"empty": [""] * len(items), "prompt": [item.prompt for item in items]}  # replies that answer nothing
@@ -140,7 +142,7 @@ class FileTask:
         pairs = zip(items, completions, strict=True)
         if self.verifier == "judge":
             judge = (self.resources.metric_judge if metric else self.resources.reward_judge)()
-            return judge.judge([Reply(i.prompt, text, str(i.answer["gold"]), _words(i)) for i, text in pairs])
+            return judge.judge([Reply(i.prompt, text, str(i.answer["gold"]), words_of(i.answer)) for i, text in pairs])
         return [_matcher(item.answer).score(text) for item, text in pairs]
 
 
@@ -244,11 +246,6 @@ def _tests(answer: Mapping[str, Json]) -> Tests:
     if not cases:
         raise ValueError('column \'tests\' must be a list of {"args": [...], "expected": ...}')
     return Tests(str(answer["entry"]), tuple(cases))
-
-
-def _words(item: Item) -> tuple[str, ...]:
-    words = item.answer.get("words")
-    return tuple(str(word).lower() for word in words) if isinstance(words, list) else ()
 
 
 def _short(text: str) -> str:

@@ -19,7 +19,7 @@ from omni_fast.rewards.judge.base import Judge, Reply
 from omni_fast.rewards.judge.sentences import ANIMATE, EVENTS, OBJECTS, PLACES, article, prompt_text, reference_sentence
 from omni_fast.rewards.score import Part, Score
 from omni_fast.rewards.text_checks import strip_reasoning, words
-from omni_fast.tasks.base import Item, Json, Resources, Split
+from omni_fast.tasks.base import Item, Json, Resources, Split, words_of
 from omni_fast.tasks.splits import BuiltIn, Level, Sizes, partition
 
 MIN_WORDS = 10
@@ -31,13 +31,10 @@ _TINY_OBJECTS = ("moon", "river", "bread", "boat", "stone", "bell", "key", "song
 
 def _replies(items: Sequence[Item], completions: Sequence[str]) -> list[Reply]:
     """What a judge is asked: the prompt in the words it was fitted on, without the length that is checked already."""
-    replies = []
-    for item, completion in zip(items, completions, strict=True):
-        required = item.answer["words"]
-        assert isinstance(required, list)
-        asked = str(item.answer.get("asked", item.prompt))
-        replies.append(Reply(asked, completion, str(item.answer["reference"]), tuple(str(word) for word in required)))
-    return replies
+    return [
+        Reply(str(item.answer.get("asked", item.prompt)), text, str(item.answer["reference"]), words_of(item.answer))
+        for item, text in zip(items, completions, strict=True)
+    ]
 
 
 def _pools(seed: int) -> dict[Split, list[Item]]:

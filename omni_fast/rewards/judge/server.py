@@ -189,8 +189,9 @@ class PairwiseJudge:
 
 
 def _part(forward: Verdict | Failure, swapped: Verdict | Failure) -> Part:
-    for answer in (forward, swapped):
-        if isinstance(answer, Failure):
-            return Part(None, f"judge_{answer.reason}")
-    value = combine(forward, swapped)  # type: ignore[arg-type]
+    if isinstance(forward, Failure):
+        return Part(None, f"judge_{forward.reason}")
+    if isinstance(swapped, Failure):
+        return Part(None, f"judge_{swapped.reason}")
+    value = combine(forward, swapped)
     return Part(value, "ok" if value == 1.0 else "tie" if value else "loss")

@@ -129,7 +129,7 @@ def load(job: dict) -> object:
     return namespace[job["entry"]]
 
 
-def answer(function, index: int, line: bytes) -> str:  # noqa: ANN001
+def value_line(function, index: int, line: bytes) -> str:  # noqa: ANN001
     """One call of the sample's function, as the line that tells its value."""
     return wire.to_json([index, "ok", wire.encode(function(*wire.loads(line)))])
 
@@ -143,7 +143,7 @@ def work(settings: dict) -> None:
     loaded, function = attempt(load, wire.loads(lines.readline()))
     reply(wire.to_json(["load", loaded, "" if loaded == "ok" else function]))
     for index, line in enumerate(lines if loaded == "ok" else ()):
-        outcome, text = attempt(answer, function, index, line)
+        outcome, text = attempt(value_line, function, index, line)
         reply(text if outcome == "ok" else wire.to_json([index, outcome, text]))
     os._exit(0)
 
@@ -282,7 +282,7 @@ def rehearse() -> None:
     for number in range(20):
         source = f"def rehearsal(x):\n    return [x, {number}, 'a', 1.5, (x,)]\n"
         function = load(wire.loads(wire.dumps({"source": source, "entry": "rehearsal"})))
-        attempt(answer, function, number, wire.dumps((number,)))
+        attempt(value_line, function, number, wire.dumps((number,)))
         random.seed(0)
 
 

@@ -106,9 +106,8 @@ class MontyJail:
             except (OSError, pydantic_monty.MontyError) as error:
                 raise JailError(f"the interpreter is lost: {error}") from None
             if len(job.source) > self.limits.source_chars or not job.entry.isidentifier():
-                last = Call("error", detail="source too long or no function name")
-            else:
-                last = feed(job.source + "\n\n'null'")  # two newlines: the source may end with a backslash
+                return [Call("error", detail="source too long or no function name")] * len(job.calls)
+            last = feed(job.source + "\n\n'null'")  # two newlines: the source may end with a backslash
             if last.outcome != "ok":
                 return [last] * len(job.calls)
             calls: list[Call] = []
