@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from omni_fast.commands import RunFolder, console, say
 from omni_fast.errors import RunError, UserError
@@ -63,19 +62,12 @@ def status(arguments: list[str]) -> None:
     from omni_fast.study import records
 
     found = records.read(Path(arguments[0]))
-    table = Table(box=None, padding=(0, 2))
-    for column in ("arm", "finished", "failed", "pending"):
-        table.add_column(column, justify="left" if column == "arm" else "right")
-    orders = Counter[str]()
+    counts: dict[str, Counter[str]] = {}
     for arm in found.arms:
-        counts = Counter[str](cell.status for cell in found.cells if cell.arm == arm.name)
-        if arm.every:
-            orders += counts
-        else:
-            table.add_row(arm.name, *(str(counts[kind] or "") for kind in ("finished", "failed", "pending")))
-    if orders:
-        table.add_row("every order", *(str(orders[kind] or "") for kind in ("finished", "failed", "pending")))
-    console.print(table)
+        own = counts.setdefault("every order" if arm.every else arm.name, Counter())
+        own.update(cell.status for cell in found.cells if cell.arm == arm.name)
+    for name, own in counts.items():
+        say(f"{name:<22} {_counted(own)}")
     say(f"{len(found.cells)} cells: {_counted(Counter[str](cell.status for cell in found.cells))}")
     reasons = Counter((cell.arm, cell.reason) for cell in found.cells if cell.status == "failed")
     for (name, reason), times in reasons.items():

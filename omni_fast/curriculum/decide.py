@@ -12,6 +12,7 @@ Limit: the draws hold the items' noise only; how much another training seed woul
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -112,18 +113,23 @@ def further_items(transfer: Transfer, best: Order, second: Order) -> dict[str, i
 
     Returns {} when they are separated already, None when the gap is 0: no number of items separates a tie.
     """
-    coefficients = _pair_signs(best) - _pair_signs(second)  # [K, K]: the weight of T[i, j] in the gap
-    gap = float((coefficients * transfer.matrix_KK).sum())
+    gap = orders.order_value(transfer.matrix_KK, best) - orders.order_value(transfer.matrix_KK, second)
     if gap <= orders.TIE:
         return None
     n_K = np.array(transfer.n_K, dtype=np.float64)
     allowed = (gap / Z95) ** 2
-    variance_K = (coefficients[None] * transfer.matrix_draws_BKK).sum(axis=1).var(axis=0)
+    variance_K = gap_variance(transfer, best, second)
     if variance_K.sum() <= allowed:
         return {}
     wanted_K = _neyman(np.sqrt(variance_K * n_K), n_K, allowed)
     extra = {name: math.ceil(wanted_K[j] - n_K[j] - 1e-9) for j, name in enumerate(transfer.tasks)}
     return {name: count for name, count in extra.items() if count > 0}
+
+
+def gap_variance(transfer: Transfer, best: Sequence[int], second: Sequence[int]) -> Floats:
+    """Each task's part [K] in the variance of the gap between two orders: items of different tasks are independent."""
+    weight_KK = _pair_signs(best) - _pair_signs(second)  # of T[i, j] in the gap
+    return np.asarray((weight_KK[None] * transfer.matrix_draws_BKK).sum(axis=1).var(axis=0))
 
 
 def _neyman(sd_K: Floats, n_K: Floats, allowed: float) -> Floats:
@@ -138,7 +144,7 @@ def _neyman(sd_K: Floats, n_K: Floats, allowed: float) -> Floats:
         free &= ~short
 
 
-def _pair_signs(order: Order) -> Floats:
+def _pair_signs(order: Sequence[int]) -> Floats:
     """[K, K]: 1 at (i, j) where j is trained before i."""
     place = np.argsort(order)
     return (place[:, None] > place[None, :]).astype(np.float64)

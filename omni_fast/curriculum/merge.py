@@ -20,8 +20,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from omni_fast.errors import UserError
-
 Weights = Mapping[str, Tensor]
 Method = Literal["linear", "task_arithmetic", "ties", "dare", "dare_ties"]
 
@@ -35,13 +33,11 @@ def merge(
     density: float = 0.5,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Merge single-task models.
+    """Merge single-task models, whose tensors have the base's names and shapes.
 
     scale: of the merged task vector (not for linear).
     density: share of each task vector that is kept, above 0 (ties, dare).   seed: of the drop-out (dare).
     """
-    for number, model in enumerate(models):
-        _check(base, model, number)
     merged: dict[str, Tensor] = {}
     for name, start in base.items():
         if not start.is_floating_point():
@@ -57,15 +53,6 @@ def merge(
         change = _elect(stack) if method in ("ties", "dare_ties") else stack.mean(dim=0)
         merged[name] = (origin + (1.0 if method == "linear" else scale) * change).to(start.dtype)
     return merged
-
-
-def _check(base: Weights, model: Weights, number: int) -> None:
-    wrong = sorted(set(base) ^ set(model)) or [name for name in base if base[name].shape != model[name].shape]
-    if wrong:
-        raise UserError(
-            f"Model {number} cannot be merged: its tensor '{wrong[0]}' is missing or has another shape than the base's;"
-            " merge runs of the same base model."
-        )
 
 
 def _trim(delta: Tensor, density: float) -> Tensor:

@@ -34,9 +34,7 @@ Order = tuple[int, ...]
 
 def order_value(matrix_KK: Floats, order: Sequence[int]) -> float:
     """Sum of T[i -> j] over the pairs with j trained before i: what the order decides of the summed forecast."""
-    positions = np.asarray(order)
-    permuted = matrix_KK[np.ix_(positions, positions)]
-    return float(np.tril(permuted, k=-1).sum())
+    return float(order_values(matrix_KK, order))
 
 
 @dataclass(frozen=True, slots=True)

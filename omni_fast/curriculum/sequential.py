@@ -16,8 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from omni_fast.curriculum import order as orders
-from omni_fast.curriculum.decide import Decision, decide
+from omni_fast.curriculum.decide import Decision, decide, gap_variance
 from omni_fast.curriculum.scores import Floats
 from omni_fast.curriculum.transfer import Transfer, measure
 
@@ -75,15 +74,10 @@ def settle_order(tasks: Sequence[str], sizes: Mapping[str, int], scorer: Scorer,
 
 def _least_certain(transfer: Transfer, decision: Decision, candidates: Sequence[str]) -> str:
     """The task whose further items reduce the variance of the gap to the second best order most."""
-    index = {task: j for j, task in enumerate(transfer.tasks)}
-    best = [index[task] for task in decision.order]
-    second = [index[task] for task in decision.second] if decision.second else best
-    drop: dict[str, float] = {}
-    for task in candidates:
-        only = np.zeros_like(transfer.matrix_draws_BKK)
-        only[:, :, index[task]] = transfer.matrix_draws_BKK[:, :, index[task]]
-        gap = orders.order_values(only, best) - orders.order_values(only, second)
-        drop[task] = float(gap.var()) / transfer.n_K[index[task]]
-    if max(drop.values()) == 0.0:  # the two orders tie, or nothing has moved yet: the task with the fewest items
-        return min(candidates, key=lambda task: transfer.n_K[index[task]])
-    return max(drop, key=lambda task: drop[task])
+    best, second = (
+        [transfer.tasks.index(task) for task in order] for order in (decision.order, decision.second or decision.order)
+    )
+    items = dict(zip(transfer.tasks, transfer.n_K, strict=True))
+    drop = dict(zip(transfer.tasks, gap_variance(transfer, best, second) / transfer.n_K, strict=True))
+    # where the two orders tie, or nothing has moved yet: the task with the fewest items
+    return max(candidates, key=lambda task: (drop[task], -items[task]))

@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -42,24 +41,16 @@ SCHEDULERS: dict[str, Scheduler] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Regret:
-    """Summed score that a scheduler loses against the best order: its mean over instances, and that one's standard error."""
-
-    scheduler: str
-    instances: int
-    mean: float
-    standard_error: float
-
-
 def random_matrices(count: int, ks: Sequence[int], rng: np.random.Generator) -> list[Floats]:
     """`count` matrices with K cycling through `ks` and every off-diagonal T uniform in [LOW, HIGH]."""
     sizes = [ks[n % len(ks)] for n in range(count)]
     return [rng.uniform(LOW, HIGH, (k, k)) * (1.0 - np.eye(k)) for k in sizes]
 
 
-def simulate(matrices: Sequence[Floats], *, noise: float = 0.0, repeats: int = 1, seed: int = 0) -> list[Regret]:
-    """Regret of every scheduler, all on the same matrices and the same noise.
+def simulate(
+    matrices: Sequence[Floats], *, noise: float = 0.0, repeats: int = 1, seed: int = 0
+) -> dict[str, list[float]]:
+    """Scheduler -> summed score lost against the best order, instance by instance; all on the same matrices and noise.
 
     matrices: true transfer, [K, K] each.   noise: standard error of each measured T.   repeats: noise draws per matrix.
     UserError for a matrix that is not square, not finite, or beyond MAX_TASKS.
@@ -79,11 +70,7 @@ def simulate(matrices: Sequence[Floats], *, noise: float = 0.0, repeats: int = 1
             seen = matrix + rng.normal(0.0, noise, matrix.shape) if noise > 0 else matrix
             for name, schedule in SCHEDULERS.items():
                 lost[name].append(best - orders.order_value(matrix, schedule(seen, rng)))
-    count = len(matrices) * repeats
-    error = {
-        name: np.std(values, ddof=1) / math.sqrt(count) if count > 1 else math.nan for name, values in lost.items()
-    }
-    return [Regret(name, count, float(np.mean(values)), float(error[name])) for name, values in lost.items()]
+    return lost
 
 
 def regret_table(groups: Mapping[str, Sequence[Floats]], noises: Sequence[float], *, repeats: int, seed: int) -> str:
@@ -91,26 +78,17 @@ def regret_table(groups: Mapping[str, Sequence[Floats]], noises: Sequence[float]
 
     groups: name -> matrices.
     """
-    columns = [
-        (f"{name}, s.e. {noise:g}", simulate(matrices, noise=noise, repeats=repeats, seed=seed))
+    columns = {
+        f"{name}, s.e. {noise:g}": simulate(matrices, noise=noise, repeats=repeats, seed=seed)
         for name, matrices in groups.items()
         for noise in noises
-    ]
-    head = ["scheduler", *(name for name, _ in columns)]
-    rows = [
-        [scheduler, *(f"{max(0.0, rows[k].mean):.3f} ± {rows[k].standard_error:.3f}" for _, rows in columns)]
-        for k, scheduler in enumerate(SCHEDULERS)
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
-
-
-def _read_matrix(path: Path) -> Floats:
-    try:
-        return np.array(json.loads(path.read_text(encoding="utf-8")), dtype=np.float64)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} does not hold a transfer matrix ({error}); write it as a JSON list of rows of numbers."
-        ) from error
+    }
+    rows = [["scheduler", *columns], ["---"] * (1 + len(columns))]
+    for scheduler in SCHEDULERS:
+        found = [np.array(lost[scheduler]) for lost in columns.values()]
+        errors = [np.std(x, ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan for x in found]
+        rows.append([scheduler, *(f"{max(0.0, x.mean()):.3f} ± {e:.3f}" for x, e in zip(found, errors, strict=True))])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -128,10 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     try:
         if given.matrix is not None:
-            groups = {given.matrix.name: [_read_matrix(given.matrix)]}
+            groups = {given.matrix.name: [np.array(json.loads(given.matrix.read_bytes()), dtype=np.float64)]}
         print(regret_table(groups, given.noise, repeats=1 if given.matrix is None else 500, seed=given.seed))
     except UserError as error:
         parser.error(str(error))
+    except (OSError, ValueError, TypeError) as error:
+        parser.error(f"{given.matrix} is no matrix ({error}); write it as a JSON list of rows of numbers")
 
 
 if __name__ == "__main__":

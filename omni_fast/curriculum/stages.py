@@ -61,10 +61,6 @@ def build_stages(
     replay: share of each later stage's prompts that go, in equal parts, to the tasks already trained (0 <= replay < 1).
     weights: of the tasks in `joint`, above 0.
     """
-    if not 0.0 <= replay < 1.0:
-        raise UserError(
-            f"curriculum.replay is {replay}; it is a share of each stage and has to be at least 0 and below 1."
-        )
     if mode == "joint":
         total = sum(weights[task] for task in tasks)
         shares = tuple(weights[task] / total for task in tasks)
@@ -76,15 +72,8 @@ def build_stages(
     stages = []
     for place, task in enumerate(names):
         earlier = names[:place] if replay > 0 else []
-        own = 1.0 - replay if earlier else 1.0
-        stages.append(
-            Stage(
-                f"{mode}:{place + 1}:{task}",
-                (task, *earlier),
-                (own, *(replay / len(earlier) for _ in earlier)),
-                steps,
-            )
-        )
+        shares = (1.0 - replay if earlier else 1.0, *(replay / len(earlier) for _ in earlier))
+        stages.append(Stage(f"{mode}:{place + 1}:{task}", (task, *earlier), shares, steps))
     return stages
 
 

@@ -61,12 +61,9 @@ class Transfer:
 
     def effects(self) -> dict[str, dict[str, Estimate]]:
         """Trained task -> scored task -> T with its paired interval, the diagonal included."""
-        draws = self.matrix_draws_BKK
+        values, draws = self.matrix_KK.tolist(), self.matrix_draws_BKK
         return {
-            a: {
-                b: Estimate(float(self.matrix_KK[i, j]), self.n_K[j], *interval(draws[:, i, j]))
-                for j, b in enumerate(self.tasks)
-            }
+            a: {b: Estimate(values[i][j], self.n_K[j], *interval(draws[:, i, j])) for j, b in enumerate(self.tasks)}
             for i, a in enumerate(self.tasks)
         }
 
@@ -82,29 +79,19 @@ def measure(base: ItemScores, single: Mapping[str, ItemScores], *, draws: int = 
     rng = np.random.default_rng(seed)
     means, drawn, n_items, dropped = [], [], [], []
     for task in tasks:
-        columns = [base[task], *(single[i][task] for i in tasks)]
-        stack_MN = np.stack([np.asarray(c, dtype=np.float64) for c in columns])
+        rows = {"the initial policy": base[task]} | {f"the run of '{i}'": single[i][task] for i in tasks}
+        stack_MN = np.stack([np.asarray(row, dtype=np.float64) for row in rows.values()])
         ok = ~np.isnan(stack_MN).any(axis=0)
-        if not ok.any():
-            missing = [
-                "the initial policy" if m == 0 else f"the run of '{tasks[m - 1]}'"
-                for m in range(len(columns))
-                if np.isnan(stack_MN[m]).all()
-            ]
+        n = int(ok.sum())
+        if n == 0:
+            missing = [name for name, row in rows.items() if np.isnan(row).all()]
             raise RunError(
                 f"Task '{task}' has no item that every checkpoint scored (nothing at all from:"
                 f" {', '.join(missing) or 'none'}); repair its verifier or judge and evaluate again."
             )
         stack_MN = stack_MN[:, ok]
-        n = stack_MN.shape[1]
         means.append(stack_MN.mean(axis=1))
         drawn.append(resample(n, draws, rng) @ stack_MN.T)
         n_items.append(n)
         dropped.append(int((~ok).sum()))
-    return Transfer(
-        tasks=tasks,
-        scores_MK=np.stack(means, axis=1),
-        draws_BMK=np.stack(drawn, axis=2),
-        n_K=tuple(n_items),
-        dropped_K=tuple(dropped),
-    )
+    return Transfer(tasks, np.stack(means, axis=1), np.stack(drawn, axis=2), tuple(n_items), tuple(dropped))

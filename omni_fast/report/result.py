@@ -125,8 +125,7 @@ def _number(x: float | int) -> float | int | None:
 
 
 def _dict(estimate: Estimate) -> Json:
-    found = estimate.as_dict()
-    return {"value": found["value"], "n": found["n"], "low": found["low"], "high": found["high"]}
+    return {name: _number(x) for name, x in asdict(estimate).items()}
 
 
 def _dicts(estimates: Mapping[str, Estimate]) -> Json:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
 from omni_fast.curriculum.decide import Decision, decide
 from omni_fast.curriculum.order import order_values
 from omni_fast.curriculum.proxy import Agreement, agreement, cosine_matrix
-from omni_fast.curriculum.scores import NOT_KNOWN, Estimate, Floats, flips, holm, own_stages
+from omni_fast.curriculum.scores import Estimate, Floats, flips, holm, own_stages
 from omni_fast.curriculum.sequential import settle_order
 from omni_fast.curriculum.transfer import Transfer
 from omni_fast.study.analysis_draws import UNKNOWN, Contrast, Draws, Names, Runs, joint_draws
@@ -25,6 +25,7 @@ from omni_fast.study.records import Arm, Cell, Study
 
 JOINT, MERGE, BASE = "joint", "merge:linear", "base"
 FEW_SEEDS = 5
+ITEMS = {"the full measurement, one seed": 1, "half of the items": 2, "a quarter of the items": 4}  # every n-th of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +99,12 @@ def competitors(study: Study) -> list[Arm]:
 
 
 def table(study: Study) -> tuple[list[ArmRow], Contrast]:
-    """A row per arm, and the primary contrast."""
-    finished = {arm.name: runs(study, arm.name) for arm in competitors(study)}
-    rows = [_row(study, arm, finished) for arm in competitors(study)]
+    """A row per arm with a finished seed, and the primary contrast."""
+    finished = {arm.name: found for arm in competitors(study) if (found := runs(study, arm.name))}
+    rows = [_row(study, arm, finished) for arm in competitors(study) if arm.name in finished]
     adjusted = holm({row.arm.name: row.over_joint.p for row in rows if not declared(study, row.arm.name)})
     rows = [replace(row, p_holm=adjusted.get(row.arm.name, math.nan)) for row in rows]
-    return rows, compare(finished, *study.primary, study.tasks)
+    return rows, compare(study, *study.primary)
 
 
 def declared(study: Study, arm: str) -> bool:
@@ -111,36 +112,38 @@ def declared(study: Study, arm: str) -> bool:
     return {arm, JOINT} == set(study.primary)
 
 
-def compare(finished: Mapping[str, Runs], arm: str, over: str, tasks: Names) -> Contrast:
+def compare(study: Study, arm: str, over: str) -> Contrast:
     """Average score of `arm` minus that of `over` on their common seeds."""
-    draws = joint_draws({name: finished.get(name, {}) for name in (arm, over)}, tasks)
+    draws = joint_draws({name: runs(study, name) for name in (arm, over)}, study.tasks)
     return draws.gain(arm, over) if draws else UNKNOWN
 
 
 def _row(study: Study, arm: Arm, finished: Mapping[str, Runs]) -> ArmRow:
     cells, tasks, name = study.of(arm.name), study.tasks, arm.name
-    own, joint, merge = (
-        joint_draws({each: finished.get(each, {}) for each in (name, *other)}, tasks) if name not in other else None
-        for other in ((), (JOINT,), (MERGE,))
+    own = joint_draws({name: finished[name]}, tasks)
+    assert own is not None  # it has a seed
+    joint, merge = (
+        joint_draws({each: finished.get(each, {}) for each in (name, other)}, tasks) if name != other else None
+        for other in (JOINT, MERGE)
     )
     costs = [(cell.samples_train, cell.samples_transfer, cell.completions_transfer, cell.seconds) for cell in cells]
-    samples, samples_transfer, completions, seconds = np.mean(costs, axis=0).tolist() if costs else [math.nan] * 4
+    samples, samples_transfer, completions, seconds = np.mean(costs, axis=0).tolist()
     return ArmRow(
-        arm=arm,
-        seeds=own.seeds if own else (),
-        scores={task: own.mean(name, task) if own else NOT_KNOWN for task in tasks},
-        average=own.mean(name) if own else NOT_KNOWN,
-        over_joint=joint.gain(name, JOINT) if joint else UNKNOWN,
-        p_holm=math.nan,
-        relative_joint=joint.relative(name, JOINT) if joint else UNKNOWN,
-        relative_merge=merge.relative(name, MERGE) if merge else UNKNOWN,
-        bwt=_backward_transfer(cells, tasks),
-        flips={task: _flips(cells, task) for task in tasks},
-        samples=samples,
-        samples_transfer=samples_transfer,
-        completions=completions,
-        seconds=seconds,
-        orders=dict(Counter(cell.order for cell in cells if cell.order)),
+        arm,
+        own.seeds,
+        {task: own.mean(name, task) for task in tasks},
+        own.mean(name),
+        joint.gain(name, JOINT) if joint else UNKNOWN,
+        math.nan,
+        joint.relative(name, JOINT) if joint else UNKNOWN,
+        merge.relative(name, MERGE) if merge else UNKNOWN,
+        _backward_transfer(cells, tasks),
+        {task: _flips(cells, task) for task in tasks},
+        samples,
+        samples_transfer,
+        completions,
+        seconds,
+        dict(Counter(cell.order for cell in cells if cell.order)),
     )
 
 
@@ -224,58 +227,44 @@ def _sequential(study: Study, seed: int) -> tuple[float, bool, bool]:
 def _proxies(study: Study, seeds: Sequence[int]) -> list[ProxyRow]:
     """Each seed's cheap matrix against the full matrix of the other seeds (its own where there is no other)."""
     found: dict[str, tuple[float, float, list[Agreement]]] = {}
-
-    def add(name: str, training: float, evaluation: float, truth: Floats, proxy: Floats) -> None:
-        found.setdefault(name, (training, evaluation, []))[2].append(agreement(truth, proxy))
-
     probes = {task: runs(study, f"probe:{task}", "select") for task in study.tasks}
+    share = study.config["study"]["probe_steps"] / study.config["curriculum"]["steps_per_stage"]
     for seed in seeds:
-        others = [other for other in seeds if other != seed] or [seed]
-        truth = measure(single_runs(study, others), study.tasks)
+        truth = measure(single_runs(study, [other for other in seeds if other != seed] or [seed]), study.tasks)
         assert truth is not None  # `seeds` are those with a full matrix
         full = truth[0].matrix_KK
+
+        def add(name: str, training: float, evaluation: float, proxy: Floats, full: Floats = full) -> None:
+            found.setdefault(name, (training, evaluation, []))[2].append(agreement(full, proxy))
+
         policies = single_runs(study, [seed])
-        for name, step in (
-            ("the full measurement, one seed", 1),
-            ("half of the items", 2),
-            ("a quarter of the items", 4),
-        ):
+        for name, step in ITEMS.items():
             for start in range(step):
                 part = {
                     who: {seed: {task: items[start::step] for task, items in by_seed[seed].items()}}
                     for who, by_seed in policies.items()
                 }
-                cheap = measure(part, study.tasks)
-                if cheap is not None:
-                    add(name, 1.0, 1.0 / step, full, cheap[0].matrix_KK)
+                if cheap := measure(part, study.tasks):
+                    add(name, 1.0, 1.0 / step, cheap[0].matrix_KK)
         short = {task: {seed: own[seed]} if seed in own else {} for task, own in probes.items()}
-        probe = measure({BASE: policies[BASE], **short}, study.tasks)
-        if probe is not None:
-            steps = [cell.stages[-1].steps for cell in study.cells if cell.kind == "probe" and cell.stages]
-            share = float(np.mean(steps)) / study.config["curriculum"]["steps_per_stage"]
-            add("short probe runs", share, 1.0, full, probe[0].matrix_KK)
+        if probe := measure({BASE: policies[BASE], **short}, study.tasks):
+            add("short probe runs", share, 1.0, probe[0].matrix_KK)
         nodes = [study.pair(seed, task) for task in study.tasks]
         sketches = [node.sketch for node in nodes if node is not None and node.sketch is not None]
         if len(sketches) == len(study.tasks):
-            add("cosine of gradient sketches", 0.0, 0.0, full, cosine_matrix(sketches))
+            add("cosine of gradient sketches", 0.0, 0.0, cosine_matrix(sketches))
     return [
-        ProxyRow(name, _mean_agreement(agreements), training, evaluation)
-        for name, (training, evaluation, agreements) in found.items()
+        ProxyRow(name, Agreement(*np.mean([astuple(row) for row in rows], axis=0).tolist()), training, evaluation)
+        for name, (training, evaluation, rows) in found.items()
     ]
-
-
-def _mean_agreement(rows: Sequence[Agreement]) -> Agreement:
-    values = [[row.spearman, row.kendall, row.pairs, row.regret] for row in rows]
-    return Agreement(*(float(x) for x in np.mean(values, axis=0)))
 
 
 def warnings(study: Study) -> list[str]:
     """What limits the numbers: constant tasks, failed items, few seeds, a failed arm."""
     out = []
-    nodes = [node for by_path in study.nodes.values() for node in by_path.values()]
+    tests = [node.scores.values.get("test", {}) for by_path in study.nodes.values() for node in by_path.values()]
     for task in study.tasks:
-        found = [node.scores.values["test"].get(task) for node in nodes if "test" in node.scores.values]
-        items = np.concatenate([values for values in found if values is not None] or [np.empty(0)])
+        items = np.concatenate([np.empty(0), *(scores[task] for scores in tests if task in scores)])
         valid = items[~np.isnan(items)]
         if items.size and not valid.size:
             out.append(f"Task {task} has no score at all: its verifier or judge failed on every item.")
@@ -289,13 +278,12 @@ def warnings(study: Study) -> list[str]:
     failed: dict[str, list[str]] = {}
     for cell in study.cells:
         if cell.status == "failed":
-            failed.setdefault(cell.reason or "no reason was recorded", []).append(f"{cell.arm} (seed {cell.seed})")
+            failed.setdefault(cell.reason, []).append(f"{cell.arm} (seed {cell.seed})")
     for reason, cells in failed.items():
         more = f" and {len(cells) - 3} more" if len(cells) > 3 else ""
         out.append(f"Failed: {', '.join(cells[:3])}{more}: {reason}")
-    names = [arm.name for arm in competitors(study)]
-    few = [f"{name} ({n})" for name in names if 0 < (n := len(study.of(name))) < FEW_SEEDS]
-    if few:
+    counts = {arm.name: len(study.of(arm.name)) for arm in competitors(study)}
+    if few := [f"{name} ({n})" for name, n in counts.items() if 0 < n < FEW_SEEDS]:
         out.append(f"Fewer than {FEW_SEEDS} seeds, so their intervals are rough: {', '.join(few)}.")
     return out
 

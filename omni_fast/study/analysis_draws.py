@@ -135,9 +135,7 @@ def joint_draws(arms: Mapping[str, Runs], tasks: Sequence[str], *, draws: int = 
     n_K, dropped_K = [], []
     shifts = np.arange(count) * (draws // count)
     for task in tasks:
-        stack_SAN = np.stack(
-            [np.stack([np.asarray(runs[s][task], np.float64) for runs in arms.values()]) for s in seeds]
-        )
+        stack_SAN = np.array([[runs[s][task] for runs in arms.values()] for s in seeds], dtype=np.float64)
         ok = ~np.isnan(stack_SAN).any(axis=(0, 1))
         kept_SAN = stack_SAN[..., ok]
         n = kept_SAN.shape[-1]

@@ -62,38 +62,29 @@ class EntropyPart:
 
 def entropy_part(study: Study, at: Realised | None) -> EntropyPart | None:
     """None while no node has an entropy or a sweep."""
+    tasks, temperatures = study.tasks, study.temperatures
     by_stage: dict[str, Floats] = {}
     tau: dict[str, Floats] = {}
-    sweep: dict[str, list[Floats]] = {}
-    temperatures = study.temperatures
+    sweep: dict[str, Floats] = {}
     for arm in competitors(study):
-        cells = [cell for cell in study.of(arm.name) if cell.base is not None]
-        paths = [(cell.base, *cell.stages) for cell in cells if cell.base is not None]
-        if arm.kind in ("order", "refresh", "joint", "online") and paths and len({len(path) for path in paths}) == 1:
-            by_stage[arm.name] = _mean([[_entropies(node, study.tasks) for node in path] for path in paths])
-            tau[arm.name] = _mean([[_taus(path[0], node, study.tasks) for node in path] for path in paths])
-        for path in paths:
-            swept = [[_at(path[-1], task, t) for task in study.tasks] for t in temperatures]
-            if np.isfinite(swept).any():
-                sweep.setdefault(arm.name, []).append(np.array(swept))
+        paths = [(cell.base, *cell.stages) for cell in study.of(arm.name) if cell.base is not None]
+        if arm.kind in ("order", "refresh", "joint", "online") and len({len(path) for path in paths}) == 1:
+            by_stage[arm.name] = _mean([[_entropies(node, tasks) for node in path] for path in paths])
+            tau[arm.name] = _mean([[_taus(path[0], node, tasks) for node in path] for path in paths])
+        swept = [[[_at(path[-1], task, t) for task in tasks] for t in temperatures] for path in paths]
+        if known := [table for table in swept if np.isfinite(table).any()]:
+            sweep[arm.name] = _mean(known)
     single = _single(study, list(study.nodes))
     by_stage, tau = (
         {arm: table for arm, table in each.items() if np.isfinite(table).any()} for each in (by_stage, tau)
     )
     if single is None and not by_stage and not sweep:
         return None
-    return EntropyPart(
-        temperatures,
-        single,
-        by_stage,
-        tau,
-        {name: np.mean(tables, axis=0) for name, tables in sweep.items()},
-        _correction(study, at) if at else {},
-        _ablation(study, at) if at else {},
-    )
+    residuals, ablation = (_correction(study, at), _ablation(study, at)) if at else ({}, {})
+    return EntropyPart(temperatures, single, by_stage, tau, sweep, residuals, ablation)
 
 
-def _mean(tables: list[list[list[float]]]) -> Floats:
+def _mean(tables: Sequence[Sequence[Sequence[float]]]) -> Floats:
     return np.array(np.mean(np.array(tables, dtype=np.float64), axis=0))
 
 
@@ -104,8 +95,6 @@ def _entropies(node: Node, tasks: Names) -> list[float]:
 def _taus(base: Node, node: Node, tasks: Names) -> list[float]:
     """Effective temperature of a node per task, on the initial policy's sweep."""
     grid = sorted(base.sweep)
-    if len(grid) < 2:
-        return [math.nan] * len(tasks)
     rows = [[base.sweep[t].entropy.get(task, math.nan) for t in grid] for task in tasks]
     return [effective_temperature(grid, row, h) for row, h in zip(rows, _entropies(node, tasks), strict=True)]
 
@@ -113,16 +102,15 @@ def _taus(base: Node, node: Node, tasks: Names) -> list[float]:
 def _at(node: Node, task: str, temperature: float) -> float:
     """Sampled test score at a temperature, linear between swept ones; NaN outside."""
     grid = sorted(node.sweep)
-    if not grid or not grid[0] <= temperature <= grid[-1]:
-        return math.nan
-    return float(np.interp(temperature, grid, [node.sweep[t].mean("test", task) for t in grid]))
+    values = [node.sweep[t].mean("test", task) for t in grid]
+    return float(np.interp(temperature, grid, values, left=math.nan, right=math.nan)) if grid else math.nan
 
 
-def _singles(study: Study, seed: int) -> list[Node] | None:
-    """The initial policy and the K single-task runs of a seed; None when one is absent."""
+def _singles(study: Study, seed: int) -> list[Node]:
+    """The initial policy and the K single-task runs of a seed; [] when one is absent."""
     nodes = [study.pair(seed), *(study.pair(seed, task) for task in study.tasks)]
     found = [node for node in nodes if node is not None]
-    return found if len(found) == len(nodes) else None
+    return found if len(found) == len(nodes) else []
 
 
 def _single(study: Study, seeds: Sequence[int]) -> Floats | None:
@@ -131,28 +119,27 @@ def _single(study: Study, seeds: Sequence[int]) -> Floats | None:
 
 
 def _correction(study: Study, at: Realised) -> dict[str, Residual]:
-    index = {task: k for k, task in enumerate(study.tasks)}
+    tasks = study.tasks
     measured = [nodes for seed in at.measured_on if (nodes := _singles(study, seed)) and all(n.sweep for n in nodes)]
     bases = {seed: base for seed in at.seeds if (base := study.pair(seed)) and base.sweep}
     leaves = {key: node for key, node in at.leaves.items() if node.sweep and key[0] in bases}
     if not measured or not leaves:
         return {}
 
-    off_PNK = []  # at temperature 1 and corrected; per leaf and task
-    for corrected in (False, True):
-        scores_MK = _mean([[_decoded(nodes[0], node, study.tasks, corrected) for node in nodes] for nodes in measured])
-        rows = []
-        for (seed, order), node in leaves.items():
-            base, stages = bases[seed], [index[task] for task in order]
-            told = walk(scores_MK, (), stages)[-1]
-            rows.append(np.abs(np.array(_decoded(base, node, study.tasks, corrected)) - np.clip(told, 0.0, 1.0)))
-        off_PNK.append(np.stack(rows))
+    def missed(corrected: bool) -> Floats:
+        """|realised - forecast| per leaf and task."""
+        scores_MK = _mean([[_decoded(nodes[0], node, tasks, corrected) for node in nodes] for nodes in measured])
+        told = [walk(scores_MK, (), [tasks.index(task) for task in order])[-1] for _, order in leaves]
+        realised = [_decoded(bases[seed], node, tasks, corrected) for (seed, _), node in leaves.items()]
+        return np.abs(np.array(realised) - np.clip(told, 0.0, 1.0))
+
+    before_NK, after_NK = missed(corrected=False), missed(corrected=True)
     seed_N = np.array([seed for seed, _ in leaves])
     edge_NK = np.array(
-        [[_correcting(bases[seed], node, task)[1] for task in study.tasks] for (seed, _), node in leaves.items()]
+        [[_correcting(bases[seed], node, task)[1] for task in tasks] for (seed, _), node in leaves.items()]
     )
-    columns = {task: [k] for task, k in index.items()} | {ALL: list(index.values())}
-    return {name: _residual(off_PNK[0][:, k], off_PNK[1][:, k], edge_NK[:, k], seed_N) for name, k in columns.items()}
+    columns = {task: [k] for k, task in enumerate(tasks)} | {ALL: list(range(len(tasks)))}
+    return {name: _residual(before_NK[:, k], after_NK[:, k], edge_NK[:, k], seed_N) for name, k in columns.items()}
 
 
 def _decoded(base: Node, node: Node, tasks: Names, corrected: bool) -> list[float]:
@@ -207,9 +194,9 @@ def effective_temperature(temperatures: Sequence[float], entropies: Sequence[flo
     measured.
     """
     rising = np.maximum.accumulate(np.asarray(entropies, dtype=np.float64))
-    if not rising[0] <= target <= rising[-1]:
-        return math.nan
-    return float(np.interp(target, rising, np.asarray(temperatures, dtype=np.float64)))
+    return (
+        float(np.interp(target, rising, temperatures, left=math.nan, right=math.nan)) if len(rising) > 1 else math.nan
+    )
 
 
 def entropy_aware(matrix_KK: Floats, entropy_MK: Floats, weight: float) -> Floats:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -19,7 +18,7 @@ from scipy import stats
 from omni_fast.curriculum import order as orders_
 from omni_fast.curriculum import predict
 from omni_fast.curriculum.predict import ForecastError, forecast_error
-from omni_fast.curriculum.scores import Estimate, Floats
+from omni_fast.curriculum.scores import Estimate, Floats, ItemScores
 from omni_fast.curriculum.transfer import Transfer
 from omni_fast.study.analysis import measure, runs, single_runs
 from omni_fast.study.analysis_draws import UNKNOWN, Contrast, Draws, Names, joint_draws, over_seeds
@@ -131,32 +130,27 @@ def paths(study: Study, seed: int) -> dict[Names, Node]:
 def realised(study: Study) -> Realised | None:
     """Seeds with the most orders are compared with transfer of the rest; if they are all the seeds, of their first half."""
     went = {seed: paths(study, seed) for seed in study.nodes}
-    whole_length = len(study.tasks)
-    leaves = {
-        (seed, order): node for seed, own in went.items() for order, node in own.items() if len(order) == whole_length
-    }
-    counts = Counter(seed for seed, _ in leaves)
-    if not counts:
+    whole = {seed: [path for path in own if len(path) == len(study.tasks)] for seed, own in went.items()}
+    most = max(map(len, whole.values()), default=0)
+    if not most:
         return None
-    most = max(counts.values())
-    seeds = sorted(seed for seed, count in counts.items() if count == most)
-    single = single_runs(study, sorted(study.nodes))
-    whole = sorted(set.intersection(*(set(by_seed) for by_seed in single.values())))
-    measured_on = [seed for seed in whole if seed not in seeds]
+    seeds = sorted(seed for seed, own in whole.items() if len(own) == most)
+    single = single_runs(study, sorted(study.nodes)).values()
+    measured = sorted(set.intersection(*(set(by_seed) for by_seed in single)))
+    measured_on = [seed for seed in measured if seed not in seeds]
     if not measured_on:
         half = (len(seeds) + 1) // 2
-        measured_on, seeds = [seed for seed in seeds[:half] if seed in whole], seeds[half:] or seeds
-    measured_on = [seed for seed in measured_on if seed not in seeds]
+        first, seeds = seeds[:half], seeds[half:] or seeds
+        measured_on = [seed for seed in first if seed in measured and seed not in seeds]
     pooled = measure(single_runs(study, measured_on), study.tasks)
-    leaves = {key: node for key, node in leaves.items() if key[0] in seeds}
     shared = [path for path in went[seeds[0]] if all(path in went[seed] for seed in seeds)]
     arms = {">".join(path): {seed: went[seed][path].scores.values["test"] for seed in seeds} for path in shared}
     return Realised(
         measured_on=tuple(measured_on),
         transfer=pooled[0] if pooled else None,
         seeds=tuple(seeds),
-        leaves=leaves,
-        complete=tuple(path for path in shared if len(path) == whole_length),
+        leaves={(seed, path): went[seed][path] for seed in seeds for path in whole[seed]},
+        complete=tuple(path for path in shared if path in whole[seeds[0]]),
         tree=joint_draws(arms, study.tasks),
     )
 
@@ -173,21 +167,21 @@ def forecast_part(study: Study, at: Realised) -> ForecastPart | None:
     if at.transfer is None:
         return None
     transfer, keys = at.transfer, sorted(at.leaves)
-    score_of = {key: np.array([at.leaves[key].scores.mean("test", task) for task in study.tasks]) for key in keys}
+    realised_NK = np.array([[at.leaves[key].scores.mean("test", task) for task in study.tasks] for key in keys])
     told = {order: predicted(transfer, order) for _, order in keys}
-    scores_NK = np.stack([score_of[key] for key in keys])
     sides = {
-        form: (np.stack([told[o][form] for _, o in keys]), scores_NK)
+        form: (np.stack([told[order][form] for _, order in keys]), realised_NK)
         for form in ("additive", "multiplicative", NO_TRANSFER)
     }
+    row = {key: k for k, key in enumerate(keys)}
     twins = [
-        (score_of[a, order], score_of[b, order])
+        (row[a, order], row[b, order])
         for a, b in itertools.combinations(at.seeds, 2)
         for order in told
-        if (a, order) in score_of and (b, order) in score_of
+        if (a, order) in row and (b, order) in row
     ]
     if twins:
-        sides[TWIN] = (np.stack([a for a, _ in twins]), np.stack([b for _, b in twins]))
+        sides[TWIN] = (realised_NK[[a for a, _ in twins]], realised_NK[[b for _, b in twins]])
     errors = {name: forecast_error(*pair) for name, pair in sides.items()}
     errors |= {
         f"{name}{AVERAGE}": forecast_error(*(x.mean(axis=1)[:, None] for x in pair)) for name, pair in sides.items()
@@ -195,14 +189,13 @@ def forecast_part(study: Study, at: Realised) -> ForecastPart | None:
     by_seed, closer = [], []
     for seed in at.seeds:
         own = [k for k, key in enumerate(keys) if key[0] == seed]
-        alone = {form: forecast_error(*(x[own] for x in sides[form])) for form in ("additive", NO_TRANSFER)}
-        by_seed.append(alone["additive"].pearson)
-        closer.append(alone["additive"].mean_absolute - alone[NO_TRANSFER].mean_absolute)
+        additive, none = (forecast_error(*(x[own] for x in sides[form])) for form in ("additive", NO_TRANSFER))
+        by_seed.append(additive.pearson)
+        closer.append(additive.mean_absolute - none.mean_absolute)
     points = []
     for order in sorted(told, key=lambda o: [study.tasks.index(task) for task in o]):
         items = {seed: at.leaves[seed, order].scores.values["test"] for seed in at.seeds if (seed, order) in at.leaves}
-        draws = joint_draws({"leaf": items}, study.tasks)
-        forecasts = predict.forecast(transfer, order)
+        draws, forecasts = joint_draws({"leaf": items}, study.tasks), predict.forecast(transfer, order)
         if draws is not None:
             points += [Point(order, task, forecasts[task], draws.mean("leaf", task)) for task in study.tasks]
     return ForecastPart(at.measured_on, at.seeds, errors, tuple(by_seed), over_seeds(np.array(closer)), tuple(points))
@@ -219,19 +212,14 @@ def order_part(study: Study, at: Realised) -> OrderPart | None:
     if not np.isfinite(average_SO).all():
         return None
     centred_SO = average_SO - average_SO.mean(axis=1, keepdims=True)
-    pairs = list(itertools.combinations(range(len(at.seeds)), 2))
-    covariance = float(np.mean([(centred_SO[a] * centred_SO[b]).sum() for a, b in pairs])) / (len(orders) - 1)
-    chosen: dict[str, dict[int, Names]] = {"best": {}, "worst": {}}
+    pairs = itertools.combinations(centred_SO, 2)
+    covariance = float(np.mean([(a * b).sum() for a, b in pairs])) / (len(orders) - 1)
+    chosen: dict[str, dict[int, ItemScores]] = {"best": {}, "worst": {}}
     for k, seed in enumerate(at.seeds):
         others = np.delete(centred_SO, k, axis=0).mean(axis=0)
-        chosen["best"][seed], chosen["worst"][seed] = orders[int(others.argmax())], orders[int(others.argmin())]
-    gap = joint_draws(
-        {
-            name: {seed: at.leaves[seed, order].scores.values["test"] for seed, order in picks.items()}
-            for name, picks in chosen.items()
-        },
-        study.tasks,
-    )
+        for name, place in (("best", others.argmax()), ("worst", others.argmin())):
+            chosen[name][seed] = at.leaves[seed, orders[int(place)]].scores.values["test"]
+    gap = joint_draws(chosen, study.tasks)
     against_all = {
         order: draws.contrast(
             lambda x, k=k: (x[..., k, :] - x[..., leaf, :].mean(axis=-2)).mean(axis=-1)  # type: ignore[misc]
@@ -317,8 +305,7 @@ def assumption_part(study: Study, at: Realised) -> AssumptionPart | None:
             constant[trained, scored] = (float(deltas_SP[:, 0].mean()), draws.contrast(shift), spread(deltas_SP))
     second = {}
     for task in study.tasks:
-        once_twice = {"once": runs(study, f"single:{task}"), "twice": runs(study, f"repeat:{task}")}
-        pair = joint_draws(once_twice, (task,))
+        pair = joint_draws({"once": runs(study, f"single:{task}"), "twice": runs(study, f"repeat:{task}")}, (task,))
         if pair is not None:
             second[task] = pair.gain("twice", "once")
     if not constant and not second:

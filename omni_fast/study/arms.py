@@ -29,6 +29,10 @@ MANY_SEEDS = ("base", "single", "joint", "solved", "reversed", "merge")
 SOLVED = ("solved", "reversed", "refresh")  # their order is known once transfer is measured
 
 
+def said(path: Path) -> str:
+    return " > ".join(path) or "the initial policy"
+
+
 @dataclass(frozen=True)
 class Design:
     """Everything that is decided before anything runs."""
@@ -99,11 +103,11 @@ class Design:
         """The arm's stages but for a refresh, which is decided after them; None where the order is not solved yet."""
         head, _, task = arm.partition(":")
         everything = self.steps * len(self.tasks)
-        if head in ("single", "probe", "repeat"):
-            steps = self.study.probe_steps if head == "probe" else self.steps
-            return (f"{task}:{steps}",) * (2 if head == "repeat" else 1)
         fixed: dict[str, Path] = {
             "base": (),
+            "single": (f"{task}:{self.steps}",),
+            "repeat": (f"{task}:{self.steps}",) * 2,
+            "probe": (f"{task}:{self.study.probe_steps}",),
             "joint": (f"joint:{everything}",),
             "sft": (f"sft:{everything}",),
             "online": (f"online.{task}:{everything}",),
@@ -163,8 +167,8 @@ class Design:
                 continue
             path = self.path(arm.name, seed, solved)
             if path is None:
-                path = self.path(arm.name, seed, self.tasks) or ()
-                path = (path[0], *(f"{arm.name}?{part}" for part in path[1:]))
+                first, *later = self.path(arm.name, seed, self.tasks) or ()
+                path = (first, *(f"{arm.name}?{part}" for part in later))
             if arm.kind == "refresh":
                 path = (*path, f"?:{self.config.curriculum.refresh_steps}")
             if arm.kind == "merge" or arm.name in SOLVED:

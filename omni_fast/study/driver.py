@@ -41,9 +41,8 @@ from omni_fast.study.arms import Path as Stages
 from omni_fast.study.progress import StudyProgress
 from omni_fast.study.records import Arm
 from omni_fast.study.seed_run import SeedRun
-from omni_fast.study.tree import Tree, said
+from omni_fast.study.tree import EVALUATION_WORK, Tree
 
-EVALUATION_WORK = 10.0  # steps that scoring a policy counts for, in the time left
 SINGLE = ("base", "single", "repeat", "probe")  # kinds of arms that depend on one task alone
 AGAIN = "the same command goes on where it was"
 
@@ -53,14 +52,16 @@ def run(design: Design, folder: Path, jobs: int, console: Console) -> records.St
 
     Raises RunError when a process of seeds was lost, Interrupted when the user asked to stop; all that is finished is kept.
     """
-    folder = folder.expanduser()
     with run_lock(folder):
         if (folder / FINGERPRINT).is_file():
             raise UserError(f"{folder} is the folder of a training run: give the study another one with --run")
         if (folder / "study.json").is_file():
             _check(design, folder, console)
         _describe(design, folder)
-        shares = _share(design, jobs)
+        seeds = design.seeds()
+        shares = [
+            seeds[k::jobs] for k in range(min(jobs, len(seeds)))
+        ]  # the first have more arms, so they are dealt out
         try:
             if len(shares) == 1:
                 work(design, folder, shares[0], 0, console)
@@ -79,7 +80,8 @@ def work(design: Design, folder: Path, seeds: Sequence[int], threads: int, conso
         sandbox = config.sandbox.model_copy(update={"workers": workers})
         config = config.model_copy(update={"threads": threads, "sandbox": sandbox})
     progress = StudyProgress(console)
-    progress.left = sum(_work(design, seed) for seed in seeds)
+    nodes = [design.nodes(seed) for seed in seeds]
+    progress.left = sum(sum(own.values()) + EVALUATION_WORK * (len(own) + 1) for own in nodes)
     with progress:
         for seed in seeds:
             with SeedRun.open(folder / "seeds" / str(seed), design.run_config(seed)) as run:
@@ -104,41 +106,39 @@ class _Seed:
         self.folder, self.tree = folder, tree
         self.design, self.seed, self.progress = tree.design, tree.seed, tree.progress
         self.order: tuple[str, ...] | None = None  # once solved
-        self.statement = ""
-        self.told: set[Stages] = set()  # policies that the time left has been told of
-        self.arms = [arm for arm in self.design.arms() if self.seed in arm.seeds]
+        self.singles: dict[str, Stages] = {task: (f"{task}:{self.design.steps}",) for task in self.design.tasks}
 
     def run(self) -> None:
-        for number, arm in enumerate(self.arms):
+        arms = [arm for arm in self.design.arms() if self.seed in arm.seeds]
+        for number, arm in enumerate(arms):
             self.tree.run.raise_if_stopping()
+            self.tree.arm, self.tree.policies = arm.name, len(self.design.nodes(self.seed, self.order)) + 1
             try:
                 path = self._path(arm)
-                self._reach(arm, path, self.design.study.temperatures)
+                self.tree.reach(path, self.design.study.temperatures)
                 self._write(arm, path, "finished", "")
             except Interrupted:
                 raise
             except Exception as error:  # whatever ends one arm must not end the others; its trace is kept
                 self._fail(arm, error)
             if not self.design.study.keep_weights:
-                later = [self.design.path(other.name, self.seed, self.order) for other in self.arms[number + 1 :]]
-                self.tree.prune([*(path for path in later if path), *self._singles().values()])
+                later = [self.design.path(other.name, self.seed, self.order) for other in arms[number + 1 :]]
+                self.tree.prune([*(path for path in later if path), *self.singles.values()])
 
     def _path(self, arm: Arm) -> Stages:
+        if arm.kind == "merge" or (arm.name in SOLVED and self.order is None):
+            for single in self.singles.values():
+                self.tree.reach(single)
         if arm.name in SOLVED and self.order is None:
-            self._solve(arm)
-        if arm.kind == "merge":
-            for single in self._singles().values():
-                self._reach(arm, single)
+            self._solve()
         path = self.design.path(arm.name, self.seed, self.order)
         assert path is not None
-        return self._refreshed(arm, path) if arm.kind == "refresh" else path
+        return self._refreshed(path) if arm.kind == "refresh" else path
 
-    def _solve(self, arm: Arm) -> None:
+    def _solve(self) -> None:
         """The order from this seed's own single-task runs, on `select`."""
-        for single in self._singles().values():
-            self._reach(arm, single)
         base = self.tree.scores((), "select")
-        single_scores = {task: self.tree.scores(path, "select") for task, path in self._singles().items()}
+        single_scores = {task: self.tree.scores(path, "select") for task, path in self.singles.items()}
         for task in self.design.tasks:
             columns = [base[task], *(row[task] for row in single_scores.values())]
             if all(np.array_equal(column, columns[0]) for column in columns):
@@ -148,48 +148,28 @@ class _Seed:
                 )
         draws = self.design.config.evaluation.bootstrap_draws
         decision = decide(measure(base, single_scores, draws=draws, seed=self.design.config.seed))
-        self.order, self.statement = decision.order, decision.statement
+        self.order = decision.order
         self.progress.say(f"seed {self.seed}  {decision.statement}")
 
-    def _refreshed(self, arm: Arm, path: Stages) -> Stages:
+    def _refreshed(self, path: Stages) -> Stages:
         """The path with a last short stage on the task that fell furthest since its own stage, on `select`."""
-        self._reach(arm, path)
-        own = {
-            stage.partition(":")[0]: self.tree.scores(path[: place + 1], "select") for place, stage in enumerate(path)
-        }
-        final = self.tree.scores(path, "select")
-        after = {task: scores.score(found[task]) for task, found in own.items()}
-        now = {task: scores.score(final[task]) for task in own}
-        task = fell_furthest(after, now) or path[0].partition(":")[0]  # nothing fell: the oldest, for an equal budget
+        self.tree.reach(path)
+        tasks, final = [stage.partition(":")[0] for stage in path], self.tree.scores(path, "select")
+        own = {task: self.tree.scores(path[: place + 1], "select")[task] for place, task in enumerate(tasks)}
+        after, now = ({task: scores.score(found[task]) for task in tasks} for found in (own, final))
+        task = fell_furthest(after, now) or tasks[0]  # nothing fell: the oldest, for an equal budget
         return (*path, f"{task}:{self.design.config.curriculum.refresh_steps}")
 
-    def _reach(self, arm: Arm, path: Stages, temperatures: Sequence[float] = ()) -> None:
-        """Every policy of the path, with its place among all of them in the seed."""
-        known = self.design.nodes(self.seed, self.order)
-        for length in range(len(path) + 1):
-            part = path[:length]
-            done = len(list(self.tree.run.folder.glob("nodes/*.json")))
-            self.progress.head = f"seed {self.seed}  {arm.name}  node {done + 1} of {len(known) + 1}  {said(part)}"
-            before = self.tree.run.file(self.tree.name(part)).is_file()
-            self.tree.reach(part, temperatures if length == len(path) else ())
-            if part not in self.told:
-                self.told.add(part)
-                self.progress.advance(self.design.trained(part)[1] + EVALUATION_WORK, before)
-
-    def _singles(self) -> dict[str, Stages]:
-        return {task: (f"{task}:{self.design.steps}",) for task in self.design.tasks}
-
     def _write(self, arm: Arm, path: Stages, status: str, reason: str) -> None:
-        run, design, solved = self.tree.run, self.design, arm.name in SOLVED
+        solved = arm.name in SOLVED
 
         def reached(paths: Iterable[Stages]) -> list[dict[str, Any]]:
-            return [node for one in paths if (node := run.node(self.tree.name(one))) is not None]
+            return [node for one in paths if (node := self.tree.run.node(self.tree.name(one))) is not None]
 
-        parts, singles = [path[: length + 1] for length in range(len(path))], self._singles().values()
+        parts, singles = [path[: length + 1] for length in range(len(path))], self.singles.values()
         nodes, passed = reached(parts), reached(singles if arm.kind == "merge" else ())
         extra = reached(one for one in singles if solved and one not in parts)
         items = sum(len(found["select"]) for found in self.tree.parts.items.values())
-        groups = run.counted(self.tree.name(path)) if arm.kind == "online" else {}
         records.write_cell(
             self.folder,
             {
@@ -198,15 +178,13 @@ class _Seed:
                 "seed": self.seed,
                 "status": status,
                 "reason": reason,
-                "order": list(design.order(arm.name, self.seed, self.order) or ()),
+                "order": list(self.design.order(arm.name, self.seed, self.order) or ()),
                 "base": self.tree.name(()),
                 "stages": [node["id"] for node in nodes],
                 "samples_train": sum(node["samples"] for node in (*nodes, *passed)),
                 "samples_transfer": sum(node["samples"] for node in extra),
                 "completions_transfer": items * (1 + len(singles)) if solved else 0,
                 "seconds": sum(node["seconds"] for node in (*nodes, *passed)),
-                "statement": self.statement if solved else "",
-                "mixture": {task: n / sum(groups.values()) for task, n in groups.items()},
             },
         )
 
@@ -219,20 +197,6 @@ class _Seed:
         self.progress.warn(f"seed {self.seed}  {arm.name} failed, the others go on: {reason}")
         path = self.design.path(arm.name, self.seed, self.order) or ()
         self._write(arm, path, "failed", reason)
-
-
-def _work(design: Design, seed: int) -> float:
-    """What a seed has to do, in steps."""
-    nodes = design.nodes(seed)
-    return sum(nodes.values()) + EVALUATION_WORK * (len(nodes) + 1)
-
-
-def _share(design: Design, jobs: int) -> list[list[int]]:
-    """The seeds of each process, the one with the most work first, each to whom has least."""
-    shares: list[list[int]] = [[] for _ in range(max(1, min(jobs, len(design.seeds()))))]
-    for seed in sorted(design.seeds(), key=lambda seed: (-_work(design, seed), seed)):
-        min(shares, key=lambda own: sum(_work(design, one) for one in own)).append(seed)
-    return shares
 
 
 def _side_by_side(design: Design, folder: Path, shares: Sequence[Sequence[int]], console: Console) -> None:
@@ -337,10 +301,9 @@ def _runs(folder: Path) -> list[Run]:
 
 def _describe(design: Design, folder: Path) -> None:
     """study.json."""
-    states = [run.state for run in _runs(folder)]
-    facts: dict[str, Any] = {}
-    for state in states:
-        facts |= state["facts"]
+    facts: dict[str, Any] = {"seconds": 0.0}
+    for state in (run.state for run in _runs(folder)):
+        facts |= state["facts"] | {"seconds": facts["seconds"] + state["totals"]["seconds"].get("total", 0.0)}
     whole: dict[str, Any] = {
         "name": design.name,
         "config": design.config.model_dump(mode="json") | {"study": design.study.model_dump(mode="json")},
@@ -348,8 +311,6 @@ def _describe(design: Design, folder: Path) -> None:
         "primary": list(design.study.primary),
         "temperatures": list(design.study.temperatures),
         "arms": [asdict(arm) for arm in design.arms()],
-        "facts": facts
-        | {"seconds": sum(state["totals"]["seconds"].get("total", 0.0) for state in states)}
-        | outcome.setting(),
+        "facts": facts | outcome.setting(),
     }
     write_json(folder / "study.json", whole)

@@ -40,15 +40,13 @@ class StudyProgress(Progress):
     def evaluated(self, row: EvalRow) -> None:
         if row["split"] != "test":
             return
-        shown = {
-            task: "–" if score["value"] is None else f"{score['value']:.3f}" for task, score in row["scores"].items()
-        }
-        for task, value in shown.items():
-            self._rows.setdefault(task, {})["test"] = value
-        note = f"  {self.note}" if self.note else ""
+        told = [self.head]
+        for task, score in row["scores"].items():
+            shown = "–" if score["value"] is None else f"{score['value']:.3f}"
+            self._rows.setdefault(task, {})["test"] = shown
+            told.append(f"{task} {shown}")
+        self.say("  ".join([*told, *filter(None, [self.note]), f"left {self.time_left()}"]))
         self.note = ""
-        values = "  ".join(f"{task} {value}" for task, value in shown.items())
-        self.say(f"{self.head}  {values}{note}  left {self.time_left()}")
 
     def advance(self, work: float, before: bool) -> None:
         """A policy is there; before: it was there already, so it says nothing of the pace."""

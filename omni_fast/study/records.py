@@ -27,10 +27,12 @@ import numpy as np
 from omni_fast.checkpoint import write_json
 from omni_fast.curriculum.scores import Floats, score
 from omni_fast.errors import UserError
+from omni_fast.records import Evaluated
 
 Kind = Literal["base", "single", "sft", "merge", "joint", "order", "refresh", "online", "repeat", "probe"]
 Status = Literal["finished", "failed", "pending"]
 PACKED = "study.json.gz"
+COSTS = ("samples_train", "samples_transfer", "completions_transfer", "seconds")  # of a cell
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,8 @@ class Node:
     """One policy of the tree of stages.
 
     id: content hash with a readable head; path: the stages from the initial policy, for example ("sort:20",
-    "reverse:20"), () for the initial policy itself; tasks: what the last stage trained; steps, samples, seconds: of the
-    last stage alone (samples: completions generated to train on); weights: SHA-256 of its fp32 weights.
+    "reverse:20"), () for the initial policy itself; tasks: what the last stage trained; steps: of the last stage alone;
+    weights: SHA-256 of its fp32 weights.
     sketch: random projection of the task's gradient at the initial policy, on nodes of one single-task stage; else None.
     scores: greedy, `select` and `test`.   sweep: temperature -> sampled evaluation, split `test` alone; {} where not made.
     """
@@ -88,8 +90,6 @@ class Node:
     path: tuple[str, ...]
     tasks: tuple[str, ...]
     steps: int
-    samples: int
-    seconds: float
     weights: str
     scores: Scores
     sweep: dict[float, Scores] = field(default_factory=dict)
@@ -108,8 +108,7 @@ class Cell:
     samples_transfer: further completions that training had to generate to measure transfer (runs that the arm does not
     itself pass through). completions_transfer: evaluation completions on `select` for it.
     seconds: of training, all stages, whichever arm ran them first.
-    reason: why it failed ("" otherwise).   mixture: online arms: task -> share of the prompts it gave.
-    statement: what the solver said of the order ("" otherwise).
+    reason: why it failed ("" otherwise).
     """
 
     arm: str
@@ -124,8 +123,6 @@ class Cell:
     samples_transfer: int
     completions_transfer: int
     seconds: float
-    statement: str = ""
-    mixture: dict[str, float] = field(default_factory=dict)
 
     @property
     def final(self) -> Node | None:
@@ -223,38 +220,37 @@ def _gather(folder: Path) -> dict[str, Any]:
 
 
 def _study(whole: dict[str, Any]) -> Study:
-    arms = tuple(Arm(arm["name"], arm["kind"], tuple(arm["seeds"]), arm["every"]) for arm in whole["arms"])
-    seeds = {seed for arm in arms for seed in arm.seeds}  # others were taken out of the study again
-    nodes: dict[int, dict[tuple[str, ...], Node]] = {}
+    arms = tuple(Arm(**arm | {"seeds": tuple(arm["seeds"])}) for arm in whole["arms"])
+    nodes: dict[int, dict[tuple[str, ...], Node]] = {seed: {} for arm in arms for seed in arm.seeds}
     by_id: dict[tuple[int, str], Node] = {}
     for data in whole["nodes"]:
+        if data["seed"] not in nodes:
+            continue  # the seed was taken out of the study again
         if any(set(whole["tasks"]) - set(tasks) for tasks in data["evaluated"]["splits"].values()):
             continue  # a task was added, on which it is not scored yet, or never will be
         node = _node(data)
-        if node.seed in seeds:
-            nodes.setdefault(node.seed, {})[node.path] = node
-            by_id[node.seed, node.id] = node
+        nodes[node.seed][node.path] = by_id[node.seed, node.id] = node
     pending = {(arm.name, seed): arm.kind for arm in arms for seed in arm.seeds}
     cells = []
     for data in whole["cells"]:
-        seed = data["seed"]
-        if not pending.pop((data["arm"], seed), None):
+        arm, seed, status = data["arm"], data["seed"], data["status"]
+        if not pending.pop((arm, seed), None):
             continue  # of an arm or a seed that was taken out of the study again
         stages = tuple(by_id[seed, node] for node in data["stages"] if (seed, node) in by_id)
         base = by_id.get((seed, data["base"]))
-        if data["status"] == "finished" and (base is None or len(stages) < len(data["stages"])):
-            data = data | {"status": "pending"}  # its files are gone, or a task was added
-        cells.append(Cell(**{**data, "order": tuple(data["order"]), "stages": stages, "base": base}))
+        if status == "finished" and (base is None or len(stages) < len(data["stages"])):
+            status = "pending"  # its files are gone, or a task was added
+        plain = {key: data[key] for key in ("kind", "reason", *COSTS)}
+        cells.append(Cell(arm, seed=seed, status=status, order=tuple(data["order"]), base=base, stages=stages, **plain))
     cells += [Cell(arm, kind, seed, "pending", "", (), None, (), 0, 0, 0, 0.0) for (arm, seed), kind in pending.items()]
-    plain: dict[str, Any] = {key: whole[key] for key in ("name", "config", "facts")}
-    lists: dict[str, Any] = {key: tuple(whole[key]) for key in ("tasks", "primary", "temperatures")}
-    return Study(**plain, **lists, arms=arms, cells=tuple(cells), nodes=nodes)
+    rest: dict[str, Any] = {key: tuple(whole[key]) for key in ("tasks", "primary", "temperatures")}
+    rest |= {"arms": arms, "cells": tuple(cells), "nodes": {seed: found for seed, found in nodes.items() if found}}
+    return Study(name=whole["name"], config=whole["config"], facts=whole["facts"], **rest)
 
 
 def _node(data: dict[str, Any]) -> Node:
-    plain = {key: data[key] for key in ("id", "seed", "steps", "samples", "seconds", "weights")}
     return Node(
-        **plain,
+        **{key: data[key] for key in ("id", "seed", "steps", "weights")},
         path=tuple(data["path"]),
         tasks=tuple(data["tasks"]),
         scores=_scores(data["evaluated"]),
@@ -263,10 +259,9 @@ def _node(data: dict[str, Any]) -> Node:
     )
 
 
-def _scores(evaluated: dict[str, Any]) -> Scores:
-    """From `omni_fast.records.Evaluated`."""
+def _scores(evaluated: Evaluated) -> Scores:
     values = {
         split: {task: np.array(kept["values"], dtype=np.float64) for task, kept in tasks.items()}
         for split, tasks in evaluated["splits"].items()
     }
-    return Scores(values, dict(evaluated["entropy"]))
+    return Scores(values, evaluated["entropy"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,44 +19,21 @@ from omni_fast.report import charts
 from omni_fast.report.charts import Cell, Line, Mark, MarkRow, facts_table, text
 from omni_fast.report.verdict import points
 from omni_fast.study import records
-from omni_fast.study.analysis import BASE, JOINT, ArmRow, declared
+from omni_fast.study.analysis import BASE, JOINT, declared
 from omni_fast.study.analysis_draws import Names
-from omni_fast.study.report_findings import (
-    Findings,
-    Table,
-    analyse,
-    arrow,
-    headline,
-    p_value,
-    tables,
-    verdict,
-)
+from omni_fast.study.report_findings import Findings, Table, analyse, arrow, headline, p_value, tables, verdict
 
 MAX_ORDERS = 24
 STAGED = ("solved", "reversed", "random", "user", "refresh")
 NOTES = {
-    "Arms": (
-        "Split test, mean over seeds; intervals are 95 % over seeds and items, paired between arms. Relative gains are"
-        " ratios of average scores. One contrast was declared beforehand; p of the others are Holm-adjusted."
-    ),
+    "Arms": "Split test, mean over seeds. Relative gains are ratios of average scores; p but of the declared one after Holm.",
     "Cost": "Every full arm trains on the same number of samples; what measuring transfer costs on top is charged apart.",
     "Accuracy matrix": "Test score of every task after each stage, mean over the seeds that ran this order. Framed: trained.",
-    "Transfer": (
-        "How a stage of one task (rows) moves the score of another (columns), from the initial policy, split select."
-        " Hatched cells are losses; the framed diagonal is a task's own gain, which no order can change."
-    ),
+    "Transfer": "How a stage of one task (rows) moves the scores (columns) on split select. Hatched: losses. Framed: own gain.",
     "Orders": "Every order against the mean of all. Orders that begin alike share those stages within a seed.",
-    "Forecast against realised": (
-        "Transfer measured on some seeds (select), final scores realised on others (test). One point per order; lines"
-        " are 95 % intervals; on the diagonal forecast and realised are equal."
-    ),
-    "The two assumptions": (
-        "Spread: standard deviation between starting checkpoints with noise removed. Noise: of one measurement, over seeds."
-    ),
-    "Entropy": (
-        "Mean token entropy on a fixed probe, and the effective temperature: that at which the initial policy has the"
-        " entropy that the trained one has at 1."
-    ),
+    "Forecast against realised": "One point per order, with 95 % intervals; on the diagonal forecast and realised are equal.",
+    "The two assumptions": "Spread: standard deviation between starting checkpoints, noise removed. Noise: of one measurement.",
+    "Entropy": "On a fixed probe. Effective temperature: where the initial policy has the entropy of the trained one at 1.",
     "Item flips": "A net change of 0 can hide many of both.",
 }
 
@@ -75,9 +52,8 @@ def write_report(folder: Path) -> Path:
 
 def summary(found: Findings) -> str:
     """The Markdown summary: verdict first, then every table."""
-    told = [headline(found), *verdict(found)]
     parts = [f"# Study {found.study.name}", headline(found).text, "## What the data supports"]
-    parts.append("\n".join(f"- {sentence.text}" for sentence in told[1:]))
+    parts.append("\n".join(f"- {sentence.text}" for sentence in verdict(found)))
     if found.missing:
         parts.append(f"Not finished: {', '.join(found.missing)}.")
     parts += [made.markdown() for section in tables(found).values() for made in section]
@@ -89,24 +65,21 @@ def page(found: Findings) -> str:
     made = {name: "".join(_html(each) for each in section) for name, section in tables(found).items()}
     bodies = {
         "What the data supports": charts.verdict([(told.tone, told.text) for told in verdict(found)]),
-        "Arms": (_gains(found) + made["arms"]) if made["arms"] else "",
+        "Arms": made["arms"] and _gains(found) + made["arms"],
         "Cost": made["cost"],
         "Accuracy matrix": _matrices(found),
-        "Transfer": _transfer(found, made["transfer"]),
-        "Orders": _orders(found, made["orders"]),
+        "Transfer": made["transfer"] and _transfer(found) + made["transfer"],
+        "Orders": made["orders"] and _orders(found) + made["orders"],
         "Forecast against realised": _scatter(found) + made["forecast"],
         "The two assumptions": made["assumptions"],
         "Entropy": _entropy(found) + made["entropy"],
         "Item flips": made["flips"],
         "How it was measured": _setting(found),
     }
-    status = ""
+    study, status = found.study, ""
     if found.missing:
-        rest = text(", ".join(found.missing))
-        status = (
-            f"<p class=status><b>This study is not finished.</b> Missing: {rest}. The same command goes on with it.</p>"
-        )
-    study = found.study
+        rest = f"Missing: {text(', '.join(found.missing))}. The same command goes on with it."
+        status = f"<p class=status><b>This study is not finished.</b> {rest}</p>"
     return charts.frame(
         f"omni_fast study: {study.name}",
         f"omni_fast study · {study.name} · {', '.join(study.tasks)}",
@@ -128,16 +101,11 @@ def _gains(found: Findings) -> str:
     """Every arm's average score minus that of joint training; the declared contrast first and filled."""
     first, second = found.study.primary
     rows = [MarkRow(f"{first} − {second}", [Mark(found.primary, 0)], "declared")]
-    rows += [
-        MarkRow(f"{row.arm.name} − joint", [Mark(row.over_joint, 0, True)], _p(row))
-        for row in sorted(found.rows, key=lambda row: -row.over_joint.value)
-        if math.isfinite(row.over_joint.value) and not declared(found.study, row.arm.name)
-    ]
+    for row in sorted(found.rows, key=lambda row: -row.over_joint.value):
+        if math.isfinite(row.over_joint.value) and not declared(found.study, row.arm.name):
+            note = f"p {p_value(row.p_holm)}" if math.isfinite(row.p_holm) else "one seed"
+            rows.append(MarkRow(f"{row.arm.name} − joint", [Mark(row.over_joint, 0, True)], note))
     return charts.mark_rows(rows, zero=True, label="difference of the average test score")
-
-
-def _p(row: ArmRow) -> str:
-    return f"p {p_value(row.p_holm)}" if math.isfinite(row.p_holm) else "one seed"
 
 
 def _matrices(found: Findings) -> str:
@@ -163,17 +131,15 @@ def _matrices(found: Findings) -> str:
     return f"<div class=beside>{''.join(out)}</div>" if out else ""
 
 
-def _transfer(found: Findings, made: str) -> str:
+def _transfer(found: Findings) -> str:
+    assert found.transfer is not None  # it has tables
     part, tasks = found.transfer, found.study.tasks
-    if part is None:
-        return ""
     pairs = {(i, j): share for i, row in part.decision.pairs.items() for j, share in row.items()}
-    return charts.transfer_table(tasks, part.effects) + charts.pair_table(tasks, pairs) + made
+    return charts.transfer_table(tasks, part.effects) + charts.pair_table(tasks, pairs)
 
 
-def _orders(found: Findings, made: str) -> str:
-    if found.orders is None:
-        return ""
+def _orders(found: Findings) -> str:
+    assert found.orders is not None  # it has a table
     ranked = sorted(found.orders.means.items(), key=lambda pair: -pair[1][0].value)
     half = MAX_ORDERS // 2
     kept = ranked if len(ranked) <= MAX_ORDERS else [*ranked[:half], *ranked[-half:]]
@@ -182,7 +148,7 @@ def _orders(found: Findings, made: str) -> str:
         MarkRow(arrow(order), [Mark(gain, 0, order != solved)], "solved" if order == solved else "")
         for order, (_, gain) in kept
     ]
-    return charts.mark_rows(rows, zero=True, label="average test score, minus the mean of all orders") + made
+    return charts.mark_rows(rows, zero=True, label="average test score, minus the mean of all orders")
 
 
 def _scatter(found: Findings) -> str:
@@ -202,34 +168,29 @@ def _entropy(found: Findings) -> str:
     if part is None:
         return ""
     tasks = found.study.tasks
-    body = "".join(
-        (
-            _panels(tasks, part.by_stage, "entropy (nats)", "stages done"),
-            _panels(tasks, part.tau, "effective temperature", "stages done"),
-            _panels(tasks, part.sweep, "score by temperature", "temperature", part.temperatures),
-        )
-    )
-    body = f"<div class=panels>{body}</div>"
+    panels = [
+        *_panels(tasks, part.by_stage, "entropy (nats)", "stages done"),
+        *_panels(tasks, part.tau, "effective temperature", "stages done"),
+        *_panels(tasks, part.sweep, "score by temperature", "temperature", part.temperatures),
+    ]
+    body = f"<div class=panels>{''.join(panels)}</div>"
     if part.single is not None:
         names = ["initial policy", *(f"after {task}" for task in tasks)]
-        rows = [
-            (name, [Cell(float(x), points(float(x), False)) for x in row])
-            for name, row in zip(names, part.single, strict=True)
-        ]
+        cells = [[Cell(x, points(x, False)) for x in row] for row in part.single.tolist()]
         title = "<h3>Entropy of the initial policy and after each task alone (nats)</h3>"
-        most = float(np.nanmax(part.single))
+        most, rows = float(np.nanmax(part.single)), list(zip(names, cells, strict=True))
         body += title + charts.heat_table(tasks, rows, scale=most, corner="policy \\ prompts of")
     return body
 
 
-def _panels(tasks: Names, by_arm: dict[str, Floats], what: str, x_label: str, xs: Sequence[float] | None = None) -> str:
+def _panels(
+    tasks: Names, by_arm: dict[str, Floats], what: str, x_label: str, xs: Sequence[float] = ()
+) -> Iterator[str]:
     """A panel per task, a line per arm. by_arm: arm -> values [X, K].   xs: 0, 1, 2 ... without it."""
     shown = [(k, name, table) for k, (name, table) in enumerate(by_arm.items()) if name in (BASE, JOINT, *STAGED)]
-    panels = []
     for k, task in enumerate(tasks if shown else ()):
         lines = [Line(name, xs or range(len(table)), list(table[:, k]), style) for style, name, table in shown]
-        panels.append(charts.line_panel(f"{task}: {what}", lines, y_range=None, x_label=x_label))
-    return "".join(panels)
+        yield charts.line_panel(f"{task}: {what}", lines, y_range=None, x_label=x_label)
 
 
 def _setting(found: Findings) -> str:

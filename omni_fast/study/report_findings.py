@@ -15,21 +15,8 @@ import numpy as np
 from omni_fast.curriculum.scores import Estimate, holm
 from omni_fast.report.charts import duration
 from omni_fast.report.verdict import Sentence, Tone, direction, points, span
-from omni_fast.study import analysis_entropy, analysis_orders
-from omni_fast.study.analysis import (
-    JOINT,
-    MERGE,
-    ArmRow,
-    TransferPart,
-    compare,
-    competitors,
-    declared,
-    missing,
-    runs,
-    table,
-    transfer_part,
-    warnings,
-)
+from omni_fast.study import analysis, analysis_entropy, analysis_orders
+from omni_fast.study.analysis import JOINT, MERGE, ArmRow, TransferPart, declared
 from omni_fast.study.analysis_draws import Contrast
 from omni_fast.study.analysis_entropy import ALL, EntropyPart
 from omni_fast.study.analysis_orders import AVERAGE, NO_TRANSFER, TWIN, AssumptionPart, ForecastPart, OrderPart
@@ -84,33 +71,28 @@ class Table:
     def markdown(self) -> str:
         rule = [":---"] * self.words + ["---:"] * (len(self.heads) - self.words)
         rows = [[text.replace("|", "\\|") for text in row] for row in (self.heads, rule, *self.cells())]
-        lines = [f"| {' | '.join(row)} |" for row in rows]
-        return "\n".join([f"### {self.title}", "", *lines])
+        return "\n".join([f"### {self.title}", "", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def analyse(study: Study) -> Findings:
     """All parts of the analysis that the records allow."""
-    rows, primary = table(study)
-    finished = {arm.name: runs(study, arm.name) for arm in competitors(study)}
-    first = study.arm(study.primary[0])
-    pairs = {
-        (first.name, other): compare(finished, first.name, other, study.tasks)
-        for other in ("reversed", "random")
-        if first and first.kind in FULL and other not in study.primary
-    }
-    at = analysis_orders.realised(study)
+    rows, primary = analysis.table(study)
+    first, at = study.arm(study.primary[0]), analysis_orders.realised(study)
+    others = [name for name in ("reversed", "random") if name not in study.primary]
     return Findings(
         study=study,
         rows=rows,
         primary=primary,
-        pairs=pairs,
-        transfer=transfer_part(study),
+        pairs={(first.name, other): analysis.compare(study, first.name, other) for other in others}
+        if first and first.kind in FULL
+        else {},
+        transfer=analysis.transfer_part(study),
         forecast=analysis_orders.forecast_part(study, at) if at else None,
         orders=analysis_orders.order_part(study, at) if at else None,
         assumptions=analysis_orders.assumption_part(study, at) if at else None,
         entropy=analysis_entropy.entropy_part(study, at),
-        warnings=warnings(study),
-        missing=missing(study),
+        warnings=analysis.warnings(study),
+        missing=analysis.missing(study),
     )
 
 
@@ -134,9 +116,8 @@ def cell(value: Value) -> str:
 def percent(contrast: Contrast) -> str:
     if not math.isfinite(contrast.value):
         return "–"
-    return f"{contrast.value:+.1%} ({contrast.low:+.1%} to {contrast.high:+.1%})".replace("-", "−").replace(
-        "%", "\u00a0%"
-    )
+    shown = f"{contrast.value:+.1%} ({contrast.low:+.1%} to {contrast.high:+.1%})"
+    return shown.replace("-", "−").replace("%", "\u00a0%")
 
 
 def arrow(order: Iterable[str]) -> str:
@@ -159,15 +140,15 @@ def tables(found: Findings) -> dict[str, list[Table]]:
 
 
 def _arms(found: Findings) -> list[Table]:
-    tasks, known = found.study.tasks, [row for row in found.rows if row.seeds]
-    scores: list[Row] = [(row.arm.name, len(row.seeds), *row.scores.values(), row.average, row.bwt) for row in known]
+    scores: list[Row] = []
     gains: list[Row] = []
-    for row in known:
+    for row in found.rows:
+        scores.append((row.arm.name, len(row.seeds), *row.scores.values(), row.average, row.bwt))
         p = "primary" if declared(found.study, row.arm.name) else p_value(row.p_holm)
         gains.append((row.arm.name, row.over_joint, percent(row.relative_joint), p, percent(row.relative_merge)))
     heads = ["arm", f"minus {JOINT}", f"relative to {JOINT}", "p (Holm)", f"relative to {MERGE}"]
     return [
-        Table("Test scores", ["arm", "seeds", *tasks, "average", "backward transfer"], scores),
+        Table("Test scores", ["arm", "seeds", *found.study.tasks, "average", "backward transfer"], scores),
         Table("Average score against joint training and against merging", heads, gains),
     ]
 
@@ -177,8 +158,7 @@ def _cost(found: Findings) -> list[Table]:
     for row in found.rows:
         orders = " / ".join(f"{arrow(order)} ({count}x)" for order, count in row.orders.items()) or "–"
         counts = (row.samples, row.samples_transfer, row.samples + row.samples_transfer, row.completions)
-        if row.seeds:
-            rows.append((row.arm.name, *map(round, counts), duration(row.seconds), orders))
+        rows.append((row.arm.name, *map(round, counts), duration(row.seconds), orders))
     heads = ["arm", "training samples", "to measure transfer", "both", "items for it", "training time", "order (seeds)"]
     return [Table("Cost, mean of the seeds", heads, rows)]
 
@@ -191,12 +171,9 @@ def _transfer(part: TransferPart) -> list[Table]:
         shares = [f"{share:.0%}" for share in (row.training, row.evaluation, a.pairs)]
         rows.append((row.name, *shares[:2], points(a.spearman), points(a.kendall), shares[2], max(0.0, a.regret)))
     heads = ["cheap measurement", "training", "evaluation", "Spearman", "Kendall", "pairs alike", "summed score lost"]
-    return [
-        Table("Transfer, each effect", ["trained → scored on", "T", "p (alone)"], effects, folded=True),
-        Table(
-            "One seed's cheap measurement against the full matrix of the other seeds, or its own if alone", heads, rows
-        ),
-    ]
+    title = "One seed's cheap measurement against the full matrix of the other seeds, or its own if alone"
+    told = ["trained → scored on", "T", "p (alone)"]
+    return [Table("Transfer, each effect", told, effects, folded=True), Table(title, heads, rows)]
 
 
 def _orders(part: OrderPart) -> list[Table]:
@@ -250,7 +227,7 @@ def _flips(found: Findings) -> list[Table]:
     rows = [
         (row.arm.name, *(f"−{lost} +{gained}" for lost, gained in row.flips.values()))
         for row in found.rows
-        if row.seeds and row.arm.kind != "base"
+        if row.arm.kind != "base"
     ]
     title = "Test items lost (−) and gained (+) since the initial policy, summed over the seeds"
     return [Table(title, ["arm", *found.study.tasks], rows)]
@@ -258,14 +235,13 @@ def _flips(found: Findings) -> list[Table]:
 
 def headline(found: Findings) -> Sentence:
     """The declared contrast, whatever it says."""
-    first, second = found.study.primary
-    contrast = found.primary
+    (first, second), contrast = found.study.primary, found.primary
     if absent := [name for name in found.study.primary if found.study.arm(name) is None]:
         text = f"The declared contrast is {first} − {second}; this study has no arm {' and no arm '.join(absent)}."
         return Sentence("open", text)
     if not math.isfinite(contrast.value):
         return Sentence("open", f"The declared contrast, {first} − {second}, is not measured yet.")
-    size = f"{points(contrast.value)} (95 % interval {span(contrast)})"
+    size, tone = f"{points(contrast.value)} (95 % interval {span(contrast)})", _tone(contrast)
     if contrast.seeds < 2:
         text = f"With one seed {first} − {second} is {size}; the seed's own noise is not in it: no claim."
         return Sentence("open", text)
@@ -273,8 +249,8 @@ def headline(found: Findings) -> Sentence:
         "good": f"{first} beats {second}: its average test score is ahead by",
         "bad": f"{first} falls behind {second}: its average test score differs by",
         "open": f"The data do not tell {first} from {second}: their average test scores differ by",
-    }[_tone(contrast)]
-    return Sentence(_tone(contrast), f"{what} {size}, over {contrast.seeds} seeds.")
+    }[tone]
+    return Sentence(tone, f"{what} {size}, over {contrast.seeds} seeds.")
 
 
 def verdict(found: Findings) -> list[Sentence]:
@@ -282,49 +258,38 @@ def verdict(found: Findings) -> list[Sentence]:
     return [
         *_against_the_rest(found),
         *_does_order_matter(found),
-        *_is_it_forecast(found.forecast),
-        *_do_assumptions_hold(found.assumptions),
-        *_is_it_entropy(found.entropy),
+        *(_is_it_forecast(found.forecast) if found.forecast else ()),
+        *(_do_assumptions_hold(found.assumptions) if found.assumptions else ()),
+        *(_is_it_entropy(found.entropy) if found.entropy else ()),
         *_is_it_cheap(found),
         *(Sentence("bad", warning) for warning in found.warnings),
     ]
 
 
-def _tone(contrast: Contrast) -> Tone:
+def _tone(contrast: Contrast, lower_is_better: bool = False) -> Tone:
     """good: the whole interval above 0; bad: below 0; open: it holds 0, is not known, or rests on one seed."""
-    return "open" if contrast.seeds < 2 else direction(contrast) or "open"
-
-
-def _turned(tone: Tone) -> Tone:
-    """Of a quantity that is better when it is lower."""
+    tone = "open" if contrast.seeds < 2 else direction(contrast) or "open"
     turned: dict[Tone, Tone] = {"good": "bad", "bad": "good", "open": "open"}
-    return turned[tone]
+    return turned[tone] if lower_is_better else tone
 
 
 def _against_the_rest(found: Findings) -> list[Sentence]:
-    groups: dict[tuple[Tone, str], list[str]] = {
-        ("good", "Ahead of"): [],
-        ("bad", "Behind"): [],
-        ("open", "Not told from"): [],
-    }
-    for r in found.rows:
-        if math.isfinite(r.p_holm):
-            ahead, behind, open_ = groups
-            told = open_ if r.p_holm >= LEVEL else ahead if r.over_joint.value > 0 else behind
-            groups[told].append(r.arm.name)
-    out = [
-        Sentence(tone, f"{what} {JOINT} after Holm's correction: {', '.join(names)}.")
-        for (tone, what), names in groups.items()
-        if names
-    ]
-    row = found.first
-    if row and math.isfinite(row.relative_joint.value):
-        known = math.isfinite(row.relative_merge.value)
-        over_merge = f", over {MERGE} {percent(row.relative_merge)}" if known else ""
-        gain = f"{percent(row.relative_joint)}{over_merge}"
-        out.append(
-            Sentence(_tone(row.relative_joint), f"Relative gain of {row.arm.name}'s average score over {JOINT} {gain}.")
-        )
+    out = []
+    told: dict[Tone, str] = {"good": "Ahead of", "bad": "Behind", "open": "Not told from"}
+    for tone, what in told.items():
+        names = [
+            row.arm.name
+            for row in found.rows
+            if tone == ("open" if row.p_holm >= LEVEL else "good" if row.over_joint.value > 0 else "bad")
+            and math.isfinite(row.p_holm)
+        ]
+        if names:
+            out.append(Sentence(tone, f"{what} {JOINT} after Holm's correction: {', '.join(names)}."))
+    if (row := found.first) and math.isfinite((gain := row.relative_joint).value):
+        merge = row.relative_merge
+        over_merge = f", over {MERGE} {percent(merge)}" if math.isfinite(merge.value) else ""
+        text = f"Relative gain of {row.arm.name}'s average score over {JOINT} {percent(gain)}{over_merge}."
+        out.append(Sentence(_tone(gain), text))
     return out
 
 
@@ -356,25 +321,25 @@ def _does_order_matter(found: Findings) -> list[Sentence]:
             out.append(Sentence(_tone(contrast), text))
     transfer = found.transfer
     if transfer is not None and (decision := transfer.decision).second is not None:
-        several, told = len(transfer.seeds) > 1, decision.optima == 1 and _tone(transfer.lead) == "good"
+        told = decision.optima == 1 and _tone(transfer.lead) == "good"
         text = (
             f"The best order by measured transfer, {arrow(decision.order)}, is the optimum in {decision.probability or 0:.0%}"
-            f" of the draws over {'seeds and items' if several else 'the items of one seed'}; it is"
+            f" of the draws over {'seeds and items' if len(transfer.seeds) > 1 else 'the items of one seed'}; it is"
             f" {'told' if told else 'not told'} from the second best, {arrow(decision.second)}."
         )
         out.append(Sentence("good" if told else "open", text))
-    nothing = "Whether order matters is not known yet: it needs an order and its reversal, or all orders, finished."
-    return out or [Sentence("open", nothing)]
+    return out
 
 
-def _is_it_forecast(part: ForecastPart | None) -> list[Sentence]:
-    if part is None:
-        text = "The forecast is not tested yet: it needs transfer from one seed and orders from another."
-        return [Sentence("open", text)]
+def _is_it_forecast(part: ForecastPart) -> list[Sentence]:
     additive, ratios, none = (part.errors[k] for k in ("additive", "multiplicative", NO_TRANSFER))
-    twin, level = part.errors.get(TWIN), _turned(_tone(part.closer))
+    twin, level = part.errors.get(TWIN), _tone(part.closer, lower_is_better=True)
     ranks, orders = all(r > 0 for r in part.by_seed), part.errors[f"additive{AVERAGE}"].pearson
-    same = f", the same order in another seed by {twin.mean_absolute:.3f}" if twin else ""
+    same, agree = "", ""
+    if twin:
+        same = f", the same order in another seed by {twin.mean_absolute:.3f}"
+        average = part.errors[f"{TWIN}{AVERAGE}"].pearson
+        agree = f"; two seeds of one order agree to {points(twin.pearson)} and {points(average)}"
     judged = {
         "good": "It is closer than assuming no transfer",
         "bad": "It is farther off than assuming no transfer",
@@ -385,8 +350,6 @@ def _is_it_forecast(part: ForecastPart | None) -> list[Sentence]:
         f" {ratios.mean_absolute:.3f}, no transfer at all by {none.mean_absolute:.3f}{same}. {judged} (by seed"
         f" {points(part.closer.value)}, {span(part.closer) or 'one seed'})."
     )
-    average = part.errors[f"{TWIN}{AVERAGE}"].pearson if twin else math.nan
-    agree = f"; two seeds of one order agree to {points(twin.pearson)} and {points(average)}" if twin else ""
     more = (
         f"The additive forecast correlates with realised scores: {points(additive.pearson)} within task (by seed"
         f" {', '.join(points(r) for r in part.by_seed)}), and {points(orders)} for the average over tasks, which decides the"
@@ -399,27 +362,23 @@ def _is_it_forecast(part: ForecastPart | None) -> list[Sentence]:
     return [Sentence(level, text), Sentence(tone, more)]
 
 
-def _do_assumptions_hold(part: AssumptionPart | None) -> list[Sentence]:
-    if part is None:
-        return [Sentence("open", "Neither assumption is tested yet: no stage starts from a trained checkpoint.")]
+def _do_assumptions_hold(part: AssumptionPart) -> list[Sentence]:
     out = []
     tested = rejected({f"{i} → {j}": s.p for (i, j), (_, _, s) in part.constant.items()})
     if tested:
         broken = sum(tested.values())
         spreads = [s for _, _, s in part.constant.values() if math.isfinite(s.p)]
         sd, noise = (math.sqrt(np.mean([getattr(s, k) ** 2 for s in spreads])) for k in ("sd", "noise"))
-        told = "rejected for" if broken else "not rejected for any"
         text = (
-            f"Assumption 1 (constant transfer) is {told}{f' {broken}' if broken else ''} of {len(tested)} effects: over starting"
-            f" checkpoints T spreads by {sd:.3f}, noise removed, where one measurement has a noise of {noise:.3f} (root mean"
-            " squares)."
+            f"Assumption 1 (constant transfer) is {f'rejected for {broken}' if broken else 'not rejected for any'} of"
+            f" {len(tested)} effects: over starting checkpoints T spreads by {sd:.3f}, noise removed, where one measurement has"
+            f" a noise of {noise:.3f} (root mean squares)."
         )
         out.append(Sentence("bad" if broken else "open", text))
     second = rejected({task: c.p for task, c in part.second_pass.items()})
     if second:
-        changes = {task: part.second_pass[task].value for task in second}
-        moved = [f"{task} {points(changes[task])}" for task, no in second.items() if no]
-        largest = max(map(abs, changes.values()))
+        moved = [f"{task} {points(part.second_pass[task].value)}" for task, no in second.items() if no]
+        largest = max(abs(part.second_pass[task].value) for task in second)
         text = (
             f"Assumption 2 (saturation) is rejected by a second pass for: {', '.join(moved)}."
             if moved
@@ -443,19 +402,17 @@ def rejected(p_values: Mapping[str, float]) -> dict[str, bool]:
     return {name: p < LEVEL for name, p in holm(p_values).items()}
 
 
-def _is_it_entropy(part: EntropyPart | None) -> list[Sentence]:
-    whole = part.residuals.get(ALL) if part else None
-    if part is None or whole is None or whole.change.seeds == 0:
-        text = "Whether temperature explains the residuals is not known: it needs sweeps of base, runs and orders."
-        return [Sentence("open", text)]
-    tone = _turned(_tone(whole.change))
-    what = {"good": "shrinks", "bad": "widens", "open": "does not change beyond noise"}[tone]
-    outside = f" ({whole.at_edge:.0%} of the scores only as far as the sweep reaches)" if whole.at_edge > 0 else ""
-    text = (
-        f"Decoding each policy at its own effective temperature {what} what the forecast misses: from {whole.before:.3f} to"
-        f" {whole.after:.3f}, change {cell(whole.change)}{outside}."
-    )
-    out = [Sentence(tone, text)]
+def _is_it_entropy(part: EntropyPart) -> list[Sentence]:
+    out, whole = [], part.residuals.get(ALL)
+    if whole is not None and whole.change.seeds:
+        tone = _tone(whole.change, lower_is_better=True)
+        what = {"good": "shrinks", "bad": "widens", "open": "does not change beyond noise"}[tone]
+        outside = f" ({whole.at_edge:.0%} of the scores only as far as the sweep reaches)" if whole.at_edge > 0 else ""
+        text = (
+            f"Decoding each policy at its own effective temperature {what} what the forecast misses: from {whole.before:.3f} to"
+            f" {whole.after:.3f}, change {cell(whole.change)}{outside}."
+        )
+        out.append(Sentence(tone, text))
     moved = {weight: gain for weight, (_, gain) in part.ablation.items() if gain is not None}
     if moved:
         weight, gain = max(moved.items(), key=lambda pair: abs(pair[1].value))
@@ -478,7 +435,7 @@ def _is_it_cheap(found: Findings) -> list[Sentence]:
         share = 1 + row.samples_transfer / row.samples
         text = f"With the measurement of transfer charged, {row.arm.name} costs {share:.2f} times the samples of its training."
         out.append(Sentence("open", text))
-    full = [r for r in found.rows if r.arm.kind in FULL and r.seeds]
+    full = [r for r in found.rows if r.arm.kind in FULL]
     if full and max(r.samples for r in full) > 1.01 * min(r.samples for r in full):
         listed = ", ".join(f"{r.arm.name} {r.samples:,.0f}" for r in full)
         out.append(Sentence("bad", f"The budgets are not equal: {listed} training samples."))

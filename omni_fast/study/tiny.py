@@ -54,11 +54,10 @@ RECIPE = (1, HIDDEN, LAYERS, HEADS, INNER, STEPS, BATCH, PEAK_RATE, RAMP, OWN_SH
 
 
 class DigitTask:
-    """Part `correct`: 1 for a right answer, else 0. The metric is the same. Subclasses name the function."""
-
-    function = ""
+    """Part `correct`: 1 for a right answer, else 0. The metric is the same. A subclass's name is that of the function."""
 
     def __init__(self, *, name: str, seed: int, max_new_tokens: int) -> None:
+        self.function = type(self).__name__.lower()
         self.name, self.max_new_tokens, self.system = name, max_new_tokens, ""
         self.composition = Composition("additive", {"correct": 1.0})
         self._items = _items(self.function, name, seed)
@@ -76,20 +75,16 @@ class DigitTask:
         return [score.parts["correct"].value for score in self.score(items, completions)]
 
 
-class Sort(DigitTask):
-    function = "sort"
+class Sort(DigitTask): ...
 
 
-class Reverse(DigitTask):
-    function = "reverse"
+class Reverse(DigitTask): ...
 
 
-class Shift(DigitTask):
-    function = "shift"
+class Shift(DigitTask): ...
 
 
-class Scramble(DigitTask):
-    function = "scramble"
+class Scramble(DigitTask): ...
 
 
 def right(function: str, digits: str, reply: str) -> bool:
@@ -119,10 +114,9 @@ def _items(function: str, name: str, seed: int) -> dict[Split, tuple[Item, ...]]
     sets = ["".join(chosen) for chosen in combinations(DIGITS, LENGTH)]
     rng = random.Random(f"digits:{seed}:{function}")
     pools: dict[Split, list[Item]] = {}
-    sizes = {"train": SIZES.train, "select": SIZES.select, "test": SIZES.test}
     for split, own in partition(sets, shares, random.Random(f"digits:{seed}")).items():
         drawn: dict[str, None] = {}  # in the order of drawing, without repeats
-        while len(drawn) < sizes[split]:
+        while len(drawn) < getattr(SIZES, split):
             drawn["".join(rng.sample(rng.choice(own), LENGTH))] = None
         pools[split] = [Item(digits, MARKS[function] + digits) for digits in drawn]
     return take(name, pools, SIZES)
@@ -144,7 +138,7 @@ def save_model(folder: Path, seed: int, steps: int = STEPS) -> None:
 
 def check_tasks(classes: Sequence[str]) -> None:
     """UserError for a task that the from-scratch model has no token for."""
-    known = [f"{__name__}:{kind.__name__}" for kind in (Sort, Reverse, Shift, Scramble)]
+    known = [f"{__name__}:{function.capitalize()}" for function in MARKS]
     for name in classes:
         if name not in known:
             raise UserError(f"the model '{NAME}' knows digits only; with it a task's cls is one of {', '.join(known)}")
@@ -173,12 +167,8 @@ def _warm_up(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> Llama
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     rng = random.Random(f"digits:warm-up:{seed}")
-    tokens = {
-        function: [
-            (item.id, chat_tokens(tokenizer, "", item.prompt, "")) for item in _items(function, function, seed)["train"]
-        ]
-        for function in MARKS
-    }
+    items = {function: _items(function, function, seed)["train"] for function in MARKS}
+    tokens = {f: [(item.id, chat_tokens(tokenizer, "", item.prompt, "")) for item in own] for f, own in items.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, weight_decay=0.01, betas=(0.9, 0.98))
     vocabulary = tokenizer.vocab
     for step in range(steps):
@@ -186,9 +176,8 @@ def _warm_up(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> Llama
         for place in range(BATCH):
             function = list(MARKS)[place % len(MARKS)]
             digits, before = rng.choice(tokens[function])
-            shown = (
-                function if rng.random() < OWN_SHARE else rng.choice([other for other in MARKS if other != function])
-            )
+            others = [other for other in MARKS if other != function]
+            shown = function if rng.random() < OWN_SHARE else rng.choice(others)
             rows.append([*before, *(vocabulary[digit] for digit in answer(shown, digits, rng)), end])
         inputs = torch.tensor(rows)
         labels = inputs.clone()

@@ -25,7 +25,7 @@ from omni_fast.errors import RunError
 from omni_fast.plan import item_scores
 from omni_fast.records import Evaluated, Trained, joined, scored
 from omni_fast.run import BASE, Interrupted
-from omni_fast.study.arms import Design
+from omni_fast.study.arms import Design, said
 from omni_fast.study.arms import Path as Stages
 from omni_fast.study.progress import StudyProgress
 from omni_fast.study.seed_run import SeedRun
@@ -33,11 +33,8 @@ from omni_fast.study.stages import Imitation, Scheduled
 from omni_fast.tasks.base import Split
 from omni_fast.train import Trainer
 
+EVALUATION_WORK = 10.0  # steps that scoring a policy counts for, in the time left
 SKETCH = 256  # numbers: the cosine of two tasks' gradients is then known to about 0.06
-
-
-def said(path: Stages) -> str:
-    return " > ".join(path) or "the initial policy"
 
 
 class Tree:
@@ -52,6 +49,8 @@ class Tree:
         self.lost: set[str] = set()  # tasks that even the initial policy has no score on, tried again in this call
         self.paths: dict[str, Stages] = {}
         self.names: dict[Stages, str] = {}
+        self.told: set[Stages] = set()  # policies that the time left has been told of
+        self.arm, self.policies = "", 0  # what is under way, and how many policies the seed has in all
         run.describe = self._describe
         run.on_update = self._keep_sketch
 
@@ -61,14 +60,16 @@ class Tree:
             self.paths[self.names[path]] = path
         return self.names[path]
 
-    def reach(self, path: Stages, temperatures: Sequence[float] = ()) -> str:
-        """Train and score the policy at the end of a path, as far as it is not done; returns its name.
+    def reach(self, path: Stages, temperatures: Sequence[float] = ()) -> None:
+        """Train and score the policy at the end of a path and those before it, as far as it is not done.
 
         temperatures: of sampled evaluations besides the greedy one. Raises RunError with what went wrong on the way.
         """
-        name = self.name(path)
         for length in range(len(path) + 1):
             part = path[:length]
+            place = len(list(self.run.folder.glob("nodes/*.json"))) + 1
+            self.progress.head = f"seed {self.seed}  {self.arm}  node {place} of {self.policies}  {said(part)}"
+            there = self.run.file(self.name(part)).is_file()
             if part in self.failed:
                 raise RunError(f"it starts from {said(part)}, which failed: {self.failed[part]}")
             if self._unscored(part):
@@ -80,11 +81,13 @@ class Tree:
                     self.failed[part] = str(error) or type(error).__name__
                     raise
                 self.lost |= set() if part else set(self._unscored(part))
-        sweep = (self.run.node(name) or {"sweep": {}})["sweep"]
+            if part not in self.told:
+                self.told.add(part)
+                self.progress.advance(self.design.trained(part)[1] + EVALUATION_WORK, there)
+        sweep = (self.run.node(self.name(path)) or {"sweep": {}})["sweep"]
         missing = {t: self._unswept(sweep.get(repr(t))) for t in temperatures}
         if any(missing.values()):  # what fails here fails this arm alone: stages can start from the policy all the same
             self._sweep(path, missing)
-        return name
 
     def _unscored(self, path: Stages) -> list[str]:
         """Tasks to score a policy on: it is new, the task was added, or what scores the task works again."""

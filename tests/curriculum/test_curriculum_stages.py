@@ -46,8 +46,6 @@ def test_replay_goes_to_the_tasks_before():
     assert first.weights == (1.0,)
     assert second.tasks == ("code", "math") and second.weights == pytest.approx((0.7, 0.3))
     assert third.weights == pytest.approx((0.7, 0.15, 0.15)) and third.own == ("qa",)
-    with pytest.raises(UserError, match="replay"):
-        build_stages("order", TASKS, STEPS, order=TASKS, replay=1.0, weights=EQUAL)
 
 
 def test_refresh_picks_the_largest_drop():

@@ -141,8 +141,6 @@ class Builder:
                     "samples_transfer": SAMPLES * (len(w.tasks) - 1) if name in ("solved", "reversed") else 0,
                     "completions_transfer": 0,
                     "seconds": 10.0 * len(stages),
-                    "statement": "",
-                    "mixture": {},
                 }
             )
 
@@ -166,7 +164,7 @@ class Builder:
             self.arm(f"order:{'>'.join(order)}", "order", w.order_seeds, steps(order), every=True)
         return {
             "name": "synthetic",
-            "config": {"curriculum": {"steps_per_stage": STEPS}, "study": {}},
+            "config": {"curriculum": {"steps_per_stage": STEPS}, "study": {"probe_steps": PROBE}},
             "tasks": list(w.tasks),
             "primary": ["solved", "joint"],
             "temperatures": list(GRID),

@@ -121,7 +121,7 @@ def test_a_worse_primary_arm_is_called_worse(whole, tmp_path):
     [
         (lambda c: False, "not measured yet", "Arms"),
         (lambda c: c["arm"] == "base" and c["seed"] == 0, "Not finished", "Transfer"),
-        (lambda c: c["kind"] in ("base", "single") and c["seed"] == 0, "is not tested yet", "Orders"),
+        (lambda c: c["kind"] in ("base", "single") and c["seed"] == 0, "Not finished", "Forecast against realised"),
         (lambda c: c["seed"] == 0, "With one seed solved − joint is", "Orders"),
         (lambda c: c["kind"] not in ("joint", "order"), "not measured yet", "Orders"),
     ],
