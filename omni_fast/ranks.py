@@ -62,16 +62,12 @@ def together(fingerprint: dict[str, Any]) -> Iterator[None]:
     try:
         parts: list[Any] = [None] * world()
         dist.all_gather_object(parts, fingerprint)
-        _check_same(parts)
+        for other, part in enumerate(parts):
+            if odd := sorted(key for key in parts[0] if part.get(key) != parts[0][key]):
+                raise UserError(
+                    f"rank {other} has another config than rank 0 (in {', '.join(odd)}): start all hosts with the same file "
+                    "and overrides"
+                )
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _check_same(parts: list[dict[str, Any]]) -> None:
-    for other, part in enumerate(parts):
-        if odd := sorted(key for key in parts[0] if part.get(key) != parts[0][key]):
-            raise UserError(
-                f"rank {other} has another config than rank 0 (in {', '.join(odd)}): start all hosts with the same file "
-                "and overrides"
-            )

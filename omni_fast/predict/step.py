@@ -55,13 +55,16 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Server:
-    """One engine replica on `gpus` GPUs."""
-
+class _GPUs:
     shape: Shape
     machine: Machine
     share: Efficiency
     gpus: int
+
+
+@dataclass(frozen=True)
+class Server(_GPUs):
+    """One engine replica on `gpus` GPUs."""
 
     def decode_s(self, rows: float, context: float) -> float:
         """One decoding step of `rows` samples whose caches hold `context` tokens together."""
@@ -96,16 +99,12 @@ class Server:
 
 
 @dataclass(frozen=True)
-class Trainer:
+class Trainer(_GPUs):
     """`gpus` GPUs with weights, gradients and moments sharded over all of them (FSDP2); 1: one process.
 
     experts_stay: tokens travel to the GPU that has their expert, as in Megatron, instead of experts to the tokens.
     """
 
-    shape: Shape
-    machine: Machine
-    share: Efficiency
-    gpus: int
     experts_stay: bool = False
 
     def update_s(self, work: Work) -> dict[str, float]:
@@ -114,15 +113,14 @@ class Trainer:
         micro_rows, again = self.microbatch
         passes = 6 + 2 * work.forwards + 2 * again
         context = work.prompt_tokens + work.new_tokens / 2  # that a completion token sees, on average
-        flops = passes * (
-            (shape.active_body + shape.attention_flops / 2 * context) * work.rows + shape.head * work.tokens
+        row = shape.active_body + shape.attention_flops / 2 * context
+        compute = (
+            passes * (row * work.rows + shape.head * work.tokens) / (self.gpus * machine.flops * self.share.update)
         )
-        compute = flops / (self.gpus * machine.flops * self.share.update)
         rate = NETWORK_SHARE * (machine.link if self.gpus <= GPUS_PER_NODE else machine.network)
         micro_batches = max(1.0, work.rows / self.gpus / micro_rows)
-        away = 1 - 1 / self.gpus
         # Weights twice a micro-batch, gradients once.
-        moved = away * self._gathered_weights * (2 * WEIGHT * micro_batches + 4)
+        moved = (1 - 1 / self.gpus) * self._gathered_weights * (2 * WEIGHT * micro_batches + 4)
         optimiser = OPTIMISER_TRAFFIC * shape.parameters / self.gpus / (machine.memory_bytes_s * self.share.optimiser)
         return {"compute": compute, "gather": max(0.0, moved / rate - compute), "optimiser": optimiser}
 
