@@ -30,11 +30,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from omni_fast.checkpoint import Json
 from omni_fast.errors import RunError, UserError
 from omni_fast.policy import shards
 from omni_fast.policy.pack import MicroBatch, Trajectory
 from omni_fast.policy.slots import Slot
-from omni_fast.policy.update import Json, Policy, body
+from omni_fast.policy.update import Policy, body
 from omni_fast.ranks import STEP_S
 from omni_kernels import LossOutput, Tokens
 

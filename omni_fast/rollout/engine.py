@@ -97,14 +97,10 @@ class Engine(Protocol):
 class Deferred:
     """The rollout of an engine that shares its cores and weights with the trainer: it is made when it is waited for."""
 
-    engine: Engine
-    prompts: Sequence[Prompt]
-    n: int
-    sampling: Sampling
-    arrived: Finished | None
+    make: Callable[[Progress | None], list[list[Sample]]]
 
     def wait(self, progress: Progress | None = None) -> list[list[Sample]]:
-        return self.engine.generate(self.prompts, self.n, self.sampling, progress, self.arrived)
+        return self.make(progress)
 
     def cancel(self) -> None:
         """Nothing is under way."""

@@ -66,7 +66,7 @@ class LocalEngine:
 
     def start(self, prompts: Sequence[Prompt], n: int, sampling: Sampling, arrived: Finished | None = None) -> Rollout:
         """Nothing is generated before it is waited for: policy and engine share the cores and the weights."""
-        return Deferred(self, prompts, n, sampling, arrived)
+        return Deferred(lambda progress: self.generate(prompts, n, sampling, progress, arrived))
 
     def generate(
         self,

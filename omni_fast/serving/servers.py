@@ -29,7 +29,7 @@ from pydantic import TypeAdapter
 
 from omni_fast.config import EngineConfig
 from omni_fast.errors import RunError, UserError
-from omni_fast.policy.cache import alone
+from omni_fast.policy.cache import SAY_EVERY_S, alone
 from omni_fast.serving import process
 from omni_fast.serving.install import VERSION, Say, default_device, python
 from omni_fast.serving.launch import KEY_VARIABLE, Launch, adapter_flags, command, environment, launches, write_key
@@ -40,7 +40,6 @@ STOP_GRACE_S = 20.0
 PROBE_TIMEOUT_S = 10.0
 PORT_TIMEOUT_S = 30.0
 WATCH_EVERY_S = 1.0
-SAY_EVERY_S = 15.0
 MAX_RESTARTS = 10
 LOG_LINES, LOG_COLUMNS = 12, 300
 NEVER = threading.Event()
