@@ -230,8 +230,7 @@ class Run:
     def weights(self, name: str) -> dict[str, Tensor]:
         """Weights at the end of a stage; a stage that repeats a finished run has that run's."""
         trained = self.trained(name)
-        own = trained["same_as"] if trained and trained["same_as"] else name
-        return checkpoint.load_tensors(self._weights(own))
+        return checkpoint.load_tensors(self._weights((trained and trained["same_as"]) or name))
 
     # Stopping.
 
@@ -241,8 +240,10 @@ class Run:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stopping:
-            self.at_once()
-            os._exit(Interrupted.exit_code)  # asked twice: now
+            try:
+                self.at_once()
+            finally:
+                os._exit(Interrupted.exit_code)  # asked twice: now
         self.stopping = True
         os.write(2, b"stopping once what is under way is saved; Ctrl-C again: at once\n")  # print is not safe in here
 
@@ -255,9 +256,8 @@ class Run:
     def _totals(self) -> Totals:
         assert self._metrics is not None, "the run folder was opened for reading"
         os.fsync(self._metrics.fileno())
-        now = time.perf_counter()
-        self.add_seconds(total=now - self._since)
-        self._since = now
+        since, self._since = self._since, time.perf_counter()
+        self.add_seconds(total=self._since - since)
         totals = self.state["totals"]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self.state["facts"]["peak_bytes"] = max(peak, self.state["facts"].get("peak_bytes", 0))

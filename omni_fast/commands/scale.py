@@ -46,7 +46,7 @@ def launch(
 
 @app.command()
 def predict(
-    config: Annotated[str, typer.Argument(help="Whose prompts, samples and lengths to take.")] = "",
+    config: Annotated[str, typer.Argument(help="TOML file or recipe: its batch and lengths.")] = "",
     overrides: Overrides = None,
     model_shape: Annotated[str, typer.Option(help="A folder with config.json, or a name.")] = "qwen2.5-7b",
     gpus: Annotated[int, typer.Option(min=1, max=4096)] = 8,
@@ -62,7 +62,7 @@ def predict(
     mixed: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the groups whose rewards differ.")] = 1.0,
     staleness: Annotated[int, typer.Option(min=0)] = 0,
     sync_gb_s: Annotated[float, typer.Option(min=0.0, help="Of the weights to all servers; 0: as published.")] = 0.0,
-    sync_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the weights, that travels.")] = 1.0,
+    sync_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the weights that travels.")] = 1.0,
     hours_between_failures: Annotated[float, typer.Option(min=0.0, help="Of one server; 0: none fails.")] = 0.0,
     experts_stay: Annotated[bool, typer.Option(help="A trainer with expert parallelism; omni_fast has none.")] = False,
     price: Annotated[float, typer.Option(min=0.0, help="Dollars a GPU and hour.")] = 0.0,
