@@ -16,7 +16,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from omni_fast.config import TaskConfig
 from omni_fast.errors import UserError
@@ -170,17 +169,14 @@ def guess_block(path: str) -> TaskConfig:
         raise UserError(
             f"'{path}' has the columns {sorted(columns)}; rename those of prompt and answer to 'prompt' and 'answer'"
         )
-    verifier: Literal["math", "qa", "code", "judge"] = "qa"
     if "tests" in columns:
         verifier = "code"
     elif "reference" in columns:
         verifier = "judge"
-    elif all(re.search(r"\d\W*$", str(row.get(answer, ""))) for row in rows):
-        verifier = "math"
-    place, reference = f"{{{prompt}}}", "reference"
-    return TaskConfig(
-        name="data", kind="jsonl", file=path, prompt=place, answer=answer, reference=reference, verifier=verifier
-    )
+    else:
+        verifier = "math" if all(re.search(r"\d\W*$", str(row.get(answer, ""))) for row in rows) else "qa"
+    fields = {"prompt": f"{{{prompt}}}", "answer": answer, "reference": "reference", "verifier": verifier}
+    return TaskConfig.model_validate({"name": "data", "kind": "jsonl", "file": path, **fields})
 
 
 def _gold_source(block: TaskConfig, columns: set[str]) -> str:

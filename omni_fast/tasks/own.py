@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -39,10 +40,9 @@ class OwnTask:
         if not isinstance(self.composition, Composition):
             raise UserError(f"{self.where}: composition is {self.composition!r:.80}; it has to be a `Composition`")
         self._items = {split: self._read(split) for split in SPLITS}
-        ids = [item.id for items in self._items.values() for item in items]
-        if len(set(ids)) < len(ids):
-            twice = next(one for one in ids if ids.count(one) > 1)
-            raise UserError(f"{self.where} has two items with the id {twice!r}; ids differ within a task")
+        ids = Counter(item.id for items in self._items.values() for item in items)
+        if twice := [one for one, count in ids.items() if count > 1]:
+            raise UserError(f"{self.where} has two items with the id {twice[0]!r}; ids differ within a task")
 
     def items(self, split: Split) -> Sequence[Item]:
         return self._items[split]
@@ -57,8 +57,9 @@ class OwnTask:
         return found
 
     def metric(self, items: Sequence[Item], completions: Sequence[str]) -> list[float | None]:
-        given = self._call("metric", lambda: list(self.task.metric(items, completions)))
-        found = self._call("metric", lambda: [None if x is None else float(x) for x in given])
+        found = self._call(
+            "metric", lambda: [None if x is None else float(x) for x in self.task.metric(items, completions)]
+        )
         wrong = [x for x in found if x is not None and not (math.isnan(x) or 0 <= x <= 1)]
         if wrong or len(found) != len(items):
             told = f"the value {wrong[0]:g}" if wrong else f"{len(found)} values for {len(items)} items"

@@ -139,20 +139,22 @@ def test_the_filter_allows_its_table_and_nothing_else(column, machine):
 def test_a_group_limits_the_process_that_entered_it_and_leaves_nothing(monkeypatch):
     home = cgroup._homes()
     group = cgroup.Group(1 << 30, 17)
-    if not group.folders:
+    if not group.controllers:
         pytest.skip("no control group can be made here")
     left = cgroup.Group(1 << 30, 17)  # as by a trainer that was killed
     with contextlib.ExitStack() as fds:
         line, standard = group.enter([sys.executable, "-c", "import time; time.sleep(60)"], fds)
         process = subprocess.Popen(line, stdin=standard[0], stdout=standard[-1])
-    while not group.controllers():
+    while not group.active():
         time.sleep(0.01)
-    assert all((folder / "cgroup.procs").read_text().split() == [str(process.pid)] for folder in group.folders)
-    assert left.controllers() == [], "a limit that binds nobody is no layer"
+    assert all((folder / "cgroup.procs").read_text().split() == [str(process.pid)] for folder in group.controllers)
+    assert left.active() == [], "a limit that binds nobody is no layer"
     monkeypatch.setattr(cgroup, "START_S", 0.0)
     again = cgroup.Group(1 << 30, 17)
-    assert not any(folder.exists() for folder in left.folders) and all(folder.exists() for folder in group.folders)
-    folders = [*group.folders, *again.folders]
+    assert not any(folder.exists() for folder in left.controllers) and all(
+        folder.exists() for folder in group.controllers
+    )
+    folders = [*group.controllers, *again.controllers]
     group.remove()
     again.remove()
     assert process.wait() == -signal.SIGKILL and not any(folder.exists() for folder in folders)

@@ -153,8 +153,7 @@ def fit_head(encode: Encode, seed: int = 0) -> Head:
 
     auc: dict[str, float] = {}
     for name in FAMILIES:
-        seen = family[:n] != name
-        w = fit_preference((good[:n] - bad[:n])[seen])
+        w = fit_preference((good[:n] - bad[:n])[family[:n] != name])
         left_out = np.flatnonzero(family[n:] == name) + n
         auc[name] = roc_auc(good[left_out] @ w, bad[left_out] @ w)
 

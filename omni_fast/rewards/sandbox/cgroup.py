@@ -17,10 +17,7 @@ from pathlib import Path
 ROOT = Path("/sys/fs/cgroup")
 PREFIX = "omni_fast-"
 START_S = 60.0  # a group that is this old has got its process
-LIMIT_FILES = {  # controller: its files in version 2 and version 1
-    "memory": ("memory.max", "memory.limit_in_bytes"),
-    "pids": ("pids.max", "pids.max"),
-}
+LIMITS = {"memory.max": "memory", "memory.limit_in_bytes": "memory", "pids.max": "pids"}  # file -> controller
 
 
 def _homes() -> list[Path]:
@@ -31,51 +28,49 @@ def _homes() -> list[Path]:
             _, controllers, path = line.split(":", 2)
             if controllers == "":
                 homes.append(ROOT / path.lstrip("/"))
-            homes += [ROOT / name / path.lstrip("/") for name in controllers.split(",") if name in LIMIT_FILES]
+            homes += [ROOT / name / path.lstrip("/") for name in controllers.split(",") if name in LIMITS.values()]
     return homes
 
 
 class Group:
-    """A group in each hierarchy that we may make one in; `folders` says where, perhaps nowhere."""
+    """A group in each hierarchy that we may make one in, perhaps none. controllers: folder -> what it limits."""
 
     def __init__(self, memory_bytes: int, pids: int) -> None:
-        self.folders: list[Path] = []
+        self.controllers: dict[Path, list[str]] = {}
         for home in _homes():
-            for left in home.glob(
-                f"{PREFIX}*"
-            ):  # by a trainer that was killed; one with a process in it cannot be removed
+            for left in home.glob(f"{PREFIX}*"):  # by a trainer that was killed; one that is in use cannot be removed
                 with contextlib.suppress(OSError):
                     if time.time() - left.stat().st_mtime > START_S:
                         left.rmdir()
             with contextlib.suppress(OSError):
                 folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=home))
-                limits = [
-                    (folder / file, memory_bytes if name == "memory" else pids)
-                    for name, files in LIMIT_FILES.items()
-                    for file in dict.fromkeys(files)
-                ]
-                self.folders.append(folder)
-                if not [file.write_text(str(limit)) for file, limit in limits if file.exists()]:
-                    self.folders.pop().rmdir()
+                self.controllers[folder] = []
+                for file, name in LIMITS.items():
+                    if (folder / file).exists():
+                        (folder / file).write_text(str(memory_bytes if name == "memory" else pids))
+                        self.controllers[folder].append(name)
+                if not self.controllers[folder]:
+                    del self.controllers[folder]
+                    folder.rmdir()
 
-    def controllers(self) -> list[str]:
-        """The limits that bind somebody: those of the groups with a process in it."""
-        held = [folder for folder in self.folders if (folder / "cgroup.procs").read_text()]
-        return [n for n, files in LIMIT_FILES.items() if any((folder / f).exists() for folder in held for f in files)]
+    def active(self) -> list[str]:
+        """The controllers that bind somebody: those of the groups with a process in it."""
+        held = [names for folder, names in self.controllers.items() if (folder / "cgroup.procs").read_text()]
+        return [name for names in held for name in names]
 
     def enter(self, line: list[str], fds: contextlib.ExitStack) -> tuple[list[str], list[int]]:
         """A command that moves itself into the groups and then becomes `line`, and its standard input and output.
 
         The files are opened here: who runs the command may not be allowed to.
         """
-        if not self.folders:
+        if not self.controllers:
             return line, [subprocess.DEVNULL]
         move = ["/bin/sh", "-c", 'echo 0 >&0; echo 0 >&1; exec "$@" </dev/null >/dev/null', "sh", *line]
-        return move, [fds.enter_context((folder / "cgroup.procs").open("w")).fileno() for folder in self.folders]
+        return move, [fds.enter_context((folder / "cgroup.procs").open("w")).fileno() for folder in self.controllers]
 
     def remove(self) -> None:
         """Kill what is left inside and remove the groups. Waits up to a second for the kernel to let go."""
-        for folder in self.folders:
+        for folder in self.controllers:
             for _ in range(100):
                 try:
                     folder.rmdir()
@@ -87,4 +82,4 @@ class Group:
                         for pid in (folder / "cgroup.procs").read_text().split():
                             os.kill(int(pid), signal.SIGKILL)
                     time.sleep(0.01)
-        self.folders = []
+        self.controllers = {}

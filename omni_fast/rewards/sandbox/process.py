@@ -63,7 +63,7 @@ class Jail:
     @property
     def layers(self) -> tuple[str, ...]:
         """What this machine added to the layers that every jail has."""
-        controllers = self._group.controllers() if self._group else ()
+        controllers = self._group.active() if self._group else ()
         return (f"cgroup: {', '.join(controllers)}",) if controllers else ()
 
     def start(self) -> None:
