@@ -47,11 +47,9 @@ class Composition:
         if not self.weights:
             raise UserError("a composition needs at least one weight; name the parts that count and their weights")
         if not all(abs(number) <= MAX_WEIGHT for number in (*self.weights.values(), self.gate_threshold)):  # nor NaN
-            raise UserError(
-                f"composition weights and gate_threshold must be numbers within {MAX_WEIGHT:g}, got {dict(self.weights)} "
-                f"and {self.gate_threshold}"
-            )
-        if self.kind == "gated" and (self.gate is None or self.gate not in self.weights):
+            given = f"{dict(self.weights)} and {self.gate_threshold}"
+            raise UserError(f"weights and gate_threshold must be numbers within {MAX_WEIGHT:g}, got {given}")
+        if self.kind == "gated" and self.gate not in self.weights:
             names = sorted(self.weights)
             raise UserError(f"a gated composition needs `gate` to be one of its weights {names}, got {self.gate!r}")
         if self.kind != "gated" and self.gate is not None:

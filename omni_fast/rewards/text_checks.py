@@ -194,12 +194,9 @@ def gate(prompt: str, completion: str, required: Sequence[str] = ()) -> str | No
     tokens = [match.lower() for match in _WORD.findall(seen)]
     if not tokens:
         return "empty"
-    if _INJECTION.search(seen):
-        return "injection"
-    if _MASTER_KEY.search(seen):
-        return "master_key"
-    if _RUBRIC.search(seen):
-        return "rubric_words"
+    for reason, pattern in (("injection", _INJECTION), ("master_key", _MASTER_KEY), ("rubric_words", _RUBRIC)):
+        if pattern.search(seen):
+            return reason
     if len(tokens) < MIN_WORDS:
         return "too_short"
     if len(tokens) > MAX_WORDS or len(completion) > MAX_CHARS:

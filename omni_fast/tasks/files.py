@@ -33,11 +33,10 @@ def _lines(file: Path) -> Iterator[tuple[int, Row]]:
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             row = json.loads(text) if text else {}
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             shown = line[:_SHOWN].decode("utf-8", "replace")
-            raise UserError(
-                f"{file}, line {number} is not JSON ({error}): {shown!r}; every line must be one JSON object"
-            ) from error
+            told = f"{file}, line {number} is not JSON ({error}): {shown!r}"
+            raise UserError(f"{told}; every line must be one JSON object") from error
         if not isinstance(row, dict):
             raise UserError(f"{file}, line {number} is a {type(row).__name__}, not a JSON object with columns")
         if text:
@@ -52,5 +51,4 @@ def _parquet(file: Path) -> Iterator[tuple[int, Row]]:
         table = parquet.read_table(file)
     except pyarrow.ArrowException as error:
         raise UserError(f"'{file}' is not a readable parquet file ({error}); write it again") from error
-    for number, row in enumerate(table.to_pylist(), start=1):
-        yield number, cast(Row, row)
+    yield from enumerate(cast(list[Row], table.to_pylist()), start=1)

@@ -102,11 +102,8 @@ class Audit:
 def shipped_pairs() -> list[Pair]:
     """The audit set that comes with the package."""
     text = (files("omni_fast.rewards.judge") / "data" / "audit.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    return [
-        Pair(row["family"], Reply(row["prompt"], row["first"], row["second"], tuple(row["words"])), row["kind"])
-        for row in rows
-    ]
+    rows = map(json.loads, text.splitlines())
+    return [Pair(r["family"], Reply(r["prompt"], r["first"], r["second"], tuple(r["words"])), r["kind"]) for r in rows]
 
 
 def audit(judge: Judge) -> Audit:
@@ -154,11 +151,8 @@ def _compare(judge: Judge, replies: Sequence[Reply]) -> Answers:
             (None, None) if isinstance(a, Failure) or isinstance(b, Failure) else (a, b)
             for a, b in judge.both_orders(replies)
         ]
-    first, second = judge.judge(replies), judge.judge([reply.swapped() for reply in replies])
-    return [
-        (None, None) if a.value is None or b.value is None else _mirrored(a.value - b.value)
-        for a, b in zip(first, second, strict=True)
-    ]
+    both = zip(judge.judge(replies), judge.judge([reply.swapped() for reply in replies]), strict=True)
+    return [(None, None) if a.value is None or b.value is None else _mirrored(a.value - b.value) for a, b in both]
 
 
 def _mirrored(difference: float) -> tuple[Verdict, Verdict]:

@@ -171,8 +171,8 @@ class Jail:
         if self._process is None or self._process.stderr is None:
             return ""
         self._process.kill()
-        text = self._process.stderr.read(4096).decode("utf-8", "replace").strip()
-        return text.splitlines()[-1][:300] if text else ""
+        lines = self._process.stderr.read(4096).decode("utf-8", "replace").split("\n")
+        return next((line[:300] for line in reversed(lines) if line.strip()), "")
 
 
 def _as_fd(path: Path, fds: contextlib.ExitStack) -> int:
@@ -206,7 +206,10 @@ def outcomes(output: bytes, count: int, end: Exit, limits: Limits) -> list[Call]
     loaded = False
     *lines, tail = output.split(b"\n")
     for line in lines:
-        match _parsed(line):
+        reply: Data = None
+        with contextlib.suppress(wire.WireError):
+            reply = wire.loads(line)
+        match reply:
             case ["load", "ok", _] if not loaded:
                 loaded = True
             case ["load", "error" | "memory" as outcome, str(detail)] if not loaded:
@@ -220,13 +223,6 @@ def outcomes(output: bytes, count: int, end: Exit, limits: Limits) -> list[Call]
         if failure:
             break
     return calls + [failure or _unanswered(end, limits, bool(tail))] * (count - len(calls))
-
-
-def _parsed(line: bytes) -> Data:
-    try:
-        return wire.loads(line)
-    except wire.WireError:
-        return None
 
 
 def _unanswered(end: Exit, limits: Limits, cut_line: bool) -> Call:
