@@ -18,7 +18,9 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from omni_fast.policy.gate import gated_mlp
 from omni_fast.policy.products import is_plain, product
@@ -59,12 +61,14 @@ def _fits(layer: Any, hidden: Tensor) -> bool:
 
 
 def _mlp(self: Any, x: Tensor) -> Tensor:
-    if not is_plain(self.gate_proj, self.up_proj, self.down_proj):
+    if torch.is_inference_mode_enabled() or not is_plain(self.gate_proj, self.up_proj, self.down_proj):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
     return gated_mlp(self, x)
 
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:
+    if torch.is_inference_mode_enabled():  # generation, which keeps nothing
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
     return decoder.normed(hidden_states, self.weight, self.variance_epsilon)
 
 

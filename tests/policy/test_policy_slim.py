@@ -10,6 +10,7 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from omni_fast.policy import layer
 from omni_fast.policy.layer import slim
 
 
@@ -55,6 +56,19 @@ def test_it_keeps_its_input_and_little_else(kind: str, least: list[tuple[int, in
     ):
         module(x)
     assert sorted(shape for shape in kept if shape[0] == 5) == least
+
+
+@pytest.mark.parametrize("kind", ["norm", "gate"])
+def test_generation_computes_what_training_does_without_its_functions(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x = make(kind), torch.randn(5, 24)
+    slim(module)
+    trained = module(x)
+    monkeypatch.setattr(layer, "gated_mlp", None)  # puts gate and up together anew each time
+    monkeypatch.setattr(layer.decoder, "normed", None)
+    with torch.inference_mode():
+        torch.testing.assert_close(module(x), trained.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_other_projections_keep_their_own_forward() -> None:
