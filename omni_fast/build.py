@@ -27,7 +27,7 @@ from omni_fast.checkpoint import published
 from omni_fast.config import Config
 from omni_fast.curriculum.stages import Draw
 from omni_fast.errors import UserError
-from omni_fast.evaluate import EVAL_TOKENS_FACTOR, Evaluation, decode, tokenise
+from omni_fast.evaluate import EVAL_TOKENS_FACTOR, SHOWN_COMPLETIONS, Evaluation, decode, tokenise
 from omni_fast.grading import Grading, composed
 from omni_fast.groups import Group, by_task
 from omni_fast.policy.model import load, stop_tokens
@@ -35,6 +35,7 @@ from omni_fast.policy.sharded import ShardedPolicy
 from omni_fast.policy.tiny import tiny_model
 from omni_fast.policy.update import Policy
 from omni_fast.progress import Progress
+from omni_fast.records import Shown, TaskScores
 from omni_fast.rollout.engine import Engine, Prompt, Rollout, Sample, Sampling
 from omni_fast.rollout.fleet import Fleet
 from omni_fast.rollout.local import LocalEngine
@@ -134,9 +135,14 @@ class Parts:
         sampling = Sampling(limit, temperature, self.stop_token_ids, self.config.seed)
         samples = [one for (one,) in self.engine.generate(prompts, 1, sampling, interruptible)]
         texts = decode(self.tokenizer, items, samples)
-        values = [math.nan if value is None else value for value in self.tasks[task].metric(items, texts)]
+        given = np.array(self.tasks[task].metric(items, texts), dtype=np.float64)  # NaN for None
+        values = [None if math.isnan(value) else float(value) for value in given]
+        shown = [
+            Shown(prompt=item.prompt, completion=text, value=value)
+            for item, text, value in zip(items, texts, values, strict=True)
+        ]
         truncated = sum(sample.finish_reason == "length" for sample in samples) / len(samples)
-        return Evaluation(items, np.array(values), texts, truncated)
+        return Evaluation(given, TaskScores(values=values, truncated=truncated, samples=shown[:SHOWN_COMPLETIONS]))
 
     def sleep(self) -> None:
         """Let the engine's servers give their GPU memory to the policy until the next sync, where the config says so."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import time
@@ -20,7 +19,7 @@ from omni_fast.evaluate import Evaluation
 from omni_fast.groups import Group, task_rows
 from omni_fast.plan import item_scores, refresh, singles, solve, task_names
 from omni_fast.policy.pack import Trajectory
-from omni_fast.records import EvalRow, Evaluated, ProbeRow, Shown, StepRow, TaskScores
+from omni_fast.records import EvalRow, Evaluated, ProbeRow, StepRow
 from omni_fast.report.charts import write_page
 from omni_fast.report.page import render
 from omni_fast.report.result import Json, assemble
@@ -29,7 +28,6 @@ from omni_fast.rollout.engine import Prompt, Sampling
 from omni_fast.run import BASE, Run
 from omni_fast.tasks.base import Split
 
-SHOWN_COMPLETIONS = 4  # per task, before and after, for the report
 PACKAGES = ("omni-fast", "torch", "transformers", "numpy")
 
 
@@ -98,7 +96,7 @@ def score(parts: Parts, name: str, splits: Sequence[Split], tasks: Collection[st
 
 def evaluated(results: Mapping[Split, Mapping[str, Evaluation]], entropy: dict[str, float]) -> Evaluated:
     """What state.json keeps of an evaluation."""
-    splits = {str(split): {task: _task_scores(one) for task, one in found.items()} for split, found in results.items()}
+    splits = {str(split): {task: one.record for task, one in found.items()} for split, found in results.items()}
     return Evaluated(splits=splits, entropy=entropy)
 
 
@@ -191,15 +189,6 @@ def setting() -> Json:
         "machine": {"system": platform.platform(), "cores": len(os.sched_getaffinity(0))},
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
     }
-
-
-def _task_scores(found: Evaluation) -> TaskScores:
-    values = [None if math.isnan(value) else float(value) for value in found.values]
-    shown = [
-        Shown(prompt=item.prompt, completion=text, value=value)
-        for item, text, value in zip(found.items, found.completions, values, strict=True)
-    ]
-    return TaskScores(values=values, truncated=found.truncated, samples=shown[:SHOWN_COMPLETIONS])
 
 
 def _samples(run: Run) -> list[Json]:
