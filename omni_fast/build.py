@@ -27,7 +27,7 @@ from omni_fast.checkpoint import published
 from omni_fast.config import Config
 from omni_fast.curriculum.stages import Draw
 from omni_fast.errors import UserError
-from omni_fast.evaluate import EVAL_TOKENS_FACTOR, SHOWN_COMPLETIONS, Evaluation, decode, tokenise
+from omni_fast.evaluate import EVAL_TOKENS_FACTOR, SHOWN_COMPLETIONS, decode, tokenise
 from omni_fast.grading import Grading, composed
 from omni_fast.groups import Group, by_task
 from omni_fast.policy.model import load, stop_tokens
@@ -35,7 +35,7 @@ from omni_fast.policy.sharded import ShardedPolicy
 from omni_fast.policy.tiny import tiny_model
 from omni_fast.policy.update import Policy
 from omni_fast.progress import Progress
-from omni_fast.records import Shown, TaskScores
+from omni_fast.records import Evaluation, Shown, TaskScores
 from omni_fast.rollout.engine import Engine, Prompt, Rollout, Sample, Sampling
 from omni_fast.rollout.fleet import Fleet
 from omni_fast.rollout.local import LocalEngine

@@ -6,27 +6,16 @@ Twice the tokens, for the first and the last policy alike, so that a gain is nev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from omni_fast.curriculum.scores import Floats
 from omni_fast.errors import UserError
 from omni_fast.policy.model import chat_tokens
-from omni_fast.records import TaskScores
 from omni_fast.rollout.engine import Sample
 from omni_fast.tasks.base import Item, Task
 
 EVAL_TOKENS_FACTOR = 2
 SHOWN_COMPLETIONS = 4  # that are kept per task and split, for the report
-
-
-class Evaluation(NamedTuple):
-    """Of one task on one split. values: float64 [n_items], the task's metric in 0..1 in the order of the items; NaN where the
-    infrastructure failed. record: what is kept of it."""
-
-    values: Floats
-    record: TaskScores
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, task: Task, item: Item, max_tokens: int) -> list[int]:

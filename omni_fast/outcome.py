@@ -15,11 +15,10 @@ from omni_fast.build import Parts
 from omni_fast.checkpoint import write_json
 from omni_fast.curriculum import scores
 from omni_fast.curriculum.stages import Stage
-from omni_fast.evaluate import Evaluation
 from omni_fast.groups import Group, task_rows
 from omni_fast.plan import item_scores, refresh, singles, solve, task_names
 from omni_fast.policy.pack import Trajectory
-from omni_fast.records import EvalRow, Evaluated, ProbeRow, StepRow
+from omni_fast.records import EvalRow, Evaluated, Evaluation, ProbeRow, StepRow
 from omni_fast.report.charts import write_page
 from omni_fast.report.page import render
 from omni_fast.report.result import Json, assemble

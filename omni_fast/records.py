@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
-from omni_fast.curriculum.scores import ScoreDict
+from omni_fast.curriculum.scores import Floats, ScoreDict
 
 
 class Shown(TypedDict):
@@ -22,6 +22,14 @@ class TaskScores(TypedDict):
     values: list[float | None]
     truncated: float
     samples: list[Shown]
+
+
+class Evaluation(NamedTuple):
+    """Of one task on one split. values: float64 [n_items], the task's metric in 0..1 in the order of the items; NaN where the
+    infrastructure failed. record: what is kept of it."""
+
+    values: Floats
+    record: TaskScores
 
 
 class Evaluated(TypedDict):
