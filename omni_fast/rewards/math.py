@@ -155,7 +155,8 @@ def bare(answer: str) -> str:
 
 def in_place(text: str, answer: str) -> str:
     """An answer with what follows it in its sentence, where its unit may stand: "\\boxed{42} km"."""
-    return answer + _SENTENCE.split(text[max(0, text.rfind(answer)) + len(answer) :][:40], maxsplit=1)[0]
+    _, found, after = text.replace("\u2212", "-").rpartition(answer)
+    return answer + _SENTENCE.split(after[:40], maxsplit=1)[0] if found else answer
 
 
 @lru_cache(maxsize=16384)
@@ -305,4 +306,4 @@ def _part(verdict: str) -> Part:
 def _bare_gold(gold: str) -> tuple[str, str]:
     """The gold answer alone, and its unit."""
     answer = extract_answer(gold, lenient=False) or gold.strip()
-    return answer, unit(in_place(gold, answer))[1]
+    return answer, unit(in_place(gold, answer))[1] if answer else ""

@@ -142,6 +142,8 @@ def test_strict_extraction_needs_a_mark():
         (r"42\text{ cm}^2", r"\boxed{42\text{ cm}^3}", Part(0.0, "unit")),
         ("... so #### 42 m/s", "#### 42 km per hour", Part(0.0, "unit")),
         ("20 °C", "#### 20 °F", Part(0.0, "unit")),
+        ("-4 km", "It is \u22124 cm.", Part(0.0, "unit")),
+        ("-4 km", "In cm? It is \u22124.", Part(1.0)),
         ("18 cents", "#### 18 dollars", Part(0.0, "unit")),
         ("42 km", "It lies 42 kilometres away. It took hours.", Part(1.0)),
         (r"42\text{ cm}^2", "#### 42 square centimeters", Part(1.0)),
