@@ -162,6 +162,7 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("rows_forward", &rows_forward);
   m.def("rows_backward", &rows_backward);
   m.def("rows_fused", &rows_fused);
+  m.attr("MATRIX_UNIT") = has_matrix_unit();
   bind_decoder(m);
   m.def("vector_exp2", &vector_exp2);
 }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "product_blocks.h"
 
 namespace omni {
 namespace {
@@ -357,69 +358,65 @@ void attend_backward(const TreeBlocks& trees, const Attended& given, Address dou
   over_trees(trees, a, true, how, how.kernels.decoder.attend_backward);
 }
 
-std::int64_t panels_of(std::int64_t columns, std::int64_t width) { return (columns + width - 1) / width; }
-
-void pack(Address from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units, const std::string& form,
+void pack(Address from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units, bool transposed,
           Address to, const How& how) {
   const ProductKernels& kernels = how.kernels.product;
   at_least(n, 1, "n");
   at_least(k, 1, "k");
   const auto* source = there<const std::uint16_t>(from, "from");
   auto* target = there<std::uint16_t>(to, "to");
-  if (form == "transposed") {
-    if (k % 2) fail("k = " + std::to_string(k) + " must be even");
-    at_least(stride, k, "stride");
-    return how.over(panels_of(n, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t panel = begin; panel < end; ++panel)
-        kernels.pack_transposed(source, stride, n, k, panel, target);
-    });
-  }
-  if (form != "panels" && form != "tiles") fail("form = '" + form + "' must be 'transposed', 'panels' or 'tiles'");
-  at_least(stride, n, "stride");
-  at_least(units, (k + 1) / 2, "units");
-  const bool panels = form == "panels";
-  const auto kernel = panels ? kernels.pack_panels : kernels.pack_tiles;
-  how.over(panels_of(n, panels ? kPanel : kTileRows), panels ? 1 : 8, [&](std::int64_t begin, std::int64_t end) {
-    kernel(source, stride, n, k, units, begin, end, target);
+  at_least(stride, transposed ? k : n, "stride");
+  if (transposed && k % 2) fail("k = " + std::to_string(k) + " must be even");
+  if (!transposed) at_least(units, (k + 1) / 2, "units");
+  how.over(parts_of(n, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
+    if (!transposed) return kernels.pack_panels(source, stride, n, k, units, begin, end, target);
+    for (std::int64_t panel = begin; panel < end; ++panel)
+      kernels.pack_transposed(source, stride, n, k, panel, target);
   });
 }
 
-void multiply(Address a, std::int64_t a_stride, Address b, std::int64_t m, std::int64_t n, std::int64_t k, Address c,
-              std::int64_t c_stride, int out, const How& how) {
-  const ProductKernels& kernels = how.kernels.product;
+Inner inner_of(const std::string& name, const char* which) {
+  if (name == "along") return Inner::kAlong;
+  if (name == "down") return Inner::kDown;
+  if (name == "packed") return Inner::kPacked;
+  fail(std::string(which) + " = '" + name + "' must be 'along', 'down' or 'packed'");
+}
+
+// a, b: address, stride from row to row (packed: any), where the inner dimension lies.
+using Side = std::tuple<Address, std::int64_t, std::string>;
+
+void multiply(const Side& a, const Side& b, std::int64_t m, std::int64_t n, std::int64_t k, Address c,
+              std::int64_t c_stride, int out, Address low, float scale, const How& how) {
   at_least(m, 0, "m");
   at_least(n, 1, "n");
-  at_least(k, 2, "k");
-  if (k % 2) fail("k = " + std::to_string(k) + " must be even");
-  if (out < 0 || out > 2) fail("out = " + std::to_string(out) + " must be 0 (bfloat16), 1 (float32) or 2 (added)");
+  at_least(k, 1, "k");
+  if (out < 0 || out > static_cast<int>(Out::kRound))
+    fail("out = " + std::to_string(out) + " must be between 0 and " + std::to_string(static_cast<int>(Out::kRound)));
   at_least(c_stride, n, "c_stride");
-  Product p{};
-  p.a = there<const std::uint16_t>(a, "a", m);
-  p.b = there<const std::uint16_t>(b, "b");
-  p.m = m;
-  p.n = n;
-  p.k = k;
-  p.tiled = a_stride == 0;
-  if (!p.tiled) at_least(a_stride, k, "a_stride");
-  p.a_tile = p.tiled ? kTileRows * k : kTileRows * a_stride;
-  p.a_row = p.tiled ? 2 : a_stride;
-  p.a_unit = p.tiled ? 2 * kTileRows : 2;
-  p.c = there(c, "c", m);
-  p.c_stride = c_stride;
-  p.out = static_cast<Out>(out);
-  // A task is some rows, that stay in the second cache, by some panels; enough tasks to be shared out evenly.
-  const std::int64_t tiles = panels_of(m, kTileRows), panels = panels_of(n, kPanel);
-  const std::int64_t high = 16;
-  const std::int64_t across = panels_of(tiles, high), wanted = 8 * how.threads;
-  std::int64_t wide = panels * across / wanted;
-  wide = wide < 1 ? 1 : wide > panels ? panels : wide;
-  const std::int64_t along = panels_of(panels, wide);
-  how.over(across * along, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t task = begin; task < end; ++task) {
-      const std::int64_t i = task / along, j = task % along;
-      kernels.multiply(p, tiles * i / across, tiles * (i + 1) / across, panels * j / along, panels * (j + 1) / along);
-    }
-  });
+  Operands o{};
+  o.a = there<const std::uint16_t>(std::get<0>(a), "a", m);
+  o.b = there<const std::uint16_t>(std::get<0>(b), "b");
+  o.a_stride = std::get<1>(a);
+  o.b_stride = std::get<1>(b);
+  o.a_inner = inner_of(std::get<2>(a), "a");
+  o.b_inner = inner_of(std::get<2>(b), "b");
+  if (o.a_inner == Inner::kPacked) fail("a is packed; only b may be");
+  if (o.a_inner == Inner::kDown && o.b_inner != Inner::kPacked) fail("a lies down its columns; pack b");
+  if (o.a_inner == Inner::kAlong && k % 2) fail("k = " + std::to_string(k) + " must be even");
+  at_least(o.a_stride, o.a_inner == Inner::kAlong ? k : m, "a's stride");
+  if (o.b_inner != Inner::kPacked) at_least(o.b_stride, o.b_inner == Inner::kAlong ? k : n, "b's stride");
+  o.m = m;
+  o.n = n;
+  o.k = k;
+  o.c = there(c, "c", m);
+  o.c_stride = c_stride;
+  o.out = static_cast<Out>(out);
+  const bool deep = o.b_inner == Inner::kDown;
+  if (deep && o.out != Out::kBFloat16) fail("out = " + std::to_string(out) + " must be 0 with b down its columns");
+  o.low = there<std::uint16_t>(low, "low", o.out >= Out::kHalves || (deep && k > kDepth) ? m : 0);
+  o.scale = scale;
+  multiply_matrices(how.kernels.product, o, how.threads,
+                    [&](std::int64_t tasks, const auto& body) { how.over(tasks, 1, body); });
 }
 
 }  // namespace
@@ -427,7 +424,7 @@ void multiply(Address a, std::int64_t a_stride, Address b, std::int64_t m, std::
 void bind_decoder(py::module_& m) {
   m.attr("NORM_ROWS") = kNormRows;
   m.attr("PANEL") = kPanel;
-  m.attr("TILE_ROWS") = kTileRows;
+  m.attr("DEPTH") = kDepth;
   m.def("norm_forward", &norm_forward);
   m.def("norm_backward", &norm_backward);
   m.def("gate", &gate);

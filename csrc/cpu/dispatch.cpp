@@ -2,6 +2,10 @@
 
 #include "rows.h"
 
+#if defined(OMNI_X86)
+#include <cpuid.h>
+#endif
+
 namespace omni {
 
 const RowKernels* select_kernels(const char* name) {
@@ -17,6 +21,15 @@ const RowKernels* select_kernels(const char* name) {
   if (avx2 && (any || std::strcmp(name, kAvx2.name) == 0)) return &kAvx2;
 #endif
   return any || std::strcmp(name, kPortable.name) == 0 ? &kPortable : nullptr;
+}
+
+bool has_matrix_unit() {
+#if defined(OMNI_X86)
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);  // AMX-BF16
+#else
+  return false;
+#endif
 }
 
 }  // namespace omni

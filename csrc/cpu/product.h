@@ -12,7 +12,16 @@ namespace omni {
 constexpr std::int64_t kPanel = 48;
 constexpr std::int64_t kTileRows = 8;
 
-enum class Out : int { kBFloat16 = 0, kFloat32 = 1, kAdd = 2 };  // kAdd: fp32, added to what is there
+// Where a product goes. Halves: an fp32 sum as its upper 16 bits in c and its lower ones in `low`, so that a sum which
+// ends as bf16 needs no fp32 matrix beside it.
+enum class Out : int {
+  kBFloat16 = 0,
+  kFloat32 = 1,
+  kAdd = 2,        // times `scale`, added to the fp32 numbers that are there
+  kHalves = 3,     // written
+  kAddHalves = 4,  // added to the halves that are there
+  kRound = 5,      // the same, and the sum rounded to bf16 in c; `low` is read only
+};
 
 struct Product {
   const std::uint16_t *a, *b;
@@ -20,8 +29,10 @@ struct Product {
   std::int64_t a_tile, a_row, a_unit;  // elements from tile to tile, row to row within one, pair to pair
   bool tiled;                          // A is in tiles, whose missing rows are there as zeros
   void* c;
-  std::int64_t c_stride;  // elements from row to row
+  std::int64_t c_stride;  // elements from row to row, of c and of low
   Out out;
+  std::uint16_t* low;  // halves
+  float scale;         // kAdd
 };
 
 struct ProductKernels {

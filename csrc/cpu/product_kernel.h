@@ -13,6 +13,7 @@ namespace {
 
 using omni::kPanel;
 using omni::kTileRows;
+using omni::Out;
 using omni::Product;
 
 // How a product reads its elements: one by one, or in pairs.
@@ -60,9 +61,9 @@ __attribute__((always_inline)) inline void tile(const T* const (&a)[kRows], std:
 }
 
 // C [kTileRows, n] = A B with n a multiple of the tile's width; B's units are [n] side by side.
-template <class T, class Out>
+template <class T, class Put>
 inline void strip(const T* a, std::int64_t row, std::int64_t unit, const T* b, std::int64_t n, std::int64_t steps,
-                  Out out) {
+                  Put put) {
   constexpr int vectors = 2;
   const T* rows[kRows];
   for (int r = 0; r < kRows; ++r) rows[r] = a + r * row;
@@ -71,19 +72,35 @@ inline void strip(const T* a, std::int64_t row, std::int64_t unit, const T* b, s
     const T* from = b + j * Unit<T>::count;
     tile<T, vectors>(rows, unit, from, n * Unit<T>::count, steps, reinterpret_cast<const char*>(from), acc);
     for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < vectors; ++v) out(r, j + v * V::width, acc[r][v]);
+      for (int v = 0; v < vectors; ++v) put(r, j + v * V::width, acc[r][v]);
   }
 }
 
 // Writes columns [j, j + lanes) of a row of C.
 inline void write(const Product& p, std::int64_t row, std::int64_t j, int lanes, V::F x) {
-  if (p.out == omni::Out::kBFloat16) {
-    std::uint16_t* to = static_cast<std::uint16_t*>(p.c) + row * p.c_stride + j;
+  const std::int64_t place = row * p.c_stride + j;
+  if (p.out == Out::kFloat32 || p.out == Out::kAdd) {
+    float* to = static_cast<float*>(p.c) + place;
+    if (p.out == Out::kAdd)
+      x = V::fma(V::set(p.scale), x, lanes == V::width ? V::load(to) : V::load_part(to, lanes, 0.0f));
     return lanes == V::width ? V::store(to, x) : V::store_part(to, lanes, x);
   }
-  float* to = static_cast<float*>(p.c) + row * p.c_stride + j;
-  if (p.out == omni::Out::kAdd) x = V::add(x, lanes == V::width ? V::load(to) : V::load_part(to, lanes, 0.0f));
+  std::uint16_t* to = static_cast<std::uint16_t*>(p.c) + place;
+  if (p.out == Out::kAddHalves || p.out == Out::kRound) x = V::add(x, V::join(to, p.low + place, lanes));
+  if (p.out == Out::kHalves || p.out == Out::kAddHalves) return V::split(to, p.low + place, lanes, x);
   lanes == V::width ? V::store(to, x) : V::store_part(to, lanes, x);
+}
+
+// Fetches what a tile of sums will be added to, while it is made.
+inline void fetch(const Product& p, std::int64_t row, std::int64_t rows, std::int64_t j) {
+  const std::int64_t size = p.out == Out::kAdd ? 4 : 2;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const std::int64_t place = ((row + r) * p.c_stride + j) * size;
+    for (std::int64_t byte = 0; byte < kPanel * size; byte += 64) {
+      __builtin_prefetch(static_cast<const char*>(p.c) + place + byte, 1, 2);
+      if (size == 2) __builtin_prefetch(reinterpret_cast<const char*>(p.low) + place + byte, 1, 2);
+    }
+  }
 }
 
 // Tiles [first, last) of rows, times panels [begin, end).
@@ -102,6 +119,8 @@ void multiply(const Product& p, std::int64_t first, std::int64_t last, std::int6
         const std::int64_t done = t - first;
         const char* ahead = reinterpret_cast<const char*>(
             done < 3 && panel + 1 < end ? p.b + (panel + 1) * p.k * kPanel + done * 32 * steps : b);
+        if (p.out == Out::kAdd || p.out == Out::kAddHalves || p.out == Out::kRound)
+          fetch(p, row, rows, panel * kPanel + part);
         V::F acc[kRows][vectors];
         tile<std::uint16_t, vectors>(a, p.a_unit, b, 2 * kPanel, steps, ahead, acc);
         for (std::int64_t r = 0; r < rows; ++r)
@@ -116,16 +135,23 @@ void multiply(const Product& p, std::int64_t first, std::int64_t last, std::int6
 // One panel of B out of B^T, [n, k] with `stride` elements from row to row.
 void pack_transposed(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t panel,
                      std::uint16_t* to) {
-  constexpr std::int64_t block = 32;  // units that are written together, so that their lines stay in the first cache
+  constexpr std::int64_t square = V::width;
   const std::int64_t count = n - panel * kPanel < kPanel ? n - panel * kPanel : kPanel;
   from += panel * kPanel * stride;
   to += panel * kPanel * k;
   if (count < kPanel) std::memset(to, 0, static_cast<std::size_t>(k * kPanel) * 2);
-  for (std::int64_t start = 0; start < k / 2; start += block) {
-    const std::int64_t stop = start + block < k / 2 ? start + block : k / 2;
-    for (std::int64_t j = 0; j < count; ++j)
-      for (std::int64_t u = start; u < stop; ++u) std::memcpy(to + (u * kPanel + j) * 2, from + j * stride + 2 * u, 4);
-  }
+  for (std::int64_t u = 0; u < k / 2; u += square)
+    for (std::int64_t j = 0; j < count; j += square) {
+      const std::uint16_t* source = from + j * stride + 2 * u;
+      std::uint16_t* target = to + (u * kPanel + j) * 2;
+      const std::int64_t deep = k / 2 - u, wide = count - j;
+      if (deep >= square && wide >= square)
+        V::turn(source, stride, target, 2 * kPanel);
+      else
+        for (std::int64_t r = 0; r < wide && r < square; ++r)
+          for (std::int64_t s = 0; s < deep && s < square; ++s)
+            std::memcpy(target + (s * kPanel + r) * 2, source + r * stride + 2 * s, 4);
+    }
 }
 
 // Panels [begin, end) of WIDTH columns out of a matrix [k, n], in units of two of its rows; an odd last row is paired
@@ -135,7 +161,12 @@ template <int WIDTH>
 void pack_plain(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units,
                 std::int64_t begin, std::int64_t end, std::uint16_t* to) {
   static constexpr std::uint16_t zeros[WIDTH] = {};
-  for (std::int64_t u = 0; u < (k + 1) / 2; ++u)
+  constexpr std::int64_t ahead = 16;  // rows whose parts are fetched: pages apart, no processor sees them coming
+  const std::int64_t bytes = 2 * ((end - begin) * WIDTH < n ? (end - begin) * WIDTH : n);
+  for (std::int64_t u = 0; u < (k + 1) / 2; ++u) {
+    for (std::int64_t row = 2 * u + ahead; row < 2 * u + ahead + 2 && row < k; ++row)
+      for (std::int64_t byte = 0; byte < bytes; byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(from + row * stride + begin * WIDTH) + byte);
     for (std::int64_t panel = begin; panel < end; ++panel) {
       const std::int64_t left = n - panel * WIDTH;
       const std::uint16_t* first = from + 2 * u * stride + panel * WIDTH;
@@ -147,6 +178,7 @@ void pack_plain(const std::uint16_t* from, std::int64_t stride, std::int64_t n, 
         for (int j = 0; j < WIDTH; ++j) out[2 * j] = j < left ? first[j] : 0, out[2 * j + 1] = j < left ? second[j] : 0;
       }
     }
+  }
 }
 
 void pack_panels(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units,

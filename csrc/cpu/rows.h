@@ -61,4 +61,7 @@ extern const RowKernels kAvx512Bf16;  // rounds to bf16 in one instruction
 // The best set this processor runs, or the named one; null when the name is unknown or the processor cannot run it.
 const RowKernels* select_kernels(const char* name);
 
+// Whether the processor has AMX, whose products of bf16 these kernels do not have and torch does.
+bool has_matrix_unit();
+
 }  // namespace omni

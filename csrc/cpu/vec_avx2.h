@@ -42,6 +42,18 @@ struct V {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(part), narrow(x));
     std::memcpy(p, part, static_cast<std::size_t>(n) * 2);
   }
+  // n numbers from and to the halves of their bits.
+  static F join(const std::uint16_t* high, const std::uint16_t* low, int n) {
+    std::uint32_t bits[width] = {};
+    for (int k = 0; k < n; ++k) bits[k] = static_cast<std::uint32_t>(high[k]) << 16 | low[k];
+    return _mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bits)));
+  }
+  static void split(std::uint16_t* high, std::uint16_t* low, int n, F x) {
+    std::uint32_t bits[width];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bits), _mm256_castps_si256(x));
+    for (int k = 0; k < n; ++k)
+      high[k] = static_cast<std::uint16_t>(bits[k] >> 16), low[k] = static_cast<std::uint16_t>(bits[k]);
+  }
   // x rounded to bf16 and widened again.
   static F as_bf16(F x) { return odd(_mm256_castsi256_ps(rounded(x))); }
   // Pairs of bf16, as a product reads them: `width` of them side by side, or one in every place.
@@ -50,6 +62,11 @@ struct V {
     int bits;
     std::memcpy(&bits, p, 4);
     return _mm256_castsi256_ps(_mm256_set1_epi32(bits));
+  }
+  // `width` rows of `width` pairs become the columns of what is written `step` elements apart.
+  static void turn(const std::uint16_t* from, std::int64_t stride, std::uint16_t* to, std::int64_t step) {
+    for (int i = 0; i < width; ++i)
+      for (int j = 0; j < width; ++j) std::memcpy(to + j * step + 2 * i, from + i * stride + 2 * j, 4);
   }
   // acc + a.first b.first + a.second b.second
   static F dot(F acc, F a, F b) { return fma(odd(a), odd(b), fma(even(a), even(b), acc)); }

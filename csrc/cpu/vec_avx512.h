@@ -20,6 +20,21 @@ struct V {
   static void store(std::uint16_t* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
   static void store_part(float* p, int n, F x) { _mm512_mask_storeu_ps(p, mask(n), x); }
   static void store_part(std::uint16_t* p, int n, F x) { _mm256_mask_storeu_epi16(p, mask(n), narrow(x)); }
+  // n numbers from and to the halves of their bits.
+  static F join(const std::uint16_t* high, const std::uint16_t* low, int n) {
+    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_slli_epi32(words(high, n), 16), words(low, n)));
+  }
+  static void split(std::uint16_t* high, std::uint16_t* low, int n, F x) {
+    const __m256i above = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x), 16));
+    const __m256i below = _mm512_cvtepi32_epi16(_mm512_castps_si512(x));
+    if (n == width) {  // a masked store of words takes several times as long
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), above);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), below);
+    } else {
+      _mm256_mask_storeu_epi16(high, mask(n), above);
+      _mm256_mask_storeu_epi16(low, mask(n), below);
+    }
+  }
   // x rounded to bf16 and widened again.
   static F as_bf16(F x) { return widen(narrow(x)); }
   // Pairs of bf16, as a product reads them: `width` of them side by side, or one in every place.
@@ -28,6 +43,33 @@ struct V {
     int bits;
     __builtin_memcpy(&bits, p, 4);
     return _mm512_castsi512_ps(_mm512_set1_epi32(bits));
+  }
+  // `width` rows of `width` pairs become the columns of what is written `step` elements apart.
+  static void turn(const std::uint16_t* from, std::int64_t stride, std::uint16_t* to, std::int64_t step) {
+    __m512i r[16], t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * stride);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+      r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {  // lane l of r[4 i + j] has column 4 l + j of rows 4 i to 4 i + 3
+      const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+      const __m512i c = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+      _mm512_storeu_si512(to + j * step, _mm512_shuffle_i32x4(a, b, 0x88));
+      _mm512_storeu_si512(to + (4 + j) * step, _mm512_shuffle_i32x4(c, d, 0x88));
+      _mm512_storeu_si512(to + (8 + j) * step, _mm512_shuffle_i32x4(a, b, 0xdd));
+      _mm512_storeu_si512(to + (12 + j) * step, _mm512_shuffle_i32x4(c, d, 0xdd));
+    }
   }
   // acc + a.first b.first + a.second b.second
   static F dot(F acc, F a, F b) {
@@ -96,6 +138,10 @@ struct V {
   };
 
  private:
+  static __m512i words(const std::uint16_t* p, int n) {
+    return _mm512_cvtepu16_epi32(n == width ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
+                                            : _mm256_maskz_loadu_epi16(mask(n), p));
+  }
   static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 #if defined(__AVX512BF16__)
   static __m256i narrow(F x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }

@@ -34,6 +34,20 @@ struct V {
   }
   static void store(float* p, F x) { std::memcpy(p, x.v, sizeof(x.v)); }
   static void store(std::uint16_t* p, F x) { store_part(p, width, x); }
+  // n numbers from and to the halves of their bits.
+  static F join(const std::uint16_t* high, const std::uint16_t* low, int n) {
+    std::uint32_t bits[width] = {};
+    for (int k = 0; k < n; ++k) bits[k] = static_cast<std::uint32_t>(high[k]) << 16 | low[k];
+    F out;
+    std::memcpy(out.v, bits, sizeof(bits));
+    return out;
+  }
+  static void split(std::uint16_t* high, std::uint16_t* low, int n, F x) {
+    std::uint32_t bits[width];
+    std::memcpy(bits, x.v, sizeof(bits));
+    for (int k = 0; k < n; ++k)
+      high[k] = static_cast<std::uint16_t>(bits[k] >> 16), low[k] = static_cast<std::uint16_t>(bits[k]);
+  }
   // x rounded to bf16 and widened again.
   static F as_bf16(F x) {
     return each([&](int k) { return widen(narrow(x.v[k])); });
@@ -48,6 +62,11 @@ struct V {
     float bits;
     std::memcpy(&bits, p, 4);
     return set(bits);
+  }
+  // `width` rows of `width` pairs become the columns of what is written `step` elements apart.
+  static void turn(const std::uint16_t* from, std::int64_t stride, std::uint16_t* to, std::int64_t step) {
+    for (int i = 0; i < width; ++i)
+      for (int j = 0; j < width; ++j) std::memcpy(to + j * step + 2 * i, from + i * stride + 2 * j, 4);
   }
   // acc + a.first b.first + a.second b.second
   static F dot(F acc, F a, F b) {

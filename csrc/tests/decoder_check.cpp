@@ -9,6 +9,8 @@
 #include <random>
 #include <vector>
 
+#include "parallel.h"
+#include "product_blocks.h"
 #include "rows.h"
 
 using namespace omni;
@@ -167,36 +169,59 @@ void attention(const RowKernels& kernels, DType dtype, std::int64_t rows, std::i
   made_out.finite("decode", kernels.name);
 }
 
+// C = A B in every form the operands come in, and every form of the sum.
 void product(const RowKernels& kernels, std::int64_t m, std::int64_t n, std::int64_t k) {
-  const DType bf16 = DType::kBFloat16;
-  const std::int64_t panels = (n + kPanel - 1) / kPanel, tiles = (m + kTileRows - 1) / kTileRows, even = k + k % 2;
-  const Numbers a(bf16, m * even), b(bf16, even * n), a_across(bf16, k * m), b_plain(bf16, k * n);
-  Numbers packed(bf16, panels * kPanel * even), a_tiles(bf16, tiles * kTileRows * even), c(bf16, m * n),
-      wide(DType::kFloat32, m * n);
+  const DType bf16 = DType::kBFloat16, fp32 = DType::kFloat32;
   const auto half = [](const Numbers& numbers) { return static_cast<std::uint16_t*>(numbers.data()); };
+  const std::int64_t panels = parts_of(n, kPanel), even = k + k % 2;
+  const Numbers a(bf16, m * even), b_across(bf16, n * even), a_across(bf16, k * m), b(bf16, k * n);
+  Numbers packed(bf16, panels * kPanel * even), c(bf16, m * n), low(bf16, m * n), wide(fp32, m * n);
+  const auto run = [&](const Operands& o) {
+    multiply_matrices(kernels.product, o, 2,
+                      [](std::int64_t tasks, const auto& body) { parallel_for(tasks, 1, 2, body); });
+  };
+  const auto expect = [&](const Numbers& found, double times, bool transposed_a, bool transposed_b, const char* what) {
+    for (std::int64_t i = 0; i < m; ++i)
+      for (std::int64_t j = 0; j < n; ++j) {
+        double sum = 0;
+        for (std::int64_t u = 0; u < (transposed_a || !transposed_b ? k : even); ++u)
+          sum += (transposed_a ? a_across[u * m + i] : a[i * even + u]) *
+                 (transposed_b ? b_across[j * even + u] : b[u * n + j]);
+        found.expect(i * n + j, times * sum, what, kernels.name);
+      }
+  };
   for (std::int64_t panel = 0; panel < panels; ++panel)
-    kernels.product.pack_transposed(half(b), even, n, even, panel, half(packed));
-  Product p{half(a), half(packed), m, n, even, kTileRows * even, even, 2, false, c.data(), n, Out::kBFloat16};
-  kernels.product.multiply(p, 0, tiles, 0, panels);
-  for (std::int64_t i = 0; i < m; ++i)
-    for (std::int64_t j = 0; j < n; ++j) {
-      double sum = 0;
-      for (std::int64_t u = 0; u < even; ++u) sum += a[i * even + u] * b[j * even + u];
-      c.expect(i * n + j, sum, "product", kernels.name);
-    }
-  kernels.product.pack_panels(half(b_plain), n, n, k, even / 2, 0, panels, half(packed));
-  kernels.product.pack_tiles(half(a_across), m, m, k, even / 2, 0, tiles, half(a_tiles));
-  p = {half(a_tiles), half(packed), m,           n, even,         kTileRows * even, 2,
-       2 * kTileRows, true,         wide.data(), n, Out::kFloat32};
-  kernels.product.multiply(p, 0, tiles, 0, panels);
-  p.out = Out::kAdd;
-  kernels.product.multiply(p, 0, tiles, 0, panels);
-  for (std::int64_t i = 0; i < m; ++i)
-    for (std::int64_t j = 0; j < n; ++j) {
-      double sum = 0;
-      for (std::int64_t u = 0; u < k; ++u) sum += a_across[u * m + i] * b_plain[u * n + j];
-      wide.expect(i * n + j, 2 * sum, "product of a transpose", kernels.name);
-    }
+    kernels.product.pack_transposed(half(b_across), even, n, even, panel, half(packed));
+  Operands o{half(a), half(packed), Inner::kAlong, Inner::kPacked, even, 0,  m, n,
+             even,    c.data(),     n,             Out::kBFloat16, half(low), 1};
+  run(o);
+  expect(c, 1, false, true, "product");
+  o.b = half(b_across), o.b_inner = Inner::kAlong, o.b_stride = even;
+  run(o);
+  expect(c, 1, false, true, "product of rows");
+  if (k % 2 == 0) {
+    o.b = half(b), o.b_inner = Inner::kDown, o.b_stride = n;
+    run(o);
+    expect(c, 1, false, false, "product of columns");
+  }
+  kernels.product.pack_panels(half(b), n, n, k, even / 2, 0, panels, half(packed));
+  o = {half(a_across), half(packed), Inner::kDown, Inner::kPacked, m, 0, m, n, k, wide.data(), n, Out::kFloat32,
+       nullptr, 0.5f};
+  run(o);
+  expect(wide, 1, true, false, "product of a transpose");
+  o.out = Out::kAdd;
+  run(o);
+  expect(wide, 1.5, true, false, "added product");
+  o.c = c.data(), o.low = half(low);
+  for (const Out out : {Out::kHalves, Out::kAddHalves}) o.out = out, run(o);
+  for (std::int64_t i = 0; i < m * n; ++i) {  // exactly the fp32 sum
+    std::uint32_t bits = static_cast<std::uint32_t>(half(c)[i]) << 16 | half(low)[i];
+    std::memcpy(static_cast<float*>(wide.data()) + i, &bits, 4);
+  }
+  expect(wide, 2, true, false, "halves");
+  o.out = Out::kRound;
+  run(o);
+  expect(c, 3, true, false, "rounded halves");
 }
 
 }  // namespace
@@ -212,5 +237,6 @@ long check_decoder(const RowKernels& kernels) {
   for (const std::int64_t m : {1, 7, 8, 21})
     for (const std::int64_t n : {1, 16, 47, 48, 97})
       for (const std::int64_t k : {1, 2, 33}) product(kernels, m, n, k), ++cases;
+  product(kernels, 140, 50, 2 * kDepth + 6), ++cases;
   return cases;
 }

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 OPS: list[str]
 NORM_ROWS: int
 PANEL: int
-TILE_ROWS: int
+DEPTH: int
+MATRIX_UNIT: bool
 Attended = tuple[int, int, int, int, int, int, int, int, int, int, int, float, int]
 
 def instruction_sets() -> list[str]: ...
@@ -69,7 +70,8 @@ class Wave:
         own_values: int, capacity: int, own: int, scale: float, out: int, how: How,
     ) -> None: ...
 
-def pack(source: int, stride: int, n: int, k: int, units: int, form: str, target: int, how: How) -> None: ...
+def pack(source: int, stride: int, n: int, k: int, units: int, transposed: bool, target: int, how: How) -> None: ...
 def multiply(
-    a: int, a_stride: int, b: int, m: int, n: int, k: int, c: int, c_stride: int, out: int, how: How,
+    a: tuple[int, int, str], b: tuple[int, int, str], m: int, n: int, k: int, c: int, c_stride: int, out: int, low: int, scale: float,
+    how: How,
 ) -> None: ...

@@ -30,8 +30,6 @@ from torch.nn import functional as F
 from omni_kernels.backends import cpu
 from omni_kernels.backends.rows import DTYPES, pointer
 
-_OUT = {torch.bfloat16: 0, torch.float32: 1}
-
 
 @lru_cache(maxsize=1)
 def _best() -> str:
@@ -45,14 +43,15 @@ def native(*tensors: Tensor) -> bool:
 
 
 def multiplies(*tensors: Tensor) -> bool:
-    """Whether products of these run in C++: bf16 on a processor that multiplies it in AVX-512. Others leave it to torch."""
-    return _best() == "avx512_bf16" and native(*tensors) and tensors[0].dtype == torch.bfloat16
+    """Whether products of these run in C++: bf16 on a processor that multiplies it in AVX-512 at best; others, and AMX, are torch's."""
+    fast = _best() == "avx512_bf16" and not cpu.native.MATRIX_UNIT
+    return fast and native(*tensors) and tensors[0].dtype == torch.bfloat16
 
 
 def _rows(x: Tensor) -> Tensor:
     """[..., width] as [rows, width] with unit column stride."""
     flat = x.flatten(0, -2)
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
+    return flat if has_rows(flat) else flat.contiguous()
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -334,53 +333,93 @@ def pack(*matrices: Tensor, transposed: bool = False, into: Packed | None = None
     for matrix in matrices:
         count, columns = matrix.shape
         wide, deep = (count, columns) if transposed else (columns, count)
-        cpu.native.pack(
-            matrix.data_ptr(), max(matrix.stride(0), columns), wide, deep, even // 2, "transposed" if transposed else "panels", start,
-            cpu.how(),
-        )  # fmt: skip
+        cpu.native.pack(matrix.data_ptr(), _pitch(matrix), wide, deep, even // 2, transposed, start, cpu.how())
         start += 2 * count * (even if transposed else panel)
     return Packed(panels, even, width)
 
 
-def linear(x: Tensor, weight: Packed) -> Tensor:
-    """x [..., inner] times a packed weight, bf16: [..., width]."""
+def linear(x: Tensor, weight: Packed | Tensor, out: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+    """x [..., inner] times a weight, bf16: [..., width], into `out` if given. inner is even.
+
+    weight: packed, or a matrix [inner, width] (transposed: [width, inner]) that is packed by the block on the way.
+    """
     rows = _rows(x)
     _check_matrix(rows, "x")
-    if rows.shape[1] != weight.inner:
-        raise ValueError(f"x has {rows.shape[1]} columns and the weight {weight.inner} rows")
-    out = x.new_empty(*x.shape[:-1], weight.width)
-    cpu.native.multiply(
-        rows.data_ptr(), max(rows.stride(0), weight.inner), weight.panels.data_ptr(), len(rows), weight.width,
-        weight.inner, out.data_ptr(), weight.width, 0, cpu.how(),
-    )  # fmt: skip
+    if isinstance(weight, Packed):
+        inner, width, side = weight.inner, weight.width, (weight.panels.data_ptr(), 0, "packed")
+    else:
+        _check_matrix(weight, "weight")
+        inner, width = weight.shape[::-1] if transposed else weight.shape
+        side = (weight.data_ptr(), _pitch(weight), "along" if transposed else "down")
+    if rows.shape[1] != inner or inner % 2:
+        raise ValueError(f"x has {rows.shape[1]} columns and the weight {inner} rows; pass equal, even numbers")
+    shape = (*x.shape[:-1], width)
+    out = x.new_empty(shape) if out is None else out
+    flat = out.flatten(0, -2)
+    _check_matrix(flat, "out")
+    if out.shape != shape or flat.data_ptr() != out.data_ptr():
+        raise ValueError(f"out is {tuple(out.shape)}, strides {out.stride()}; pass {shape}, rows equally far apart")
+    deep = side[2] == "down" and inner > cpu.native.DEPTH
+    low = torch.empty(len(rows), _pitch(flat), dtype=torch.uint16) if deep else None
+    _multiply((rows.data_ptr(), _pitch(rows), "along"), side, inner, flat, "rounded", low)
     return out
 
 
-def weight_gradient(grad: Tensor, x: Packed, out: Tensor, *, add: bool) -> Tensor:
-    """grad^T x into `out` [grad's columns, x's], bf16 or fp32, or added to it in fp32. grad: [rows, columns] bf16."""
+def weight_gradient(
+    grad: Tensor, x: Packed, out: Tensor, *, add: bool, scale: float = 1.0, low: Tensor | None = None, last: bool = True
+) -> Tensor:
+    """grad^T x into `out` [grad's columns, x's], bf16 or fp32, or added to it in fp32, times scale. grad: [rows, columns] bf16.
+
+    A sum of several products that ends as bf16 is kept as fp32 in two halves: the upper 16 bits in `out`, the others in
+    `low`, uint16 of its shape; the last product rounds it.
+    """
     _check_matrix(grad, "grad")
     rows, columns = grad.shape
     fits = rows + rows % 2 == x.inner and out.shape == (columns, x.width)
-    if not fits or out.dtype not in _OUT or not out.is_contiguous():
+    if not fits or out.dtype not in DTYPES or not out.is_contiguous():
         raise ValueError(f"grad {tuple(grad.shape)}, x of {x.inner} rows and out {tuple(out.shape)} do not fit")
-    if add and out.dtype != torch.float32:
-        raise TypeError(f"out is {out.dtype}; products are added in float32")
-    tile = cpu.native.TILE_ROWS
-    tiles = torch.empty(-(-columns // tile) * tile * x.inner, dtype=torch.bfloat16)
-    cpu.native.pack(
-        grad.data_ptr(), max(grad.stride(0), columns), columns, rows, x.inner // 2, "tiles", tiles.data_ptr(), cpu.how()
-    )
-    cpu.native.multiply(
-        tiles.data_ptr(), 0, x.panels.data_ptr(), columns, x.width, x.inner, out.data_ptr(), max(out.stride(0), x.width),
-        2 if add else _OUT[out.dtype], cpu.how(),
-    )  # fmt: skip
+    halves = out.dtype == torch.bfloat16 and (add or not last)
+    if halves and (low is None or low.dtype != torch.uint16 or low.shape != out.shape or not low.is_contiguous()):
+        raise TypeError(f"out is {out.dtype}; products are added in float32, or with `low`, uint16 {tuple(out.shape)}")
+    if scale != 1 and not (add and out.dtype == torch.float32):
+        raise ValueError(f"scale is {scale}; only what is added to float32 is scaled")
+    if halves:
+        kind = "halves" if not add else "round halves" if last else "add halves"
+    else:
+        kind = "rounded" if out.dtype == torch.bfloat16 else "add" if add else "fp32"
+    side = (x.panels.data_ptr(), 0, "packed")
+    _multiply((grad.data_ptr(), _pitch(grad), "down"), side, rows, out, kind, low if halves else None, scale)
     return out
+
+
+_OUT = ("rounded", "fp32", "add", "halves", "add halves", "round halves")  # as product.h numbers them
+_Side = tuple[int, int, str]
+
+
+def _multiply(a: _Side, b: _Side, inner: int, out: Tensor, kind: str, low: Tensor | None, scale: float = 1.0) -> None:
+    rows, width = out.shape
+    cpu.native.multiply(
+        a, b, rows, width, inner, out.data_ptr(), _pitch(out), _OUT.index(kind), pointer(low), scale, cpu.how()
+    )
+
+
+def has_rows(matrix: Tensor) -> bool:
+    """Whether it is a matrix whose rows have unit stride and do not overlap: what products take."""
+    if matrix.dim() != 2:
+        return False
+    rows, columns = matrix.shape
+    return (columns < 2 or matrix.stride(1) == 1) and (rows < 2 or matrix.stride(0) >= columns)
+
+
+def _pitch(matrix: Tensor) -> int:
+    """From row to row; a single row's stride means nothing."""
+    return max(matrix.stride(0), matrix.shape[1])
 
 
 def _check_matrix(matrix: Tensor, name: str) -> None:
     if not multiplies(matrix):
         raise TypeError(f"{name} is {matrix.dtype} on {matrix.device}; products need bf16 CPU tensors and AVX512-BF16")
-    if matrix.dim() != 2 or (matrix.stride(1) != 1 and matrix.shape[1] > 1):
+    if not has_rows(matrix):
         raise ValueError(f"{name} has shape {tuple(matrix.shape)}, strides {matrix.stride()}; pass rows of unit stride")
 
 

@@ -1,12 +1,19 @@
 """The GEMMs of a head: logits = x W^T of some rows at a time; dX = dz W and dW += dz^T x as their gradients come.
 
-dW is accumulated in fp32 over chunks of rows and rounded once, by the caller. GEMMs run in the dtype of hidden.
+dW is accumulated in fp32 over chunks of rows and rounded once. GEMMs run in the dtype of hidden, on one of two paths:
+
+own     for the C++ backend, where `decoder.multiplies` (bf16) and H is even, for dX V too. W is packed block by block on
+        the way. A bf16 dW needs no fp32 matrix: the upper halves of the sum are in dW itself, the lower ones in `low`
+        until the last chunk. A row's bits do not depend on the other rows.
+torch   everything else. A CPU's product is rounded to bf16 before it is added.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from omni_kernels import decoder
 
 _PANEL_BYTES = 4 << 20  # of fp32 dW
 
@@ -16,21 +23,24 @@ class Matrices:
 
     chunk_rows: most rows at a time. A fresh large tensor costs a CPU as much in page faults as the GEMM that fills it,
     so all chunks share one buffer of logits: those of the last call are gone.
-    once: all rows come in one chunk, so dW is a plain product.  into: an fp32 [V, H] tensor to add dW * scale to.
+    into: an fp32 [V, H] tensor to add dW * scale to.  own: use our own products where they are to be had.
     """
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int,
-        needs: tuple[bool, bool, bool] = (False, False, False), tile_rows: int = 0, once: bool = False,
-        into: Tensor | None = None, scale: float = 1.0,
+        needs: tuple[bool, bool, bool] = (False, False, False), tile_rows: int = 0, into: Tensor | None = None,
+        scale: float = 1.0, own: bool = False,
     ) -> None:  # fmt: skip
-        self.hidden, self.tile_rows, self.once, self.scale = hidden, tile_rows, once, scale
+        self.hidden, self.tile_rows, self.scale = hidden, tile_rows, scale
         self.weight = weight.to(hidden.dtype)
+        self.own = own and takes(hidden, self.weight)
         self.bias = None if bias is None else bias.to(hidden.dtype)
         self.need_dx, self.need_dw, self.need_db = needs
         self.chunk_rows, self.buffer = chunk_rows, hidden.new_empty(0)
         self.dx = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if self.need_dx else None
         self.dw: Tensor | None = into
+        self.low: Tensor | None = None
+        self.dw_dtype = torch.bfloat16 if self.own and weight.dtype == torch.bfloat16 else wide_of(hidden.dtype)
         self.keeps_dw = self.need_dw and into is None
         self.db: Tensor | None = None
 
@@ -47,13 +57,22 @@ class Matrices:
             # and a row's bits do not depend on its place.
             pitch = -(-width // 16) * 16 if x.is_cuda else width
             self.buffer = x.new_empty(self.chunk_rows, pitch)[:, :width]
-        logits = self._product(x, self.weight.t(), self.buffer[: len(x)])
+        logits = self.buffer[: len(x)]
+        if self.own:
+            decoder.linear(x, self.weight, logits, transposed=True)
+        else:
+            self._product(x, self.weight.t(), logits)
         return logits if self.bias is None else logits.add_(self.bias)
 
     def add(
-        self, dlogits: Tensor, rows: Tensor | slice, factor: Tensor | None = None, live: Tensor | None = None
+        self,
+        dlogits: Tensor,
+        rows: Tensor | slice,
+        last: bool,
+        factor: Tensor | None = None,
+        live: Tensor | None = None,
     ) -> None:
-        """Takes dlogits [C, V] of some rows, times factor [C], into dX, dW and the bias gradient.
+        """Takes dlogits [C, V] of some rows, times factor [C], into dX, dW and the bias gradient. last: no others follow.
 
         live: bool [C]; the other rows of dlogits, or those of factor 0, are 0, and what hidden holds there (NaN, say) is not used.
         """
@@ -61,16 +80,20 @@ class Matrices:
         if self.dx is not None:
             if factor is not None:
                 self.dx[rows] = _wide_product(dlogits, self.weight).mul_(factor[:, None]).to(x.dtype)
-            elif isinstance(rows, slice):
-                self._product(dlogits, self.weight, self.dx[rows])
             else:
-                self.dx[rows] = self._product(dlogits, self.weight, torch.empty_like(x))
+                out = self.dx[rows] if isinstance(rows, slice) else torch.empty_like(x)
+                if self.own and dlogits.shape[1] % 2 == 0:
+                    decoder.linear(dlogits, self.weight, out)
+                else:
+                    self._product(dlogits, self.weight, out)
+                if not isinstance(rows, slice):
+                    self.dx[rows] = out
         if factor is not None:  # in a sum over rows it goes with the other operand
             x, live = (x * factor[:, None]).to(x.dtype), factor != 0
         if live is not None:
             x = torch.where(live[:, None], x, 0)
         if self.need_dw:
-            self._add_dw(dlogits, x)
+            self._add_dw(dlogits, x, last)
         if self.need_db:
             if factor is None:
                 total = dlogits.sum(0, dtype=wide_of(dlogits.dtype))
@@ -78,9 +101,27 @@ class Matrices:
                 total = _wide_product(dlogits.t(), factor[:, None].to(x.dtype))[:, 0]
             self.db = total if self.db is None else self.db.add_(total)
 
-    def _add_dw(self, dlogits: Tensor, x: Tensor) -> None:
+    def rounded_dw(self) -> Tensor | None:
+        """dW, where it has not gone `into` another tensor; None: no rows came. A last chunk without a gradient leaves halves."""
+        if self.low is not None:
+            self._add_dw(
+                self.hidden.new_zeros(1, len(self.weight)), self.hidden.new_zeros(1, self.hidden.shape[1]), True
+            )
+        return self.dw
+
+    def _add_dw(self, dlogits: Tensor, x: Tensor, last: bool) -> None:
         wide, first = wide_of(x.dtype), self.dw is None
-        if first and (self.once or x.dtype == wide):
+        if self.own and (self.dw is None or self.dw.is_contiguous()):
+            if self.dw is None:
+                self.dw = torch.empty(dlogits.shape[1], x.shape[1], dtype=self.dw_dtype)
+                if self.dw_dtype == torch.bfloat16 and not last:
+                    self.low = torch.empty(self.dw.shape, dtype=torch.uint16)
+            decoder.weight_gradient(
+                dlogits, decoder.pack(x), self.dw, add=not first, scale=self.scale, low=self.low, last=last
+            )
+            self.low = None if last else self.low
+            return
+        if first and (last or x.dtype == wide):
             self.dw = torch.mm(dlogits.t(), x)
             return
         if x.is_cuda and x.dtype != wide:
@@ -118,6 +159,12 @@ class Matrices:
                 part = torch.cat([part, part.new_zeros(tile - count, part.shape[1])])
             out[start : start + count] = torch.mm(part, right)[:count]
         return out
+
+
+def takes(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether our own products apply: they then sum dW of a bf16 weight in halves."""
+    fits = hidden.shape[1] % 2 == 0 and decoder.has_rows(hidden) and decoder.has_rows(weight)
+    return fits and decoder.multiplies(hidden, weight)
 
 
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from omni_kernels.backends.torch import blocks, scaled
-from omni_kernels.gemms import Matrices, wide_of
+from omni_kernels.gemms import Matrices, takes, wide_of
 from omni_kernels.losses import Coefficients, Prepared, coefficients, prepare, row_wise
 from omni_kernels.metrics import METRICS
 from omni_kernels.plan import Plan, plan
@@ -42,6 +42,11 @@ class Head:
     softcap: float | None = None
     workspace_bytes: int | None = None
     tile_rows: int = 0
+
+    @property
+    def own_products(self) -> bool:
+        """Whether the backend's GEMMs are `decoder`'s, where these take the operands, instead of torch's."""
+        return getattr(self.rows, "OWN_PRODUCTS", False)
 
     def at(self, index: Tensor | slice) -> Head:
         """The head of some of the rows."""
@@ -184,10 +189,8 @@ def policy_head(
     if rows is not None:
         hidden, head = hidden[rows], head.at(rows)
     by_row = row_wise(tokens, spec)
-    chunks = _chunks(hidden, weight, head, by_row)
-    m = Matrices(
-        hidden, weight, bias, _most(chunks), needs, head.tile_rows, len(chunks) == 1 and into is None, into, scale
-    )
+    chunks = _chunks(hidden, weight, head, by_row, needs[1] and into is None)
+    m = Matrices(hidden, weight, bias, _most(chunks), needs, head.tile_rows, into, scale, head.own_products)
     stats = _empty_stats(len(hidden), dtype, hidden.device, want_entropy)
 
     if by_row:
@@ -239,8 +242,8 @@ def logprob_forward(
     rows = None if targets.is_cuda else _subset(targets != IGNORE)
     if rows is not None:
         hidden, targets, head = hidden[rows], targets[rows], head.at(rows)
-    chunks = _chunks(hidden, weight, head, True)
-    m = Matrices(hidden, weight, bias, _most(chunks), tile_rows=head.tile_rows)
+    chunks = _chunks(hidden, weight, head, True, False)
+    m = Matrices(hidden, weight, bias, _most(chunks), tile_rows=head.tile_rows, own=head.own_products)
     stats = _empty_stats(len(hidden), wide_of(hidden.dtype), hidden.device, want_entropy)
     parts = []
     for chunk in chunks:
@@ -263,8 +266,8 @@ def logprob_backward(
     rows = None if targets.is_cuda else _subset((targets != IGNORE) & gradient.live())
     if rows is not None:
         hidden, targets, stats, gradient, head = hidden[rows], targets[rows], stats[rows], gradient[rows], head.at(rows)
-    chunks = _chunks(hidden, weight, head, True)
-    m = Matrices(hidden, weight, bias, _most(chunks), needs, head.tile_rows, len(chunks) == 1)
+    chunks = _chunks(hidden, weight, head, True, needs[1])
+    m = Matrices(hidden, weight, bias, _most(chunks), needs, head.tile_rows, own=head.own_products)
     for chunk in chunks:
         _backward(m, head, None, targets, stats, gradient[chunk], chunk)
     return _gradients(m, weight, bias, rows, n)
@@ -336,7 +339,8 @@ def _backward(
     if finish is None:
         head.backward_(logits, targets, stats, gradient)
     # Rows that are not trained on are still there on a GPU, and may hold anything.
-    m.add(logits, rows, factor, gradient.live() & (targets != IGNORE) if targets.is_cuda else None)
+    used = gradient.live() & (targets != IGNORE) if targets.is_cuda else None
+    m.add(logits, rows, chunk.stop == len(m.hidden), factor, used)
 
 
 def _coefficients(stats: Stats, batch: Prepared, spec: LossSpec) -> Coefficients:
@@ -348,7 +352,7 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     del m.buffer  # before dW is rounded into memory of its own
     dx = None if m.dx is None else _scatter(m.dx, rows, n)
-    dw, db = m.dw if m.keeps_dw else None, m.db
+    dw, db = m.rounded_dw() if m.keeps_dw else None, m.db
     if m.keeps_dw:
         dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if dw is None else dw.to(weight.dtype)
     if m.need_db and bias is not None:
@@ -381,10 +385,16 @@ def _scattered(stats: Stats, rows: Tensor | None, n: int) -> Stats:
     return Stats(_scatter(stats.logp, rows, n), entropy, _scatter(stats.lse, rows, n))
 
 
-def _chunks(hidden: Tensor, weight: Tensor, head: Head, by_row: bool) -> list[slice]:
-    """Slices of the rows whose logits fit the workspace; at least one, so that 0 rows have a loss too."""
-    n = len(hidden)
+def _chunks(hidden: Tensor, weight: Tensor, head: Head, by_row: bool, makes_dw: bool) -> list[slice]:
+    """Slices of the rows whose logits fit the workspace; at least one, so that 0 rows have a loss too.
+
+    makes_dw: in memory of its own. Where nobody set the workspace and the sum over chunks is kept in halves, whose lower
+    ones take as much as the logits of H rows, all rows at once take less if they are not more than H beyond a chunk.
+    """
+    n, width = hidden.shape
     size = head.plan(n, hidden, weight, by_row).chunk_rows
+    if makes_dw and head.workspace_bytes is None and head.own_products and n <= size + width and takes(hidden, weight):
+        size = max(n, 1)
     if head.tile_rows:
         size = max(head.tile_rows, size // head.tile_rows * head.tile_rows)
     return [slice(start, min(n, start + size)) for start in range(0, max(n, 1), size)]

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # default, of logits
+WORKSPACE_BYTES = {"cpu": 40 << 20, "cuda": 1 << 30}  # default, of logits
 _DEFAULT_WORKSPACE = 64 << 20
-_LEAST_ROW_BYTES = (
-    1024  # of a column of a chunk: each chunk reads and writes the fp32 sum of dW, which few rows do not pay
-)
+_LEAST_ROW_BYTES = 896  # of a column of a chunk: each chunk reads and writes the sum of dW, which few rows do not pay
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ def plan(
 ) -> Plan:  # fmt: skip
     """The plan for rows x hidden x vocab; `row_wise`: the loss's gradient follows row by row (`losses.row_wise`).
 
-    workspace_bytes bounds the logits held at a time (None: the device's default, and 512 rows of bf16 at least); one row is
-    the least it can be.
+    workspace_bytes bounds the logits held at a time (None: the device's default, and 448 rows of bf16 at least); one row is
+    the least it can be. `linear.py` takes all rows at once instead where that needs less memory than a sum of dW over chunks.
     """
     row_bytes = vocab * element_bytes
     if workspace_bytes is None:

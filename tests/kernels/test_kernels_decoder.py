@@ -176,8 +176,37 @@ def test_products(isa: str, rows: int, inner: int, width: int) -> None:
     sums = decoder.weight_gradient(grad, packed, torch.full((width, inner), torch.nan), add=False)
     near(sums, exact, torch.float32)
     near(decoder.weight_gradient(grad, packed, sums, add=True), 2 * exact, torch.float32)
+    near(decoder.weight_gradient(grad, packed, sums, add=True, scale=-0.5), 1.5 * exact, torch.float32)
     rounded = decoder.weight_gradient(grad, packed, torch.empty(width, inner, dtype=torch.bfloat16), add=False)
     near(rounded, exact, torch.bfloat16)
+
+
+@needs_products
+@pytest.mark.parametrize(("rows", "inner", "width"), [(1, 2, 1), (140, 64, 50), (21, 576, 192), (50, 2054, 97)])
+def test_products_pack_a_matrix_on_the_way(isa: str, rows: int, inner: int, width: int) -> None:
+    x, weight = leaf(rows, inner, dtype=torch.bfloat16), leaf(width, inner, dtype=torch.bfloat16, seed=1)
+    exact = x.double() @ weight.double().t()
+    out = torch.empty(rows, width + 3, dtype=torch.bfloat16)[:, :width]
+    near(decoder.linear(x, weight, out, transposed=True), exact, torch.bfloat16)
+    assert torch.equal(out, decoder.linear(x, decoder.pack(weight, transposed=True)))
+    near(decoder.linear(x, weight.t().contiguous(), out), exact, torch.bfloat16)
+    some = decoder.linear(x[rows // 2 :], weight.t().contiguous())
+    assert torch.equal(some, out[rows // 2 :])  # a row's bits do not depend on the others
+
+
+@needs_products
+def test_halves_are_the_sum_in_fp32(isa: str) -> None:
+    parts = [(leaf(rows, 40, dtype=torch.bfloat16), leaf(rows, 99, dtype=torch.bfloat16)) for rows in (33, 8, 50)]
+    wide, high = torch.empty(40, 99), torch.empty(40, 99, dtype=torch.bfloat16)
+    low = torch.empty(40, 99, dtype=torch.uint16)
+    for k, (grad, x) in enumerate(parts):
+        packed = decoder.pack(x)
+        decoder.weight_gradient(grad, packed, wide, add=k > 0)
+        decoder.weight_gradient(grad, packed, high, add=k > 0, low=low, last=k == 2)
+        if k < 2:
+            bits = high.view(torch.int16).int() << 16 | low.view(torch.int16).int() & 0xFFFF
+            assert torch.equal(bits, wide.view(torch.int32))
+    assert torch.equal(high, wide.bfloat16())
 
 
 @needs_products
@@ -207,6 +236,14 @@ def test_products_that_do_not_fit_are_refused() -> None:
         decoder.weight_gradient(leaf(9, 8, dtype=torch.bfloat16), packed, torch.empty(8, 7), add=False)
     with pytest.raises(TypeError, match="added in float32"):
         decoder.weight_gradient(weight, packed, torch.empty(7, 7, dtype=torch.bfloat16), add=True)
+    with pytest.raises(ValueError, match="scaled"):
+        decoder.weight_gradient(weight, packed, torch.empty(7, 7), add=False, scale=2.0)
+    with pytest.raises(ValueError, match="even"):
+        decoder.linear(leaf(3, 7, dtype=torch.bfloat16), weight, transposed=True)
+    with pytest.raises(ValueError, match="unit stride"):
+        decoder.linear(leaf(3, 6, dtype=torch.bfloat16), leaf(1, 7, dtype=torch.bfloat16).expand(6, 7))
+    with pytest.raises(ValueError, match="out is"):
+        decoder.linear(leaf(3, 6, dtype=torch.bfloat16), weight, torch.empty(3, 6, dtype=torch.bfloat16))
 
 
 @every_dtype

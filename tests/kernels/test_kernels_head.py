@@ -462,6 +462,28 @@ def test_a_second_backward_adds_the_same_gradient_again() -> None:
         torch.testing.assert_close(leaf.grad, 4 * gradient)
 
 
+@every_backend
+@pytest.mark.parametrize("chunk_rows", [1, 9, 17, 1000])
+@pytest.mark.parametrize("vocab", [307, 308])  # odd: the product of dX is torch's
+def test_a_bf16_weight_gradient_is_one_rounding_of_the_fp32_sum(backend: str, chunk_rows: int, vocab: int) -> None:
+    """Whatever the chunks are, and where the last ones, or all but them, have no gradient."""
+    p = problem(dtype=torch.bfloat16, v=vocab)
+    hidden, weight = p["hidden"], p["weight"]
+    for advantages in (torch.ones(50), torch.arange(50) < 25, torch.arange(50) >= 42, torch.zeros(50)):
+        tokens = Tokens(torch.arange(50), advantages.float())
+        out = linear_policy_loss(
+            hidden, weight, tokens, LossSpec(), backend=backend, workspace_bytes=chunk_rows * 2 * vocab
+        )
+        dx, dw = torch.autograd.grad(out.loss, (hidden, weight))
+        logits = (hidden @ weight.T).detach().double().requires_grad_()  # rounded once, as ours are
+        logp = torch.log_softmax(logits, -1)[torch.arange(50), tokens.targets]
+        (dz,) = torch.autograd.grad(-(logp * tokens.advantages).sum() / 50, logits)
+        dz = dz.bfloat16().double()
+        for mine, exact in ((dx, dz @ weight.double()), (dw, dz.T @ hidden.double())):
+            assert error(mine, exact.detach()) < 4e-3
+            assert exact.any() or not mine.any()
+
+
 def test_what_rows_without_a_gradient_hold_is_not_used() -> None:
     """On a GPU they stay: 0 times NaN would be NaN."""
     hidden, weight, dlogits = torch.randn(5, 8), torch.randn(11, 8), torch.randn(5, 11)
@@ -469,7 +491,7 @@ def test_what_rows_without_a_gradient_hold_is_not_used() -> None:
     live = torch.tensor([True, True, False, True, True])
     for factor in (None, live.float()):
         m = Matrices(hidden, weight, None, 5, (True, True, True))
-        m.add(dlogits, slice(0, 5), factor, live)
+        m.add(dlogits, slice(0, 5), True, factor, live)
         assert m.dx is not None and m.dw is not None and m.db is not None
         assert not m.dx[2].any() and m.dx.isfinite().all() and m.db.isfinite().all()
         torch.testing.assert_close(m.dw, dlogits[live].T @ hidden[live])

@@ -25,6 +25,7 @@ except ImportError as error:
     native = None  # type: ignore[assignment]
     _reason = f"omni_kernels._native_cpu is not importable ({error}); reinstall with a C++17 compiler"
 
+OWN_PRODUCTS = True  # the GEMMs of a head too, where `decoder.multiplies`
 ISA = "auto"  # or one of `native.instruction_sets()`
 
 
