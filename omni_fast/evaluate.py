@@ -1,6 +1,5 @@
-"""What a policy is scored on and what comes out: greedy, with twice the new tokens that training allows (`Parts.evaluate`).
-
-Twice the tokens, for the first and the last policy alike, so that a gain is never a truncation effect.
+"""The tokens of an item, and the text of an answer. An evaluation (`Parts.evaluate`) is greedy, with twice the new tokens that
+training allows, for the first and the last policy alike, so that a gain is never a truncation effect.
 """
 
 from __future__ import annotations

@@ -236,18 +236,7 @@ def test_what_cannot_be_predicted_is_said(options: list[str], message: str) -> N
 
 
 def test_a_model_of_1t_weights_needs_its_experts_to_stay() -> None:
-    options = [
-        "predict",
-        "--model-shape",
-        "kimi-k2",
-        "--machine",
-        "h200",
-        "--gpus",
-        "1024",
-        "--trainer-gpus",
-        "512",
-        "--json",
-    ]
+    options = "predict --model-shape kimi-k2 --machine h200 --gpus 1024 --trainer-gpus 512 --json".split()
     refused = CliRunner().invoke(app, options)
     assert isinstance(refused.exception, UserError) and "1024 GPUs are the fewest" in str(refused.exception)
     found = [
