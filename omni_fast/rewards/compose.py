@@ -132,8 +132,6 @@ def batch_normalise(groups: Sequence[Sequence[float | None]]) -> list[list[float
 class PartStatistics:
     """One part over many samples. mean, std: over the valid ones, None without any. reasons: every reason but "ok"."""
 
-    n: int
-    invalid: int
     mean: float | None
     std: float | None
     reasons: Mapping[str, int]
@@ -150,7 +148,7 @@ def part_statistics(scores: Sequence[Score]) -> dict[str, PartStatistics]:
         values = [part.value for part in parts if part.value is not None]
         mean, std = moments(values) if values else (None, None)
         reasons = Counter(part.reason for part in parts if part.reason != "ok")
-        result[name] = PartStatistics(len(parts), len(parts) - len(values), mean, std, dict(reasons))
+        result[name] = PartStatistics(mean, std, dict(reasons))
     return result
 
 
@@ -165,7 +163,6 @@ class GroupStatistics:
     """
 
     groups: int
-    samples: int
     reward: float | None
     mixed: int
     dropped: int
@@ -187,7 +184,6 @@ def group_statistics(groups: Sequence[Sequence[Score]], composition: Composition
     lost = [f"{name}:{part.reason}" for score in scores for name, part in score.parts.items() if not part.valid]
     return GroupStatistics(
         groups=len(groups),
-        samples=len(scores),
         reward=math.fsum(totals) / len(totals) if totals else None,
         mixed=sum(any(group) for group in advantages),
         dropped=sum(all(value is None for value in group) for group in advantages),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from omni_fast.errors import UserError
 
@@ -64,14 +65,10 @@ def pooled_encoder(
         while order:
             size = max(1, BATCH_TOKENS // len(ids[order[-1]]))
             batch, order = order[-size:], order[:-size]
-            longest = max(len(ids[i]) for i in batch)
-            tokens_BT = torch.zeros(len(batch), longest, dtype=torch.long)
-            mask_BT = torch.zeros(len(batch), longest, dtype=torch.long)
-            for row, i in enumerate(batch):
-                tokens_BT[row, : len(ids[i])] = torch.tensor(ids[i])
-                mask_BT[row, : len(ids[i])] = 1
-            mask_BT = mask_BT.to(device)
-            hidden_BTH = body(input_ids=tokens_BT.to(device), attention_mask=mask_BT, use_cache=False).last_hidden_state
+            rows = [torch.tensor(ids[i]) for i in batch]
+            tokens_BT = pad_sequence(rows, batch_first=True).to(device)
+            mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
+            hidden_BTH = body(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
             weight_BT1 = mask_BT[..., None].float()
             result_NH[batch] = ((hidden_BTH.float() * weight_BT1).sum(1) / weight_BT1.sum(1)).cpu()
         return result_NH

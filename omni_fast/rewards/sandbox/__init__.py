@@ -27,23 +27,19 @@ __all__ = ["OUTCOMES", "Call", "Data", "Job", "Limits", "Sandbox"]
 
 log = logging.getLogger(__name__)
 
-_PROCESS_LAYERS = ("no_new_privs", "seccomp allow-list", "rlimits", "output cap", "wall clock")
+_PROCESS = ("no_new_privs", "seccomp allow-list", "rlimits")
 LAYERS = {
     "bwrap": (
-        "data-only protocol",
         "bubblewrap: no network, empty environment, read-only minimal root",
         "unprivileged uid, no capabilities",
         "user, pid, mount and ipc namespace per job",
-        *_PROCESS_LAYERS,
+        *_PROCESS,
     ),
     "monty": (
-        "data-only protocol",
         "own interpreter in a separate process: no files, network, processes or machine code",
         "time, memory and recursion limits",
-        "output cap",
-        "wall clock",
     ),
-    "unsafe": ("data-only protocol", *_PROCESS_LAYERS),
+    "unsafe": _PROCESS,
 }
 
 # What a backend is asked before it gets a sample: each call tries one thing and says what it saw.
@@ -138,10 +134,11 @@ class Sandbox:
 
     def describe(self) -> dict[str, object]:
         """What protects this run, for result.json and the report."""
+        layers = [*LAYERS.get(self.backend, ()), *(self._jails.workers[0].layers if self._jails else ())]
         return {
             "backend": self.backend or "none",
             "isolated": self.backend not in ("", "unsafe"),
-            "layers": [*LAYERS.get(self.backend, ()), *(self._jails.workers[0].layers if self._jails else ())],
+            "layers": ["data-only protocol", *layers, "output cap", "wall clock"],
             "workers": self.workers,
             "restarts": self.restarts,
             "refused": dict(self.refused),

@@ -35,8 +35,6 @@ def interpreter() -> tuple[str, str, str]:
     """
     reasons = []
     for candidate in dict.fromkeys(("/usr/bin/python3", "/usr/local/bin/python3", os.path.realpath(sys.executable))):
-        if not os.path.exists(candidate):
-            continue
         try:
             probe = subprocess.run(
                 [candidate, "-I", "-S", "-c", _PROBE], capture_output=True, text=True, timeout=20, check=True
@@ -51,7 +49,7 @@ def interpreter() -> tuple[str, str, str]:
             reasons.append(f"{candidate} lies in a folder that only root may enter")
         else:
             return executable, stdlib, prefix
-    raise JailError("; ".join(reasons) or "no python3 found")
+    raise JailError("; ".join(reasons))
 
 
 def _open_to_all(path: str) -> bool:
