@@ -32,8 +32,6 @@ class Decision:
     """The solved order and what supports it.
 
     order, second: task names, first trained first (`second` is None with a single task, or beyond the exact limit).
-    value: summed transfer of the order (summed score over the tasks).   regret_bound: at most this much is missed (0:
-    exact).
     probability: share of draws whose optimum is this order (None beyond the exact limit).
     gap: summed forecast of the order minus that of the second best, with a paired interval.
     beats_second: share of draws in which the order is ahead of the second best (a tie counts half).
@@ -43,11 +41,9 @@ class Decision:
     """
 
     order: tuple[str, ...]
-    value: float
     pairs: dict[str, dict[str, float]]
     statement: str
     method: Literal["exact", "greedy_net+swaps"] = "exact"
-    regret_bound: float = 0.0
     probability: float | None = None
     second: tuple[str, ...] | None = None
     gap: Estimate | None = None
@@ -79,23 +75,22 @@ def decide(transfer: Transfer) -> Decision:
     pairs = {a: {b: float(pair_KK[i, j]) for j, b in enumerate(names) if i != j} for i, a in enumerate(names)}
     if k > EXACT_LIMIT:
         best = orders.improve_by_swaps(matrix, orders.greedy_net(matrix))
-        value, bound = orders.order_value(matrix, best), orders.regret_bound(matrix, best)
+        bound = orders.regret_bound(matrix, best)
         order = tuple(names[i] for i in best)
         text = (
             f"With {k} tasks the order {_arrow(order)} was found by greedy search and pairwise swaps; the best order can"
             f" exceed its summed score by at most {bound:.3f}."
         )
-        return Decision(order, value, pairs, text, method="greedy_net+swaps", regret_bound=bound)
+        return Decision(order, pairs, text, method="greedy_net+swaps")
     solution = orders.exact(matrix)
     order = tuple(names[i] for i in solution.order)
     if solution.second is None:
-        return Decision(order, 0.0, pairs, f"There is one task, {names[0]}: nothing to order.", probability=1.0)
+        return Decision(order, pairs, f"There is one task, {names[0]}: nothing to order.", probability=1.0)
     lead_B = orders.order_values(draws, solution.order) - orders.order_values(draws, solution.second)
     gap = Estimate(solution.value - solution.second_value, sum(transfer.n_K), *interval(lead_B))
     beats = float(np.mean(lead_B > orders.TIE) + 0.5 * np.mean(np.abs(lead_B) <= orders.TIE))
     decision = Decision(
         order,
-        solution.value,
         pairs,
         statement="",
         probability=orders.order_probability(draws[: max(100, (1 << 22) >> k)], solution.order),  # seconds at any k

@@ -63,18 +63,6 @@ def exact(matrix_KK: Floats) -> Solution:
     )
 
 
-def exact_draws(draws_BKK: Floats) -> tuple[Floats, Floats]:
-    """For each draw [B]: the optimal value, and the number of orders that reach it."""
-    k = draws_BKK.shape[1]
-    size = max(1, (1 << 16) >> k)  # half a megabyte a table, which stays in the cache
-    values, counts = [], []
-    for start in range(0, draws_BKK.shape[0], size):
-        tables = _Tables(draws_BKK[start : start + size])
-        values.append(tables.best[-1])
-        counts.append(tables.count[-1])
-    return np.concatenate(values), np.concatenate(counts)
-
-
 class _Tables:
     """The dynamic program for B matrices at once: best and second best value, number of optima; a row per subset."""
 
@@ -176,9 +164,14 @@ def regret_bound(matrix_KK: Floats, order: Sequence[int]) -> float:
 
 def order_probability(draws_BKK: Floats, order: Sequence[int]) -> float:
     """Share of bootstrap draws whose optimum is this order; a draw with several optima gives each an equal part."""
-    values, counts = exact_draws(draws_BKK)
-    reached = order_values(draws_BKK, order) >= values - TIE
-    return float(np.mean(np.where(reached, 1.0 / counts, 0.0)))
+    size = max(1, (1 << 16) >> draws_BKK.shape[1])  # half a megabyte a table, which stays in the cache
+    parts = []
+    for start in range(0, len(draws_BKK), size):
+        some = draws_BKK[start : start + size]
+        tables = _Tables(some)
+        reached = order_values(some, order) >= tables.best[-1] - TIE
+        parts.append(np.where(reached, 1.0 / tables.count[-1], 0.0))
+    return float(np.mean(np.concatenate(parts)))
 
 
 def order_values(draws_BKK: Floats, order: Sequence[int]) -> Floats:

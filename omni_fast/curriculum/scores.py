@@ -137,22 +137,22 @@ def backward_transfer(
     """
     own = own_stages(trained)
     last = max(own.values(), default=0)
-    earlier = {task: stage for task, stage in own.items() if stage < last}
-    if not earlier:
-        return NOT_KNOWN
-    after_own = {task: rows[stage][task] for task, stage in earlier.items()}
-    return mean_difference(after_own, {task: rows[-1][task] for task in earlier}, draws=draws, seed=seed)
+    spans = {task: (stage, -1) for task, stage in own.items() if stage < last}
+    return _moved(rows, spans, draws=draws, seed=seed)
 
 
 def forward_transfer(
     rows: Sequence[ItemScores], trained: Sequence[Sequence[str]], *, draws: int = DRAWS, seed: int = 0
 ) -> Estimate:
     """Mean over the tasks trained after the first stage of score just before the own stage - initial score."""
-    later = {task: stage for task, stage in own_stages(trained).items() if stage > 1}
-    if not later:
-        return NOT_KNOWN
-    base = {task: rows[0][task] for task in later}
-    return mean_difference(base, {task: rows[stage - 1][task] for task, stage in later.items()}, draws=draws, seed=seed)
+    spans = {task: (0, stage - 1) for task, stage in own_stages(trained).items() if stage > 1}
+    return _moved(rows, spans, draws=draws, seed=seed)
+
+
+def _moved(rows: Sequence[ItemScores], spans: Mapping[str, tuple[int, int]], *, draws: int, seed: int) -> Estimate:
+    """Mean change over tasks, each from one row to another."""
+    before, after = ({task: rows[span[side]][task] for task, span in spans.items()} for side in (0, 1))
+    return mean_difference(before, after, draws=draws, seed=seed) if spans else NOT_KNOWN
 
 
 def forgetting(rows: Sequence[ItemScores], trained: Sequence[Sequence[str]]) -> dict[str, float]:

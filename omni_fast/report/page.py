@@ -124,8 +124,8 @@ def _matrix(result: Json) -> str:
 
 
 def _score_cells(tasks: Sequence[str], row: Mapping[str, ScoreDict], own: str = "") -> list[Cell]:
-    """own: the task to frame, or "joint" for all."""
-    scores = {task: estimate(row[task]) for task in tasks}
+    """own: the task to frame, or "joint" for all. A task that was added to the run may have no score yet."""
+    scores = {task: estimate(row.get(task)) for task in tasks}
     return [Cell(x.value, points(x.value, False), brief(x), own in (task, "joint")) for task, x in scores.items()]
 
 

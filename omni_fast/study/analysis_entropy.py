@@ -51,7 +51,6 @@ class EntropyPart:
     ablation: weight -> (order, its score minus that of the order solved on transfer alone; None: the same order).
     """
 
-    temperatures: tuple[float, ...]
     single: Floats | None
     by_stage: dict[str, Floats]
     tau: dict[str, Floats]
@@ -62,7 +61,7 @@ class EntropyPart:
 
 def entropy_part(study: Study, at: Realised | None) -> EntropyPart | None:
     """None while no node has an entropy or a sweep."""
-    tasks, temperatures = study.tasks, study.temperatures
+    tasks = study.tasks
     by_stage: dict[str, Floats] = {}
     tau: dict[str, Floats] = {}
     sweep: dict[str, Floats] = {}
@@ -71,7 +70,7 @@ def entropy_part(study: Study, at: Realised | None) -> EntropyPart | None:
         if arm.kind in ("order", "refresh", "joint", "online") and len({len(path) for path in paths}) == 1:
             by_stage[arm.name] = _mean([[_entropies(node, tasks) for node in path] for path in paths])
             tau[arm.name] = _mean([[_taus(path[0], node, tasks) for node in path] for path in paths])
-        swept = [[[_at(path[-1], task, t) for task in tasks] for t in temperatures] for path in paths]
+        swept = [[[_at(path[-1], task, t) for task in tasks] for t in study.temperatures] for path in paths]
         if known := [table for table in swept if np.isfinite(table).any()]:
             sweep[arm.name] = _mean(known)
     single = _single(study, list(study.nodes))
@@ -81,7 +80,7 @@ def entropy_part(study: Study, at: Realised | None) -> EntropyPart | None:
     if single is None and not by_stage and not sweep:
         return None
     residuals, ablation = (_correction(study, at), _ablation(study, at)) if at else ({}, {})
-    return EntropyPart(temperatures, single, by_stage, tau, sweep, residuals, ablation)
+    return EntropyPart(single, by_stage, tau, sweep, residuals, ablation)
 
 
 def _mean(tables: Sequence[Sequence[Sequence[float]]]) -> Floats:

@@ -29,21 +29,12 @@ NO_TRANSFER, TWIN, AVERAGE = "no transfer at all", "the same order in another se
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """Final score of one task under one order: forecast from other seeds, and realised."""
-
-    order: Names
-    task: str
-    forecast: Estimate
-    realised: Estimate
-
-
-@dataclass(frozen=True, slots=True)
 class ForecastPart:
     """Forecast against realised scores of seeds that measured nothing of it.
 
     errors: name -> measures over all (seed, order, task); with AVERAGE over (seed, order), of the average score.   by_seed: the additive forecast's Pearson, seed by seed.
     closer: its mean absolute error minus that of no transfer, over the seeds.
+    points: (order, task) -> final score, forecast and realised.
     """
 
     measured_on: tuple[int, ...]
@@ -51,7 +42,7 @@ class ForecastPart:
     errors: dict[str, ForecastError]
     by_seed: tuple[float, ...]
     closer: Contrast
-    points: tuple[Point, ...]
+    points: dict[tuple[Names, str], tuple[Estimate, Estimate]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +83,6 @@ class AssumptionPart:
     saturation: task -> spread of its score right after its own stage.   second_pass: task -> change by a second pass.
     """
 
-    seeds: tuple[int, ...]
     constant: dict[tuple[str, str], tuple[float, Contrast, Spread]]
     saturation: dict[str, Spread]
     second_pass: dict[str, Contrast]
@@ -192,13 +182,13 @@ def forecast_part(study: Study, at: Realised) -> ForecastPart | None:
         additive, none = (forecast_error(*(x[own] for x in sides[form])) for form in ("additive", NO_TRANSFER))
         by_seed.append(additive.pearson)
         closer.append(additive.mean_absolute - none.mean_absolute)
-    points = []
+    points: dict[tuple[Names, str], tuple[Estimate, Estimate]] = {}
     for order in sorted(told, key=lambda o: [study.tasks.index(task) for task in o]):
         items = {seed: at.leaves[seed, order].scores.values["test"] for seed in at.seeds if (seed, order) in at.leaves}
         draws, forecasts = joint_draws({"leaf": items}, study.tasks), predict.forecast(transfer, order)
         if draws is not None:
-            points += [Point(order, task, forecasts[task], draws.mean("leaf", task)) for task in study.tasks]
-    return ForecastPart(at.measured_on, at.seeds, errors, tuple(by_seed), over_seeds(np.array(closer)), tuple(points))
+            points |= {(order, task): (forecasts[task], draws.mean("leaf", task)) for task in study.tasks}
+    return ForecastPart(at.measured_on, at.seeds, errors, tuple(by_seed), over_seeds(np.array(closer)), points)
 
 
 def order_part(study: Study, at: Realised) -> OrderPart | None:
@@ -310,4 +300,4 @@ def assumption_part(study: Study, at: Realised) -> AssumptionPart | None:
             second[task] = pair.gain("twice", "once")
     if not constant and not second:
         return None
-    return AssumptionPart(draws.seeds, constant, saturation, second)
+    return AssumptionPart(constant, saturation, second)

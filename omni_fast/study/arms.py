@@ -43,14 +43,13 @@ class Design:
 
     def __post_init__(self) -> None:
         """UserError for a primary contrast of what the table does not compare, and for arms with one name as files."""
-        files: dict[str, str] = {}
+        files: dict[str, Arm] = {}
         for arm in self.arms():
-            if other := files.get(slug(arm.name)):
+            if (other := files.setdefault(slug(arm.name), arm)) is not arm:
                 raise UserError(
-                    f"the arms {other} and {arm.name} would be kept in one file: list each arm once, and let no task's"
+                    f"the arms {other.name} and {arm.name} would be kept in one file: list each arm once, and let no task's"
                     " name be those of others with a dot between"
                 )
-            files[slug(arm.name)] = arm.name
         families = [family for family in get_args(Family) if family not in ("repeat", "probe", "every_order")]
         names = [name for family in families for name, _ in self._names(family)]
         unknown = [name for name in self.study.primary if name not in names]

@@ -39,9 +39,7 @@ class StudyConfig(Section):
     online: list[Online] = ["sec", "dump", "pac", "tac"]
     probe_steps: NonNegative = 0  # of the arm "probe": short single-task runs as a proxy of transfer
     temperatures: list[Above0] = [0.5, 0.7, 1.0, 1.3]  # every arm's last policy is sampled at
-    keep_weights: bool = (
-        False  # of all policies; else of the single-task runs, and of others while stages start from them
-    )
+    keep_weights: bool = False  # of all policies; else of single-task runs, and of others while stages start from them
 
     @model_validator(mode="after")
     def _sensible(self) -> StudyConfig:

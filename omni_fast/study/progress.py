@@ -24,12 +24,6 @@ class StudyProgress(Progress):
         self.began = time.monotonic()
         super().__init__(console)
 
-    def plan(self, *, steps: int, items: int) -> None:
-        """The study counts for itself."""
-
-    def skip(self, *, steps: int = 0, items: int = 0) -> None:
-        """As `plan`."""
-
     def stage(self, name: str) -> None:
         self._stage, self._step = f"{self.head}  {name}", ""
 

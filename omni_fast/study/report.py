@@ -156,7 +156,7 @@ def _scatter(found: Findings) -> str:
         return ""
     part = found.forecast
     panels = [
-        charts.forecast_panel(task, [(p.forecast, p.realised) for p in part.points if p.task == task], k)
+        charts.forecast_panel(task, [pair for (_, scored), pair in part.points.items() if scored == task], k)
         for k, task in enumerate(found.study.tasks)
     ]
     seeds = f"Transfer of seeds {', '.join(map(str, part.measured_on))}; realised in {', '.join(map(str, part.realised_on))}."
@@ -171,7 +171,7 @@ def _entropy(found: Findings) -> str:
     panels = [
         *_panels(tasks, part.by_stage, "entropy (nats)", "stages done"),
         *_panels(tasks, part.tau, "effective temperature", "stages done"),
-        *_panels(tasks, part.sweep, "score by temperature", "temperature", part.temperatures),
+        *_panels(tasks, part.sweep, "score by temperature", "temperature", found.study.temperatures),
     ]
     body = f"<div class=panels>{''.join(panels)}</div>"
     if part.single is not None:

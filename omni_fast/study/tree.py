@@ -155,13 +155,10 @@ class Tree:
 
         def on_select(scale: float) -> float:
             hold(scale)
-            found = {task: self.parts.evaluate(task, items["select"]) for task, items in self.parts.items.items()}
-            values = {task: score(result.values).value for task, result in found.items()}
-            if lost := [task for task, value in values.items() if np.isnan(value)]:
-                raise RunError(
-                    f"the scale of a merge is chosen by the scores on select, and {', '.join(lost)} has none"
-                )
-            return float(np.mean(list(values.values())))
+            values = [score(self.parts.evaluate(t, own["select"]).values).value for t, own in self.parts.items.items()]
+            if lost := [task for task, value in zip(self.parts.items, values, strict=True) if np.isnan(value)]:
+                raise RunError(f"the scale of a merge is chosen by scores on select, and {', '.join(lost)} has none")
+            return float(np.mean(values))
 
         scale = 1.0 if method == "linear" else max(study.merge_scales, key=lambda scale: (on_select(scale), -scale))
         hold(scale)

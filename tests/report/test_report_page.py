@@ -123,6 +123,13 @@ def test_a_run_that_was_interrupted_shows_what_it_has(fake_run, known):
     assert ("only code" in words) == (known > 1) and ("of the bootstrap draws" in words) == (known > 2)
 
 
+def test_a_task_that_was_added_has_no_scores_yet(fake_run):
+    result, metrics, samples = fake_run
+    partial = {key: value for key, value in result.items() if key not in (*itertools.chain(*SECTIONS), *LAST)}
+    words = check(render({**partial, "tasks": [*result["tasks"], "new"], "base": result["base"], "stages": []}, [], []))
+    assert "new" in words and "not finished" in words
+
+
 def test_a_run_that_measures_nothing_shows_its_stages(fake_run):
     result, metrics, samples = fake_run
     unmeasured = {
