@@ -35,7 +35,7 @@ class Ahead(AbstractContextManager["Ahead"]):
         """stream: after the prompts of the first `done` steps."""
         self.parts, self.stage, self.stream = parts, stage, stream
         self.bound = parts.config.rollout.max_staleness
-        self.step = self._asked = done  # the last step that is trained, and that is asked for
+        self.step = done  # the last step that is trained
         self._under_way: deque[_Batch] = deque()
         self._staleness: dict[str, float] = {}
 
@@ -54,7 +54,7 @@ class Ahead(AbstractContextManager["Ahead"]):
 
         Raises RunError where a sample is older than allowed, and what the engine raises.
         """
-        while self._asked < min(self.step + 1 + self.bound, self.stage.steps):
+        while len(self._under_way) < min(1 + self.bound, self.stage.steps - self.step):
             self._ask()
         batch = self._under_way[0]
         for rollout in batch.rollouts:
@@ -77,7 +77,7 @@ class Ahead(AbstractContextManager["Ahead"]):
     def _ask(self) -> None:
         before = self.stream.state_dict()
         groups = [self.parts.group(draw) for draw in self.stream.draw(self.parts.config.rollout.prompts_per_step)]
-        self._asked += 1
         batch = _Batch(groups, [], before)
         self._under_way.append(batch)  # before anything can fail: a resume draws these prompts again
-        batch.rollouts.extend(self.parts.start(groups, f"{'+'.join(self.stage.own)}:{self._asked}"))
+        number = self.step + len(self._under_way)
+        batch.rollouts.extend(self.parts.start(groups, f"{'+'.join(self.stage.own)}:{number}"))

@@ -54,8 +54,7 @@ from omni_kernels import LossSpec
 
 @dataclass
 class Parts:
-    """What the driver works with. holds: the name of the weights that the policy has now. prompts: (task, item's id) -> its
-    chat-templated tokens."""
+    """What the driver works with. holds: the name of the weights that the policy has now."""
 
     config: Config
     run: Run
@@ -68,7 +67,7 @@ class Parts:
     scorer: Scorer
     trackers: Trackers
     holds: str = BASE
-    prompts: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    _prompts: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
     @cached_property
     def items(self) -> dict[str, dict[Split, Sequence[Item]]]:
@@ -90,15 +89,22 @@ class Parts:
     def group(self, draw: Draw) -> Group:
         """An empty group for a drawn prompt."""
         item = self.items[draw.task]["train"][draw.item]
-        return Group(draw, item, self.prompts[draw.task, item.id])
+        return Group(draw, item, self.prompt(draw.task, item))
+
+    def prompt(self, task: str, item: Item) -> list[int]:
+        """The item's chat-templated tokens."""
+        if (task, item.id) not in self._prompts:
+            limit = self.config.rollout.max_prompt_tokens
+            self._prompts[task, item.id] = tokenise(self.tokenizer, self.tasks[task], item, limit)
+        return self._prompts[task, item.id]
 
     def check_items(self) -> None:
-        """Tokenise all that the run may ask: a prompt above the limit, or another one than before, is told at once."""
-        digests, limit = {}, self.config.rollout.max_prompt_tokens
+        """Look at everything that the run may ask: a prompt above the limit, or another one than before, is told at once."""
+        digests = {}
         for task, splits in self.items.items():
             digest = hashlib.sha256()
             for item in (item for items in splits.values() for item in items):
-                self.prompts[task, item.id] = tokenise(self.tokenizer, self.tasks[task], item, limit)
+                self.prompt(task, item)
                 told = [item.id, item.prompt, item.prefix, dict(item.answer)]
                 digest.update(json.dumps(told, sort_keys=True, default=lambda value: type(value).__name__).encode())
             digests[task] = digest.hexdigest()
@@ -130,7 +136,7 @@ class Parts:
             self.run.raise_if_stopping()
             self.progress.wait(f"{task}: {running} of {len(items)} completions")
 
-        prompts = [Prompt(self.prompts[task, item.id], key) for key, item in enumerate(items)]
+        prompts = [Prompt(self.prompt(task, item), key) for key, item in enumerate(items)]
         limit = EVAL_TOKENS_FACTOR * self.tasks[task].max_new_tokens
         sampling = Sampling(limit, temperature, self.stop_token_ids, self.config.seed)
         samples = [one for (one,) in self.engine.generate(prompts, 1, sampling, interruptible)]

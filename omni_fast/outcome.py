@@ -124,7 +124,7 @@ def entropies(parts: Parts, tasks: Collection[str]) -> dict[str, float]:
 def _probe(parts: Parts, task: str) -> list[ProbeRow]:
     """One completion for each of the task's first `select` items."""
     items = parts.items[task]["select"][: parts.config.evaluation.probe_items]
-    prompts = [Prompt(parts.prompts[task, item.id], key) for key, item in enumerate(items)]
+    prompts = [Prompt(parts.prompt(task, item), key) for key, item in enumerate(items)]
     limit = parts.tasks[task].max_new_tokens
     sampling = Sampling(limit, stop_token_ids=parts.stop_token_ids, seed=parts.config.seed)
     found = parts.engine.generate(prompts, 1, sampling)
