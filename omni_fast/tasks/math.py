@@ -74,19 +74,18 @@ def _gym(seed: int) -> dict[Split, list[Item]]:
         raise UserError("level 'gym' needs reasoning-gym; install it with `pip install reasoning-gym`") from error
     wanted = _SIZES.train + _SIZES.select + _SIZES.test
     seen: dict[str, Item] = {}
-    datasets = [iter(reasoning_gym.create_dataset(kind, seed=seed, size=2 * wanted)) for kind in GYM]
-    place = 0
-    while len(seen) < wanted:
-        kind = place % len(GYM)
-        entry = next(datasets[kind], None)
-        if entry is None:
-            raise UserError(
-                f"reasoning-gym's {GYM[kind]} has fewer than {wanted} different problems; ask for fewer items"
-            )
-        question, answer = str(entry["question"]).strip(), str(entry["answer"]).strip()
-        if answer.lstrip("-").isdigit():
-            seen.setdefault(question, Item(f"{GYM[kind]}/{place // len(GYM)}", question, {"gold": answer}))
-        place += 1
+    datasets = [reasoning_gym.create_dataset(kind, seed=seed, size=2 * wanted) for kind in GYM]
+    for turn, entries in enumerate(zip(*datasets, strict=True)):
+        if len(seen) == wanted:
+            break
+        for kind, entry in zip(GYM, entries, strict=True):
+            question, answer = str(entry["question"]).strip(), str(entry["answer"]).strip()
+            if answer.lstrip("-").isdigit() and len(seen) < wanted:
+                seen.setdefault(question, Item(f"{kind}/{turn}", question, {"gold": answer}))
+    if len(seen) < wanted:
+        raise UserError(
+            f"reasoning-gym has fewer than {wanted} different problems of {', '.join(GYM)}; use another level"
+        )
     items = list(seen.values())
     cut = _SIZES.test + _SIZES.select
     return {"test": items[: _SIZES.test], "select": items[_SIZES.test : cut], "train": items[cut:]}
