@@ -7,8 +7,8 @@ Of `curriculum` a study reads `steps_per_stage` (of every stage of one task), `o
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -59,16 +59,8 @@ def load(source: str, overrides: Sequence[str] = ()) -> tuple[Config, StudyConfi
         raise UserError(f"{source} has no section [study]: add one, or use `omni-fast train` for a single run")
     own = data.pop("study")
     config = configs.validated(source, data)
-    study = _study(source, own)
-    problem = check(config, study)
-    if problem:
-        raise UserError(f"{source}: {problem}")
-    return config, study
-
-
-def _study(source: str, data: Mapping[str, Any]) -> StudyConfig:
     try:
-        return StudyConfig.model_validate(data)
+        study = StudyConfig.model_validate(own)
     except ValidationError as error:
         problems = []
         for item in error.errors():
@@ -78,6 +70,9 @@ def _study(source: str, data: Mapping[str, Any]) -> StudyConfig:
                 said = "unknown key" + (f"; did you mean '{close[0]}'?" if close else "")
             problems.append(f"'study{'.' if where else ''}{where}': {said}")
         raise UserError(f"{source}: " + "; ".join(problems)) from None
+    if problem := check(config, study):
+        raise UserError(f"{source}: {problem}")
+    return config, study
 
 
 def check(config: Config, study: StudyConfig) -> str:

@@ -59,9 +59,8 @@ def run(design: Design, folder: Path, jobs: int, console: Console) -> records.St
             _check(design, folder, console)
         _describe(design, folder)
         seeds = design.seeds()
-        shares = [
-            seeds[k::jobs] for k in range(min(jobs, len(seeds)))
-        ]  # the first have more arms, so they are dealt out
+        # dealt out, since the first seeds have more arms
+        shares = [seeds[k::jobs] for k in range(min(jobs, len(seeds)))]
         try:
             if len(shares) == 1:
                 work(design, folder, shares[0], 0, console)
