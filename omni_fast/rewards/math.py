@@ -247,8 +247,8 @@ class MathVerifier:
         """One part per completion. Never raises for any text.
 
         A gold answer may be bare ("72") or a solution that ends in a marked answer ("... #### 72").
-        Reasons: "ok", "wrong", "unit" (another one than the gold answer's), "no_answer", "several", "unfinished", "too_long", "too_complex", "timeout", "memory",
-        "crash"; "worker_lost" is invalid.
+        Reasons: "ok", "wrong", "unit" (another one than the gold answer's), "no_answer", "several", "unfinished",
+        "too_long", "too_complex", "timeout", "memory", "crash"; "worker_lost" is invalid.
         """
         found = [_decide(completion, gold) for completion, gold in zip(completions, golds, strict=True)]
         open_pairs = [one for one in found if isinstance(one, tuple)]

@@ -220,7 +220,7 @@ class Choice:
 def to_text_answers(
     choices: Sequence[Choice], candidates: int = 8, seed: int = 0
 ) -> tuple[list[dict[str, str | list[str]]], Counter[str]]:
-    """Multiple choice -> rows with `question`, `answer` (a text) and `candidates` for the verifier `qa`; what was dropped, by reason.
+    """Multiple choice -> rows with `question`, `answer` (a text) and `candidates`; what was dropped, by reason.
 
     Own options come first, then answers of other items of the same kind that look alike, sorted at the end, so that the
     order tells nothing. Dropped: ill_posed (the stem makes no sense without its options), meta_option (an option speaks

@@ -81,7 +81,7 @@ _LOOKALIKES = str.maketrans(
 
 
 def plain(text: str) -> str:
-    """A cleaned text as a reader sees it: without accents, and letters of other scripts as the Latin ones they look like."""
+    """A cleaned text as it looks: without accents, and letters of other scripts as the Latin ones they look like."""
     letters = unicodedata.normalize("NFKD", text)
     return "".join(ch for ch in letters if not unicodedata.combining(ch)).translate(_LOOKALIKES)
 

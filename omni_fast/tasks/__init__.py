@@ -19,5 +19,5 @@ _KINDS: Mapping[str, Callable[[TaskConfig, int, Resources], Task]] = {"jsonl": l
 
 
 def build_tasks(blocks: Sequence[TaskConfig], *, seed: int, resources: Resources) -> dict[str, Task]:
-    """The tasks by name, in the order of the blocks, their splits drawn from the seed. Raises UserError for what a block gets wrong."""
+    """The tasks by name, in the order of the blocks, splits drawn by the seed. UserError for what a block gets wrong."""
     return {block.name: _KINDS[block.kind](block, seed, resources) for block in blocks}

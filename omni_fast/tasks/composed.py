@@ -1,4 +1,4 @@
-"""A task whose reward is put together as the config says, from the task's own parts and those that any task can have."""
+"""A task whose reward is put together as the config says, from its own parts and those that any task can have."""
 
 from __future__ import annotations
 

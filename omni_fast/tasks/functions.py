@@ -1,8 +1,8 @@
 """The operations that the code domain asks for, and how inputs for them are drawn.
 
 An operation is one line of Python with a plain description. `{k}` is a small constant, so that one operation gives
-several functions. The table is data (`operations.txt`). References are ours, hence trusted, and run in this process; what a
-model writes never does.
+several functions. The table is data (`operations.txt`). References are ours, hence trusted, and run in this process;
+what a model writes never does.
 """
 
 from __future__ import annotations

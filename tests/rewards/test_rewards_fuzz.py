@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni_fast.config import RewardConfig, TaskConfig
-from omni_fast.grading import composed
 from omni_fast.rewards.code import extract_code
 from omni_fast.rewards.compose import group_advantages
 from omni_fast.rewards.judge.base import Judge, Reply
@@ -34,6 +33,7 @@ from omni_fast.rewards.text_checks import words
 from omni_fast.tasks import build_tasks
 from omni_fast.tasks.base import Resources, Task
 from omni_fast.tasks.code import program
+from omni_fast.tasks.composed import composed
 
 CASES, BATCH = 10_000, 10
 LIMIT_S = 20.0  # for a batch, on a machine as busy as it may be; usual are milliseconds

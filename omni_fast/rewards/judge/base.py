@@ -60,7 +60,7 @@ class Judge(Protocol):
 
 
 def gated(replies: Sequence[Reply], judge: Callable[[Sequence[Reply]], Sequence[Part]]) -> list[Part]:
-    """What a gate refuses scores 0 with its reason; the rest is judged in one call. Reasoning is stripped from both sides."""
+    """What a gate refuses scores 0 with its reason; the rest is judged in one call; both sides without their reasoning."""
     stripped = [
         replace(reply, completion=strip_reasoning(reply.completion), reference=strip_reasoning(reply.reference))
         for reply in replies

@@ -172,7 +172,7 @@ class PairwiseJudge:
         return [Part(0.5, "tie") if reply.completion == reply.reference else _part(*next(answers)) for reply in replies]
 
     def both_orders(self, replies: Sequence[Reply]) -> list[tuple[Verdict | Failure, Verdict | Failure]]:
-        """For each reply the answer with it as A, and with it as B. Equal questions are asked once, known ones not at all."""
+        """For each reply the answers with it as A and as B. Equal questions are asked once, known ones not at all."""
         sides = [side for reply in replies for side in (reply, reply.swapped())]
         questions = [Question(side.prompt, side.completion, side.reference) for side in sides]
         keys = [question.key(self.backend.name) for question in questions]
