@@ -226,6 +226,8 @@ def to_text_answers(
     order tells nothing. Dropped: ill_posed (the stem makes no sense without its options), meta_option (an option speaks
     about the others), gold_in_stem, collision (two options read the same), bad_gold, too_few (not even two candidates).
     """
+    if candidates < 2:
+        raise UserError(f"candidates must be at least 2, got {candidates}")
     pools: dict[str, set[str]] = {}
     for choice in choices:
         pools.setdefault(choice.kind, set()).update(choice.options)

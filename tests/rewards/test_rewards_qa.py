@@ -156,6 +156,8 @@ def test_conversion_keeps_what_makes_sense_and_counts_the_rest():
         Choice("Bad?", ("x", "y"), 7),
         Choice("Alone?", ("x",), 0, "lonely"),
     ]
+    with pytest.raises(UserError, match="at least 2, got 1"):
+        to_text_answers(choices, candidates=1)
     rows, dropped = to_text_answers(choices, candidates=4)
     assert [row["answer"] for row in rows] == ["Paris", "Lima", "eight"]
     assert dropped == {
