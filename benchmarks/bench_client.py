@@ -14,23 +14,20 @@ Contenders take turns in every round; medians over rounds, with the spread.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import multiprocessing
-import os
-import platform
-import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
-from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import get_args
 
 import httpx
+import scoreboard
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -98,19 +95,19 @@ async def bare(url: str, tag: str) -> None:
         await asyncio.gather(*(some() for _ in range(IN_FLIGHT)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+def again(work: Callable[..., object], *given: object) -> None:
+    for _ in range(GROUPS):
+        work(*given)
 
+
+def main() -> None:
+    options, figures = scoreboard.options(__doc__, rounds=5), scoreboard.Figures()
     torch.set_num_threads(1)
     here, there = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(there,), daemon=True)
     process.start()
     url = here.recv()
     policy = model()
-    seen: dict[str, list[float]] = {}
     numbers = torch.randn(sum(value.numel() for value in policy.parameters()))
     casts = {
         "copy fp32": torch.empty_like(numbers),
@@ -118,9 +115,6 @@ def main() -> None:
     }
     for into in casts.values():
         into.zero_()  # touch the pages
-
-    def note(name: str, value: float) -> None:
-        seen.setdefault(name, []).append(value)
 
     with tempfile.TemporaryDirectory() as folder:
         fleet = Fleet([url], in_flight=IN_FLIGHT, say=print)
@@ -136,54 +130,31 @@ def main() -> None:
         for round_ in range(options.rounds):
             for version, (kind, weights) in enumerate(syncs.items(), 1 + round_ * 9):
                 for phase, seconds in weights.push(version).items():
-                    note(f"sync {kind} {phase} ms", 1e3 * seconds)
+                    figures.note(f"sync {kind} {phase} ms", 1e3 * seconds)
             engine.sync(9 + round_ * 9)
             for name, into in casts.items():
-                started = time.perf_counter()
-                into.copy_(numbers)
-                note(f"{name}, GB/s", numbers.numel() * (4 + into.itemsize) / (time.perf_counter() - started) / 1e9)
+                moved = numbers.numel() * (4 + into.itemsize) / 1e9
+                figures.rate(f"{name}, GB/s", moved, into.copy_, numbers)
             started, busy = time.perf_counter(), time.process_time()
             found = engine.generate(PROMPTS, N, SAMPLING)
             took, busy = time.perf_counter() - started, time.process_time() - busy
             assert len(found) == GROUPS and all(len(group) == N for group in found)
-            note("client samples/s", GROUPS * N / took)
-            note("client tokens/s", GROUPS * N * TOKENS / took)
-            note("client busy, share of one core", busy / took)
-            started = time.perf_counter()
-            asyncio.run(bare(url, syncs["tensor"].tag))
-            note("httpx alone, samples/s", GROUPS // IN_FLIGHT * IN_FLIGHT * N / (time.perf_counter() - started))
-            started = time.perf_counter()
-            for _ in range(GROUPS):
-                json.loads(bytes_)
-            note("json.loads alone, samples/s", GROUPS * N / (time.perf_counter() - started))
-            tag, data = syncs["tensor"].tag, json.loads(answer(syncs["tensor"].tag))
-            started = time.perf_counter()
-            for _ in range(GROUPS):
-                read(fleet.servers[0], data, N, tag)
-            note("reading samples alone, samples/s", GROUPS * N / (time.perf_counter() - started))
+            figures.note("client samples/s", GROUPS * N / took)
+            figures.note("client tokens/s", GROUPS * N * TOKENS / took)
+            figures.note("client busy, share of one core", busy / took)
+            tag = syncs["tensor"].tag
+            asked = GROUPS // IN_FLIGHT * IN_FLIGHT * N
+            figures.rate("httpx alone, samples/s", asked, asyncio.run, bare(url, tag))
+            figures.rate("json.loads alone, samples/s", GROUPS * N, again, json.loads, bytes_)
+            data = json.loads(answer(tag))
+            figures.rate("reading samples alone, samples/s", GROUPS * N, again, read, fleet.servers[0], data, N, tag)
         engine.close()
     here.send(None)
     process.terminate()
 
-    results = {
-        name: {"median": statistics.median(values), "low": min(values), "high": max(values)}
-        for name, values in seen.items()
-    }
-    for name, value in results.items():
-        target = f"   target {TARGETS[name]:,}" if name in TARGETS else ""
-        print(f"{name:36} {value['median']:12,.1f}   {value['low']:,.1f} .. {value['high']:,.1f}{target}")
+    figures.show({name: f"target {target:,}" for name, target in TARGETS.items()})
     print(f"bytes of an answer: {len(bytes_):,}")
-    if options.output:
-        machine = {"cpu": cpu(), "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
-        packages = {name: metadata.version(name) for name in ("httpx", "torch")}
-        versions = {"python": platform.python_version(), "kernel": platform.release()} | packages
-        content = {"machine": machine, "versions": versions, "rounds": options.rounds, "results": results}
-        options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    figures.save(options.output, ("httpx", "torch"))
 
 
 if __name__ == "__main__":

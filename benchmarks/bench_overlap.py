@@ -14,20 +14,17 @@ Contenders take turns in every round; medians over rounds, with the spread.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from unittest.mock import patch
 
+import scoreboard
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel
@@ -41,7 +38,6 @@ from omni_fast.rollout.fleet import Fleet
 from omni_fast.rollout.sglang import SGLangEngine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "rollout"))
-from bench_client import cpu
 from fake_sglang import serving
 from timed_sglang import Letters, NamedWeights, config_for, nameless, small_model, tailed, timed
 
@@ -107,29 +103,19 @@ def groups() -> list[Prompt]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-
+    options, figures = scoreboard.options(__doc__, rounds=3), scoreboard.Figures()
     torch.set_num_threads(1)
-    load = os.getloadavg()[0]
-    seen: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = small_model(Path(folder))
         for _ in range(options.rounds):
             for scene in SCENES:
                 for bound in BOUNDS:
                     for key, value in steps(scene, bound, model, Path(folder)).items():
-                        seen.setdefault(f"{scene}, max_staleness {bound}: {key}", []).append(value)
+                        figures.note(f"{scene}, max_staleness {bound}: {key}", value)
             for count in SERVERS:
-                seen.setdefault(f"{count} servers: samples/s", []).append(rollouts(count))
+                figures.note(f"{count} servers: samples/s", rollouts(count))
 
-    results = {
-        name: {"median": statistics.median(values), "low": min(values), "high": max(values)}
-        for name, values in seen.items()
-    }
-    middle = {name: value["median"] for name, value in results.items()}
+    middle = {name: spread["median"] for name, spread in figures.spreads().items()}
     work = sum(tailed(list(prompt.tokens), TOKENS) for prompt in groups()) * FLEET_TOKEN_S
     gain, share = {}, {}  # over the first of its kind, of the limit
     for count in SERVERS:
@@ -141,24 +127,14 @@ def main() -> None:
             name = f"{scene}, max_staleness {bound}: total s"
             gain[name] = middle[f"{scene}, max_staleness {BOUNDS[0]}: total s"] / middle[name]
             share[name] = middle[f"{scene}, max_staleness {bound}: limit s"] / middle[name]
-    for name, spread in results.items():
-        more = f"   {gain[name]:.2f}x the first, {share[name]:.0%} of the limit" if name in gain else ""
-        print(f"{name:52} {spread['median']:9.3f}   {spread['low']:.3f} .. {spread['high']:.3f}{more}")
-    if options.output:
-        machine = {"cpu": cpu(), "cores": len(os.sched_getaffinity(0)), "load": load}
-        packages = {"torch": metadata.version("torch")}
-        simulated = {
-            "prompts_per_step": PROMPTS, "samples_per_prompt": N, "max_new_tokens": TOKENS, "steps": STEPS,
-            "token_s": TOKEN_S, "places_of_a_server": PLACES, "update_s": UPDATE_S,
-            "scenes": {name: {"slower": slower, "judge_s": judge_s} for name, (slower, judge_s) in SCENES.items()},
-            "fleet": {"groups": GROUPS, "places_of_a_server": IN_FLIGHT, "token_s": FLEET_TOKEN_S},
-        }  # fmt: skip
-        versions = {"python": platform.python_version(), "kernel": platform.release()} | packages
-        content = {
-            "machine": machine, "versions": versions, "rounds": options.rounds, "simulated": simulated,
-            "results": results, "ratio_to_the_first": gain, "share_of_the_limit": share,
-        }  # fmt: skip
-        options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    figures.show({name: f"{gain[name]:.2f}x the first, {share[name]:.0%} of the limit" for name in gain})
+    simulated = {
+        "prompts_per_step": PROMPTS, "samples_per_prompt": N, "max_new_tokens": TOKENS, "steps": STEPS,
+        "token_s": TOKEN_S, "places_of_a_server": PLACES, "update_s": UPDATE_S,
+        "scenes": {name: {"slower": slower, "judge_s": judge_s} for name, (slower, judge_s) in SCENES.items()},
+        "fleet": {"groups": GROUPS, "places_of_a_server": IN_FLIGHT, "token_s": FLEET_TOKEN_S},
+    }  # fmt: skip
+    figures.save(options.output, ("torch",), simulated=simulated, ratio_to_the_first=gain, share_of_the_limit=share)
 
 
 if __name__ == "__main__":

@@ -13,40 +13,32 @@ no time is left are named. SGLang is taken from `omni-fast engine install`, or f
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
-import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from omni_fast import serving
-from omni_fast.rollout.engine import Prompt, Sample, Sampling
-from omni_fast.rollout.fleet import Fleet
-from omni_fast.rollout.sglang import SGLangEngine
-from omni_fast.sync import Transport, WeightSync
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-SHAPES: dict[str, dict[str, int | bool]] = {
-    "small": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-              "intermediate_size": 128, "vocab_size": 512, "tie_word_embeddings": True},
-    "0.6B": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-             "intermediate_size": 3072, "vocab_size": 151936, "tie_word_embeddings": True},
-    "7B": {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-           "intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False},
-}  # fmt: skip
+from benchmarks import scoreboard  # noqa: E402
+from benchmarks.train.random_model import SHAPES  # noqa: E402
+from omni_fast import serving  # noqa: E402
+from omni_fast.rollout.engine import Prompt, Sample, Sampling  # noqa: E402
+from omni_fast.rollout.fleet import Fleet  # noqa: E402
+from omni_fast.rollout.sglang import SGLangEngine  # noqa: E402
+from omni_fast.sync import Transport, WeightSync  # noqa: E402
+
 TARGETS = {"0.6B sync": 0.2, "7B sync": 1.0, "pause": 0.1}  # seconds on one H200
-DUMMY = ("--load-format", "dummy", "--skip-tokenizer-init", "--log-level", "warning")
-CUDA = ("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none",
-        "--mem-fraction-static", "0.4")  # fmt: skip
-Spread = dict[str, float]
-Numbers = dict[str, float | str | Spread]
+Numbers = dict[str, object]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -57,7 +49,6 @@ class Case:
     prompts: int
     n: int
     tokens: int
-    on_gpu: bool
 
 
 @dataclass
@@ -81,49 +72,54 @@ class Served:
 
 
 @contextmanager
-def served(size: str, case: Case, *flags: str) -> Iterator[Served]:
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+def server(model: Path, dtype: str, *flags: str, memory: str = "0.4", timeout_s: float = 200) -> Iterator[str]:
+    """The URL of a server of the model in a folder, without its weights. memory: its share of a GPU's."""
+    device = DEVICE if DEVICE == "cuda" else serving.install.default_device()
+    flags = ("--load-format", "dummy", "--skip-tokenizer-init", "--log-level", "warning", *flags)
+    if device == "cuda":
+        flags += ("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none",
+                  "--mem-fraction-static", memory)  # fmt: skip
+    launch = serving.Launch("policy-0", str(model), device, dtype, flags)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        stack.callback(serving.down, Path(folder))
+        (started,) = serving.start([launch], Path(folder), timeout_s=timeout_s, say=print)
+        yield started.url
+
+
+@contextmanager
+def served(size: str, *flags: str) -> Iterator[Served]:
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
         config = LlamaConfig(
-            **SHAPES[size], max_position_embeddings=4096, dtype="bfloat16" if case.on_gpu else "float32"
+            **SHAPES[size], max_position_embeddings=4096, dtype=name, architectures=["LlamaForCausalLM"]
         )
-        config.architectures = ["LlamaForCausalLM"]
         config.save_pretrained(folder)
         torch.manual_seed(0)
-        with torch.device("cuda" if case.on_gpu else "cpu"):
-            model = LlamaForCausalLM(config).to(torch.bfloat16 if case.on_gpu else torch.float32).eval()
-        device = serving.install.default_device() if not case.on_gpu else "cuda"
-        dtype = "bfloat16" if case.on_gpu else "float32"
-        launch = serving.Launch(
-            "policy-0", str(folder), device, dtype, (*DUMMY, *(CUDA if device == "cuda" else ()), *flags)
-        )
+        with torch.device(DEVICE):
+            model = LlamaForCausalLM(config).to(dtype).eval()
         started = time.perf_counter()
-        stack.callback(serving.down, folder / "servers")
-        (server,) = serving.start([launch], folder / "servers", timeout_s=200, say=print)
-        yield Served(server.url, model, folder, time.perf_counter() - started)
-
-
-def spread(seen: list[float]) -> Spread:
-    return {name: round(of(seen), 5) for name, of in (("median", statistics.median), ("low", min), ("high", max))}
+        with server(folder, name, *flags) as url:
+            yield Served(url, model, folder, time.perf_counter() - started)
 
 
 def sync(place: Served, case: Case, transport: Transport) -> Numbers:
     """Seconds by phase; the first one, with what is made once, apart."""
-    seen: dict[str, list[float]] = {}
+    seen = scoreboard.Figures()
     with place.engine(transport) as engine:
         for version in range(1, case.rounds + 1):
             with torch.no_grad():
                 for parameter in place.model.parameters():
                     parameter.mul_(1.001)
             for phase, seconds in engine.sync(version).items():
-                seen.setdefault(phase, []).append(seconds)
+                seen.note(phase, seconds)
         if not engine.fleet.ready:
             raise RuntimeError(engine.fleet.reasons())
-    size = sum(value.numel() * value.element_size() for value in place.model.parameters())
-    total = statistics.median(seen["seconds/sync_total"])
-    return {phase: spread(values) for phase, values in seen.items()} | {
-        "GB": round(size / 1e9, 2), "GB/s": round(size / total / 1e9, 2), "checked": "version and 2 tensors each time",
-    }  # fmt: skip
+    size, spreads = sum(value.nbytes for value in place.model.parameters()), seen.spreads()
+    rate = size / spreads["seconds/sync_total"]["median"]
+    checked = "version and 2 tensors each time"
+    return spreads | {"GB": round(size / 1e9, 2), "GB/s": round(rate / 1e9, 2), "checked": checked}
 
 
 def asked(case: Case, vocabulary: int) -> list[Prompt]:
@@ -168,22 +164,20 @@ def speed(place: Served, case: Case, by: Transport) -> Numbers:
 
 def sleep(place: Served, case: Case, by: Transport) -> Numbers:
     """Seconds and memory; samples after it are of the policy again, or it fails."""
-    seen: dict[str, list[float]] = {"sleep_s": [], "wake_and_sync_s": []}
-    freed = 0
+    seen = scoreboard.Figures()
     with place.engine(by) as engine:
         for version in range(1, case.rounds + 1):
-            before = torch.cuda.mem_get_info()[0] if case.on_gpu else 0
-            started = time.perf_counter()
-            engine.sleep()
-            seen["sleep_s"].append(time.perf_counter() - started)
-            freed = (torch.cuda.mem_get_info()[0] if case.on_gpu else 0) - before
-            started = time.perf_counter()
-            engine.sync(version)
-            seen["wake_and_sync_s"].append(time.perf_counter() - started)
+            before = free_bytes()
+            seen.note("sleep_s", scoreboard.timed(engine.sleep))
+            seen.note("freed GB", (free_bytes() - before) / 1e9)
+            seen.note("wake_and_sync_s", scoreboard.timed(partial(engine.sync, version)))
         if not engine.fleet.ready:
             raise RuntimeError(engine.fleet.reasons())
-    found = parity(place, case, by)
-    return {name: spread(values) for name, values in seen.items()} | {"freed GB": round(freed / 1e9, 2)} | found
+    return seen.spreads() | parity(place, case, by)
+
+
+def free_bytes() -> int:
+    return torch.cuda.mem_get_info()[0] if DEVICE == "cuda" else 0
 
 
 class Record:
@@ -192,10 +186,8 @@ class Record:
     def __init__(self, output: Path | None, budget_s: float) -> None:
         self.output, self.end = output, time.monotonic() + budget_s
         self.by: Transport = "tensor"  # how the other parts bring the weights: "disk" where memory cannot be shared
-        card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-        self.content: dict[str, object] = {
-            "machine": card, "versions": {"torch": torch.__version__, "python": platform.python_version()}, "targets": TARGETS,
-        }  # fmt: skip
+        known = scoreboard.versions("torch", "transformers")
+        self.content: Numbers = {"machine": scoreboard.machine(), "versions": known, "targets": TARGETS}
 
     def part(self, name: str, work: Callable[[], Numbers], needs_s: float = 20.0) -> bool:
         """Whether it was measured."""
@@ -210,7 +202,7 @@ class Record:
         print(f"{name}: {json.dumps(found)}", flush=True)
         self.content[name] = found
         if self.output is not None:
-            self.output.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
+            scoreboard.write(self.output, self.content)
         return not {"error", "left out"} & found.keys()
 
 
@@ -220,7 +212,7 @@ def measure(record: Record, size: str, case: Case, label: str, flags: tuple[str,
         place: list[Served] = []
 
         def start() -> Numbers:
-            place.append(stack.enter_context(served(size, case, *flags)))
+            place.append(stack.enter_context(served(size, *flags)))
             return {"seconds": round(place[0].started_s, 1)}
 
         if not record.part(f"{label} start", start, needs_s=90):
@@ -229,39 +221,42 @@ def measure(record: Record, size: str, case: Case, label: str, flags: tuple[str,
             record.part(f"{label} sleep", lambda: sleep(place[0], case, record.by))
             return
         if full:
-            alone = case.on_gpu and torch.cuda.device_count() < 2  # NCCL takes a GPU once: not for trainer and server
+            alone = (
+                DEVICE == "cuda" and torch.cuda.device_count() < 2
+            )  # NCCL takes a GPU once: not for trainer and server
             transports: tuple[Transport, ...] = ("tensor", "disk") if alone else ("tensor", "disk", "distributed")
             for transport in transports:
                 worked = record.part(f"{label} sync {transport}", lambda by=transport: sync(place[0], case, by))  # type: ignore[misc]
                 if transport == "tensor" and not worked:
                     record.by = "disk"
             record.part(f"{label} parity", lambda: parity(place[0], case, record.by))
-            if not case.on_gpu:  # nothing to give back, and no server of its own for that
+            if DEVICE == "cpu":  # nothing to give back, and no server of its own for that
                 record.part(f"{label} sleep", lambda: sleep(place[0], case, record.by))
         record.part(f"{label} speed", lambda: speed(place[0], case, record.by))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = scoreboard.parser(__doc__)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--budget-s", type=float, default=540.0)
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
+    if not options.small and DEVICE == "cpu":
+        raise SystemExit("gpu_engine.py measures a GPU, and PyTorch sees none here: --small runs a tiny model anywhere")
     record = Record(options.output, options.budget_s)
+    eager = ("--disable-cuda-graph",) if DEVICE == "cuda" else ()  # first what is least likely to fail
     if options.small:
-        case = Case(rounds=2, prompts=4, n=2, tokens=16, on_gpu=torch.cuda.is_available())
-        plain = ("--disable-cuda-graph",) if case.on_gpu else ()
-        measure(record, "small", case, "small", plain, full=True)
-        if case.on_gpu:
-            measure(record, "small", case, "small, saver", (*plain, "--enable-memory-saver"), full=True)
-    else:
-        case = Case(rounds=7, prompts=64, n=8, tokens=256, on_gpu=True)
-        eager = ("--disable-cuda-graph",)  # first what is least likely to fail
-        measure(record, "0.6B", case, "0.6B", eager, full=True)
-        measure(record, "7B", case, "7B", eager, full=True)
-        measure(record, "0.6B", case, "0.6B, saver", (*eager, "--enable-memory-saver"), full=True)
-        measure(record, "0.6B", case, "0.6B, CUDA graphs", (), full=False)
-        measure(record, "7B", case, "7B, CUDA graphs", (), full=False)
+        case = Case(rounds=2, prompts=4, n=2, tokens=16)
+        measure(record, "tiny", case, "small", eager, full=True)
+        if DEVICE == "cuda":
+            measure(record, "tiny", case, "small, saver", (*eager, "--enable-memory-saver"), full=True)
+        return
+    case = Case(rounds=7, prompts=64, n=8, tokens=256)
+    measure(record, "0.6B", case, "0.6B", eager, full=True)
+    measure(record, "7B", case, "7B", eager, full=True)
+    measure(record, "0.6B", case, "0.6B, saver", (*eager, "--enable-memory-saver"), full=True)
+    measure(record, "0.6B", case, "0.6B, CUDA graphs", (), full=False)
+    measure(record, "7B", case, "7B, CUDA graphs", (), full=False)
 
 
 if __name__ == "__main__":

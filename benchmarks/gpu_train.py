@@ -26,14 +26,11 @@ are used where they are installed. For the server besides: httpx, pydantic.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -43,9 +40,10 @@ from transformers.utils import is_liger_kernel_available
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import scoreboard  # noqa: E402
 from benchmarks.train import gpu_levers, levers, ours, random_model, trl_peer  # noqa: E402
 from benchmarks.train.case import Case  # noqa: E402
-from benchmarks.train.race import Row, contender, failure, race, save, show  # noqa: E402
+from benchmarks.train.race import Row, contender, head, race, show  # noqa: E402
 from benchmarks.train.trl_peer import Setting  # noqa: E402
 from benchmarks.train.worker import Worker  # noqa: E402
 
@@ -56,9 +54,6 @@ WEIGHTS = {SHORT: 5, "TRL gpu levers": 3, "TRL gpu kernels": 4, LONG: 4, SERVED:
 SHAPE = {False: "0.5B", True: "tiny"}
 ANSWER_S = 150.0  # of a contender's start, and of each of its steps, which may compile
 GRACE_S = 30.0  # for what is under way when a question's time is over
-SERVER = ("--load-format", "dummy", "--skip-tokenizer-init", "--log-level", "warning")
-SERVER_CUDA = ("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none",
-               "--mem-fraction-static", "0.2")  # fmt: skip
 
 
 def cases(small: bool) -> dict[str, Case]:
@@ -84,20 +79,6 @@ def peers(case: Case) -> list[Setting]:
     return [plain, *liger, replace(plain, continuous_batching=True)]
 
 
-@contextmanager
-def served(case: Case, model: str) -> Iterator[str]:
-    """The URL of a server of `model`, which gets its weights from the policy."""
-    from omni_fast import serving  # needs more packages than the rest does
-
-    device = "cuda" if case.device == "cuda" else serving.install.default_device()
-    flags = (*SERVER, *(SERVER_CUDA if device == "cuda" else ()))
-    launch = serving.Launch("policy-0", model, device, "bfloat16", flags)
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        stack.callback(serving.down, Path(folder))
-        (server,) = serving.start([launch], Path(folder), timeout_s=ANSWER_S, say=print)
-        yield server.url
-
-
 def answer(question: str, small: bool, model: str, end: float) -> list[Row]:
     """The rows of a question, measured before `end` on the monotonic clock."""
     case = replace(cases(small)[question if question == LONG else SHORT], question=question)
@@ -105,7 +86,7 @@ def answer(question: str, small: bool, model: str, end: float) -> list[Row]:
         return measured(case, model, end)
     except Exception as error:  # whatever it is, the other questions are still worth measuring
         traceback.print_exc()
-        return [failure(case, "all", f"{type(error).__name__}: {error}"[:1500])]
+        return [head(case, "all") | {"error": f"{type(error).__name__}: {error}"[:1500]}]
 
 
 def measured(case: Case, model: str, end: float) -> list[Row]:
@@ -117,7 +98,9 @@ def measured(case: Case, model: str, end: float) -> list[Row]:
     patience = min(ANSWER_S, left + GRACE_S)
     own = contender(ours.NAME, ours.run, case, model, answer_s=patience)
     if case.question == SERVED:
-        with served(case, model) as url:
+        from benchmarks.gpu_engine import server  # needs more packages than the rest does
+
+        with server(Path(model), "bfloat16", memory="0.2", timeout_s=ANSWER_S) as url:
             other = contender(f"{ours.NAME}, SGLang rollouts", ours.run, case, model, url, answer_s=patience)
             return race(case, [own, other], model, [0], end=end)
     others = [contender(peer.name, trl_peer.run, case, model, peer, answer_s=patience) for peer in peers(case)]
@@ -125,29 +108,29 @@ def measured(case: Case, model: str, end: float) -> list[Row]:
 
 
 def _levers(connection: Connection, case: Case, model: str, end: float) -> None:
-    connection.send(levers.measure(case, model, 3, LEVERS[case.question], end=end, question=case.question))
+    connection.send(levers.measure(case, model, 3, LEVERS[case.question], end=end))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = scoreboard.parser(__doc__)
     parser.add_argument("--questions", nargs="+", default=list(WEIGHTS), choices=list(WEIGHTS))
     parser.add_argument("--budget-s", type=float, default=440.0)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not arguments.small and device == "cpu":
+    if not options.small and device == "cpu":
         raise SystemExit(
             "gpu_train.py measures a GPU, and PyTorch sees none here: --small runs a tiny model on any machine"
         )
-    stop = time.monotonic() + arguments.budget_s
-    questions = [name for name in WEIGHTS if name in arguments.questions]
+    stop = time.monotonic() + options.budget_s
+    questions = [name for name in WEIGHTS if name in options.questions]
     if SERVED in questions and "OMNI_FAST_ENGINE_PYTHON" not in os.environ:
         print(f"{SERVED}: left out, OMNI_FAST_ENGINE_PYTHON is not set", flush=True)
         questions.remove(SERVED)
     with tempfile.TemporaryDirectory() as folder:
-        model = random_model.write(SHAPE[arguments.small], Path(folder), device)
+        model = random_model.write(SHAPE[options.small], Path(folder), device)
         for place, question in enumerate(questions):
             left = stop - time.monotonic()
             if left < 30:
@@ -157,11 +140,11 @@ def main() -> None:
             print(f"== {question}, {share * left:.0f} s", flush=True)
             if device == "cuda":
                 torch.cuda.empty_cache()  # the GPU is for the contenders
-            rows = answer(question, arguments.small, model, time.monotonic() + share * left)
+            rows = answer(question, options.small, model, time.monotonic() + share * left)
             if question not in LEVERS:  # which prints as it goes
                 show(rows)
-            if arguments.output:
-                save(rows, arguments.output)
+            if options.output:
+                scoreboard.save(rows, options.output)
 
 
 if __name__ == "__main__":

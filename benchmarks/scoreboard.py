@@ -5,21 +5,24 @@ take turns in every round, so a slow minute of the machine hits all of them alik
 memory of one call, and two ratios of medians: to the best peer (how many times faster, > 1 is better) and to the limit (which
 share of the limit's speed, 1 is the limit). The limit is a contender too, measured in the same rounds.
 
-Results go to benchmarks/results/<machine>.json, one row for each (question, case, dtype, contender); a new run replaces its own
-rows and leaves the others.
+Results go to benchmarks/results/<machine>.json, one row for each (question, case, dtype, contender); a new run replaces the rows
+of its own cases and leaves the others. What is no row, such as rates of several kinds in one run, is noted in `Figures`.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
+import importlib.metadata
 import json
 import os
 import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
@@ -69,15 +72,88 @@ class Row:
     versions: dict[str, str]
 
 
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Of a benchmark, whose docstring is its help."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def options(doc: str | None, rounds: int) -> argparse.Namespace:
+    """rounds, output: what the benchmarks that fill `Figures` are told."""
+    known = parser(doc)
+    known.add_argument("--rounds", type=int, default=rounds)
+    known.add_argument("--output", type=Path)
+    return known.parse_args()
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
 def machine() -> str:
     """A name for the results file: processor, cores it has here."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        model = found.group(1) if found else model
-    if torch.cuda.is_available():
-        return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    return re.sub(r"[^a-z0-9]+", "-", f"{model} {os.cpu_count()} cores".lower()).strip("-")
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor()} {os.cpu_count()} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python, and of those of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+class Figures:
+    """Numbers by name, one for each round, and the load of the machine before the first."""
+
+    def __init__(self) -> None:
+        self.load = os.getloadavg()[0]
+        self.seen: dict[str, list[float]] = defaultdict(list)
+
+    def note(self, name: str, value: float) -> None:
+        self.seen[name].append(value)
+
+    def rate(self, name: str, count: float, work: Callable[..., object], *given: object) -> None:
+        """How many of `count` a second, when `work(*given)` does them."""
+        started = time.perf_counter()
+        work(*given)
+        self.note(name, count / (time.perf_counter() - started))
+
+    def spreads(self) -> dict[str, dict[str, float]]:
+        return {name: spread(values) for name, values in self.seen.items()}
+
+    def show(self, remarks: Mapping[str, str]) -> None:
+        for name, of in self.spreads().items():
+            print(f"{name:52} {of['median']:12,.3f}   ({of['low']:,.3f} .. {of['high']:,.3f})  {remarks.get(name, '')}")
+
+    def save(self, path: Path | None, packages: Sequence[str] = (), **more: object) -> None:
+        """Nothing without a path."""
+        if path is None:
+            return
+        cpu = {"cpu": processor(), "cores": len(os.sched_getaffinity(0)), "load": self.load}
+        known = versions(*packages) | {"kernel": platform.release()}
+        rounds = max(map(len, self.seen.values()))
+        write(path, {"machine": cpu, "versions": known, "rounds": rounds, "results": self.spreads()} | more)
+
+
+def write(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def median_seconds(call: Callable[[], object], repeats: int = 9) -> float:
+    """After one call that warms up."""
+    call()
+    return statistics.median(timed(call) for _ in range(repeats))
 
 
 def peak_bytes(run: Run) -> int | None:
@@ -90,15 +166,21 @@ def peak_bytes(run: Run) -> int | None:
     marks = Path("/proc/self/clear_refs")
     if not marks.exists():
         return None
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed must not hide what this one takes
+    before = resident()
     marks.write_text("5")
-    before = _status("VmRSS")
     run.call()
-    return max(0, _status("VmHWM") - before)
+    return max(0, status("VmHWM") - before)
 
 
-def _status(field: str) -> int:
+def resident() -> int:
+    """Bytes, without what was freed and not yet given back: it would hide what the next call takes."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return status("VmRSS")
+
+
+def status(field: str) -> int:
+    """Bytes, of /proc/self/status."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found.group(1)) * 1024
@@ -138,34 +220,21 @@ def compete(
     for _ in range(rounds):
         for name, (_, run) in runs.items():
             run.reset()
-            seconds[name].append(_timed(run.call))
+            seconds[name].append(timed(run.call))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     of_role = {role: [medians[name] for name, (c, _) in runs.items() if c.role == role] for role in ("peer", "limit")}
     best_peer, limit = (min(values, default=None) for values in of_role.values())
     rows = []
     for name, (contender, _) in runs.items():
-        values, median = seconds[name], medians[name]
+        of, low, high = spread(seconds[name]).values()
+        ratios = best_peer / of if best_peer else None, limit / of if limit else None
         rows.append(
-            Row(
-                question,
-                case_name,
-                dtype,
-                name,
-                contender.role,
-                median,
-                min(values),
-                max(values),
-                rounds,
-                peaks[name],
-                best_peer / median if best_peer else None,
-                limit / median if limit else None,
-                versions,
-            )  # fmt: skip
+            Row(question, case_name, dtype, name, contender.role, of, low, high, rounds, peaks[name], *ratios, versions)
         )
     return rows, failed
 
 
-def _timed(call: Callable[[], object]) -> float:
+def timed(call: Callable[[], object]) -> float:
     """Seconds of one call; on a GPU between two events on its stream."""
     if torch.cuda.is_available():
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -191,19 +260,16 @@ def show(rows: Sequence[Row]) -> None:
         print(f"  {row.contender:44} {row.seconds * 1e3:9.1f} ms  ({spread:>15}) {memory}  {peer}  {limit}")
 
 
-def save(rows: Sequence[Row], path: Path | None = None) -> Path:
+def save(rows: Sequence[Row] | Sequence[dict[str, object]], path: Path | None = None) -> Path:
     """Merges rows into the machine's results file."""
     path = path or RESULTS / f"{machine()}.json"
-    kept: dict[tuple[str, ...], dict[str, object]] = {}
-    if path.exists():
-        kept = {_key(row): row for row in json.loads(path.read_text())}
-    asked = {(row.question, row.case, row.dtype) for row in rows}
-    kept = {key: row for key, row in kept.items() if key[:3] not in asked}
-    kept |= {_key(row): row for row in map(asdict, rows)}
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps([kept[key] for key in sorted(kept)], indent=1) + "\n")
+    new = [asdict(row) if isinstance(row, Row) else row for row in rows]
+    asked = {_key(row) for row in new}
+    old = json.loads(path.read_text()) if path.exists() else []
+    kept = [row for row in old if _key(row) not in asked] + new
+    write(path, sorted(kept, key=lambda row: (*_key(row), str(row["contender"]))))
     return path
 
 
 def _key(row: dict[str, object]) -> tuple[str, ...]:
-    return tuple(str(row[field]) for field in ("question", "case", "dtype", "contender"))
+    return tuple(str(row.get(field)) for field in ("question", "case", "dtype"))

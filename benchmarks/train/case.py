@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from benchmarks import scoreboard
 from omni_fast.policy.model import chat_tokens
 
 SHORT_WORD = 3  # letters
@@ -112,6 +112,15 @@ def advantages(rewards: list[float]) -> list[float]:
     return [(value - mean) / (std + STD_FLOOR) for value in rewards]
 
 
+class Asked(Protocol):
+    """How much is generated. batch: samples of all prompts."""
+
+    @property
+    def prompts(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Limits:
     """gemm: FLOP/s of a bf16 product of 2,048 cubed (on a GPU 8,192). copy: bytes/s, reads and writes counted."""
@@ -127,8 +136,8 @@ class Limits:
         source = torch.ones(1 << 26, device=device)
         target = torch.empty_like(source)
         return cls(
-            2 * size**3 / _median_seconds(lambda: torch.mm(a, b, out=out), device),
-            2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device),
+            2 * size**3 / scoreboard.median_seconds(lambda: torch.mm(a, b, out=out)),
+            2 * source.nbytes / scoreboard.median_seconds(lambda: target.copy_(source)),
         )
 
     def seconds(
@@ -141,14 +150,19 @@ class Limits:
         """
         head = model.vocab_size * model.hidden_size
         layers = parameters(model) - head
-        read = 2 * (layers + head) / self.copy  # bf16 weights, once a decoding step
-        step = max(2 * (layers + head) * case.batch / self.gemm, read)
-        generate = max(2 * (layers * prompt_rows + head * case.prompts) / self.gemm, read)
-        generate += (tokens / case.batch - 1) * step
         learn = 6 * (layers * rows + head * tokens) / self.gemm
         # AdamW reads weight, gradient and two moments and writes three of them, fp32; and the bf16 weight.
         optimise = 30 * (layers + head) / self.copy
-        return {"generate": generate, "update": learn + optimise}
+        return {"generate": self.generating(case, model, prompt_rows, tokens), "update": learn + optimise}
+
+    def generating(self, case: Asked, model: PretrainedConfig, prompt_rows: int, tokens: int) -> float:
+        """Its part of `seconds`."""
+        head = model.vocab_size * model.hidden_size
+        layers = parameters(model) - head
+        read = 2 * (layers + head) / self.copy  # bf16 weights, once a decoding step
+        step = max(2 * (layers + head) * case.batch / self.gemm, read)
+        first = max(2 * (layers * prompt_rows + head * case.prompts) / self.gemm, read)
+        return first + (tokens / case.batch - 1) * step
 
     def record(self) -> dict[str, float]:
         return {name: float(f"{value:.4g}") for name, value in asdict(self).items()}
@@ -193,15 +207,3 @@ def settle(device: str) -> None:
     """Waits for what the device is still doing: clocks are read after that."""
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def _median_seconds(call: Callable[[], object], device: str, repeats: int = 9) -> float:
-    call()
-    times = []
-    for _ in range(repeats):
-        settle(device)
-        start = time.perf_counter()
-        call()
-        settle(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)

@@ -41,7 +41,7 @@ def levers(setup: Setup) -> tuple[Lever, ...]:
         Lever("all rows in one wave", "generate", "two waves", changed(setup.calls["generate"], setup.engine, max_rows=half),
               "generate"),
         Lever("layers as they are", "update", f"each compiled around its attention ({backend})",
-              lambda: _compiled(learn, policy.model, backend), "update"),
+              compiled_layers(policy.model, backend)(learn), "update"),
     )  # fmt: skip
 
 
@@ -98,11 +98,6 @@ def with_attention(call: Callable[[], object], attend: Attend) -> Callable[[], o
             AttentionInterface.register(tree_attention.NAME, attention)
 
     return inside
-
-
-def _compiled(call: Callable[[], object], model: nn.Module, backend: str) -> object:
-    with compiled_layers(model, backend):
-        return call()
 
 
 @contextmanager

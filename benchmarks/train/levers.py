@@ -12,9 +12,10 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from benchmarks.scoreboard import Run
 from benchmarks.train import case as shared
 from benchmarks.train import ours
 from benchmarks.train.case import Case
-from benchmarks.train.race import versions
+from benchmarks.train.race import Row, head
 from omni_fast.policy import pack as packing
 from omni_fast.policy import update
 from omni_fast.policy.model import load, stop_tokens
@@ -66,13 +67,11 @@ def measure(
     model_path: str,
     rounds: int,
     which: Callable[[Setup], Sequence[Lever]],
-    between: Callable[[], None] = lambda: None,
     end: float = math.inf,
-    question: str = "TRL levers",
-) -> list[dict[str, object]]:
+) -> list[Row]:
     """The rows of one case. A variant that fails gets a row with the reason.
 
-    between: called now and then. end: on the monotonic clock; then no variant is tried, and no round but the first begun.
+    end: on the monotonic clock; then no variant is tried, and no round but the first begun.
     """
     torch.set_num_threads(case.threads)
     case = replace(case, learning_rate=0.0)
@@ -90,24 +89,14 @@ def measure(
     }
     levers = which(Setup(case, policy, engine, sampling, prompts, batch, ragged, baselines))
     calls = baselines | {lever.name: lever.call for lever in levers}
-    seconds, before, peaks, failed = _timed(case, calls, {x.name: x.against for x in levers}, rounds, between, end)
+    seconds, before, peaks, failed = _timed(case, calls, {x.name: x.against for x in levers}, rounds, end)
     if lost := [f"{name}: {failed[name]}" for name in ("generate", "update") if name in failed]:
         raise RuntimeError("; ".join(lost))
     medians = {name: statistics.median(values) for name, values in seconds.items() if name not in failed}
     step = medians["generate"] + medians["update"]
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     for lever in levers:
-        row: dict[str, object] = {
-            "question": question,
-            "case": case.name,
-            "model": case.model,
-            "dtype": "bfloat16",
-            "contender": lever.name,
-            "phase": lever.phase,
-            "without_it": lever.off,
-            "machine": scoreboard.machine(),
-            "versions": versions(),
-        }
+        row = head(case, lever.name) | {"phase": lever.phase, "without_it": lever.off}
         if reason := failed.get(lever.name) or failed.get(lever.against):
             print(f"  {case.question}  {lever.name}: {reason}", flush=True)
             rows.append(row | {"error": reason})
@@ -138,7 +127,6 @@ def _timed(
     calls: dict[str, Callable[[], object]],
     against: dict[str, str],
     rounds: int,
-    between: Callable[[], None],
     end: float,
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, int | None], dict[str, str]]:
     """Seconds by round of each call, and of what it stands `against` just before it (the speed of a shared machine drifts);
@@ -158,26 +146,17 @@ def _timed(
                     call()
                     peaks[name] = scoreboard.peak_bytes(Run(call))
                     continue
-                first = _seconds(calls[against[name]], case.device) if name in against else None
-                seconds[name].append(_seconds(call, case.device))
+                first = scoreboard.timed(calls[against[name]]) if name in against else None
+                seconds[name].append(scoreboard.timed(call))
                 if first is not None:
                     before[name].append(first)
             except Exception as error:  # whatever it is, the other variants are still worth measuring
                 failed[name] = f"{type(error).__name__}: {error}"[:600]
                 if case.device == "cuda":
                     torch.cuda.empty_cache()
-            between()
         if number >= 0 and time.monotonic() > end:
             break
     return seconds, before, peaks, failed
-
-
-def _seconds(call: Callable[[], object], device: str) -> float:
-    shared.settle(device)
-    start = time.perf_counter()
-    call()
-    shared.settle(device)
-    return time.perf_counter() - start
 
 
 def savings(setup: Setup) -> tuple[Lever, ...]:
@@ -208,7 +187,7 @@ def threads(setup: Setup) -> tuple[Lever, ...]:
     generate, learn = setup.calls["generate"], setup.calls["update"]
     return (
         Lever("2 threads in rollout", "generate", "1 thread", changed(generate, setup.engine, threads=1), "generate"),
-        Lever("2 threads in training", "update", "1 thread", _one_thread(learn), "update"),
+        Lever("2 threads in training", "update", "1 thread", partial(_one_thread, learn), "update"),
     )
 
 
@@ -223,38 +202,23 @@ def _cut(batch: Sequence[Trajectory]) -> list[Trajectory]:
     return cut
 
 
-@contextmanager
-def _changed(owner: object, **values: object) -> Iterator[None]:
-    before = {name: getattr(owner, name) for name in values}
-    for name, value in values.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
-
-
 def changed(call: Callable[[], object], owner: object, **values: object) -> Callable[[], object]:
     """`call` with other attributes of `owner`."""
 
     def inside() -> object:
-        with _changed(owner, **values):
+        with patch.multiple(owner, **values):
             return call()
 
     return inside
 
 
-def _one_thread(call: Callable[[], object]) -> Callable[[], object]:
-    def alone() -> object:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return call()
-        finally:
-            torch.set_num_threads(threads)
-
-    return alone
+def _one_thread(call: Callable[[], object]) -> object:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return call()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def materialised(hidden: Tensor, weight: Tensor, tokens: Tokens, spec: LossSpec, **settings: object) -> LossOutput:

@@ -5,14 +5,10 @@ A contender that fails gets a row with the reason, and the others go on.
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 from transformers import AutoConfig, PretrainedConfig
@@ -26,6 +22,7 @@ Row = dict[str, object]
 Start = Callable[[int], Worker]  # of a seed
 Answer = TypeVar("Answer")
 LEAST_STEPS = 3
+PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "datasets", "liger-kernel", "flash-attn")
 
 
 def contender(
@@ -40,13 +37,11 @@ def race(
     contenders: Sequence[Start],
     model: str,
     seeds: Sequence[int],
-    between: Callable[[], None] = lambda: None,
     end: float = math.inf,
 ) -> list[Row]:
     """All contenders in turns, step by step; with more than one seed each starts again for each.
 
-    between: called between two rounds. end: on the monotonic clock; after it no step begins, but `LEAST_STEPS` of each seed are
-    made in any case. Rows of omni_fast (whose names begin with it) have the role "ours".
+    end: on the monotonic clock; after it no step begins, but `LEAST_STEPS` of each seed are made in any case. Rows of omni_fast (whose names begin with it) have the role "ours".
     """
     steps: dict[str, dict[int, list[Step]]] = {}
     hellos: dict[str, Hello] = {}
@@ -70,7 +65,6 @@ def race(
                     f"reward {done.reward:.3f}  {done.tokens / case.batch:4.1f} tokens",
                     flush=True,
                 )
-            between()
             if number + 1 >= LEAST_STEPS and time.monotonic() > end:
                 break
         for worker in workers:
@@ -84,7 +78,10 @@ def race(
         row["ratio_to_best_peer"] = best and round(best / float(str(row["seconds"])), 3)
         if own and not _is_ours(name):
             row["learning"] = _learning(own, steps[name])
-    return [*found.values(), *(failure(case, name, reason) for name, reason in failed.items())]
+    return [
+        *found.values(),
+        *(head(case, name) | {"role": role(name), "error": reason} for name, reason in failed.items()),
+    ]
 
 
 def _answers(
@@ -111,11 +108,15 @@ def _is_ours(name: str) -> bool:
     return name.startswith(ours.NAME)
 
 
-def failure(case: Case, name: str, reason: str) -> Row:
-    """The row of what could not be measured."""
+def role(name: str) -> str:
+    return "ours" if _is_ours(name) else "peer"
+
+
+def head(case: Case, name: str) -> Row:
+    """What every row begins with."""
     return {
-        "question": case.question, "case": case.name, "model": case.model, "contender": name,
-        "role": "ours" if _is_ours(name) else "peer", "error": reason, "machine": scoreboard.machine(), "versions": versions(),
+        "question": case.question, "case": case.name, "model": case.model, "dtype": "bfloat16", "contender": name,
+        "machine": scoreboard.machine(), "versions": scoreboard.versions(*PACKAGES),
     }  # fmt: skip
 
 
@@ -148,13 +149,8 @@ def _row(
         "naive": Work.of(case, config, prompt_rows, tokens, naive_rows, False),
     }
     peak = max(step.peak_bytes for step in timed)
-    return {
-        "question": case.question,
-        "case": case.name,
-        "model": case.model,
-        "dtype": "bfloat16",
-        "contender": name,
-        "role": "ours" if _is_ours(name) else "peer",
+    return head(case, name) | {
+        "role": role(name),
         "seconds": round(median, 4),
         "seconds_low": round(min(seconds), 4),
         "seconds_high": round(max(seconds), 4),
@@ -185,8 +181,6 @@ def _row(
         "limits": limits.record(),
         "settings": hello.settings | {"learning_rate": case.learning_rate, "threads": case.threads},
         "rewards": {str(seed): [round(step.reward, 4) for step in steps] for seed, steps in by_seed.items()},
-        "machine": scoreboard.machine(),
-        "versions": versions(),
     }
 
 
@@ -220,26 +214,6 @@ def _rise(by_seed: dict[int, list[Step]]) -> float:
         rewards = [step.reward for step in steps]
         parts.append(statistics.fmean(rewards[-quarter:]) - statistics.fmean(rewards[:quarter]))
     return round(statistics.fmean(parts), 4)
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of what is installed here of the packages that matter."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "triton", "transformers", "trl", "accelerate", "datasets", "liger-kernel", "flash-attn"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def save(rows: Sequence[Row], path: Path) -> None:
-    """Replaces the rows of the same question and case, leaves the others."""
-    asked = {(row["question"], row["case"]) for row in rows}
-    kept = [row for row in json.loads(path.read_text())] if path.exists() else []
-    kept = [row for row in kept if (row["question"], row["case"]) not in asked] + list(rows)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(sorted(kept, key=lambda row: (str(row["question"]), str(row["case"]))), indent=1) + "\n")
 
 
 def show(rows: Sequence[Row]) -> None:

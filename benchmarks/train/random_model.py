@@ -17,11 +17,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.train.case import ASK, BEFORE, FILLER, NOUNS
 
-SHAPES: dict[str, dict[str, int]] = {
-    "0.5B": {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-             "intermediate_size": 4864, "vocab_size": 151936},  # Qwen2.5-0.5B, whose biases Llama lacks
+SHAPES: dict[str, dict[str, int | bool]] = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "intermediate_size": 128, "vocab_size": 512},
+             "intermediate_size": 128, "vocab_size": 512, "tie_word_embeddings": True},
+    "0.5B": {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+             "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True},  # Qwen2.5's, whose biases Llama lacks
+    "0.6B": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+             "intermediate_size": 3072, "vocab_size": 151936, "tie_word_embeddings": True},
+    "7B": {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+           "intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False},
 }  # fmt: skip
 PAD, END = "<|pad|>", "<|end|>"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -31,7 +35,7 @@ def write(shape: str, folder: Path, device: str) -> str:
     """The folder as transformers reads it, weights in bf16; drawn on `device`."""
     tokenizer = _tokenizer(SHAPES[shape]["vocab_size"])
     config = LlamaConfig(
-        **SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=4096, dtype="bfloat16",
+        **SHAPES[shape], max_position_embeddings=4096, dtype="bfloat16",
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -6,10 +6,7 @@ no model loaded; on a GPU the bytes that PyTorch had allocated there at the peak
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import multiprocessing
-import re
 import time
 import traceback
 from collections.abc import Callable
@@ -20,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import scoreboard
 from benchmarks.train.case import settle
 
 
@@ -51,9 +49,7 @@ class Reporter:
     """The child's side: waits for the word, clocks phases, sends what they took."""
 
     def __init__(self, connection: Connection, device: str) -> None:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        self.baseline = _status("VmRSS")
+        self.baseline = scoreboard.resident()
         self.device = device
         self.connection = connection
         self.step = Step()
@@ -80,7 +76,9 @@ class Reporter:
     def done(self) -> None:
         self.step.seconds = self.now() - self.started
         on_gpu = self.device == "cuda"
-        self.step.peak_bytes = torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM") - self.baseline
+        self.step.peak_bytes = (
+            torch.cuda.max_memory_allocated() if on_gpu else scoreboard.status("VmHWM") - self.baseline
+        )
         self.connection.send(self.step)
 
     def now(self) -> float:
@@ -160,9 +158,3 @@ def _run(target: Callable[..., None], connection: Connection, *args: object) -> 
         traceback.print_exc()
         with suppress(BrokenPipeError):
             connection.send(Failed(f"{type(error).__name__}: {error}"[:1500]))
-
-
-def _status(field_name: str) -> int:
-    found = re.search(rf"{field_name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found.group(1)) * 1024
