@@ -45,8 +45,9 @@ struct Numbers {
   }
   void* data() const { return bytes.get(); }
   double tolerance() const { return dtype == DType::kFloat32 ? 1e-5 : 3e-2; }
-  void expect(std::int64_t i, double want, const char* what, const char* isa) const {
-    if (std::fabs((*this)[i] - want) <= tolerance() * (1 + std::fabs(want))) return;
+  // size: of what was summed up.
+  void expect(std::int64_t i, double want, const char* what, const char* isa, double size = 1) const {
+    if (std::fabs((*this)[i] - want) <= tolerance() * (size + std::fabs(want))) return;
     std::printf("%s, %s: element %lld is %.9g, want %.9g\n", isa, what, static_cast<long long>(i), (*this)[i], want);
     std::exit(1);
   }
@@ -187,7 +188,7 @@ void product(const RowKernels& kernels, std::int64_t m, std::int64_t n, std::int
         for (std::int64_t u = 0; u < (transposed_a || !transposed_b ? k : even); ++u)
           sum += (transposed_a ? a_across[u * m + i] : a[i * even + u]) *
                  (transposed_b ? b_across[j * even + u] : b[u * n + j]);
-        found.expect(i * n + j, times * sum, what, kernels.name);
+        found.expect(i * n + j, times * sum, what, kernels.name, std::sqrt(static_cast<double>(k)));
       }
   };
   for (std::int64_t panel = 0; panel < panels; ++panel)

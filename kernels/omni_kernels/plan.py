@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 WORKSPACE_BYTES = {"cpu": 40 << 20, "cuda": 1 << 30}  # default, of logits
 _DEFAULT_WORKSPACE = 64 << 20
-_LEAST_ROW_BYTES = 896  # of a column of a chunk: each chunk reads and writes the sum of dW, which few rows do not pay
+_LEAST_ROWS = {2: 448, 4: 256, 8: 128}  # by bytes an element: few rows do not pay for a pass over the sum of dW
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ def plan(
 ) -> Plan:  # fmt: skip
     """The plan for rows x hidden x vocab; `row_wise`: the loss's gradient follows row by row (`losses.row_wise`).
 
-    workspace_bytes bounds the logits held at a time (None: the device's default, and 448 rows of bf16 at least); one row is
+    workspace_bytes bounds the logits held at a time (None: the device's default, and 448 rows of bf16 or 256 of fp32 at least); one row is
     the least it can be. `linear.py` takes all rows at once instead where that needs less memory than a sum of dW over chunks.
     """
     row_bytes = vocab * element_bytes
     if workspace_bytes is None:
-        workspace_bytes = max(WORKSPACE_BYTES.get(device, _DEFAULT_WORKSPACE), _LEAST_ROW_BYTES * vocab)
+        workspace_bytes = max(WORKSPACE_BYTES.get(device, _DEFAULT_WORKSPACE), _LEAST_ROWS[element_bytes] * row_bytes)
     most = max(1, workspace_bytes // row_bytes)
     chunks = max(1, -(-rows // most))
     chunk_rows = max(1, -(-rows // chunks))

@@ -195,6 +195,21 @@ def test_products_pack_a_matrix_on_the_way(isa: str, rows: int, inner: int, widt
 
 
 @needs_products
+def test_threads_change_no_bit_of_a_product() -> None:
+    x, weight = leaf(50, 2054, dtype=torch.bfloat16), leaf(2054, 200, dtype=torch.bfloat16)
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        packed = decoder.pack(x)
+        out = decoder.linear(x, weight)
+        wide = decoder.weight_gradient(out, packed, torch.empty(200, 2054), add=False)
+        found.append((out, wide, decoder.linear(x, weight.t().contiguous(), transposed=True)))
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@needs_products
 def test_halves_are_the_sum_in_fp32(isa: str) -> None:
     parts = [(leaf(rows, 40, dtype=torch.bfloat16), leaf(rows, 99, dtype=torch.bfloat16)) for rows in (33, 8, 50)]
     wide, high = torch.empty(40, 99), torch.empty(40, 99, dtype=torch.bfloat16)
