@@ -22,8 +22,8 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test: lint
-	$(BIN)/python -m pytest
+test: lint  # two workers of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-real: setup
 	$(BIN)/python -m pytest --override-ini addopts="-q --strict-markers --import-mode=importlib" tests/real

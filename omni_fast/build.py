@@ -28,7 +28,7 @@ from omni_fast.config import Config
 from omni_fast.curriculum.stages import Draw
 from omni_fast.errors import UserError
 from omni_fast.evaluate import EVAL_TOKENS_FACTOR, SHOWN_COMPLETIONS, decode, tokenise
-from omni_fast.grading import Grading, composed
+from omni_fast.grading import Grading
 from omni_fast.groups import Group, by_task
 from omni_fast.policy.model import load, stop_tokens
 from omni_fast.policy.sharded import ShardedPolicy
@@ -46,6 +46,7 @@ from omni_fast.serving import process
 from omni_fast.sync import WeightSync
 from omni_fast.tasks import build_tasks
 from omni_fast.tasks.base import SPLITS, Item, Split, Task
+from omni_fast.tasks.composed import composed
 from omni_fast.tasks.jsonl import FileTask
 from omni_fast.tasks.tiny import tiny_corpus
 from omni_fast.trackers import Trackers

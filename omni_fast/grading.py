@@ -29,7 +29,6 @@ from omni_fast.rewards.judge.server import check as check_server
 from omni_fast.rewards.math import MathVerifier
 from omni_fast.rewards.sandbox import Limits, Sandbox
 from omni_fast.tasks.base import Resources
-from omni_fast.tasks.composed import composed as composed
 from omni_fast.tasks.jsonl import check, guess_block
 
 API_KEY = "OMNI_FAST_JUDGE_KEY"  # environment variable; a key never stands in a config or a log
