@@ -92,4 +92,4 @@ def test_steps_are_those_of_trl(tmp_path: Path, folder: Path) -> None:
         ours = torch.cat([(slot.master - start[slot.name]).flatten() for slot in policy.slots])
         wanted = torch.cat([(after[slot.name] - start[slot.name]).flatten() for slot in policy.slots])
         # 1e-5 here; more where AdamW divides a gradient that is 0 but for rounding by its own size
-    assert float((ours - wanted).norm()) <= 1e-3 * float(wanted.norm())
+        assert float((ours - wanted).norm()) <= 1e-3 * float(wanted.norm())
