@@ -1,8 +1,8 @@
 """A decoder layer of the Llama family over prefix trees, of few autograd functions, for CPUs.
 
 They are made of the compiled kernels of omni_kernels: q, k and v in one product, rotated in place, attention that keeps one
-number a row and head instead of probabilities, the residual's sum and its norm in one pass. Of a row a layer keeps the residual stream twice, the inputs of
-its products, q, k, v and the two halves before the gate.
+number a row and head instead of probabilities, the residual's sum and its norm in one pass. Of a row a layer keeps the
+residual stream twice, the inputs of its products, q, k, v and the two halves before the gate.
 
 Norms and gated MLPs do the same where a layer as a whole cannot, and on GPUs: written out in plain operations, an RMSNorm in
 bf16 leaves fp32 copies of its input to autograd, a sixth of the activations of SmolLM2-135M (35 KB per row and layer with

@@ -1,8 +1,8 @@
 """The linear layers of a block as products written out, forward and backward.
 
-Layers that read the same input are one product (`product`), which keeps that input alone. On processors with bf16 instructions the products are those of
-omni_kernels (fp32 sums, the weights packed as they are needed), and a weight's gradient goes straight into the fp32 sum of
-its `Slot`; elsewhere they are torch's, and autograd takes the gradients on as ever.
+Layers that read the same input are one product (`product`), which keeps that input alone. On processors with bf16
+instructions the products are those of omni_kernels (fp32 sums, the weights packed as they are needed), and a weight's
+gradient goes straight into the fp32 sum of its `Slot`; elsewhere they are torch's, and autograd takes the gradients on.
 """
 
 from __future__ import annotations
