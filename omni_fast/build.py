@@ -12,7 +12,7 @@ import os
 import signal
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -244,8 +244,9 @@ def kill_servers(folder: Path) -> None:
     """Without a word or a lock, which whoever is interrupted may hold: for a run that is left at once."""
     state = folder / serving.servers.STATE
     for row in json.loads(state.read_text(encoding="utf-8")) if state.is_file() else ():
-        if process.alive(row["pid"], row["born"]):
-            os.killpg(row["pid"], signal.SIGKILL)
+        if process.group(row["pid"], row["born"]):
+            with suppress(ProcessLookupError):
+                os.killpg(row["pid"], signal.SIGKILL)
 
 
 def with_judge(config: Config, urls: Sequence[str], model: str) -> Config:

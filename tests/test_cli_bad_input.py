@@ -378,6 +378,23 @@ def test_ctrl_c_twice_leaves_no_server(tmp_path: Path) -> None:
     assert not process.stop(pid, birth, 0.0), "it outlived the run"
 
 
+def test_a_server_that_left_children_is_killed_with_them(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        ["sh", "-c", "sleep 100 & echo $!; read line"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as leader:  # fmt: skip
+        assert leader.stdin is not None and leader.stdout is not None
+        birth, child = process.born(leader.pid), int(leader.stdout.readline())
+        leader.stdin.close()
+        leader.wait(10)
+    assert process.group(leader.pid, birth) == [child]
+    (tmp_path / "servers.json").write_text(json.dumps([{"pid": leader.pid, "born": birth}]))
+    build.kill_servers(tmp_path)
+    until = time.monotonic() + 10
+    while process.group(leader.pid, birth) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not process.stop(leader.pid, birth, 0.0), "a child outlived the run"
+
+
 def test_the_tiny_model_goes_to_the_device_asked_for() -> None:
     config = load("quickstart-tiny", ["model.device=meta"])
     with pytest.MonkeyPatch.context() as patch:

@@ -97,7 +97,9 @@ def predict(
     else:
         typer.echo(_table(found, best, work, fleet, price, study))
     if plot:
-        series = {f"staleness {staleness}": found, "staleness 0": splits(replace(fleet, staleness=0), work)}
+        series = {f"staleness {staleness}": found}
+        if staleness:
+            series["staleness 0"] = splits(replace(fleet, staleness=0), work)
         draw(series, f"{model_shape} on {gpus} x {machine}, {prompts} x {samples} samples of {new_tokens} tokens", plot)
 
 

@@ -80,7 +80,7 @@ def stages(result: Json, steps: Steps) -> str:
             f"{_mean(rows, 'mixed_groups'):.0%}",
             str(sum(row["invalid"] for row in rows)),
             f"{_mean(rows, 'completion_tokens'):,.0f}",
-            points(_mean(rows, "grad_norm"), False),
+            points(_mean([row["update"] for row in rows], "grad_norm"), False),
             f"{_mean(rows, 'tokens_per_s'):,.0f}",
         ]
         for (stage, task), rows in steps.items()

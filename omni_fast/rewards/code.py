@@ -92,7 +92,10 @@ class CodeVerifier:
         def candidate(*args: Data) -> Data:
             if time.monotonic() > deadline:
                 raise _Ended("timeout")
-            ((call,),) = self.sandbox.run([Job(source, tests.entry, [args])])
+            try:
+                ((call,),) = self.sandbox.run([Job(source, tests.entry, [args])])
+            except RuntimeError:  # the sandbox is closed
+                raise _Ended("infrastructure") from None
             if call.outcome == "infrastructure":
                 raise _Ended(call.outcome)
             if call.outcome != "ok":

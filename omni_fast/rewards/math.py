@@ -83,11 +83,15 @@ _WRAP = re.compile(r"\\(?:text|mathrm|textbf|operatorname|rm|left|right)(?![a-z]
 _VALUE = re.compile(r"(?:[^A-Za-z\\]|\\(?!(?:text|mathrm|textbf|operatorname|rm)(?![a-z]))(?:[A-Za-z]++|.))*+")
 _SQUARED = re.compile(r"\b(sq|square|cubic)\s+([A-Za-z]+)")
 _SENTENCE = re.compile(r"[.,;:!?\n]")
+_IN = re.compile(r"\s*in\s+(?!per\b)(?=[A-Za-z])")  # "42 (in meters)"
+# one letter right behind its number, or to a power: "-16t^2", "2C", "3 s^2", but "42 m^2"
+_VARIABLE = re.compile(r"(?<=[0-9)}])[A-Za-z](?![A-Za-z/])|(?!m)[A-Za-z]\s*\^")
+_MARKS = ("\\boxed", "\\fbox", "####", "<answer>")
 
 
 def extract_answer(text: str, lenient: bool = True) -> str | None:
     """The final answer a text commits to, or None. Linear in the text's length."""
-    start, mark = max((text.rfind(mark), mark) for mark in ("\\boxed", "\\fbox", "####", "<answer>"))
+    start, mark = max((text.rfind(mark), mark) for mark in _MARKS)
     if start >= 0:
         rest = text[start + len(mark) :][: 2 * MAX_CHARS]
         if mark == "####":
@@ -132,7 +136,10 @@ def unit(answer: str) -> tuple[str, str]:
     left, equals, side = answer[: 2 * MAX_CHARS].rpartition("=")
     match = _VALUE.match(side)
     assert match is not None  # it may be empty
+    if _VARIABLE.match(side, match.end()):
+        return answer, ""
     text = _WRAP.sub(" ", unicodedata.normalize("NFKC", side[match.end() :]).replace("^", "").replace("}", ""))
+    text = _IN.sub("", text, count=1) if _IN.match(text) else text
     text = _SQUARED.sub(lambda found: found[2] + ("3" if found[1] == "cubic" else "2"), text)
     names: list[str] = []
     for word, power in re.findall(r"([A-Za-z]+|\S)([23]?)", text if match[0].strip() else ""):
@@ -153,9 +160,17 @@ def bare(answer: str) -> str:
     return text
 
 
+def same_unit(gold: str, given: str) -> bool:
+    """Whether two units may be the same: either side may leave out what is counted, or per what ("$12 per hour")."""
+    parts = zip(gold.partition("/"), given.partition("/"), strict=True)
+    return all(one == other or not one or not other for one, other in parts)
+
+
 def in_place(text: str, answer: str) -> str:
     """An answer with what follows it in its sentence, where its unit may stand: "\\boxed{42} km"."""
-    _, found, after = text.replace("\u2212", "-").rpartition(answer)
+    text, answer = text.replace("\u2212", "-"), answer.replace("\u2212", "-")
+    start = max(map(text.rfind, _MARKS))
+    _, found, after = text[start:].partition(answer) if start >= 0 else text.rpartition(answer)
     return answer + _SENTENCE.split(after[:40], maxsplit=1)[0] if found else answer
 
 
@@ -273,7 +288,7 @@ def _decide(completion: str, gold: str) -> str | tuple[str, str]:
         return "no_answer"
     if len(answer) > MAX_CHARS:
         return "too_long"
-    if measure and unit(in_place(completion, answer))[1] not in ("", measure):
+    if not same_unit(measure, unit(in_place(completion, answer))[1]):
         return "unit"
     wanted, given = bare(gold), bare(answer)
     if wanted == given:

@@ -212,7 +212,8 @@ def gate(prompt: str, completion: str, required: Sequence[str] = ()) -> str | No
     latin = sum(ch.isascii() for ch in letters) >= 0.9 * len(letters)
     if not latin or sum(map(len, tokens)) < 0.6 * len("".join(text.split())) or function_word_share(tokens) < 0.12:
         return "wrong_language"
-    extra = [token for token in meaning if not any(has_word([token], word) for word in required)]
+    wanted = [plain(clean(word)) for word in required]
+    extra = [token for token in meaning if not any(has_word([token], word) for word in wanted)]
     if required and len(extra) < 2:
         return "word_list"
     return None

@@ -74,8 +74,7 @@ def _metrics(rng: np.random.Generator, order: list[str]) -> list[dict]:
                             "signs": {"repeated": f"{0.02 * step:.0%} <b>repeat</b>"} if step > 10 else {},
                         }
                     },
-                    "loss": float(rng.normal(0, 0.01)),
-                    "grad_norm": float(rng.uniform(0.3, 0.6)),
+                    "update": {"loss": float(rng.normal(0, 0.01)), "grad_norm": float(rng.uniform(0.3, 0.6))},
                     "seconds": {**seconds, "total": sum(seconds.values())},
                     "tokens_per_s": 1850.0,
                 }

@@ -143,6 +143,14 @@ def test_a_run_that_measures_nothing_shows_its_stages(fake_run):
     assert "drawn at random" in words and "Transfer" in words.split("Nothing was recorded for:")[1]
 
 
+def test_the_gradient_norm_of_a_stage(fake_run):
+    result, metrics, samples = copy.deepcopy(fake_run)
+    for row in metrics:
+        if row["event"] == "step":
+            row["update"] = {"loss": 0.0, "grad_norm": 0.5}
+    assert "0.500" in check(render(result, metrics, samples)).split("gradient norm")[1]
+
+
 def test_null_scores_render(fake_run):
     result, metrics, samples = copy.deepcopy(fake_run)
     nothing = {"value": None, "n": 0, "low": None, "high": None}

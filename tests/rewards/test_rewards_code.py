@@ -115,6 +115,19 @@ def test_asserts_run_outside_and_the_function_inside(sandbox):
     assert parts[1].reason == "wrong"
 
 
+def test_a_closed_sandbox_is_our_failure():
+    test = "def check(candidate):\n    assert candidate(1) == 2\n"
+    (part,) = CodeVerifier(Sandbox(workers=1)).score_asserts(["def f(x): return x + 1"], [Asserts("f", test)])
+    assert part == Part(None, "infrastructure")
+
+
+def test_a_program_may_use_any_name(sandbox):
+    """HumanEval/93 asks for `encode`; what carries values out of the jail has names of its own."""
+    encode = "math = json = None\ndef encode(text):\n    return text.swapcase()\ndef f(x):\n    return encode(x)\n"
+    for entry in ("encode", "f"):
+        assert CodeVerifier(sandbox).score([encode], [Tests(entry, (Case(("abC",), "ABc"),))]) == [Part(1.0)]
+
+
 @settings(deadline=None, max_examples=25)
 @given(source=st.text(st.characters(exclude_categories=()), max_size=60), entry=st.text(max_size=5))
 @example(source="\x00", entry="\x00")

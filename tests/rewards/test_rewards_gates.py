@@ -67,6 +67,11 @@ def test_gates_say_why(text, reason):
     assert gate(PROMPT, text, REQUIRED) == reason
 
 
+def test_required_words_may_have_accents():
+    text = "There is the café and he is with the señor over there."
+    assert gate("Write about a café.", text, ("café", "señor")) == "word_list"
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -155,6 +155,20 @@ def test_strict_extraction_needs_a_mark():
         ("42 m", "#### 41", Part(0.0, "wrong")),
         ("42 m", "#### 17+25", Part(0.0, "unfinished")),
         (r"90^\circ", "#### 90 degrees", Part(1.0)),
+        # the unit stands behind the answer, not behind a number like it
+        ("5 meters", r"\boxed{5}. This took 15 minutes.", Part(1.0)),
+        ("5 m", r"\boxed{5} m (500 cm)", Part(1.0)),
+        ("5 meters", r"\boxed{5} (in meters)", Part(1.0)),
+        ("-42 km", "\\boxed{\u221242} cm", Part(0.0, "unit")),
+        # what is counted, or per what, may be left out
+        (r"\$12 per hour", r"\boxed{12} dollars per hour", Part(1.0)),
+        ("60 mph", r"\boxed{60} miles an hour", Part(1.0)),
+        ("5 minutes", r"\boxed{5} minutes per day", Part(1.0)),
+        # variables are no units
+        ("-16t^2", r"\boxed{-16}", Part(0.0, "wrong")),
+        ("3s^2", r"\boxed{3}", Part(0.0, "wrong")),
+        ("2C", r"\boxed{2}", Part(0.0, "wrong")),
+        ("5", r"\boxed{5K}", Part(0.0, "wrong")),
         # two answers at once
         ("42", "<answer>41$ $42</answer>", Part(0.0, "several")),
         ("B", "<answer>A$ $B</answer>", Part(0.0, "several")),

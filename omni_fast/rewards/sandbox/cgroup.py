@@ -32,16 +32,22 @@ def _homes() -> list[Path]:
     return homes
 
 
+def _sweep(home: Path) -> None:
+    """Remove what a killed trainer left; a group that is in use cannot be removed."""
+    for left in home.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > START_S:
+                left.rmdir()
+
+
 class Group:
     """A group in each hierarchy that we may make one in, perhaps none. controllers: folder -> what it limits."""
 
     def __init__(self, memory_bytes: int, pids: int) -> None:
         self.controllers: dict[Path, list[str]] = {}
         for home in _homes():
-            for left in home.glob(f"{PREFIX}*"):  # by a trainer that was killed; one that is in use cannot be removed
-                with contextlib.suppress(OSError):
-                    if time.time() - left.stat().st_mtime > START_S:
-                        left.rmdir()
+            with contextlib.suppress(OSError):
+                _sweep(home)
             with contextlib.suppress(OSError):
                 folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=home))
                 self.controllers[folder] = []
@@ -55,8 +61,11 @@ class Group:
 
     def active(self) -> list[str]:
         """The controllers that bind somebody: those of the groups with a process in it."""
-        held = [names for folder, names in self.controllers.items() if (folder / "cgroup.procs").read_text()]
-        return [name for names in held for name in names]
+        held: list[str] = []
+        for folder, names in self.controllers.items():
+            with contextlib.suppress(OSError):  # without a process it may have been swept by another run
+                held += names if (folder / "cgroup.procs").read_text() else []
+        return held
 
     def enter(self, line: list[str], fds: contextlib.ExitStack) -> tuple[list[str], list[int]]:
         """A command that moves itself into the groups and then becomes `line`, and its standard input and output.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import textwrap
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
 # Runs inside, before the sample: the value leaves as the text of `wire`. A set built out here from the worker's own
 # message would hash what the sample chose, and colliding numbers make that quadratic. A sample that breaks this
 # function breaks its own answers; the f-string around the call leaves no other type a way out.
-ENCODER = (
+# One name outside of it, that no honest program has: HumanEval/93 asks for a function `encode`.
+_INSIDE = (
     f"import base64, json, math\nData = Json = None\nWireError, bytearray = ValueError, bytes\n"
     f"MAX_DEPTH, PLAIN_INT = {wire.MAX_DEPTH}, {wire.PLAIN_INT}\n{inspect.getsource(wire.encode)}"
+    "return lambda value: json.dumps(encode(value))\n"
 )
+ENCODER = f"def _encoder():\n{textwrap.indent(_INSIDE, '    ')}\n_encode = _encoder()\n"
 
 _STARTING = threading.Lock()  # it looks its program up through sysconfig, whose first use two threads must not share
 MAX_MEMORY = 64 << 20  # a value is built in this process before its size can be looked at
@@ -113,6 +117,6 @@ class MontyJail:
             calls: list[Call] = []
             for args in job.calls:
                 if last.outcome not in ("timeout", "killed"):
-                    last = feed(f"f'{{json.dumps(encode({job.entry}(*_arguments)))}}'", _arguments=tuple(args))
+                    last = feed(f"f'{{_encode({job.entry}(*_arguments))}}'", _arguments=tuple(args))
                 calls.append(last)
             return calls
