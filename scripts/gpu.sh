@@ -7,7 +7,7 @@
 #   PARTS="tests kernels train engine"   which of them. Each ends within 9 minutes, the build counted to the first; what fails or
 #                    hangs is ended and named, and the others run all the same. The exit status is 1 then.
 #   SGLANG_ARCHIVE=FILE   what benchmarks/pack_sglang.sh made (default: build/sglang-0.5.17-cu130.tar.xz); without it no engine;
-#                    with it the machine's Python needs pydantic too
+#                    with it the machine's Python needs httpx and pydantic too
 # Unpacked, it also serves the rollouts of one question of the training part.
 # Peers (liger-kernel, trl, verl, cut-cross-entropy) are measured where they are importable; name their folder in PYTHONPATH.
 set -euo pipefail

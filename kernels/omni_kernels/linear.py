@@ -48,6 +48,11 @@ class Head:
         """Whether the backend's GEMMs are `decoder`'s, where these take the operands, instead of torch's."""
         return getattr(self.rows, "OWN_PRODUCTS", False)
 
+    @property
+    def may_take_all(self) -> bool:
+        """Whether all rows may go at once where that needs less memory than a sum over chunks."""
+        return self.workspace_bytes is None and self.own_products
+
     def at(self, index: Tensor | slice) -> Head:
         """The head of some of the rows."""
         t = self.inv_temperature
@@ -389,11 +394,12 @@ def _chunks(hidden: Tensor, weight: Tensor, head: Head, by_row: bool, makes_dw: 
     """Slices of the rows whose logits fit the workspace; at least one, so that 0 rows have a loss too.
 
     makes_dw: in memory of its own. Where nobody set the workspace and the sum over chunks is kept in halves, whose lower
-    ones take as much as the logits of H rows, all rows at once take less if they are not more than H beyond a chunk.
+    ones take as much as the logits of H rows, all rows at once take less if they are not more than H / 2 beyond a chunk:
+    half of it, since where rows are without a gradient the others leave by a copy.
     """
     n, width = hidden.shape
     size = head.plan(n, hidden, weight, by_row).chunk_rows
-    if makes_dw and head.workspace_bytes is None and head.own_products and n <= size + width and takes(hidden, weight):
+    if makes_dw and head.may_take_all and n <= size + width // 2 and takes(hidden, weight):
         size = max(n, 1)
     if head.tile_rows:
         size = max(head.tile_rows, size // head.tile_rows * head.tile_rows)

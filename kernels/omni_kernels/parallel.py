@@ -106,6 +106,10 @@ class _ShardedHead(Head):
         size = (rows, hidden.shape[1], vocab, hidden.element_size())
         return plan(*size, self.workspace_bytes, row_wise, hidden.device.type)
 
+    @property
+    def may_take_all(self) -> bool:
+        return False  # it depends on the processor, and another rank may have another one
+
     def check_targets(self, targets: Tensor, weight: Tensor) -> None:
         assert self.shard is not None
         check_range(targets, self.shard.vocab)

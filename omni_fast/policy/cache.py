@@ -70,9 +70,12 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
             if not final.is_dir():
                 with published(final) as folder:
                     build(folder)
-    except OSError as error:
+    except (OSError, RunError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
         raise RunError(
-            f"{name} could not be written to the cache folder {home} ({error.strerror or error}): "
+            f"{name} could not be written to the cache folder {home} ({cause.strerror or cause}): "
             "free some disk space there, or set OMNI_FAST_HOME to another folder."
         ) from error
     return final

@@ -30,9 +30,10 @@ class PackedLinear:
         biases = [bias for source in sources if isinstance(bias := source.bias, Tensor)]
         self.bias = torch.cat(biases).detach() if biases else None
         if decoder.multiplies(*weights) and weights[0].shape[1] % 2 == 0:
+            self.weight = None
             self.packed = decoder.pack(*weights, transposed=True, into=self.packed)
         else:
-            self.weight = None  # given back before there is another
+            self.packed = self.weight = None  # given back before there is another
             weight = weights[0] if len(weights) == 1 else torch.cat(weights)
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
 

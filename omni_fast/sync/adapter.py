@@ -21,6 +21,7 @@ import torch
 from huggingface_hub import load_state_dict_from_file
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from omni_fast.rollout.fleet import Json, Server
 
@@ -32,7 +33,8 @@ def request(folder: Path, name: str, server: Server) -> tuple[str, Json]:
     if server.version != CHECKS:
         return "/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}
     path = folder / "adapter_model.safetensors"
-    directions = base64.b64encode(pickle.dumps(_Read(path))).decode()
+    read = _Made(load_state_dict_from_file, (str(path),))
+    directions = base64.b64encode(pickle.dumps(_Made(tree_map, (torch.clone, read)))).decode()
     copies: list[Json] = [directions] * server.tensor_parallel
     config: Json = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     sums: Json = {tensor: _sha256(value) for tensor, value in load_file(path).items()}
@@ -41,13 +43,17 @@ def request(folder: Path, name: str, server: Server) -> tuple[str, Json]:
 
 
 @dataclass
-class _Read:
-    """Becomes the tensors of the file where it is unpickled, by a function of a package that SGLang trusts."""
+class _Made:
+    """Becomes what `make` returns where it is unpickled, by functions of packages that SGLang trusts.
 
-    path: Path
+    The tensors are copied there: what is read is a map of the file, which goes with the next version.
+    """
 
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
-        return load_state_dict_from_file, (str(self.path),)
+    make: Callable[..., object]
+    arguments: tuple[object, ...]
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.make, self.arguments
 
 
 def _sha256(value: Tensor) -> str:

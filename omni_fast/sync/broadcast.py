@@ -95,7 +95,7 @@ class BroadcastGroup:
             try:
                 group.broadcast(flat.view(torch.uint8), 0).wait()
                 sent.set_result(None)
-            except RuntimeError as error:
+            except Exception as error:  # whoever waits gets it
                 sent.set_exception(error)
 
         Thread(target=send, name="broadcast of weights", daemon=True).start()

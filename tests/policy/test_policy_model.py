@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from pathlib import Path
@@ -103,6 +104,16 @@ def test_cache_builds_once_for_many_and_leaves_nothing_of_a_failure(
         thread.join(30)
     assert len(built) == 1
     assert (cached("thing", build) / "value").read_text() == "1"
+
+
+def test_a_full_disk_under_the_cache_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMNI_FAST_HOME", str(tmp_path))
+
+    def fail(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RunError, match="No space left on device.*OMNI_FAST_HOME"):
+        cached("thing", fail)
 
 
 def test_cache_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

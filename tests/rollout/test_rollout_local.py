@@ -21,6 +21,7 @@ from omni_fast.errors import UserError
 from omni_fast.rollout import local
 from omni_fast.rollout.engine import Prompt, Sample, Sampling
 from omni_fast.rollout.local import LocalEngine
+from omni_fast.rollout.packed_linear import PackedLinear
 from omni_fast.rollout.shared_cache import common_length
 from omni_kernels import decoder
 
@@ -312,3 +313,19 @@ def test_a_shared_cache_gives_what_the_modules_give(dtype: torch.dtype, kind: st
                 exact = logits.log_softmax(-1).gather(1, torch.tensor(sample.tokens)[:, None])[:, 0]
                 error = (torch.tensor(sample.logprobs) - exact).abs().max()
                 assert error < (1e-4 if dtype == torch.float32 else 0.3), f"{error:.3g}"
+
+
+@pytest.mark.parametrize("then", [torch.bfloat16, torch.float32])
+def test_weights_of_another_dtype_replace_the_packed_ones(then: torch.dtype) -> None:
+    torch.manual_seed(7)
+    model = KINDS["llama"]().to(torch.float32 if then == torch.bfloat16 else torch.bfloat16).eval()
+    engine = LocalEngine(model)
+    model.to(then)
+    engine.sync(1)
+    asked = ([Prompt([1, 2, 3], 0)], 2, Sampling(4, 1.0, (), 0))
+    fresh = LocalEngine(model)
+    assert [sample.tokens for sample in engine.generate(*asked)[0]] == [s.tokens for s in fresh.generate(*asked)[0]]
+    layer, linear = PackedLinear(), torch.nn.Linear(64, 96)
+    for dtype in (model.dtype, torch.bfloat16, torch.float32):
+        layer.read(linear.to(dtype))
+        assert (layer.packed is None) != (layer.weight is None), "one of them, never both"

@@ -15,7 +15,9 @@ from syncing import PROMPTS, SAMPLING, TRANSPORTS, check_equal, engine, fake, ll
 from transformers import LlamaForCausalLM
 
 from omni_fast.errors import UserError
-from omni_fast.policy.adapter import add_adapter
+from omni_fast.policy.adapter import add_adapter, save_adapter
+from omni_fast.rollout.fleet import Server
+from omni_fast.sync.adapter import CHECKS, request
 
 
 def check_adapter(model: LlamaForCausalLM, server: FakeSGLang, tag: str) -> None:
@@ -47,6 +49,18 @@ def test_an_adapter_travels_alone_and_the_base_stays(tmp_path: Path, dtype: torc
     assert all(torch.equal(servers[0].weights[name], value) for name, value in before.items())
     assert not servers[0].paths("/pause_generation"), "requests go on under way"
     assert not servers[0].adapters and not servers[1].adapters, "close leaves none behind"
+
+
+def test_an_adapter_that_was_loaded_is_no_map_of_its_file(tmp_path: Path) -> None:
+    """The file goes while the server still holds the adapter."""
+    model = llama()
+    add_adapter(model, rank=4, alpha=8.0)
+    save_adapter(model, tmp_path)
+    server = Server("http://127.0.0.1:9", version=CHECKS)
+    body = request(tmp_path, "x", server)[1]
+    assert isinstance(body, dict)
+    values = pickle.loads(base64.b64decode(str(body["serialized_named_tensors"][0])))
+    assert len(values) == 2 * 2 * 7 and "adapter_model.safetensors" not in Path("/proc/self/maps").read_text()
 
 
 def test_an_adapter_with_one_wrong_number_is_not_loaded(tmp_path: Path) -> None:
