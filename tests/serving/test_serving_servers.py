@@ -172,6 +172,15 @@ def test_a_server_that_ignores_sigterm_is_killed(place: Place) -> None:
     assert serving.down(place.folder) == 1 and process.group(server.pid, server.born) == []
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """As in a terminal: what a shell starts in the background ignores SIGINT, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("ended_by", ["down", "a start that fails"])
 def test_ctrl_c_while_servers_are_stopped_waits_until_they_are(place: Place, ended_by: str) -> None:
     """They ignore SIGTERM for a second, and Ctrl-C comes in the middle of it."""
