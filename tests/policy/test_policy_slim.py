@@ -23,10 +23,14 @@ def make(kind: str) -> nn.Module:
     return LlamaMLP(LlamaConfig(hidden_size=24, intermediate_size=56, num_attention_heads=2))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+NORM = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}  # transformers' own works in fp32
+GATE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.mark.parametrize("dtype", NORM)
 @pytest.mark.parametrize("kind", ["norm", "gate", "gate with a frozen layer"])
-def test_values_and_gradients(kind: str, dtype: torch.dtype, tolerance: float) -> None:
-    plain = make(kind).to(dtype)
+def test_values_and_gradients(kind: str, dtype: torch.dtype) -> None:
+    plain, tolerance = make(kind).to(dtype), (NORM if kind == "norm" else GATE)[dtype]
     if "frozen" in kind:
         plain.down_proj.weight.requires_grad_(False)
     slimmed = copy.deepcopy(plain)
