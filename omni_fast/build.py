@@ -9,10 +9,9 @@ import hashlib
 import json
 import math
 import os
-import signal
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -42,7 +41,6 @@ from omni_fast.rollout.local import LocalEngine
 from omni_fast.rollout.sglang import SGLangEngine
 from omni_fast.run import BASE, Run
 from omni_fast.scoring import Scorer
-from omni_fast.serving import process
 from omni_fast.sync import WeightSync
 from omni_fast.tasks import build_tasks
 from omni_fast.tasks.base import SPLITS, Item, Split, Task
@@ -233,20 +231,12 @@ def engine_urls(config: Config, model: PreTrainedModel, run: Run, stack: ExitSta
         return config.engine.urls
     progress.wait("the engine's servers to start")
     folder, rank = run.folder / "engine", config.adapter_rank
-    run.at_once = partial(kill_servers, folder)
-    urls = serving.up(config.engine, str(model.name_or_path), folder, adapter_rank=rank, say=progress.say)
+    run.at_once = partial(serving.kill, folder)
+    check, path = run.raise_if_stopping, str(model.name_or_path)
+    urls = serving.up(config.engine, path, folder, adapter_rank=rank, say=progress.say, check=check)
     stack.callback(partial(serving.down, folder, say=progress.say))
     stack.enter_context(serving.watched(folder, say=progress.warn))
     return urls
-
-
-def kill_servers(folder: Path) -> None:
-    """Without a word or a lock, which whoever is interrupted may hold: for a run that is left at once."""
-    state = folder / serving.servers.STATE
-    for row in json.loads(state.read_text(encoding="utf-8")) if state.is_file() else ():
-        if process.group(row["pid"], row["born"]):
-            with suppress(ProcessLookupError):
-                os.killpg(row["pid"], signal.SIGKILL)
 
 
 def with_judge(config: Config, urls: Sequence[str], model: str) -> Config:

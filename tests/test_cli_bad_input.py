@@ -13,19 +13,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from transformers import AutoTokenizer
 
-from omni_fast import build
+from omni_fast import build, serving
 from omni_fast.checkpoint import run_lock
 from omni_fast.cli import main
 from omni_fast.config import load
 from omni_fast.policy.tiny import tiny_model
 from omni_fast.run import Interrupted, Run
-from omni_fast.serving import process
+from omni_fast.serving import Launch, Server, process
 
 
 class Done(NamedTuple):
@@ -375,7 +376,7 @@ def test_ctrl_c_twice_leaves_no_server(tmp_path: Path) -> None:
     until = time.monotonic() + 10
     while process.alive(pid, birth) and time.monotonic() < until:
         time.sleep(0.05)
-    assert not process.stop(pid, birth, 0.0), "it outlived the run"
+    assert not process.stop([(pid, birth)], 0.0), "it outlived the run"
 
 
 def test_a_server_that_left_children_is_killed_with_them(tmp_path: Path) -> None:
@@ -387,12 +388,13 @@ def test_a_server_that_left_children_is_killed_with_them(tmp_path: Path) -> None
         leader.stdin.close()
         leader.wait(10)
     assert process.group(leader.pid, birth) == [child]
-    (tmp_path / "servers.json").write_text(json.dumps([{"pid": leader.pid, "born": birth}]))
-    build.kill_servers(tmp_path)
+    left = Server(Launch("policy-0", "m"), "http://127.0.0.1:9", leader.pid, birth, "log")
+    (tmp_path / "servers.json").write_text(json.dumps([asdict(left)]))
+    serving.kill(tmp_path)
     until = time.monotonic() + 10
     while process.group(leader.pid, birth) and time.monotonic() < until:
         time.sleep(0.05)
-    assert not process.stop(leader.pid, birth, 0.0), "a child outlived the run"
+    assert not process.stop([(leader.pid, birth)], 0.0), "a child outlived the run"
 
 
 def test_the_tiny_model_goes_to_the_device_asked_for() -> None:

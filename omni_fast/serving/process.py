@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,23 +35,20 @@ def group(leader: int, birth: int) -> list[int]:
     return [pid for pid, (state, of, _) in stats.items() if of == leader and state not in ("Z", "")]
 
 
-def stop(leader: int, birth: int, grace_s: float) -> bool:
-    """SIGTERM to the group, SIGKILL to what is left after `grace_s`. Returns whether anything was running."""
-    if not group(leader, birth):
-        return False
-    for number, patience in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
-        try:
-            os.killpg(leader, number)
-        except ProcessLookupError:  # gone by itself just now
-            return True
+def stop(leaders: Iterable[tuple[int, int]], grace_s: float) -> list[tuple[int, int]]:
+    """SIGTERM to the groups (leader, birth), SIGKILL to what is left after `grace_s`; those that were running.
+
+    Without grace it is over at once: nothing waits, not even for the end of what was killed.
+    """
+    running = left = [one for one in leaders if group(*one)]
+    for number, patience in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0 if grace_s else 0.0)):
+        for leader, _ in left:
+            with suppress(ProcessLookupError):  # gone by itself just now
+                os.killpg(leader, number)
         until = time.monotonic() + patience
-        while group(leader, birth):
-            if time.monotonic() > until:
-                break
+        while (left := [one for one in left if group(*one)]) and time.monotonic() < until:
             time.sleep(0.05)
-        else:
-            return True
-    return True
+    return running
 
 
 def _stat(pid: int) -> tuple[str, int, int]:

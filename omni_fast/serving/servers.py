@@ -16,8 +16,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from types import FrameType
 from typing import Literal
 
 import httpx
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from omni_fast.config import EngineConfig
 from omni_fast.errors import RunError, UserError
@@ -42,23 +41,26 @@ PORT_TIMEOUT_S = 30.0
 WATCH_EVERY_S = 1.0
 MAX_RESTARTS = 10
 LOG_LINES, LOG_COLUMNS = 12, 300
-NEVER = threading.Event()
-# What the log of a server that did not start says -> what to do about it.
+# What the log of a server that did not start says; whose mistake that is, and what to do about it.
 CAUSES = (
     (
         r"out of memory|OutOfMemory|Not enough memory|MemoryError|Cannot allocate memory|bad_alloc|leave no GPU memory",
+        RunError,
         "out of memory: stop what else runs there, change --mem-fraction-static or --max-total-tokens in engine.flags as said, or serve a smaller model",
     ),
     (
-        r"address already in use|Address already in use",
+        r"[aA]ddress already in use",
+        RunError,
         "its port was taken meanwhile: give another, or none for a free one",
     ),
     (
-        r"error: (unrecognized arguments|argument|ambiguous option)[^\n]*",
+        r"error: (unrecognized arguments|argument|ambiguous option)",
+        UserError,
         f"SGLang {VERSION} does not take a flag of engine.flags",
     ),
     (
-        r"ModuleNotFoundError: No module named '[^']*'",
+        r"ModuleNotFoundError: No module named",
+        RunError,
         "the environment lacks a package: delete it and run `omni-fast engine install` again",
     ),
 )
@@ -94,38 +96,29 @@ class Status:
 
 
 def up(
-    section: EngineConfig,
-    model_folder: Path | str,
-    folder: Path,
-    *,
-    role: str = "policy",
-    adapter_rank: int = 0,
-    say: Say = print,
-) -> list[str]:
+    section: EngineConfig, model_folder: Path | str, folder: Path, *, role: str = "policy", adapter_rank: int = 0,
+    say: Say = print, check: Callable[[], None] = lambda: None,
+) -> list[str]:  # fmt: skip
     """Start `section.servers` servers of one model and wait until all answer; their URLs, in order.
 
-    folder: logs and state. adapter_rank: of the LoRA adapters that they shall take. Raises UserError for what the config can mend, RunError otherwise; nothing is left running then.
+    folder: logs and state. adapter_rank: of the LoRA adapters that they shall take. check: called while it waits, raises to
+    end that. Raises UserError for what the config can mend, RunError otherwise; nothing is left running then.
     """
     device = default_device()
     saver = ["--enable-memory-saver"] if section.sleep and device == "cuda" else []  # a CPU has nothing to give back
     flags = [*adapter_flags(adapter_rank, device), *saver, *section.flags]
     wanted = launches(role, str(model_folder), device, section.dtype, flags, section.servers)
-    started = start(wanted, folder, role=role, timeout_s=section.start_timeout_s, say=say)
-    return [server.url for server in started]
+    return [server.url for server in start(wanted, folder, timeout_s=section.start_timeout_s, say=say, check=check)]
 
 
 def start(
-    wanted: Sequence[Launch],
-    folder: Path,
-    *,
-    role: str = "policy",
-    timeout_s: float = START_TIMEOUT_S,
-    say: Say = print,
-) -> list[Server]:
-    """As `up`, for given launches, whose names start with `role`."""
+    wanted: Sequence[Launch], folder: Path, *, timeout_s: float = START_TIMEOUT_S, say: Say = print,
+    check: Callable[[], None] = lambda: None,
+) -> list[Server]:  # fmt: skip
+    """As `up`, for given launches of one role, whose names begin with it."""
     with _locked(folder, timeout_s, say):
         known = {server.launch.name: server for server in _read(folder)}
-        others = [server for server in known.values() if not server.launch.name.startswith(role)]
+        others = [server for server in known.values() if _role(server.launch) != _role(wanted[0])]
         running = {launch.name: server for launch in wanted if (server := _same(known.get(launch.name), launch))}
         for server in _stop(server for server in known.values() if server not in [*others, *running.values()]):
             say(f"stopped {server.launch.name} of an earlier start")
@@ -140,7 +133,7 @@ def start(
                 if name in running:
                     say(f"{name} at {server.url} runs already: taken over")
                 else:
-                    started[name] = _wait(server, timeout_s, say)
+                    started[name] = _wait(server, timeout_s, say, check)
                     _write(folder, [*others, *started.values()])
         except BaseException:
             with _undisturbed():
@@ -150,11 +143,10 @@ def start(
         return list(started.values())
 
 
-def _restart(folder: Path, dead: Server, timeout_s: float, say: Say, stopping: threading.Event) -> None:
+def _restart(folder: Path, dead: Server, timeout_s: float, say: Say, check: Callable[[], None]) -> None:
     """The same launch again at the same address, unless somebody else has seen to it meanwhile.
 
-    It has the weights of its model folder then: sync before using it. RunError when it does not come up, or died too often,
-    or `stopping` was set meanwhile.
+    It has the weights of its model folder then: sync before using it. RunError when it does not come up, or died too often.
     """
     with _locked(folder, timeout_s, say):
         servers = _read(folder)
@@ -170,9 +162,9 @@ def _restart(folder: Path, dead: Server, timeout_s: float, say: Say, stopping: t
         Path(dead.log).rename(f"{dead.log}.{dead.restarts}")
         place = servers.index(dead)
         servers[place] = fresh = replace(_spawn(dead.launch, folder, port), restarts=dead.restarts + 1)
-        _write(folder, servers)
         try:
-            servers[place] = _wait(fresh, timeout_s, say, stopping)
+            _write(folder, servers)
+            servers[place] = _wait(fresh, timeout_s, say, check)
             _write(folder, servers)
         except BaseException:
             _stop([fresh])
@@ -187,13 +179,17 @@ def watched(folder: Path, *, timeout_s: float = START_TIMEOUT_S, say: Say = prin
     """
     stopping = threading.Event()
 
+    def check() -> None:
+        if stopping.is_set():
+            raise RunError("the run ends")
+
     def look() -> None:
         given_up: set[str] = set()
         while not stopping.wait(WATCH_EVERY_S):
             for server in _read(folder):
                 if server.version and server.url not in given_up and not server.alive:
                     try:
-                        _restart(folder, server, timeout_s, say, stopping)
+                        _restart(folder, server, timeout_s, say, check)
                     except (RunError, UserError, OSError) as error:
                         given_up.add(server.url)
                         if not stopping.is_set():
@@ -213,16 +209,20 @@ def status(folder: Path) -> list[Status]:
     return [_status(server) for server in _read(folder)]
 
 
-def down(folder: Path, *, role: str = "", say: Say = print) -> int:
-    """Stop the servers of a role (all without one), by SIGTERM, then SIGKILL; how many were running."""
+def down(folder: Path, *, say: Say = print) -> int:
+    """Stop all servers, by SIGTERM, then SIGKILL; how many were running."""
     with _locked(folder, START_TIMEOUT_S, say):
-        mine = [server for server in _read(folder) if server.launch.name.startswith(role)]
         with _undisturbed():
-            stopped = _stop(mine)
-            _write(folder, [server for server in _read(folder) if server not in mine])
+            stopped = _stop(_read(folder))
+            _write(folder, [])
         for server in stopped:
             say(f"stopped {server.launch.name} at {server.url}")
     return len(stopped)
+
+
+def kill(folder: Path) -> None:
+    """Without a word or a lock, which whoever is interrupted may hold: for a run that is left at once."""
+    process.stop(((server.pid, server.born) for server in _read(folder)), 0.0)
 
 
 @contextmanager
@@ -263,14 +263,13 @@ def _spawn(launch: Launch, folder: Path, port: int) -> Server:
     return Server(launch, f"http://{reachable}:{port}", child.pid, process.born(child.pid), str(log))
 
 
-def _wait(server: Server, timeout_s: float, say: Say, stopping: threading.Event = NEVER) -> Server:
+def _wait(server: Server, timeout_s: float, say: Say, check: Callable[[], None]) -> Server:
     """Until /health answers 200; a connection refused and then 503 are the normal way there."""
     name, started, told = server.launch.name, time.monotonic(), 0.0
     while True:
         if not server.alive:
             raise _death(server)
-        if stopping.is_set():
-            raise RunError(f"{name} was not waited for: the run ends")
+        check()
         answer, _ = _ask(server, "/health")
         waited = time.monotonic() - started
         if answer == 200:
@@ -292,17 +291,13 @@ def _wait(server: Server, timeout_s: float, say: Say, stopping: threading.Event 
 
 def _death(server: Server) -> UserError | RunError:
     """What a server that died while starting died of."""
-    log = _log(server)
-    name = server.launch.name
-    for pattern, remedy in CAUSES:
-        found = re.search(pattern, log)
-        if found:
-            line = next(line for line in log.splitlines() if found[0].splitlines()[0] in line)
-            said = f"{name} did not start, {remedy} ({line.strip()[:LOG_COLUMNS]}); log: {server.log}"
-            return UserError(said) if "argument" in found[0] or "option" in found[0] else RunError(said)
-    if not log.strip() or "Traceback" not in log:
-        return RunError(f"{name} ended while starting, perhaps killed for lack of memory; {_last_words(server)}")
-    return RunError(f"{name} died while starting; {_last_words(server)}")
+    name, log = server.launch.name, _log(server)
+    for pattern, kind, remedy in CAUSES:
+        if found := re.search(f".*({pattern}).*", log):
+            line = found[0].strip()[:LOG_COLUMNS]
+            return kind(f"{name} did not start, {remedy} ({line}); log: {server.log}")
+    how = "died while starting" if "Traceback" in log else "ended while starting, perhaps killed for lack of memory"
+    return RunError(f"{name} {how}; {_last_words(server)}")
 
 
 def _last_words(server: Server) -> str:
@@ -336,12 +331,15 @@ def _status(server: Server) -> Status:
 
 def _stop(servers: Iterable[Server]) -> list[Server]:
     """All of them at the same time; those that were running."""
-    chosen = [*servers]
-    with ThreadPoolExecutor(len(chosen) or 1) as pool:
-        running = [pool.submit(process.stop, one.pid, one.born, STOP_GRACE_S) for one in chosen]
-    for server in chosen:
+    chosen = {(server.pid, server.born): server for server in servers}
+    running = process.stop(chosen, STOP_GRACE_S)
+    for server in chosen.values():
         _key_file(server).unlink(missing_ok=True)
-    return [server for server, was_running in zip(chosen, running, strict=True) if was_running.result()]
+    return [chosen[one] for one in running]
+
+
+def _role(launch: Launch) -> str:
+    return launch.name.rpartition("-")[0]
 
 
 def _key_file(server: Server) -> Path:
@@ -384,7 +382,12 @@ def _ask(server: Server, path: str, body: dict[str, str] | None = None) -> tuple
 
 def _read(folder: Path) -> list[Server]:
     path = folder / STATE
-    return KNOWN.validate_json(path.read_bytes()) if path.is_file() else []
+    try:
+        return KNOWN.validate_json(path.read_bytes()) if path.is_file() else []
+    except ValidationError:
+        raise UserError(
+            f"{path} is damaged or of another version of omni-fast: stop what servers there are by hand, and remove it."
+        ) from None
 
 
 def _write(folder: Path, servers: Sequence[Server]) -> None:

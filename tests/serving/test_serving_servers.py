@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from omni_fast import serving
 from omni_fast.cli import app
+from omni_fast.config import EngineConfig
 from omni_fast.errors import RunError, UserError
 from omni_fast.serving import Launch, install, process, servers
 from omni_fast.serving.launch import KEY_VARIABLE, SHIM, command, environment, launches, write_key
@@ -129,12 +130,9 @@ def test_a_server_that_a_dead_trainer_left_paused_is_taken_over(place: Place) ->
 
 def test_a_role_leaves_the_servers_of_another_alone(place: Place) -> None:
     (policy,) = place.start("good")
-    (judge,) = serving.start(
-        [Launch("judge-0", "/good")], place.folder, role="judge", timeout_s=20, say=place.said.append
-    )
+    (judge,) = serving.start([Launch("judge-0", "/good")], place.folder, timeout_s=20, say=place.said.append)
     (changed,) = place.start("other")
     assert judge.alive and changed.alive and not policy.alive
-    assert serving.down(place.folder, role="judge") == 1 and changed.alive
 
 
 @pytest.mark.parametrize(
@@ -165,6 +163,28 @@ def test_a_server_that_never_gets_ready_is_stopped_after_the_limit(
         place.start("slow", timeout_s=2.0)
     assert any("/health answers 503" in line for line in place.said)
     assert serving.status(place.folder) == []
+
+
+def test_a_run_that_is_stopped_does_not_wait_for_its_servers_to_get_ready(place: Place) -> None:
+    """Ctrl-C only set a flag, which was looked at when they were ready: up to ten minutes later."""
+
+    def stopped() -> None:
+        if any("waiting for" in line for line in place.said):
+            raise RunError("stopped")
+
+    section = EngineConfig(kind="sglang", start_timeout_s=20)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match="^stopped$"):
+        patch.setattr(servers, "SAY_EVERY_S", 0.3)
+        serving.up(section, "/slow", place.folder, say=place.said.append, check=stopped)
+    assert serving.status(place.folder) == []
+
+
+def test_a_damaged_list_of_servers_is_told(place: Place) -> None:
+    place.folder.mkdir()
+    (place.folder / "servers.json").write_text('[{"pid": 1}]')
+    with pytest.raises(UserError, match="damaged or of another version"):
+        serving.status(place.folder)
+    (place.folder / "servers.json").unlink()
 
 
 def test_a_server_that_ignores_sigterm_is_killed(place: Place) -> None:
@@ -231,7 +251,7 @@ def test_a_dead_server_is_started_again_where_it_was_and_not_for_ever(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (server,) = place.start("good")
-    restart = partial(servers._restart, place.folder, timeout_s=20, say=place.said.append, stopping=servers.NEVER)
+    restart = partial(servers._restart, place.folder, timeout_s=20, say=place.said.append, check=lambda: None)
     monkeypatch.setattr(servers, "MAX_RESTARTS", 1)
     os.kill(server.pid, signal.SIGKILL)
     wait_until_dead(server)
@@ -278,7 +298,7 @@ def test_the_end_of_watching_does_not_wait_for_a_server_that_is_being_started_ag
 
 def test_a_pid_that_belongs_to_another_process_by_now_is_left_alone(place: Place) -> None:
     assert not process.alive(os.getpid(), process.born(os.getpid()) + 1)
-    assert not process.stop(os.getpid(), process.born(os.getpid()) + 1, 0.1)
+    assert not process.stop([(os.getpid(), process.born(os.getpid()) + 1)], 0.1)
 
 
 def test_the_key_reaches_the_server_and_is_shown_to_nobody(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
