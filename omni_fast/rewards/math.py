@@ -55,11 +55,16 @@ _RELATION = re.compile(r":?=|\\(?:to|rightarrow|Rightarrow|implies|equiv)(?![a-z
 _SIDE = re.compile(
     r"[A-Za-z](?:_?\{?[0-9A-Za-z]\}?)?(?:\([^()=,]*\))?|(?:[-+*/^(){}.0-9×÷]|\\times|\\cdot|\\div|\\frac)+"
 )
+# what may stand beside a number: a text without another one, a power of ten, degrees, "base ten"
 _UNIT = re.compile(
-    r"\\(?:text|mathrm|textbf|operatorname)\{[^{}]*\}|\^\{?\\circ\}?|(?:^-?|\\times|\\cdot|×|\*)10\^\{?[-+]?[0-9]+\}?"
+    r"\\(?:text|mathrm|textbf|operatorname)\{[^{}0-9]*[23]?\}(?:\^\{?-?[0-9]\}?)?|\^\{?\\circ\}?|_\{?10\}?(?![0-9])"
+    r"|(?:^-?|\\times|\\cdot|×|\*)10\^\{?[-+]?[0-9]+\}?"
 )
+_BASE = re.compile(r"[0-9]_\{?([0-9]+)\}?$")
 _OPERATION = re.compile(r"[0-9)}%](?:[-+*/^×÷]|\\times|\\cdot|\\div|\\pm|\\bmod|\\mod)[-+(.{\\0-9]")
-_FUNCTION = re.compile(r"\\(?:sqrt|log|ln|exp|sin|cos|tan|gcd|lcm|max|min|lfloor|lceil)(?![a-z])|\|")
+_FUNCTION = re.compile(r"\\(?:sqrt|log|ln|exp|sin|cos|tan|gcd|lcm|max|min|lfloor|lceil|pi)(?![a-z])|\|")
+_FORMULA_OF_ONE = re.compile(rf"(?:[-+*/^(){{}}0-9.×÷u ]|\\(?:frac|cdot|times|div)(?![a-z])|{_FUNCTION.pattern})+")
+_FRACTION = re.compile(r"\\frac(?:\{[^{}]*\}|[0-9]){2}")
 _PIECE = re.compile(r"[0-9\\]|\b[A-Zb-z]\b")
 _UNFINISHED = re.compile(r"\\(?:i?int|oint|sum|prod|lim|[dt]?binom)(?![a-z])")
 
@@ -81,11 +86,12 @@ UNITS = (
 _WRAP = re.compile(r"\\(?:text|mathrm|textbf|operatorname|rm|left|right)(?![a-z])|\\[^A-Za-z]|\bdegrees?\b|[~^{}()$]")
 # up to the first letter of an answer that belongs to no command of LaTeX's but a wrapper
 _VALUE = re.compile(r"(?:[^A-Za-z\\]|\\(?!(?:text|mathrm|textbf|operatorname|rm)(?![a-z]))(?:[A-Za-z]++|.))*+")
-_SQUARED = re.compile(r"\b(sq|square|cubic)\s+([A-Za-z]+)")
+_SQUARED = re.compile(r"\b(?:(?:sq|square|(cubic))\s+([A-Za-z]+)|([A-Za-z]+)\s+(?:squared|(cubed)))\b")
+_PER = re.compile(r"\\[dt]?frac" + 2 * r"\{((?=[A-Za-z\\])(?:[A-Za-z\\ ^23]|\{[A-Za-z23 ]*\})+)\}")
 _SENTENCE = re.compile(r"[.,;:!?\n]")
 _IN = re.compile(r"\s*in\s+(?!per\b)(?=[A-Za-z])")  # "42 (in meters)"
-# one letter right behind its number, or to a power: "-16t^2", "2C", "3 s^2", but "42 m^2"
-_VARIABLE = re.compile(r"(?<=[0-9)}])[A-Za-z](?![A-Za-z/])|(?!m)[A-Za-z]\s*\^")
+# one letter right behind its number, to a power, or before another one: "-16t^2", "2C", "3 s^2", "6 s t", but "42 m^2"
+_VARIABLE = re.compile(r"(?<=[0-9)}])[A-Za-z](?![A-Za-z/])|(?!m)[A-Za-z]\s*\^|[A-Za-z]\s+[A-Za-z](?![A-Za-z])")
 _MARKS = ("\\boxed", "\\fbox", "####", "<answer>")
 
 
@@ -134,13 +140,14 @@ def unit(answer: str) -> tuple[str, str]:
     What stands behind the unit ("km away") is no part of it, and then the answer stays as it is.
     """
     left, equals, side = answer[: 2 * MAX_CHARS].rpartition("=")
+    side = _PER.sub(r"\1/\2", side)
     match = _VALUE.match(side)
     assert match is not None  # it may be empty
     if _VARIABLE.match(side, match.end()):
         return answer, ""
     text = _WRAP.sub(" ", unicodedata.normalize("NFKC", side[match.end() :]).replace("^", "").replace("}", ""))
     text = _IN.sub("", text, count=1) if _IN.match(text) else text
-    text = _SQUARED.sub(lambda found: found[2] + ("3" if found[1] == "cubic" else "2"), text)
+    text = _SQUARED.sub(lambda found: (found[2] or found[3]) + ("3" if found[1] or found[4] else "2"), text)
     names: list[str] = []
     for word, power in re.findall(r"([A-Za-z]+|\S)([23]?)", text if match[0].strip() else ""):
         forms = (word, word.removesuffix("s"), word.lower(), word.lower().removesuffix("s"))
@@ -198,6 +205,9 @@ def compare_fast(gold: str, answer: str) -> bool | None:
         return bool(gold)
     if gold.isalpha() and answer.isalpha() and min(len(gold), len(answer)) > 2:
         return gold.casefold() == answer.casefold()
+    bases = [found[1] for found in map(_BASE.search, (gold, answer)) if found]
+    if len({*bases}) > 1:
+        return False
     left, right = number(gold), number(answer)
     if left is None or right is None:
         return None
@@ -221,12 +231,12 @@ def one_number(gold: str, answer: str) -> str:
     if given is not None:
         whole = wanted[0].denominator == 1 and "%" not in gold
         return "unfinished" if whole and re.search(r"/(?!1$)|frac(?!.*\{1\}$)", answer) else ""
-    if re.search(r"[0-9]\s[0-9]", answer):
-        return "several"
     body = _UNIT.sub("u", answer)
-    if _FUNCTION.search(body):
+    if _FUNCTION.search(body) and (not wanted[1] or _FORMULA_OF_ONE.fullmatch(body)):
         return "" if wanted[1] else "unfinished"
-    return "unfinished" if _OPERATION.search(body) and "\\pi" not in body else ""
+    if _OPERATION.search(body):
+        return "unfinished"
+    return "several" if len(re.findall(_NUMBER, _FRACTION.sub("", body))) > 1 else ""
 
 
 def last_side(answer: str) -> str | None:
@@ -288,7 +298,11 @@ def _decide(completion: str, gold: str) -> str | tuple[str, str]:
         return "no_answer"
     if len(answer) > MAX_CHARS:
         return "too_long"
-    if not same_unit(measure, unit(in_place(completion, answer))[1]):
+    sides = answer.split("=")
+    units = [unit(side)[1] for side in sides]
+    if all(units) and units.count(measure) == 1:  # of "5 m = 500 cm" the one that was asked for
+        answer = sides[units.index(measure)]
+    elif not same_unit(measure, unit(in_place(completion, answer))[1]):
         return "unit"
     wanted, given = bare(gold), bare(answer)
     if wanted == given:

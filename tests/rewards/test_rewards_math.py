@@ -29,6 +29,14 @@ ANY_TEXT = st.text(st.characters(exclude_categories=()))
 MATHS = st.text(alphabet="0123456789.,/-+^!{}()[]\\$%= \nboxedfracanswer#<>−", max_size=120)
 
 
+# between two guesses; math-verify alone reads the first or the last of them
+SECOND_NUMBERS = (
+    r"\text{ or 13}", r"\mbox{ or 13}", r"\tag{13}", "~13", r"\\13", r"\&13", "&13", "?13", "@13", r"\approx 13", "_{13}",
+    "..13", r"\dots,13", r"\quad 13", r"\lor 13", r"\wedge 13", r"\mid 13", r"\cup 13", r"\sim 13", r"\in 13", r"\iff 13",
+    r"\therefore 13", r"\circ 13", r"\underset{13}{}", ",13", ";13",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def verifier():
     with MathVerifier(workers=1) as verifier:
@@ -164,11 +172,24 @@ def test_strict_extraction_needs_a_mark():
         (r"\$12 per hour", r"\boxed{12} dollars per hour", Part(1.0)),
         ("60 mph", r"\boxed{60} miles an hour", Part(1.0)),
         ("5 minutes", r"\boxed{5} minutes per day", Part(1.0)),
+        # of two sides with a unit the one that was asked for
+        ("5 m", r"\boxed{5\text{ m} = 500\text{ cm}}", Part(1.0)),
+        ("500 cm", r"\boxed{5\text{ m} = 500\text{ cm}}", Part(1.0)),
+        ("5 km", r"\boxed{5\text{ m} = 500\text{ cm}}", Part(0.0, "unit")),
+        ("6 m", "#### 5 m = 6 m", Part(0.0, "several")),
+        ("42 m", "#### 41 = 42 m", Part(0.0, "several")),
+        # one unit in several spellings
+        ("5 m^2", "#### 5 meters squared", Part(1.0)),
+        ("5 cubic cm", "#### 5 centimeters squared", Part(0.0, "unit")),
+        ("60 km/h", r"\boxed{60\ \frac{\text{km}}{\text{h}}}", Part(1.0)),
+        ("60 m/s^2", r"\boxed{60 \frac{m}{s^2}}", Part(1.0)),
+        ("60 km/h", r"\boxed{60 \frac{m}{s}}", Part(0.0, "unit")),
         # variables are no units
         ("-16t^2", r"\boxed{-16}", Part(0.0, "wrong")),
         ("3s^2", r"\boxed{3}", Part(0.0, "wrong")),
         ("2C", r"\boxed{2}", Part(0.0, "wrong")),
         ("5", r"\boxed{5K}", Part(0.0, "wrong")),
+        ("6 s t", r"\boxed{6 t s}", Part(1.0)),
         # two answers at once
         ("42", "<answer>41$ $42</answer>", Part(0.0, "several")),
         ("B", "<answer>A$ $B</answer>", Part(0.0, "several")),
@@ -179,6 +200,19 @@ def test_strict_extraction_needs_a_mark():
         ("42", r"\boxed{41 \rightarrow 42}", Part(0.0, "several")),
         ("42", "<answer>4\n2</answer>", Part(0.0, "several")),
         ("42", r"\boxed{4\,2}", Part(0.0, "several")),
+        *(("12", rf"\boxed{{12{second}}}", Part(0.0, "several")) for second in SECOND_NUMBERS),
+        *(("13", rf"\boxed{{12{second}}}", Part(0.0, "several")) for second in SECOND_NUMBERS),
+        ("1.5", r"\boxed{1.5 \lor \sqrt{2}}", Part(0.0, "several")),
+        ("12", r"\boxed{12_{10}}", Part(1.0)),
+        ("12", r"\boxed{12_8}", Part(0.0, "several")),
+        ("1010_2", r"\boxed{1010_3}", Part(0.0, "wrong")),
+        ("1010_2", r"\boxed{1010}", Part(1.0)),
+        ("12", r"\boxed{12\text{ apples}}", Part(1.0)),
+        ("12", r"\boxed{12\text{ cm3}}", Part(1.0)),
+        ("12", r"\boxed{\mathbf{12}}", Part(1.0)),
+        ("1.5", r"\boxed{1\frac12}", Part(1.0)),
+        ("0.707107", r"\boxed{\frac{\sqrt{2}}{2}}", Part(1.0)),
+        ("9.424778", r"\boxed{3\pi}", Part(1.0)),
         ("1234567", r"\boxed{1\,234\,567}", Part(1.0)),
         ("1234567", "#### 1 234 567", Part(1.0)),
         # numbers that rounding to six decimals makes 0
