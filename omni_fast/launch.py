@@ -16,7 +16,6 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Literal
 from urllib.parse import urlsplit
@@ -27,7 +26,7 @@ import yaml
 from omni_fast import config as configs
 from omni_fast.config import Config
 from omni_fast.errors import UserError
-from omni_fast.serving.launch import KEY_VARIABLE, TENSOR_PARALLEL, Launch, command, launches
+from omni_fast.serving.launch import KEY_VARIABLE, Launch, command, gpus_of, launches
 
 Kind = Literal["slurm", "k8s", "local"]
 PORT = 30000  # of a node's first server
@@ -77,11 +76,8 @@ def render(kind: Kind, source: str, overrides: Sequence[str], place: Place) -> s
     # Pods share nothing but the claim.
     text = Path(source).read_text(encoding="utf-8") if Path(source).is_file() else ""
     urls = [f"http://{name}-policy-{number}.{name}-policy:{PORT}" for number in range(servers)]
-    what = [
-        f"/etc/omni-fast/{name}.toml" if text else source,
-        *overrides,
-        *([f"engine.urls={json.dumps(urls)}"] if urls else []),
-    ]
+    more = [f"engine.urls={json.dumps(urls)}"] if urls else []
+    what = [f"/etc/omni-fast/{name}.toml" if text else source, *overrides, *more]
     launch = Launch("policy", config.model.path, "cuda", config.engine.dtype, tuple(config.engine.flags), "0.0.0.0")
     serve = _words(*command(launch, Path("python3"), PORT, None))
     train = _words(*trainer, "train", "--run", str(PurePosixPath(run)), "--", *what)
@@ -91,67 +87,52 @@ def render(kind: Kind, source: str, overrides: Sequence[str], place: Place) -> s
 def _refuse(kind: Kind, config: Config, place: Place, width: int, servers: int) -> None:
     """UserError for what could not run there, or would print a key. width: GPUs of a server, 0: none is started."""
     launches("policy", config.model.path, "cuda", config.engine.dtype, config.engine.flags, 1)  # says no to --api-key
-    urls = [("judge.url", JUDGE_KEY_VARIABLE, config.judge.url)]
-    urls += [("engine.urls", KEY_VARIABLE, url) for url in config.engine.urls]
+    urls = {url: ("engine.urls", KEY_VARIABLE) for url in config.engine.urls}
+    for url, (where, variable) in (urls | {config.judge.url: ("judge.url", JUDGE_KEY_VARIABLE)}).items():
+        _unless("@" not in urlsplit(url).netloc, f"{where} holds a key, which would be stored: set {variable} instead")
     pods = {"--image": place.image, "--server-image": place.server_image, "--claim": place.claim}
     wrong = ", ".join(option for option, value in pods.items() if bool(value) != (kind == "k8s"))
     run, gpus, pod, several = PurePosixPath(place.run), place.gpus_per_node, kind == "k8s", place.nodes > 1
-    below = run.parts[:2] == ("/", MOUNT[1:]) and ".." not in run.parts and len(run.parts) > 2
     plain = all(re.fullmatch(r"--?[\x21-\x7e]+", line) for line in place.lines)
-    problems: list[tuple[object, str]] = [
-        (
-            "@" in urlsplit(url).netloc,
-            f"{where} holds a user or a password, and what is rendered is stored: give a key in the environment as {variable}",
-        )
-        for where, variable, url in urls
-    ] + [
-        (not plain, "a --line is one Slurm option such as --account=NAME: ASCII, no space, no line break"),
-        (place.lines and kind != "slurm", "--line adds a Slurm option, so it goes with --print slurm alone"),
-        (wrong, f"{wrong}: --print k8s needs --image, --server-image and --claim, the others take none"),
-        (
-            place.trainer_gpus > max(1, gpus),
-            f"--trainer-gpus {place.trainer_gpus} are those of the first node, which has {gpus}",
-        ),
-        (several and kind == "local", f"--print local is for one host, got --nodes {place.nodes}: use slurm or k8s"),
-        (
-            several and not width,
-            f"--nodes {place.nodes}: a run uses several nodes through the servers it starts there, and this one starts none: "
-            "set engine.kind=sglang without engine.urls, and --gpus-per-node",
-        ),
-        (
-            width and servers < 1,
-            f"--gpus-per-node {gpus} has no room for a server of {width} GPU(s) beside the {place.trainer_gpus} that train",
-        ),
-        (
-            servers and config.engine.sync == "tensor" and (several or pod),
-            "engine.sync = 'tensor' reaches servers on the trainer's host alone: give engine.sync=disk",
-        ),
-        (
-            pod and not below,
-            f"--run {run}: on Kubernetes the run folder is below {MOUNT}, where the claim is mounted",
-        ),
-        (
-            pod and servers and config.model.path in UNPACKED_HERE,
-            f"model.path = '{config.model.path}' is unpacked into the trainer's own cache, which other pods do not see: "
-            f"give a folder below {MOUNT} or a Hugging Face id",
-        ),
-    ]
-    if found := next((problem for holds, problem in problems if holds), ""):
-        raise UserError(found)
+    _unless(plain, "a --line is one Slurm option such as --account=NAME: ASCII, no space, no line break")
+    _unless(kind == "slurm" or not place.lines, "--line adds a Slurm option, so it goes with --print slurm alone")
+    _unless(not wrong, f"{wrong}: --print k8s needs --image, --server-image and --claim, the others take none")
+    _unless(place.trainer_gpus <= max(1, gpus), f"--trainer-gpus are of the first node, which has {gpus}")
+    _unless(not several or kind != "local", "--print local is for one host, not for --nodes: use slurm or k8s")
+    _unless(
+        width or not several,
+        "--nodes: other nodes only serve samples, and this run starts no servers: set engine.kind=sglang without "
+        "engine.urls, and --gpus-per-node",
+    )
+    _unless(
+        servers > 0 or not width,
+        f"--gpus-per-node {gpus}: no room for a server of {width} GPU(s) beside the {place.trainer_gpus} that train",
+    )
+    far = servers and (several or pod)
+    _unless(not far or config.engine.sync != "tensor", "engine.sync 'tensor' is for one host: give engine.sync=disk")
+    below = run.parts[:2] == ("/", MOUNT[1:]) and ".." not in run.parts and len(run.parts) > 2
+    _unless(below or not pod, f"--run {run}: on Kubernetes the run folder is below {MOUNT}, where the claim is mounted")
+    _unless(
+        config.model.path not in UNPACKED_HERE or not (pod and servers),
+        f"model.path = '{config.model.path}' is unpacked into the trainer's own cache, which other pods do not see: "
+        f"give a folder below {MOUNT} or a Hugging Face id",
+    )
+
+
+def _unless(fine: object, problem: str) -> None:
+    if not fine:
+        raise UserError(problem)
 
 
 def _server_gpus(config: Config, place: Place) -> int:
     """GPUs of one server; 0 where none is to be started here: the run generates itself, has URLs, or there is no GPU."""
     if config.engine.kind == "local" or config.engine.urls or place.gpus_per_node == 0:
         return 0
-    width, words = "1", [word for flag in config.engine.flags for word in flag.split("=", 1)]
-    for option, value in pairwise([*words, ""]):
-        if option in ("--host", "--port", "--base-gpu-id"):
-            raise UserError(f"engine.flags holds {option}, which differs from server to server: leave it to the script")
-        width = value if option in TENSOR_PARALLEL else width
-    if not re.fullmatch("[1-9][0-9]{0,3}", width):
-        raise UserError(f"engine.flags: {' or '.join(TENSOR_PARALLEL)} '{width}' is no number of GPUs")
-    return int(width)
+    own = {flag.split("=")[0] for flag in config.engine.flags} & {"--host", "--port", "--base-gpu-id"}
+    _unless(
+        not own, f"engine.flags holds {', '.join(sorted(own))}, which differs from server to server: leave it to the script"
+    )
+    return gpus_of(config.engine.flags)
 
 
 def _words(*words: str) -> list[str]:

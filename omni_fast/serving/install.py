@@ -18,9 +18,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from omni_fast.errors import RunError, UserError
 from omni_fast.policy.cache import alone, cache_home
@@ -35,17 +34,12 @@ LOCK_TIMEOUT_S = 3600.0
 STAMP = "stamp.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Installed:
+class Installed(NamedTuple):
     """A complete environment. `seconds` and `bytes` are of its installation."""
 
     folder: Path
     seconds: float
     bytes: int
-
-    @property
-    def python(self) -> Path:
-        return self.folder / "bin" / "python"
 
 
 def default_device() -> Device:
@@ -55,73 +49,59 @@ def default_device() -> Device:
 
 def python(device: Device) -> Path:
     """The Python that runs the servers. UserError when there is none yet."""
-    given = os.environ.get(PYTHON_VARIABLE)
-    if given:
+    if given := os.environ.get(PYTHON_VARIABLE):
         if shutil.which(given) is None:
             raise UserError(f"{PYTHON_VARIABLE}={given} cannot be run: name a Python that has sglang, or unset it.")
         return Path(given)
-    found = installed(device)
-    if found is None:
-        raise UserError(
-            f"SGLang's environment for {device} is not installed here: run `omni-fast engine install --{device}` (about "
-            f"{'2 minutes, 1.6 GB' if device == 'cpu' else '10 minutes, 10 GB'}), give engine.urls, or use the local engine."
-        )
-    return found.python
+    if found := installed(device):
+        return found.folder / "bin" / "python"
+    raise UserError(
+        f"SGLang's environment for {device} is not installed here: run `omni-fast engine install --{device}` (about "
+        f"{'2 minutes, 1.6 GB' if device == 'cpu' else '10 minutes, 10 GB'}), give engine.urls, or use the local engine."
+    )
 
 
 def installed(device: Device) -> Installed | None:
     """The complete environment of these pins, if it is there."""
     folder = _folder(device)
-    stamp = folder / STAMP
-    if not stamp.is_file():
+    try:
+        found = json.loads((folder / STAMP).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # the latter: cut off by a kill or a full disk
         return None
-    found = json.loads(stamp.read_text(encoding="utf-8"))
     return Installed(folder, found["seconds"], found["bytes"]) if found["pins"] == _pins_hash(device) else None
 
 
 def install(device: Device, say: Say) -> Installed:
     """Build the environment, or find it. RunError with pip's last words when it cannot be built."""
-    found = installed(device)
-    if found is not None:
-        return found
-    folder = _folder(device)
+    folder, pins, started = _folder(device), _pins(device), time.monotonic()
     with alone(folder.with_name(f".{folder.name}.lock"), f"installing {folder.name}", LOCK_TIMEOUT_S, say):
-        found = installed(device)  # by the one we waited for
-        return found or _install(folder, device, say)
-
-
-def _install(folder: Path, device: Device, say: Say) -> Installed:
-    started = time.monotonic()
-    deadline = started + INSTALL_TIMEOUT_S[device]
-    pins = _pins(device)
-    shutil.rmtree(folder, ignore_errors=True)  # of other pins, or left by a killed installation
-    say(f"installing SGLang {VERSION} for {device} into {folder}")
-    _run([sys.executable, "-m", "venv", str(folder)], deadline, "creating a virtual environment")
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    if device == "cpu":
-        _check_cpu_torch(pip, pins, deadline)
-        _run([*pip, "--no-deps", "--no-compile", "-r", str(pins)], deadline, f"installing {pins.name}")
-    else:
-        _run([*pip, "-c", str(pins), f"sglang[all]=={VERSION}"], deadline, f"installing sglang[all]=={VERSION}")
-    size = sum(path.lstat().st_size for path in folder.rglob("*"))
-    done = Installed(folder, round(time.monotonic() - started, 1), size)
-    stamp = {"pins": _pins_hash(device), **{key: value for key, value in asdict(done).items() if key != "folder"}}
-    (folder / STAMP).write_text(json.dumps(stamp), encoding="utf-8")
-    return done
+        if found := installed(device):  # also by the one we waited for
+            return found
+        deadline = time.monotonic() + INSTALL_TIMEOUT_S[device]
+        shutil.rmtree(folder, ignore_errors=True)  # of other pins, or left by a killed installation
+        say(f"installing SGLang {VERSION} for {device} into {folder}")
+        _run([sys.executable, "-m", "venv", str(folder)], deadline, "creating a virtual environment")
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        if device == "cpu":
+            _check_cpu_torch(pip, pins, deadline)
+            _run([*pip, "--no-deps", "--no-compile", "-r", str(pins)], deadline, f"installing {pins.name}")
+        else:
+            _run([*pip, "-c", str(pins), f"sglang[all]=={VERSION}"], deadline, f"installing sglang[all]=={VERSION}")
+        size, seconds = sum(path.lstat().st_size for path in folder.rglob("*")), round(time.monotonic() - started, 1)
+        stamp = {"pins": _pins_hash(device), "seconds": seconds, "bytes": size}
+        (folder / STAMP).write_text(json.dumps(stamp), encoding="utf-8")
+        return Installed(folder, seconds, size)
 
 
 def _check_cpu_torch(pip: list[str], pins: Path, deadline: float) -> None:
     """Asks pip which torch it would take, before gigabytes of CUDA come along."""
     wanted = next(line for line in pins.read_text(encoding="utf-8").splitlines() if line.startswith("torch=="))
-    report = _run(
-        [*pip, "--dry-run", "--no-deps", "--ignore-installed", "--report", "-", wanted],
-        deadline,
-        f"looking for {wanted}",
-    )
-    url = json.loads(report)["install"][0]["download_info"]["url"]
-    if platform.machine() == "x86_64" and "cpu" not in url.rpartition("/")[2]:
+    asked = [*pip, "--dry-run", "--no-deps", "--ignore-installed", "--report", "-", wanted]
+    report = json.loads(_run(asked, deadline, f"looking for {wanted}"))
+    wheel = report["install"][0]["download_info"]["url"].rpartition("/")[2]
+    if platform.machine() == "x86_64" and "cpu" not in wheel:
         raise UserError(
-            f"pip would take a CUDA build of {wanted} ({url.rpartition('/')[2]}), of no use to a CPU server: make a CPU build "
+            f"pip would take a CUDA build of {wanted} ({wheel}), of no use to a CPU server: make a CPU build "
             f"known to pip, for example by PyTorch's index of CPU builds in PIP_EXTRA_INDEX_URL, and run the same command again."
         )
 

@@ -59,7 +59,7 @@ def launches(role: str, model: str, device: Device, dtype: str, flags: Sequence[
     if not port.isdecimal() or int(port) + servers > 65536:
         raise UserError(f"engine.flags: --port {port} is no port for {servers} server(s); give 1 to {65536 - servers}.")
     spread = device == "cuda" and servers > 1
-    first, gpus = ((_take(rest, "--base-gpu-id") or "0"), _gpus(rest)) if spread else ("0", 1)
+    first, gpus = ((_take(rest, "--base-gpu-id") or "0"), gpus_of(rest)) if spread else ("0", 1)
     if not first.isdecimal():
         raise UserError(f"engine.flags: --base-gpu-id {first} is no number of a GPU.")
     return [
@@ -72,10 +72,12 @@ def launches(role: str, model: str, device: Device, dtype: str, flags: Sequence[
     ]  # fmt: skip
 
 
-def _gpus(flags: Sequence[str]) -> int:
-    """How many a server takes, as its flags say. What is no number SGLang refuses."""
-    sizes = [size for name in TENSOR_PARALLEL if (size := _take([*flags], name)) and size.isdecimal()]
-    return int(sizes[-1]) if sizes else 1
+def gpus_of(flags: Sequence[str]) -> int:
+    """How many GPUs a server takes, as its flags say."""
+    size = next((size for name in TENSOR_PARALLEL if (size := _take([*flags], name))), "1")
+    if not re.fullmatch("[1-9][0-9]{0,3}", size):
+        raise UserError(f"engine.flags: {' or '.join(TENSOR_PARALLEL)} '{size}' is no number of GPUs")
+    return int(size)
 
 
 def adapter_flags(rank: int, device: Device) -> list[str]:

@@ -145,7 +145,7 @@ def test_no_key_is_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
         ("slurm", [SGLANG], Place(gpus_per_node=8, trainer_gpus=9), "first node"),
         ("slurm", [SGLANG, 'engine.flags=["--tp", "16"]'], Place(nodes=2), "no room"),
         ("slurm", [SGLANG, 'engine.flags=["--tp", "x"]'], Place(nodes=2), "no number"),
-        ("slurm", [SGLANG, 'engine.flags=["--tp"]'], Place(nodes=2), "no number"),
+        ("slurm", [SGLANG, 'engine.flags=["--tp"]'], Place(nodes=2), "no value"),
         ("slurm", [SGLANG, 'engine.flags=["--port=1"]'], Place(nodes=2), "leave it to the script"),
         ("slurm", [SGLANG, "engine.sync=tensor"], Place(nodes=2), "engine.sync=disk"),
         ("slurm", [SGLANG], Place(lines=("--account=a\nrm -rf /",)), "no line break"),

@@ -326,6 +326,8 @@ def test_an_environment_that_is_not_there_names_the_command(tmp_path: Path, monk
     stamp = {"pins": "of other pins", "seconds": 1.0, "bytes": 1}
     (folder / install.STAMP).write_text(json.dumps(stamp))
     assert install.installed("cpu") is None, "a stamp of other pins does not count"
+    (folder / install.STAMP).write_text("")
+    assert install.installed("cpu") is None, "nor does one that a kill cut off"
 
 
 def test_pip_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
