@@ -259,6 +259,14 @@ def test_a_run_folder_that_cannot_be_written(omni: Omni, job: Job, tmp_path: Pat
     assert file.read_text() == "not a folder"
 
 
+def test_a_home_that_the_shell_left_alone(omni: Omni, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--run=~/x`: what was measured went to one folder and was looked for in another."""
+    monkeypatch.setenv("HOME", str(job.run.parent))
+    monkeypatch.setattr("omni_fast.train.measure", lambda config, folder, progress: print(f"measures in {folder}"))
+    done = omni("transfer", job.config, f"--run=~/{job.run.name}", "curriculum.mode=curriculum")
+    assert f"measures in {job.run}" in done.out and f"error: {job.run} is not a run folder" in done.error, done
+
+
 def test_two_processes_on_one_run_folder(omni: Omni, job: Job) -> None:
     with run_lock(job.run):
         refused(omni(*job.command), str(job.run), "Another process (pid ")

@@ -22,6 +22,11 @@ console = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 
 
+def run_folder(given: Path | None, config: str) -> Path:
+    """runs/NAME of the config where none is given; a shell leaves the ~ of --run=~/x alone."""
+    return (given or Path("runs") / Path(config).name.removesuffix(".toml")).expanduser()
+
+
 def say(*lines: str, to: Console = console) -> None:
     """As they are: a path or an answer may look like markup."""
     for line in lines:

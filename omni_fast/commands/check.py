@@ -32,8 +32,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     findings = examine()
     if as_json:
-        print(json.dumps([finding._asdict() for finding in findings]))
-        return
+        return print(json.dumps([finding._asdict() for finding in findings]))
     for finding in findings:
         mark = "[green]ok[/green]  " if finding.ok else "[yellow]lack[/yellow]"
         console.print(f"{mark} {finding.what}: {finding.detail}")

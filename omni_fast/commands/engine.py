@@ -36,8 +36,8 @@ def install(
         raise UserError("engine install takes --cpu or --cuda, not both; one environment of each kind can exist")
     device = "cpu" if cpu else "cuda" if cuda else environments.default_device()
     done = environments.install(device, news)
-    size = f"{done.bytes / 1e9:.1f} GB"
-    say(f"SGLang {environments.VERSION} for {device}: {done.folder}, {size}, installed in {done.seconds:.0f} s")
+    took = f"{done.bytes / 1e9:.1f} GB, installed in {done.seconds:.0f} s"
+    say(f"SGLang {environments.VERSION} for {device}: {done.folder}, {took}")
 
 
 @app.command()
@@ -75,15 +75,12 @@ def status(folder: Folder = DEFAULT, as_json: AsJson = False) -> None:
     found = serving.status(folder)
     if as_json:
         print(json.dumps([asdict(one) for one in found]))
-    for one in found if not as_json else ():
-        server = one.server
-        weights = f", weight version {one.weight_version}" if one.weight_version else ""
-        say(
-            f"{server.launch.name} {server.url} {one.state}: {server.launch.model}, SGLang {server.version or '?'}{weights},"
-            f" pid {server.pid}, log {server.log}"
-        )
-    if not found and not as_json:
+    elif not found:
         say(f"no servers were started in {folder}")
+    for server, state, version in ((one.server, one.state, one.weight_version) for one in found if not as_json):
+        weights = f", weight version {version}" if version else ""
+        told = f"{server.launch.model}, SGLang {server.version or '?'}{weights}, pid {server.pid}, log {server.log}"
+        say(f"{server.launch.name} {server.url} {state}: {told}")
     if any(one.state in ("dead", "silent") for one in found):
         raise RunError("not all servers answer; `omni-fast engine up` starts what is missing")
 

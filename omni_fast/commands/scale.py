@@ -104,18 +104,15 @@ def predict(
 
 
 def _table(found: Sequence[Plan], best: Plan, work: Work, fleet: Fleet, price: float, study: int) -> str:
-    rows = ["train|servers|step s|wait|update|sync|tail|idle|stale|GB|tok/s/GPU|limit".split("|")]
+    rows = ["|train|servers|step s|wait|update|sync|tail|idle|stale|GB|tok/s/GPU|limit".split("|")]
     for one in found:
         part, took = str(one.trainer_gpus) if one.trainer_gpus < fleet.gpus else "turns", one.timing
         seconds = [f"{value:.1f}" for value in (took.step, took.waiting, took.update, took.sync, took.tail)]
         rate, memory = work.tokens / took.step / fleet.gpus, one.trainer_memory / 1e9
         rest = [f"{took.idle:.0%}", f"{took.staleness:.1f}", f"{memory:.0f}", f"{rate:.0f}", one.limit]
-        rows.append([part, f"{one.servers} x {one.server_gpus}", *seconds, *rest])
+        rows.append(["*" * (one is best), part, f"{one.servers} x {one.server_gpus}", *seconds, *rest])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row, mark in zip(rows, (" ", *(" *"[one is best] for one in found)), strict=True):
-        cells = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append(f"{mark} {cells}".rstrip())
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     if best.timing.lost_tokens:
         lines.append(f"failures lose {best.timing.lost_tokens:,.0f} tokens a step")
     lines.append(f"predicted; {MACHINES[fleet.machine].source}; {fleet.share.source}")
@@ -125,7 +122,6 @@ def _table(found: Sequence[Plan], best: Plan, work: Work, fleet: Fleet, price: f
         steps = study_steps(4, study, 3)
         hours = steps * best.timing.step / 3600
         cost = f", {hours * fleet.gpus * price:,.0f} dollars" if price else ""
-        lines.append(
-            f"study: {steps:,} steps, {hours:,.0f} h, {hours * fleet.gpus:,.0f} GPU hours{cost}, evaluation not counted"
-        )
+        spent = f"{hours:,.0f} h, {hours * fleet.gpus:,.0f} GPU hours{cost}"
+        lines.append(f"study: {steps:,} steps, {spent}, evaluation not counted")
     return "\n".join(lines)

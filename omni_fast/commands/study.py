@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from omni_fast.commands import RunFolder, console, say
+from omni_fast.commands import RunFolder, console, run_folder, say
 from omni_fast.errors import RunError, UserError
 
 app = typer.Typer()
@@ -39,7 +39,7 @@ def study(
 
     resolved, own = configs.load(config, rest or [])
     design = Design(Path(config).name.removesuffix(".toml"), resolved, own)
-    folder = (run or Path("runs") / design.name).expanduser()
+    folder = run_folder(run, config)
     if dry_run:
         return say(*describe(design, folder, jobs))
     from omni_fast.study import driver

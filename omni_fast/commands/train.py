@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from omni_fast import config as configs
-from omni_fast.commands import AsJson, DryRun, Overrides, RunFolder, Source, console, say, stderr
+from omni_fast.commands import AsJson, DryRun, Overrides, RunFolder, Source, console, run_folder, say, stderr
 from omni_fast.errors import UserError
 
 app = typer.Typer()
@@ -37,7 +37,7 @@ def train(config: Source, overrides: Overrides = None, run: RunFolder = None, dr
 
     Examples: `omni-fast train my.toml`, `omni-fast train quickstart curriculum.mode=joint --run runs/joint`
     """
-    resolved, folder = configs.load(config, overrides or ()), run or Path("runs") / Path(config).stem
+    resolved, folder = configs.load(config, overrides or ()), run_folder(run, config)
     if dry_run:
         from omni_fast.dry_run import describe
 
@@ -53,7 +53,7 @@ def transfer(config: Source, overrides: Overrides = None, run: RunFolder = None)
     `train` on the same run folder goes on from there.
     Example: `omni-fast transfer quickstart --run runs/quickstart`
     """
-    resolved, folder = configs.load(config, overrides or ()), run or Path("runs") / Path(config).stem
+    resolved, folder = configs.load(config, overrides or ()), run_folder(run, config)
     if not resolved.curriculum.measures_transfer:
         mode = resolved.curriculum.mode
         raise UserError(f"{config}: curriculum.mode '{mode}' measures no transfer; give curriculum.mode=curriculum")
@@ -77,10 +77,8 @@ def plan(
     finished = Run.read(run)
     solved = solve(finished)
     if as_json:
-        record = outcome.result(finished)
-        keys = ("order", "order_method", "order_probability", "statement", "transfer", "forecast")
-        print(json.dumps({key: record[key] for key in keys}))
-        return
+        record, keys = outcome.result(finished), "order order_method order_probability statement transfer forecast"
+        return print(json.dumps({key: record[key] for key in keys.split()}))
     console.print(plan_table(solved))
     say(solved.statement)
 
@@ -113,8 +111,7 @@ def evaluate(
         found = {task: parts.evaluate(task, items["test"], temperature) for task, items in parts.items.items()}
     scores = {task: score(result.values).as_dict() for task, result in found.items()}
     if as_json:
-        print(json.dumps(scores))
-        return
+        return print(json.dumps(scores))
     for task, one in scores.items():
         value, low, high = (f"{one[key]:.3f}" if one[key] is not None else "–" for key in ("value", "low", "high"))
         say(f"{task:<12} {value}  [{low}, {high}]  n={one['n']}")
