@@ -7,9 +7,7 @@ Tests are data, never code, so no exit status, printed marker or overridden `__e
 from __future__ import annotations
 
 import math
-import random
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,27 +35,6 @@ class Tests:
     cases: tuple[Case, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Asserts:
-    """Tests written as a program, in HumanEval's form: `test` defines `check(candidate)`, which raises when it fails.
-
-    prelude: source that defines helpers the tests use (HumanEval: the prompt). Both run in this process: only for
-    sources from a package you trust, never for anything a model or an unknown user wrote.
-    """
-
-    entry: str
-    test: str
-    prelude: str = ""
-
-
-class _Failed(Exception):
-    """The function under test gave no value; the text is the outcome."""
-
-
-class _Ended(BaseException):  # no `except Exception` of the tests may catch it
-    """The jail failed, or the time is over; the text says which."""
-
-
 class CodeVerifier:
     """Part `tests` of a score: the share of hidden cases passed."""
 
@@ -78,49 +55,6 @@ class CodeVerifier:
         runs = zip(distinct.items(), self.sandbox.run(jobs), strict=True)
         parts = {key: self._part(calls, test.cases) for (key, test), calls in runs}
         return [parts[key] for key in keys]
-
-    def score_asserts(self, sources: Sequence[str], tests: Sequence[Asserts]) -> list[Part]:
-        """One part per source text: 1 when `check` returns, else 0; invalid where the jail failed.
-
-        The tests run here and the function in the jail, one job a call; all jobs together may take a job's wall clock.
-        """
-        return [self._assert_one(source, test) for source, test in zip(sources, tests, strict=True)]
-
-    def _assert_one(self, source: str, tests: Asserts) -> Part:
-        deadline = time.monotonic() + self.sandbox.limits.wall_s
-
-        def candidate(*args: Data) -> Data:
-            if time.monotonic() > deadline:
-                raise _Ended("timeout")
-            try:
-                ((call,),) = self.sandbox.run([Job(source, tests.entry, [args])])
-            except RuntimeError:  # the sandbox is closed
-                raise _Ended("infrastructure") from None
-            if call.outcome == "infrastructure":
-                raise _Ended(call.outcome)
-            if call.outcome != "ok":
-                raise _Failed(call.outcome)
-            return call.value
-
-        namespace: dict[str, object] = {"__name__": "tests"}
-        state = random.getstate()
-        random.seed(0)  # tests that draw their inputs draw the same ones for every program
-        try:
-            exec(tests.prelude, namespace)
-            namespace[tests.entry] = candidate  # some tests call the function by its name
-            exec(tests.test, namespace)
-            check = namespace["check"]
-            assert callable(check)
-            check(candidate)
-        except (_Failed, _Ended) as end:
-            return Part(None if str(end) == "infrastructure" else 0.0, str(end))
-        except AssertionError:
-            return Part(0.0, "wrong")
-        except Exception:  # the tests compare values of any type and raise whatever that raises
-            return Part(0.0, "error")
-        finally:
-            random.setstate(state)
-        return Part(1.0)
 
     def _part(self, calls: Sequence[Call], cases: Sequence[Case]) -> Part:
         if any(call.outcome == "infrastructure" for call in calls):

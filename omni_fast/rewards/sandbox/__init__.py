@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Self
 
 from omni_fast.errors import UserError
+from omni_fast.rewards.sandbox.attacks import ATTACKS, stopped
 from omni_fast.rewards.sandbox.job import OUTCOMES, Call, JailError, Job, Limits
 from omni_fast.rewards.sandbox.monty import MontyJail
 from omni_fast.rewards.sandbox.process import Jail
@@ -42,25 +43,9 @@ LAYERS = {
     "unsafe": _PROCESS,
 }
 
-# What a backend is asked before it gets a sample: each call tries one thing and says what it saw.
-PROBE = """
-def tries(what):
-    try:
-        import os
-        if what == "fork": return os.fork() and "forked"
-        if what == "write": return str(open("/left-behind", "w"))
-        if what == "files": return [path for path in ("/etc/passwd", "/home", "/proc/self", "/sys") if os.path.exists(path)]
-        if what == "root": return os.getuid() == 0
-        if what == "socket":
-            import socket
-            return str(socket.socket())
-        return what
-    except Exception:
-        return "denied"
-"""
-PROBE_ASKS = ("fork", "write", "files", "root", "socket", "plain")
-PROBE_REFUSALS: tuple[Data, ...] = ("denied", [], False)
-
+# What a backend has to stop before it gets a sample.
+PROBES = ("subprocess", "write beside the interpreter", "read the host's files", "be root", "unix socket")
+PLAIN = Job("def double(x):\n    return [2 * x]\n", "double", [(21,)])
 
 Backend = Jail | MontyJail  # one place to run jobs, used by one thread at a time
 
@@ -158,10 +143,10 @@ class Sandbox:
 
 
 def probe(jail: Backend, isolated: bool) -> None:
-    """Let the backend try what it must not be able to do. Raises JailError with what it could do."""
-    calls = jail.run(Job(PROBE, "tries", [(what,) for what in PROBE_ASKS]))
-    for what, call in zip(PROBE_ASKS, calls, strict=True):
-        if call.outcome != "ok":
-            raise JailError(f"probe {what!r}: {call.outcome} {call.detail[:80]}".rstrip())
-        if call.value != "plain" if what == "plain" else isolated and call.value not in PROBE_REFUSALS:
-            raise JailError(f"probe {what!r} was not refused: {str(call.value)[:80]}")
+    """Run a plain program, and attacks that isolation must stop. Raises JailError with what came of them."""
+    (call,) = jail.run(PLAIN)
+    if call.value != [42]:
+        raise JailError(f"a plain program: {call.outcome} {call.detail[:80]}".rstrip())
+    for attack in ATTACKS:
+        if isolated and attack.name in PROBES and not stopped(attack, call := jail.run(attack.job)[0]):
+            raise JailError(f"not stopped: {attack.name} ({str(call.value)[:80]})")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
 
-from omni_fast.rewards.sandbox.job import Call
+from omni_fast.rewards.sandbox.job import Call, Job
 
 SECRET = 42  # the expected value; the arguments do not tell it
 
@@ -26,6 +26,10 @@ class Attack:
     name: str
     goal: Literal["score", "reach", "stall"]
     source: str
+
+    @property
+    def job(self) -> Job:
+        return Job(self.source, "attack", [(7,)])
 
 
 # `=== goal: name`, then the program; a program of the goal "reach" is the body of `attack`.

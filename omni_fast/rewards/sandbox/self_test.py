@@ -35,7 +35,7 @@ def self_test(sandbox: Sandbox | None = None, jobs: int = 200) -> dict[str, obje
     rows: list[dict[str, object]] = []
     for attack in ATTACKS:
         started = time.monotonic()
-        ((call,),) = sandbox.run([Job(attack.source, "attack", [(7,)])])
+        ((call,),) = sandbox.run([attack.job])
         seconds = time.monotonic() - started
         healthy = all(reply[0].value == [42, []] for reply in sandbox.run([normal] * sandbox.workers))
         rows.append(
