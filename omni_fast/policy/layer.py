@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omni_fast.policy.gate import gated_mlp
-from omni_fast.policy.products import is_plain, product
+from omni_fast.policy.products import gated_mlp, is_plain, product
 from omni_fast.policy.tree_attention import TreeLayout, compiled
 from omni_kernels import decoder
 

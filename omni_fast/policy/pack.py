@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -124,17 +125,16 @@ def partition(sizes: Sequence[int], budget: int, multiple: int = 1) -> list[list
     The bins are first filled in the given number by always giving the next largest to the lightest; where that breaks
     the budget, the first-fit bins stay. Deterministic.
     """
-    order = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
+    order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
     bins: list[list[int]] = []
     loads: list[int] = []
     for index in order:
-        home = next((number for number, load in enumerate(loads) if load + sizes[index] <= budget), None)
-        if home is None:
-            bins.append([index])
-            loads.append(sizes[index])
-        else:
-            bins[home].append(index)
-            loads[home] += sizes[index]
+        home = next((number for number, load in enumerate(loads) if load + sizes[index] <= budget), len(bins))
+        if home == len(bins):
+            bins.append([])
+            loads.append(0)
+        bins[home].append(index)
+        loads[home] += sizes[index]
     bins += [[] for _ in range(-len(bins) % multiple)]
     even: list[list[int]] = [[] for _ in bins]
     weights = [0] * len(bins)
@@ -174,53 +174,28 @@ def pack(
             raise ValueError(f"samples {members[0]} and {index} are in group {sample.group} but have different prompts")
     trees = [tree for members in groups.values() for tree in _grow(trajectories, members, share, tokens_per_microbatch)]
     bins = partition([len(tree.tokens) for tree in trees], tokens_per_microbatch, ranks)[rank::ranks]
-    return [
-        _lay_out(trajectories, [trees[index] for index in sorted(bin)] or [_nothing()], torch.device(device))
-        for bin in bins
-    ]
-
-
-def _nothing() -> _Tree:
-    """One row that predicts nothing: a rank without work still takes part in what the ranks do together."""
-    tree = _Tree()
-    tree.add(-1, 0)
-    return tree
+    nothing = [_Tree([0], [-1], [0])]  # for a rank without work, which still takes part in what the ranks do together
+    return [_lay_out(trajectories, [trees[n] for n in sorted(bin)] or nothing, torch.device(device)) for bin in bins]
 
 
 def _lay_out(trajectories: Sequence[Trajectory], trees: Sequence[_Tree], device: torch.device) -> MicroBatch:
-    starts = [0]
-    for tree in trees:
-        starts.append(starts[-1] + len(tree.tokens))
-    predicts: list[int] = []
-    targets: list[int] = []
-    advantages: list[float] = []
-    rollout: list[float] = []
-    sequences: list[int] = []
-    samples: list[int] = []
-    for tree, start in zip(trees, starts, strict=False):
-        for index, path in tree.paths.items():
-            sample = trajectories[index]
-            predicts += [start + row for row in path]
-            targets += sample.completion
-            advantages += [sample.advantage] * len(path)
-            rollout += sample.logprobs
-            sequences += [len(samples)] * len(path)
-            samples.append(index)
-
-    def integers(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    def floats(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)
-
+    starts = [0, *accumulate(len(tree.tokens) for tree in trees)]
+    paths = [
+        (index, [start + row for row in path])
+        for tree, start in zip(trees, starts, strict=False)
+        for index, path in tree.paths.items()
+    ]
+    samples = [trajectories[index] for index, _ in paths]
+    integers = partial(torch.tensor, dtype=torch.int64, device=device)
+    floats = partial(torch.tensor, dtype=torch.float32, device=device)
     return MicroBatch(
         input_ids=integers([token for tree in trees for token in tree.tokens])[None],
         positions=integers([depth for tree in trees for depth in tree.depths])[None],
-        layout=tree_layout([(a, b) for a, b in pairwise(starts)], [tree.parents for tree in trees], device),
-        predicts=integers(predicts),
-        targets=integers(targets),
-        advantages=floats(advantages),
-        rollout=floats(rollout),
-        sequences=integers(sequences),
-        samples=samples,
+        layout=tree_layout([*pairwise(starts)], [tree.parents for tree in trees], device),
+        predicts=integers([row for _, path in paths for row in path]),
+        targets=integers([token for sample in samples for token in sample.completion]),
+        advantages=floats([sample.advantage for sample in samples for _ in sample.completion]),
+        rollout=floats([value for sample in samples for value in sample.logprobs]),
+        sequences=integers([number for number, sample in enumerate(samples) for _ in sample.completion]),
+        samples=[index for index, _ in paths],
     )

@@ -1,8 +1,14 @@
-"""The linear layers of a block as products written out, forward and backward.
+"""The linear layers of a block as products written out, forward and backward; and the gated MLP of them.
 
 Layers that read the same input are one product (`product`), which keeps that input alone. On processors with bf16
 instructions the products are those of omni_kernels (fp32 sums, the weights packed as they are needed), and a weight's
 gradient goes straight into the fp32 sum of its `Slot`; elsewhere they are torch's, and autograd takes the gradients on.
+
+Written out in plain operations, down(silu(gate) * up) leaves gate, up, silu(gate) and the product to autograd: half of the
+activations of SmolLM2-135M. `gated_mlp` keeps its input and the two halves before the gate; the last two are computed
+again, in the pass over memory that makes their gradients.
+
+Limits: linear layers without bias; of gates SiLU alone.
 """
 
 from __future__ import annotations
@@ -70,13 +76,29 @@ def weight_gradients(
         elif packed is None:
             found.append(part.t().mm(x))
         else:
-            slot = slot_of(weight)
+            slot: Slot | None = getattr(weight, "slot", None)  # where it is trained as a whole by this process
             into, add = (torch.empty_like(weight), False) if slot is None else slot.place()
             decoder.weight_gradient(part, packed, into, add=add)
             found.append(into if slot is None else None)
     return tuple(found)
 
 
-def slot_of(weight: Tensor) -> Slot | None:
-    """Where gradients of this parameter are summed, if it is trained as a whole by this process."""
-    return getattr(weight, "slot", None)
+class _GatedDown(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both: Tensor, down: Tensor) -> Tensor:
+        ctx.save_for_backward(both, down)
+        return forward(decoder.gate(both), down)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        both, down = ctx.saved_tensors
+        grad = grad.contiguous()
+        dboth, inner = decoder.gate_backward(backward(grad, down), both)
+        return dboth, *weight_gradients(grad, inner, [down], ctx.needs_input_grad[1:])
+
+
+def gated_mlp(mlp: Any, x: Tensor) -> Tensor:
+    """The output of an MLP of plain linear layers."""
+    both = product(x.flatten(0, -2), mlp.gate_proj.weight, mlp.up_proj.weight)
+    return _GatedDown.apply(both, mlp.down_proj.weight).view(x.shape)

@@ -16,11 +16,11 @@ system that all hosts share; a reference policy (beta > 0) needs LoRA.
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,20 +28,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from omni_fast.checkpoint import Json
 from omni_fast.errors import RunError, UserError
 from omni_fast.policy import shards
 from omni_fast.policy.pack import MicroBatch, Trajectory
-from omni_fast.policy.slots import Slot
-from omni_fast.policy.update import Policy, body
+from omni_fast.policy.slots import Clock, Slot
+from omni_fast.policy.update import Part, Policy, body
 from omni_fast.ranks import STEP_S
-from omni_kernels import LossOutput, Tokens
+from omni_kernels import Tokens
 
 IDLE_S = 24 * 3600.0  # how long a rank waits for rank 0's next call, which samples, scores and saves meanwhile
 Head = Callable[[Tensor, nn.Linear], Any]
-Part = TypeVar("Part")
 
 
 class ShardedPolicy(Policy):
@@ -111,12 +111,7 @@ class ShardedPolicy(Policy):
 
     def _send(self, name: str, given: tuple[Any, ...]) -> None:
         """Tensors travel later, part by part; here only their shapes."""
-        shapes = tuple(
-            {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in argument.items()}
-            if isinstance(argument, Mapping)
-            else argument
-            for argument in given
-        )
+        shapes = tree_map_only(Tensor, partial(Tensor.to, device="meta"), given)
         dist.broadcast_object_list([name, shapes], src=0, group=self._calls)
 
     def follow(self) -> None:
@@ -137,20 +132,18 @@ class ShardedPolicy(Policy):
     def _take_over(self, dtype: torch.dtype) -> list[Slot]:
         self._dtype = dtype
         self._published = {name: value for name, value in self.model.named_parameters() if self.rank == 0}
-        self.trained = copy.deepcopy(self.model) if self.rank == 0 else self.model
+        self.trained = (copy.deepcopy(self.model) if self.rank == 0 else self.model).float()
         for value in self._published.values():
             value.data = value.data.to(dtype)
         self._decoder = _Decoder(self.trained)
         self._mesh = _shard(self._decoder, dtype)
-        slots = []
-        for name, parameter in self.trained.named_parameters():
-            assert isinstance(parameter, DTensor)
-            if parameter.requires_grad:
-                master = parameter.to_local().detach()
-                slots.append(Slot(name, parameter.shape, parameter, master, torch.empty_like(master)))
-        return slots
+        return [
+            Slot(name, parameter, parameter.to_local().detach())
+            for name, parameter in self.trained.named_parameters()
+            if isinstance(parameter, DTensor) and parameter.requires_grad
+        ]
 
-    def _loss_backward(self, micro: MicroBatch, tokens: Tokens, clock: Any) -> LossOutput:
+    def _loss_backward(self, micro: MicroBatch, tokens: Tokens, clock: Clock) -> tuple[Tensor, Tensor]:
         def loss(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor, Tensor | None]:
             found = self._head_loss(hidden, head, micro, tokens)
             return found.loss, found.metrics, found.entropy
@@ -160,21 +153,11 @@ class ShardedPolicy(Policy):
             clock.lap("forward")
             value.backward()
         clock.lap("backward")
-        return LossOutput(value, metrics, None, entropy)
+        return metrics, entropy
 
     def _logprobs(self, model: PreTrainedModel, micro: MicroBatch, want_entropy: bool) -> tuple[Tensor, Tensor | None]:
         with self._attention(model):
             return self._decoder(micro, lambda hidden, head: self._head_logprobs(hidden, head, micro, want_entropy))
-
-    def _over_ranks(self, totals: Tensor, counts: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
-        merged: dict[str, float] = defaultdict(float)
-        for part in self._gathered(counts):
-            for name, count in part.items():
-                merged[name] += count
-        return self._sum(totals), merged
-
-    def _measured(self, own: dict[int, tuple[list[float], list[float]]]) -> dict[int, tuple[list[float], list[float]]]:
-        return {index: found for part in self._gathered(own) for index, found in part.items()}
 
     def _gathered(self, own: Part) -> list[Part]:
         parts: list[Any] = [None] * self.ranks
@@ -211,6 +194,8 @@ class ShardedPolicy(Policy):
     @torch.no_grad()
     def _publish(self) -> None:
         """The new weights into rank 0's whole model, in place; rounded before they travel, as they would be after."""
+        assert isinstance(self._decoder, FSDPModule)
+        self._decoder.reshard()  # a forward pass without a backward one leaves embedding, norm and head gathered
         for slot in self.slots:
             whole = self._spread(slot, slot.master.to(self._dtype)).full_tensor()
             if self.rank == 0:

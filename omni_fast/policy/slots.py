@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Size, Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -13,17 +14,24 @@ from torch.distributed.tensor import DTensor
 class Slot:
     """A trained parameter: what the model reads, the fp32 truth, the gradient sum, AdamW's moments (None: not stepped).
 
-    shape: of the whole parameter; `master`, `grad` and the moments are this process's part of it.
+    `master`, `grad` and the moments are this process's part of it.
     """
 
     name: str
-    shape: Size
     working: nn.Parameter
     master: Tensor
-    grad: Tensor
+    grad: Tensor = field(init=False)
     filled: bool = False  # whether `grad` holds anything of this step
     mean: Tensor | None = None
     square: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.grad = torch.empty_like(self.master)
+
+    @property
+    def shape(self) -> Size:
+        """Of the whole parameter."""
+        return self.working.shape
 
     def sum(self) -> Tensor:
         """The gradient sum, to be added to."""

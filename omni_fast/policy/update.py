@@ -17,8 +17,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -45,6 +45,7 @@ from omni_kernels import (
 )
 
 ADAM_EPS = 1e-8
+Part = TypeVar("Part")
 
 
 class Policy:
@@ -82,6 +83,9 @@ class Policy:
             )
         _check_model(model)
         slim(model)
+        embedding = model.get_input_embeddings()
+        if isinstance(embedding, nn.Embedding):
+            embedding.padding_idx = None  # no row is padding; a token that pads elsewhere learns like any other
         self.model = self.trained = model
         self.loss = loss
         self.learning_rate = learning_rate
@@ -110,7 +114,6 @@ class Policy:
         if loss.beta > 0 and not self.lora:
             self.reference = copy.deepcopy(model).requires_grad_(False).eval()
         by_parameter: dict[Tensor, Slot] = {slot.working: slot for slot in self.slots}
-        embedding = model.get_input_embeddings()
         self._embedding = by_parameter.get(embedding.weight) if type(embedding) is nn.Embedding else None
         self._head = by_parameter.get(model.get_output_embeddings().weight)
         for slot in self.slots:
@@ -129,8 +132,10 @@ class Policy:
         Raises UserError where a sample exceeds the token budget, RunError after `max_bad_steps` non-finite gradients.
         """
         clock = Clock()
-        deferred = self._count_is_deferred()
-        denominator = 1.0 if deferred else float(normaliser_count(self._flat(batch), self.loss))
+        try:
+            denominator, deferred = float(normaliser_count(self._flat(batch), self.loss)), False
+        except ValueError:  # which tokens count is known only after the forward passes
+            denominator, deferred = 1.0, True
         passive = self.loss.beta == self.loss.entropy_coef == self.loss.z_loss == 0 and not deferred
         active = [sample for sample in batch if sample.advantage != 0] if passive else list(batch)
         micro_batches = self._pack(active)
@@ -138,20 +143,22 @@ class Policy:
         for slot in self.slots:
             slot.filled = False
         totals: Tensor | None = None
-        counts: dict[str, float] = defaultdict(float)
+        own: dict[str, float] = defaultdict(float)
         for micro in micro_batches:
             sums, entropy = self._accumulate(micro, denominator, clock)
             totals = sums if totals is None else totals + sums
             tasks = [active[index].task for index in micro.samples]
             for task in set(tasks):
-                own = torch.tensor([name == task for name in tasks], device=entropy.device)[micro.sequences]
-                counts[f"entropy/{task}"] += entropy[own].sum(dtype=torch.float64).item()
-                counts[f"tokens/{task}"] += int(own.sum())
-            counts["rows"] += micro.input_ids.numel()
-            counts["microbatches"] += 1
-        if totals is not None:
-            totals, counts = self._over_ranks(totals, counts)
-        metrics = {} if totals is None else finalise(totals)
+                among = torch.tensor([name == task for name in tasks], device=entropy.device)[micro.sequences]
+                own[f"entropy/{task}"] += entropy[among].sum(dtype=torch.float64).item()
+                own[f"tokens/{task}"] += int(among.sum())
+            own["rows"] += micro.input_ids.numel()
+            own["microbatches"] += 1
+        counts: dict[str, float] = defaultdict(float)
+        for part in self._gathered(own):
+            for name, count in part.items():
+                counts[name] += count
+        metrics = {} if totals is None else finalise(totals := self._sum(totals))
         if "reference_kl_k3" in metrics:
             metrics["kl"] = metrics["reference_kl_k3"]
         for name, total in counts.items():
@@ -178,8 +185,8 @@ class Policy:
                 for number, index in enumerate(micro.samples):
                     own = micro.sequences == number
                     results[index] = (logp[own].tolist(), entropy[own].tolist())
-        results = self._measured(results)
-        return [results[index] for index in range(len(batch))]
+        merged = {index: found for part in self._gathered(results) for index, found in part.items()}
+        return [merged[index] for index in range(len(batch))]
 
     def _pack(self, batch: Sequence[Trajectory]) -> list[MicroBatch]:
         if not batch:
@@ -201,33 +208,18 @@ class Policy:
             reference=torch.zeros_like(rollout) if self.loss.beta > 0 else None,
         )
 
-    def _count_is_deferred(self) -> bool:
-        """Whether the loss's count of kept tokens is known only after the forward pass."""
-        probe = Tokens(torch.zeros(1, dtype=torch.int64), torch.zeros(1), rollout=torch.zeros(1))
-        try:
-            normaliser_count(probe, replace(self.loss, beta=0.0))
-        except ValueError:
-            return True
-        return False
-
     def _accumulate(self, micro: MicroBatch, denominator: float, clock: Clock) -> tuple[Tensor, Tensor]:
         """Adds one micro-batch to the gradient sums; its metric sums and the entropies of its tokens."""
         reference = self._reference_logprobs(micro)
         clock.lap("reference")
         tokens = Tokens(
-            micro.targets,
-            micro.advantages,
-            sequences=micro.sequences,
-            reference=reference,
-            rollout=micro.rollout,
+            micro.targets, micro.advantages, sequences=micro.sequences, reference=reference, rollout=micro.rollout,
             denominator=denominator,
-        )
-        output = self._loss_backward(micro, tokens, clock)
-        assert output.entropy is not None
-        return output.metrics, output.entropy
+        )  # fmt: skip
+        return self._loss_backward(micro, tokens, clock)
 
-    def _loss_backward(self, micro: MicroBatch, tokens: Tokens, clock: Clock) -> LossOutput:
-        """Forward and backward pass of one micro-batch."""
+    def _loss_backward(self, micro: MicroBatch, tokens: Tokens, clock: Clock) -> tuple[Tensor, Tensor]:
+        """Forward and backward pass of one micro-batch: metric sums and entropies."""
         with self._attention(self.model):
             inputs = self.model.get_input_embeddings()(micro.input_ids)
             if self._embedding is not None:
@@ -243,7 +235,8 @@ class Policy:
             assert inputs.grad is not None
             self._embedding.sum().index_add_(0, micro.input_ids[0], inputs.grad[0].float())
         clock.lap("backward")
-        return output
+        assert output.entropy is not None
+        return output.metrics, output.entropy
 
     def _head_loss(
         self, hidden: Tensor, head: nn.Linear, micro: MicroBatch, tokens: Tokens, main_grad: Tensor | None = None
@@ -313,19 +306,15 @@ class Policy:
             master = parameter.data.float()
             parameter.data = master.to(dtype)  # the same tensor where dtype is fp32
             if parameter.requires_grad:
-                slots.append(Slot(name, parameter.shape, parameter, master, torch.empty_like(master)))
+                slots.append(Slot(name, parameter, master))
         return slots
 
-    def _over_ranks(self, totals: Tensor, counts: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
-        """Metric sums and counts of all micro-batches of the step."""
-        return totals, counts
-
-    def _measured(self, own: dict[int, tuple[list[float], list[float]]]) -> dict[int, tuple[list[float], list[float]]]:
-        """What was measured of all samples."""
-        return own
+    def _gathered(self, own: Part) -> list[Part]:
+        """What each process found."""
+        return [own]
 
     def _sum(self, part: Tensor) -> Tensor:
-        """A sum over all parameters, of the sum over this process's."""
+        """Of all processes' sums."""
         return part
 
     def _store(self, folder: Path) -> None:
@@ -436,9 +425,6 @@ class Policy:
                 slot.mean, slot.square = torch.empty_like(slot.master), torch.empty_like(slot.master)
         shards.read(folder, self.tensors())
         self._publish()
-        self._load_numbers(numbers)
-
-    def _load_numbers(self, numbers: Mapping[str, Json]) -> None:
         steps, bad_steps = numbers["steps"], numbers["bad_steps"]
         assert isinstance(steps, int) and isinstance(bad_steps, int)
         self.steps, self.bad_steps = steps, bad_steps

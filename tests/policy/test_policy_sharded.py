@@ -97,6 +97,7 @@ def steps_as_one(
             continue
         plain_model = build()
         plain = Policy(plain_model, **settings(name))
+        first = {key: value.clone() for key, value in plain.weights().items()}
         same(drive(policy, batches), drive(plain, batches))
         same(tensors(policy), tensors(plain))
         same(policy.weights(), plain.weights())
@@ -106,6 +107,9 @@ def steps_as_one(
         policy.save(folder / name)
         (folder / f"{name}.json").write_text(json.dumps(policy.numbers()))
         policy.reset_optimizer()
+        for each in (policy, plain):
+            each.load_weights(first)
+        same(policy.measure(batches[1]), plain.measure(batches[1]))  # nothing of the last measurement's weights is left
         policy.close()
 
 
@@ -137,17 +141,21 @@ def resumed_as_one(
 
 
 def compiled_layers_step_as_one(batches: list[list[Trajectory]], rank: int) -> None:
-    """Layers that the compiled kernels take: their weights come and go with each layer's turn."""
+    """Layers that the compiled kernels take: their weights come and go with each layer's turn.
+
+    A token of the prompts is what the model pads with, and the model comes in the working dtype.
+    """
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
         config = LlamaConfig(
             vocab_size=23, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=32,
-            num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.1,
+            num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.1, pad_token_id=1,
         )  # fmt: skip
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config).to(dtype)
         given = settings("dapo") | {"dtype": dtype}
         plain = Policy(copy.deepcopy(model), **given)
         policy = ShardedPolicy(model, **given)
+        assert all(slot.master.dtype == torch.float32 for slot in policy.slots)
         if rank:
             policy.follow()
             continue
@@ -209,7 +217,7 @@ def rank_0_fails_alone(build: Callable[[], LlamaForCausalLM], batches: list[list
     def full(*given: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    policy._over_ranks = full  # type: ignore[method-assign]
+    policy._gathered = full  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="out of memory"):
         policy.update(batches[0])
     started = time.monotonic()
