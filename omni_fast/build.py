@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -178,31 +179,32 @@ def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
     torch.set_num_threads(config.threads or ranks.threads())
     with ExitStack() as stack:
         stack.enter_context(ranks.together(config.fingerprint()))
-        with run.timed("setup"):
-            progress.wait(f"the model {config.model.path}")
-            model, tokenizer = load_model(config)
-            urls = engine_urls(config, model, run, stack, progress)
-            progress.wait("the tasks, their verifiers and the judge")
-            judged = with_judge(config, urls, str(model.name_or_path))
-            grading = Grading(judged, stack, run.folder, model, tokenizer, progress.warn)
-            plain = build_tasks(config.tasks, seed=config.seed, resources=grading.resources())
-            for task in plain.values():
-                if isinstance(task, FileTask) and task.report.dropped:
-                    progress.warn("\n".join(task.report.lines()))
-            tasks = {block.name: composed(plain[block.name], block.reward) for block in config.tasks}
-            # SGLang 0.5.17 dies where labels and samples meet in one batch
-            scorer = Scorer(tasks, config.rewards, progress, run.raise_if_stopping, hold=config.judge_generates)
-            stack.callback(scorer.close)
-            progress.wait("the policy's optimiser and the engine")
-            policy = make_policy(config, model)
-            if isinstance(policy, ShardedPolicy):
-                stack.callback(policy.close)
-            engine = make_engine(config, urls, model, run, stack, progress)
-            trackers = Trackers(config, run.folder, len(run.rows()))
-            stack.callback(trackers.close)
-            parts = Parts(config, run, progress, model, tokenizer, tasks, policy, engine, scorer, trackers)
-            progress.wait("the prompts' tokens")
-            parts.check_items()
+        start = time.perf_counter()
+        progress.wait(f"the model {config.model.path}")
+        model, tokenizer = load_model(config)
+        urls = engine_urls(config, model, run, stack, progress)
+        progress.wait("the tasks, their verifiers and the judge")
+        judged = with_judge(config, urls, str(model.name_or_path))
+        grading = Grading(judged, stack, run.folder, model, tokenizer, progress.warn)
+        plain = build_tasks(config.tasks, seed=config.seed, resources=grading.resources())
+        for task in plain.values():
+            if isinstance(task, FileTask) and task.report.dropped:
+                progress.warn("\n".join(task.report.lines()))
+        tasks = {block.name: composed(plain[block.name], block.reward) for block in config.tasks}
+        # SGLang 0.5.17 dies where labels and samples meet in one batch
+        scorer = Scorer(tasks, config.rewards, progress, run.raise_if_stopping, hold=config.judge_generates)
+        stack.callback(scorer.close)
+        progress.wait("the policy's optimiser and the engine")
+        policy = make_policy(config, model)
+        if isinstance(policy, ShardedPolicy):
+            stack.callback(policy.close)
+        engine = make_engine(config, urls, model, run, stack, progress)
+        trackers = Trackers(config, run.folder, len(run.rows()))
+        stack.callback(trackers.close)
+        parts = Parts(config, run, progress, model, tokenizer, tasks, policy, engine, scorer, trackers)
+        progress.wait("the prompts' tokens")
+        parts.check_items()
+        run.add_seconds(setup=time.perf_counter() - start)
         run.bind()
         if run.added:
             progress.say(f"added to what is measured here: {', '.join(run.added)}")

@@ -76,10 +76,7 @@ def latest(folder: Path, warn: Callable[[str], None] = print) -> Checkpoint | No
         remedy = f"trying the one before, {before.name}" if before else "there is none before it"
         warn(f"The checkpoint {path} is damaged ({problem}): {remedy}.")
     if paths:
-        raise UserError(
-            f"All {len(paths)} checkpoints in {folder} are damaged: restore one from a copy, or remove that folder to "
-            "start over."
-        )
+        raise UserError(f"All {len(paths)} checkpoints in {folder} are damaged: restore one from a copy, or remove it.")
     return None
 
 
@@ -103,12 +100,9 @@ def writing(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        free = (
-            f"{shutil.disk_usage(target.parent).free / 2**30:.2f} GiB free"
-            if target.parent.is_dir()
-            else "no such folder"
-        )
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        place = target.parent
+        free = f"{shutil.disk_usage(place).free / 2**30:.2f} GiB free" if place.is_dir() else "no such folder"
+        reason = getattr(error, "strerror", None) or str(error)
         raise RunError(
             f"{target} could not be written ({reason}; {free}); what was saved before is intact. "
             "Make room or permission there, and run the same command again."
@@ -204,18 +198,14 @@ def run_lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = (folder / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(
-            f"The run folder {folder} cannot be written ({error.strerror}): give another one, or change its permissions."
-        ) from error
+        raise UserError(f"The run folder {folder} cannot be written ({error.strerror}): give another one.") from error
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.seek(0)
-            raise UserError(
-                f"Another process (pid {handle.read().strip() or 'unknown'}) is working in the run folder {folder}: wait for "
-                "it, stop it, or give another folder."
-            ) from None
+            owner = f"Another process (pid {handle.read().strip() or 'unknown'})"
+            raise UserError(f"{owner} is working in {folder}: wait for it, stop it, or give another folder.") from None
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()

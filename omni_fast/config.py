@@ -213,8 +213,7 @@ class Config(Section):
             raise ValueError(f"curriculum.order must name each task once: expected some order of {names}, got {order}")
         if self.rollout.max_staleness and self.engine.kind == "local":
             raise ValueError(
-                f"rollout.max_staleness {self.rollout.max_staleness} needs engine.kind 'sglang': the local engine shares "
-                "the policy's cores and weights, so it cannot generate while they are trained; set it to 0"
+                "rollout.max_staleness > 0 needs engine.kind 'sglang': the local engine shares the weights"
             )
         if self.rollout.max_staleness and self.judge_generates:
             raise ValueError(
@@ -222,13 +221,10 @@ class Config(Section):
                 "labels and samples in one batch; use judge.backend 'openai' on that server, or a server of its own"
             )
         if self.engine.kind == "sglang" and self.engine.sync == "adapter" and not self.model.lora_rank:
-            raise ValueError(
-                "engine.sync 'adapter' brings servers a LoRA adapter and model.lora_rank is 0: set the rank, or another sync"
-            )
+            raise ValueError("engine.sync 'adapter' brings a LoRA adapter and model.lora_rank is 0: set a rank")
         if self.engine.sleep and (self.engine.kind == "local" or self.rollout.max_staleness):
             raise ValueError(
-                "engine.sleep needs engine.kind 'sglang' and rollout.max_staleness 0: servers that sleep while the policy is "
-                "updated cannot generate meanwhile"
+                "engine.sleep needs engine.kind 'sglang' and rollout.max_staleness 0: who sleeps cannot generate"
             )
         if self.judge.backend in ("openai", "sglang") and not self.judge.url and not self.adapter_rank:
             raise ValueError(

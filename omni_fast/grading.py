@@ -110,10 +110,8 @@ def _judge_prompts(model: str) -> tuple[Callable[[Messages], str], tuple[int, in
         tokenizer = AutoTokenizer.from_pretrained(str(smollm2.folder()) if model == smollm2.NAME else model)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise UserError(
-            f"judge.model {model!r}: its tokenizer cannot be loaded ({reason}); backend 'sglang' needs it: give the "
-            "folder or Hugging Face id that the server was started with, or use backend 'openai' on the same server"
-        ) from error
+        remedy = "give what its server was started with, or use judge.backend 'openai'"
+        raise UserError(f"judge.model {model!r}: its tokenizer cannot be loaded ({reason}); {remedy}") from error
     first, second = (int(tokenizer.encode(label, add_special_tokens=False)[0]) for label in (" A", " B"))
     if first == second or not tokenizer.chat_template:
         raise UserError(f"judge.model {model!r} has no chat template or no tokens for the labels; use backend 'openai'")
@@ -133,9 +131,7 @@ def check_data(source: str, overrides: tuple[str, ...], folder: Path) -> list[st
             config = Config(tasks=[guess_block(source)])
         blocks = [block for block in config.tasks if block.kind == "jsonl"]
         if not blocks:
-            raise UserError(
-                f"{source} has no task of kind jsonl; give a config with your data, or the data file itself"
-            )
+            raise UserError(f"{source} has no task of kind jsonl; give a config with your data, or the data itself")
         resources = Grading(config, stack, folder).resources()
         return [line for block in blocks for line in check(block, resources=resources).lines()]
 

@@ -130,7 +130,8 @@ def _server_gpus(config: Config, place: Place) -> int:
         return 0
     own = {flag.split("=")[0] for flag in config.engine.flags} & {"--host", "--port", "--base-gpu-id"}
     _unless(
-        not own, f"engine.flags holds {', '.join(sorted(own))}, which differs from server to server: leave it to the script"
+        not own,
+        f"engine.flags holds {', '.join(sorted(own))}, which differs from server to server: leave it to the script",
     )
     return gpus_of(config.engine.flags)
 

@@ -64,10 +64,8 @@ def together(fingerprint: dict[str, Any]) -> Iterator[None]:
         dist.all_gather_object(parts, fingerprint)
         for other, part in enumerate(parts):
             if odd := sorted(key for key in parts[0] if part.get(key) != parts[0][key]):
-                raise UserError(
-                    f"rank {other} has another config than rank 0 (in {', '.join(odd)}): start all hosts with the same file "
-                    "and overrides"
-                )
+                told = f"rank {other} has another config than rank 0 (in {', '.join(odd)})"
+                raise UserError(f"{told}: start all hosts with the same file and overrides")
         yield
     finally:
         dist.destroy_process_group()

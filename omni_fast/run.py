@@ -99,10 +99,8 @@ class Run:
         """UserError where a task has other items than when the run began: scores are compared, and prompts counted, by place."""
         known = self.state.setdefault("items", {})
         if changed := [task for task, digest in digests.items() if known.get(task, digest) != digest]:
-            raise UserError(
-                f"The run folder {self.folder} has begun with other items of {', '.join(changed)} (its data file, its class or "
-                "a package has changed since): bring them back, or give another folder."
-            )
+            old = f"The run folder {self.folder} has begun with other items of {', '.join(changed)}"
+            raise UserError(f"{old} (data, class or package has changed): bring them back, or give another folder.")
         known |= digests
 
     def bind(self) -> None:
@@ -114,16 +112,12 @@ class Run:
         before, now = _read_json(self.folder / FINGERPRINT), self.config.fingerprint()
         if changed := checkpoint.differences(before, now | {"tasks": before.get("tasks", [])}):
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-            raise UserError(
-                f"The run folder {self.folder} belongs to another configuration ({'; '.join(changed[:5])}{more}): give another "
-                "folder, or the old settings."
-            )
+            old = f"The run folder {self.folder} belongs to another configuration"
+            raise UserError(f"{old} ({'; '.join(changed[:5])}{more}): give another folder, or the old settings.")
         added = added_tasks(self.folder, before, now)
         if added and (stage := self._begun()):
-            raise UserError(
-                f"The run folder {self.folder} has begun its curriculum ({stage}) without {', '.join(added)}, which can be "
-                "added only before that: give another folder, or the old list of tasks."
-            )
+            begun = f"The run folder {self.folder} has begun its curriculum ({stage}) without {', '.join(added)}"
+            raise UserError(f"{begun}, too late to add: give another folder, or the old list of tasks.")
         return added
 
     def _begun(self) -> str:
@@ -149,9 +143,7 @@ class Run:
         """The scores of a policy that has to be evaluated by now."""
         found = self.evaluated(name)
         if found is None:
-            raise UserError(
-                f"{self.folder} has no scores of '{name}' yet; `omni-fast train` on it goes on to that point"
-            )
+            raise UserError(f"{self.folder} has no scores of '{name}' yet; `omni-fast train` on it goes on to them")
         return found
 
     def finish_stage(self, stage: str, trained: Trained) -> None:
@@ -194,12 +186,6 @@ class Run:
 
     def add_counts(self, **parts: float) -> None:
         _add(self.state["totals"]["counts"], parts)
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.add_seconds(**{name: time.perf_counter() - start})
 
     # The stage under way, and the weights at the end of stages.
 
@@ -295,9 +281,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(
-            f"{path} is damaged, it is not valid JSON ({error}): restore it from a copy, or give another run folder to start over"
-        ) from error
+        raise UserError(f"{path} is damaged, not valid JSON ({error}): restore it, or give another folder") from error
 
 
 def _add(totals: dict[str, float], parts: Mapping[str, float]) -> None:

@@ -119,9 +119,7 @@ def read_shape(name: str) -> Shape:
             raw.get("moe_intermediate_size", raw["intermediate_size"]) if experts else 0, raw.get("kv_lora_rank") or 0,
         )  # fmt: skip
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is no config of a decoder that is known here ({error}); known by name: {', '.join(SHAPES)}"
-        ) from None
+        raise UserError(f"{path} is no config of a decoder ({error}); known by name: {', '.join(SHAPES)}") from None
 
 
 @dataclass(frozen=True)

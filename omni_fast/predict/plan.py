@@ -71,26 +71,22 @@ def plan(fleet: Fleet, work: Work, trainer_gpus: int) -> Plan:
     servers = (fleet.gpus if turns else fleet.gpus - trainer_gpus) // server.gpus
     slots = server.slots(work)
     if slots < 1:
-        raise UserError(
-            f"a server of {server.gpus} x {fleet.machine} has no room for one sample of {work.max_new_tokens} tokens beside "
-            f"{WEIGHT * fleet.shape.parameters / 1e9:.0f} GB of weights: give more --server-gpus"
-        )
+        weights = f"{WEIGHT * fleet.shape.parameters / 1e9:.0f} GB of weights"
+        raise UserError(f"a server of {server.gpus} GPUs has no room for a sample beside {weights}: more --server-gpus")
     if trainer.memory > USABLE * machine.memory:
         fewest = smallest_trainer(trainer)
-        raise UserError(
-            f"training needs {trainer.memory / 1e9:.0f} GB on each of {trainer_gpus} x {fleet.machine}, which have "
-            f"{USABLE * machine.memory / 1e9:.0f} GB to use: "
-            + (f"{fewest} GPUs are the fewest" if fewest else "a gathered layer alone is too large (--experts-stay)")
+        needed = (
+            f"{trainer.memory / 1e9:.0f} GB on each of {trainer_gpus} GPUs of {USABLE * machine.memory / 1e9:.0f} GB"
         )
+        remedy = f"{fewest} GPUs are the fewest" if fewest else "a gathered layer alone is too large (--experts-stay)"
+        raise UserError(f"training needs {needed}: {remedy}")
     steps = max(2, min(STEPS, COUNTED_SAMPLES // work.batch))
     if (samples := work.batch * (steps + 3 * fleet.staleness + 2)) > MOST_SAMPLES:
-        raise UserError(
-            f"{samples:,} samples would have to be simulated and {MOST_SAMPLES:,} is the most: give less of --prompts, --samples "
-            "or --staleness"
-        )
+        most = f"{samples:,} samples to simulate, {MOST_SAMPLES:,} are the most"
+        raise UserError(f"{most}: give less of --prompts, --samples or --staleness")
     if servers < 1:
         raise UserError(
-            f"--gpus {fleet.gpus} leaves no room for a server of {server.gpus} beside those that train: give more"
+            f"--gpus {fleet.gpus} leaves no room for a server of {server.gpus}: give more, or fewer that train"
         )
     update = trainer.update_s(work)
     # In turns every server collects its own part of the weights, all at once.

@@ -111,9 +111,7 @@ def _run(command: list[str], deadline: float, what: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired as error:
-        raise RunError(
-            f"{what} took more than its {limit:.0f} s: check the package index, then run the same command again."
-        ) from error
+        raise RunError(f"{what} took more than its {limit:.0f} s: look at the package index, try again.") from error
     if done.returncode != 0:
         lines = [line for line in done.stderr.strip().splitlines() if not line.startswith("WARNING")]
         raise RunError(f"{what} failed: " + ("\n".join(lines[-6:]) or f"exit code {done.returncode}"))

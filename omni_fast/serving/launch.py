@@ -52,9 +52,7 @@ def launches(role: str, model: str, device: Device, dtype: str, flags: Sequence[
     """`servers` launches that differ in name, port and GPUs, counted up from `--port` and `--base-gpu-id` of the flags."""
     rest = list(flags)
     if any(flag.split("=")[0] == "--api-key" for flag in rest):
-        raise UserError(
-            f"engine.flags holds --api-key, and flags are stored and printed: give the key in the environment as {KEY_VARIABLE}."
-        )
+        raise UserError(f"engine.flags holds --api-key, and flags are stored: give the key as {KEY_VARIABLE} instead.")
     host, port = _take(rest, "--host") or "127.0.0.1", _take(rest, "--port") or "0"
     if not port.isdecimal() or int(port) + servers > 65536:
         raise UserError(f"engine.flags: --port {port} is no port for {servers} server(s); give 1 to {65536 - servers}.")
@@ -115,9 +113,7 @@ def write_key(folder: Path, launch: Launch) -> Path | None:
     if not key:
         return None
     if "--config" in launch.flags:
-        raise UserError(
-            f"SGLang takes one --config: put api-key into that file and unset {KEY_VARIABLE}, or drop the flag."
-        )
+        raise UserError(f"SGLang takes one --config: put api-key into it and unset {KEY_VARIABLE}, or drop the flag.")
     path = folder / f".{launch.name}-key.yaml"
     path.unlink(missing_ok=True)
     quoted = key.replace("'", "''")

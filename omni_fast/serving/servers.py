@@ -48,18 +48,14 @@ CAUSES = (
         RunError,
         "out of memory: stop what else runs there, change --mem-fraction-static or --max-total-tokens in engine.flags as said, or serve a smaller model",
     ),
+    ("[aA]ddress already in use", RunError, "its port was taken meanwhile: give another, or none for a free one"),
     (
-        r"[aA]ddress already in use",
-        RunError,
-        "its port was taken meanwhile: give another, or none for a free one",
-    ),
-    (
-        r"error: (unrecognized arguments|argument|ambiguous option)",
+        "error: (unrecognized arguments|argument|ambiguous option)",
         UserError,
         f"SGLang {VERSION} does not take a flag of engine.flags",
     ),
     (
-        r"ModuleNotFoundError: No module named",
+        "ModuleNotFoundError",
         RunError,
         "the environment lacks a package: delete it and run `omni-fast engine install` again",
     ),
@@ -276,9 +272,8 @@ def _wait(server: Server, timeout_s: float, say: Say, check: Callable[[], None])
             break
         what = f"loading, /health answers {answer}" if answer else "importing, nothing listens yet"
         if waited > timeout_s:
-            raise RunError(
-                f"{name} was not ready after {timeout_s:.0f} s ({what}): raise engine.start_timeout_s; {_last_words(server)}"
-            )
+            late = f"{name} was not ready after {timeout_s:.0f} s ({what})"
+            raise RunError(f"{late}: raise engine.start_timeout_s; {_last_words(server)}")
         if waited - told >= SAY_EVERY_S:
             told = waited
             say(f"waiting for {name} at {server.url} ({what}; {waited:.0f} of at most {timeout_s:.0f} s)")
@@ -385,9 +380,7 @@ def _read(folder: Path) -> list[Server]:
     try:
         return KNOWN.validate_json(path.read_bytes()) if path.is_file() else []
     except ValidationError:
-        raise UserError(
-            f"{path} is damaged or of another version of omni-fast: stop what servers there are by hand, and remove it."
-        ) from None
+        raise UserError(f"{path} is damaged or of another version: stop its servers by hand, and remove it.") from None
 
 
 def _write(folder: Path, servers: Sequence[Server]) -> None:
