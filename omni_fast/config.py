@@ -212,20 +212,17 @@ class Config(Section):
         if mode == "order" and sorted(order) != sorted(names):
             raise ValueError(f"curriculum.order must name each task once: expected some order of {names}, got {order}")
         if self.rollout.max_staleness and self.engine.kind == "local":
-            raise ValueError(
-                "rollout.max_staleness > 0 needs engine.kind 'sglang': the local engine shares the weights"
-            )
+            bound = self.rollout.max_staleness
+            raise ValueError(f"rollout.max_staleness {bound} needs engine.kind 'sglang'; for the local one set it to 0")
         if self.rollout.max_staleness and self.judge_generates:
             raise ValueError(
                 "judge.backend 'sglang' on a server that generates meanwhile (rollout.max_staleness > 0): SGLang 0.5.17 dies of "
                 "labels and samples in one batch; use judge.backend 'openai' on that server, or a server of its own"
             )
         if self.engine.kind == "sglang" and self.engine.sync == "adapter" and not self.model.lora_rank:
-            raise ValueError("engine.sync 'adapter' brings a LoRA adapter and model.lora_rank is 0: set a rank")
+            raise ValueError("engine.sync 'adapter' brings servers a LoRA adapter and model.lora_rank is 0: set it")
         if self.engine.sleep and (self.engine.kind == "local" or self.rollout.max_staleness):
-            raise ValueError(
-                "engine.sleep needs engine.kind 'sglang' and rollout.max_staleness 0: who sleeps cannot generate"
-            )
+            raise ValueError("engine.sleep needs engine.kind 'sglang' and rollout.max_staleness 0: sleep or generate")
         if self.judge.backend in ("openai", "sglang") and not self.judge.url and not self.adapter_rank:
             raise ValueError(
                 f"judge.backend '{self.judge.backend}' needs judge.url; without one the engine's own server judges, whose "

@@ -131,7 +131,7 @@ def test_no_run_folder(omni: Omni, tmp_path: Path, command: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--prompts", "1000000"), "32,000,000 samples would have to be simulated"),
+        (("--prompts", "1000000"), "32,000,000 samples to simulate"),
         (("--staleness", "5000"), "--staleness"),
         (("--hours-between-failures", "1e-9"), "samples hardly ever end"),
         (("--plot", "/no/such/folder/splits.png"), "there is no folder /no/such/folder"),
