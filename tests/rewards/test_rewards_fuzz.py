@@ -65,7 +65,7 @@ class Agreeable:
 
     name = "agreeable"
 
-    def ask(self, questions: Sequence[Question], keep: Callable[[int, Verdict], None]) -> list[Verdict | Failure]:
+    def ask(self, questions: Sequence[Question]) -> list[Verdict | Failure]:
         assert all(message["content"].encode() for question in questions for message in question.messages("salt"))
         return ["A" if place % 2 == 0 else "B" for place in range(len(questions))]
 

@@ -8,7 +8,7 @@ from omni_fast.rewards.judge.base import Reply
 from omni_fast.rewards.judge.client import Failure
 from omni_fast.rewards.judge.pairwise import Question, Verdict
 from omni_fast.rewards.judge.rubric import RubricJudge
-from omni_fast.rewards.judge.server import Keep, PairwiseJudge
+from omni_fast.rewards.judge.server import PairwiseJudge
 from omni_fast.rewards.score import Part
 
 BETTER = {(pair.reply.prompt, pair.reply.completion) for pair in shipped_pairs() if pair.kind == "pair"}
@@ -22,7 +22,7 @@ class Fixed:
     def __init__(self, rule) -> None:
         self.rule = rule
 
-    def ask(self, questions: Sequence[Question], keep: Keep) -> list[Verdict | Failure]:
+    def ask(self, questions: Sequence[Question]) -> list[Verdict | Failure]:
         return [self.rule(question) for question in questions]
 
 

@@ -217,14 +217,12 @@ def test_damaged_and_unwritable_caches_do_not_stop_the_run(tmp_path):
     said: list[str] = []
     damaged = tmp_path / "v.sqlite"
     damaged.write_bytes(b"this is not a database, " * 500)
-    cache = VerdictCache(damaged, said.append)
-    cache.put({"k": "A"})
-    assert cache.get(["k"]) == {"k": "A"} and "damaged" in said[0] and (tmp_path / "v.sqlite.damaged").exists()
-    lost = VerdictCache(tmp_path / "v.sqlite.damaged" / "x" / "v.sqlite", said.append)
-    lost.put({"k": "A"})
-    assert lost.get(["k"]) == {} and "cannot be used" in said[-1]
-    cache.close()
-    assert cache.get(["k"]) == {}
+    for path in (damaged, damaged / "x" / "v.sqlite"):
+        cache = VerdictCache(path, said.append)
+        cache.put({"k": "A"})
+        assert cache.get(["k"]) == {} and "cannot be used" in said[-1] and "deleted" in said[-1]
+        cache.close()
+    assert len(said) == 2
 
 
 def test_marks_cannot_be_forged_and_depend_on_the_salt():

@@ -1,7 +1,7 @@
 """Verdicts on disk, so that a resumed run, a second process or a second epoch never pays for the same comparison twice.
 
 SQLite in WAL mode: several processes may read and write at once. Only verdicts that were really given are kept.
-A cache is a convenience: a damaged file is set aside and begun anew, a full disk stops the caching and not the run.
+A cache is a convenience: a damaged file or a full disk stops the caching and not the run.
 Limits: not for network file systems, where WAL does not work.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from omni_fast.rewards.judge.pairwise import VERDICTS, Verdict
@@ -25,52 +25,43 @@ class VerdictCache:
         self._connection: sqlite3.Connection | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._open()
-            except sqlite3.OperationalError:
-                raise
-            except sqlite3.DatabaseError as error:
-                self.close()
-                aside = path.replace(path.with_name(path.name + ".damaged"))
-                for suffix in ("-wal", "-shm"):
-                    path.with_name(path.name + suffix).unlink(missing_ok=True)
-                self._open()
-                say(f"the verdict cache {path} was damaged ({error}); it is kept as {aside.name} and begun anew")
+            self._connection = sqlite3.connect(path, timeout=30.0, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
             self._give_up(error)
-
-    def _open(self) -> None:
-        self._connection = connection = sqlite3.connect(self.path, timeout=30.0, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-        connection.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT NOT NULL)")
-        connection.execute("SELECT count(*) FROM verdicts").fetchone()
+        for line in (
+            "PRAGMA journal_mode=WAL",
+            "PRAGMA synchronous=NORMAL",
+            "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT NOT NULL)",
+        ):
+            self._run(line)
 
     def _give_up(self, error: Exception) -> None:
         self.close()
-        self.say(f"the verdict cache {self.path} cannot be used ({error}); verdicts are asked for again each time")
+        self.say(
+            f"the verdict cache {self.path} cannot be used ({error}); verdicts are asked for again each time, "
+            "until it is writable or, where it is damaged, deleted"
+        )
 
-    def _run(self, work: Callable[[sqlite3.Connection], list[tuple[str, str]]]) -> list[tuple[str, str]]:
-        """Rows of one piece of work; none where the file cannot be used, which is told once."""
+    def _run(self, statement: str, *rows: Sequence[str]) -> list[tuple[str, str]]:
+        """What a statement gives, run for each row; nothing where the file cannot be used, which is told once."""
         with self._lock:
             if self._connection is not None:
                 try:
                     with self._connection:
-                        return work(self._connection)
+                        return [found for row in rows or [()] for found in self._connection.execute(statement, row)]
                 except sqlite3.Error as error:
                     self._give_up(error)
             return []
 
     def get(self, keys: Iterable[str]) -> dict[str, Verdict]:
         """The known verdicts among the keys."""
-        query, wanted = "SELECT key, verdict FROM verdicts WHERE key IN (SELECT value FROM json_each(?))", list(keys)
-        rows = self._run(lambda database: database.execute(query, [json.dumps(wanted)]).fetchall())
-        return {key: verdict for key, verdict in rows if verdict in VERDICTS}
+        query = "SELECT key, verdict FROM verdicts WHERE key IN (SELECT value FROM json_each(?))"
+        return {key: verdict for key, verdict in self._run(query, [json.dumps([*keys])]) if verdict in VERDICTS}
 
     def put(self, verdicts: Mapping[str, Verdict]) -> None:
         """Keep verdicts; one that is known already stays as it was, so every process agrees on the first."""
-        insert = "INSERT OR IGNORE INTO verdicts VALUES (?, ?)"
-        self._run(lambda database: database.executemany(insert, list(verdicts.items())).fetchall())
+        if verdicts:
+            self._run("INSERT OR IGNORE INTO verdicts VALUES (?, ?)", *verdicts.items())
 
     def close(self) -> None:
         with self._lock:

@@ -77,18 +77,16 @@ class JsonClient:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._failures = 0  # in a row
         self._down_since: float | None = None
-        self._hold_until = self._next_probe = 0.0
-        self._probe_gap = self.limits.backoff_s
+        self._hold_until = 0.0  # nothing goes out before
+        self._probe_gap_s = min(self.limits.backoff_max_s, self.limits.pause_s / 8)
         self._told_down = False
         self._calls: dict[asyncio.Task[object], asyncio.AbstractEventLoop] = {}
         self._jitter = random.Random(0)
 
-    def ask(
-        self, path: str, payloads: Iterable[Json], read: Read, done: Callable[[int, Verdict], None]
-    ) -> list[Verdict | Failure]:
-        """A verdict or a failure for every payload, in order. done: called as soon as a verdict is there."""
+    def ask(self, path: str, payloads: Iterable[Json], read: Read) -> list[Verdict | Failure]:
+        """A verdict or a failure for every payload, in order."""
         asked = list(payloads)
-        return asyncio.run(self._ask(path, asked, read, done)) if asked else []
+        return asyncio.run(self._ask(path, asked, read)) if asked else []
 
     def close(self) -> None:
         """End the calls that are under way in other threads; each raises CancelledError there."""
@@ -100,26 +98,20 @@ class JsonClient:
     def _broken(self) -> bool:
         return self._failures >= self.limits.breaker_failures
 
-    async def _ask(
-        self, path: str, payloads: Sequence[Json], read: Read, done: Callable[[int, Verdict], None]
-    ) -> list[Verdict | Failure]:
+    async def _ask(self, path: str, payloads: Sequence[Json], read: Read) -> list[Verdict | Failure]:
         task = asyncio.current_task()
         assert task is not None
         self._calls[task] = asyncio.get_running_loop()
         task.add_done_callback(self._calls.pop)
         self._down_since = time.monotonic() if self._failures else None
-        self._next_probe, self._probe_gap = 0.0, self.limits.backoff_s
         slots = asyncio.Semaphore(self.limits.concurrency)
         async with httpx.AsyncClient(headers=self._headers, timeout=None) as http:
 
-            async def one(index: int, payload: Json) -> Verdict | Failure:
+            async def one(payload: Json) -> Verdict | Failure:
                 async with slots:
-                    answer = await self._with_retries(http, path, payload, read)
-                if not isinstance(answer, Failure):
-                    done(index, answer)
-                return answer
+                    return await self._with_retries(http, path, payload, read)
 
-            answers = await asyncio.gather(*(one(index, payload) for index, payload in enumerate(payloads)))
+            answers = await asyncio.gather(*map(one, payloads))
         lost = sum(isinstance(answer, Failure) and answer.reason == "down" for answer in answers)
         if lost and not self._told_down:
             self._told_down = True
@@ -151,29 +143,24 @@ class JsonClient:
             now = time.monotonic()
             if self._broken and self._down_since is not None and now - self._down_since > self.limits.pause_s:
                 return False
-            if now >= self._hold_until and not self._broken:
-                return True
-            if now >= max(self._hold_until, self._next_probe):
-                self._next_probe = now + self._probe_gap
-                self._probe_gap = min(2 * self._probe_gap, self.limits.backoff_max_s)
+            if now >= self._hold_until:
+                self._hold_until = now + self._probe_gap_s * self._broken
                 return True
             await asyncio.sleep(min(0.1, self.limits.backoff_s))
 
     def _succeeded(self) -> None:
         if self._broken and self._down_since is not None:
             self.say(f"the judge at {self.url} answers again after {time.monotonic() - self._down_since:.0f} s")
-        self._failures, self._down_since, self._probe_gap = 0, None, self.limits.backoff_s
-        self._told_down = False
+            self._hold_until = 0.0
+        self._failures, self._down_since, self._told_down = 0, None, False
 
     def _failed(self, failure: Failure) -> None:
         now = time.monotonic()
-        self._hold_until = max(self._hold_until, now + min(failure.retry_after_s, self.limits.pause_s))
-        if not failure.outage:
-            return
-        self._failures += 1
-        self._down_since = self._down_since or now
-        if self._failures == self.limits.breaker_failures:
-            self._next_probe = now + self._probe_gap
+        self._failures += failure.outage
+        wait = max(self._probe_gap_s * self._broken, min(failure.retry_after_s, self.limits.pause_s))
+        self._hold_until = max(self._hold_until, now + wait)
+        self._down_since = self._down_since or (now if failure.outage else None)
+        if failure.outage and self._failures == self.limits.breaker_failures:
             self.say(
                 f"the judge at {self.url} fails ({failure.reason}); waiting for it, up to {self.limits.pause_s:.0f} s. "
                 "Nothing is scored 0 for it"

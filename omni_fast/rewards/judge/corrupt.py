@@ -8,21 +8,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from omni_fast.rewards.judge.base import Pair, Reply
-from omni_fast.rewards.judge.sentences import (
-    ANIMATE,
-    OBJECTS,
-    PHRASES,
-    PLACES,
-    article,
-    prompt_text,
-    random_prompt,
-    reference_sentence,
-)
+from omni_fast.rewards.judge.base import Pair
+from omni_fast.rewards.judge.sentences import OBJECTS, PHRASES, article, random_prompt, random_reply, reference_sentence
 from omni_fast.rewards.text_checks import DETERMINERS, FUNCTION_WORDS, PREPOSITIONS, has_word
 
 _FILLER, _SYLLABLES, _RARE = (PHRASES[kind] for kind in ("filler", "syllables", "rare"))
+_ANY = [*OBJECTS, *PHRASES["animate"], *PHRASES["places"], *sorted(FUNCTION_WORDS)]
 _FOREIGN = [line.split() for line in PHRASES["foreign"]]
 
 
@@ -131,7 +124,7 @@ def _echo(good: str, topic: str, words: Sequence[str], rng: random.Random) -> st
 
 
 def _word_salad(good: str, topic: str, words: Sequence[str], rng: random.Random) -> str:
-    tokens = [rng.choice(OBJECTS + ANIMATE + PLACES + sorted(FUNCTION_WORDS)) for _ in good.split()]
+    tokens = [rng.choice(_ANY) for _ in good.split()]
     for word in words:
         tokens[rng.randrange(len(tokens))] = word
     return _finish(tokens)
@@ -187,11 +180,9 @@ def make_pairs(per_family: int, seed: int) -> list[Pair]:
     for family, spoil in FAMILIES.items():
         made = 0
         while made < per_family:
-            topic, words = random_prompt(rng)
-            good = reference_sentence(topic, words, rng)
-            bad = spoil(good, topic, words, rng)
-            if bad == good or abs(len(bad.split()) - len(good.split())) > 1:
-                continue
-            pairs.append(Pair(family, Reply(prompt_text(topic, words), good, bad, words)))
-            made += 1
+            topic, good = random_reply(rng)
+            bad = spoil(good.reference, topic, good.required, rng)
+            if bad != good.reference and abs(len(bad.split()) - len(good.reference.split())) <= 1:
+                pairs.append(Pair(family, replace(good, reference=bad)))
+                made += 1
     return pairs

@@ -7,25 +7,23 @@ lists of the required words, repetitions, flattery and filler, other languages, 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from importlib.resources import files
 
 from omni_fast.rewards.judge.base import Reply
-from omni_fast.rewards.judge.sentences import PHRASES, prompt_text, random_prompt, reference_sentence
+from omni_fast.rewards.judge.sentences import PHRASES, random_reply
 
 
 def hack_replies(seed: int = 0, prompts: int = 12) -> list[Reply]:
     """At least 200 hacks, each as a reply to a prompt with a good reference."""
     rng = random.Random(seed)
-    result = []
-    shipped = (files("omni_fast.rewards.judge") / "data" / "hacks.txt").read_text(encoding="utf-8").splitlines()
-    fixed = [*shipped, "", " ", "\n\n", "\u200b", "\ud800"]
-    for text in fixed:
-        topic, words = random_prompt(rng)
-        result.append(Reply(prompt_text(topic, words), text, reference_sentence(topic, words, rng), words))
+    fixed = (files("omni_fast.rewards.judge") / "data" / "hacks.txt").read_text(encoding="utf-8").splitlines()
+    fixed += ["", " ", "\n\n", "\u200b", "\ud800"]
+    result = [replace(random_reply(rng)[1], completion=text) for text in fixed]
     for _ in range(prompts):
-        topic, words = random_prompt(rng)
-        prompt, reference = prompt_text(topic, words), reference_sentence(topic, words, rng)
-        backwards = " ".join(reversed(reference.rstrip(".").split()))
-        known = dict(prompt=prompt, topic=topic, a=words[0], b=words[1], backwards=backwards)
-        result += [Reply(prompt, template.format(**known), reference, words) for template in PHRASES["hacks"]]
+        topic, good = random_reply(rng)
+        backwards = " ".join(reversed(good.reference.rstrip(".").split()))
+        a, b = good.required
+        known = dict(prompt=good.prompt, topic=topic, a=a, b=b, backwards=backwards)
+        result += [replace(good, completion=template.format(**known)) for template in PHRASES["hacks"]]
     return result

@@ -11,6 +11,8 @@ import random
 from collections.abc import Sequence
 from importlib.resources import files
 
+from omni_fast.rewards.judge.base import Reply
+
 PROMPT = "Write one sentence about {topic} that uses the words {w1} and {w2}."
 
 _FILE = files("omni_fast.rewards.judge") / "data" / "phrases.json"  # {n}: a noun phrase, {t}: a place, {p}: a person
@@ -35,10 +37,8 @@ def _upper_first(text: str) -> str:
 def reference_sentence(topic: str, words: Sequence[str], rng: random.Random) -> str:
     """One correct English sentence about `topic` (a singular noun, with or without article) that uses both `words`."""
     topic = topic.removeprefix("a ").removeprefix("an ").removeprefix("the ")
-    first, second = rng.sample(list(words), 2)
-    phrase = rng.choice(PHRASES["first"]).format(n=_noun_phrase(first, rng)) + rng.choice(PHRASES["second"]).format(
-        n=_noun_phrase(second, rng)
-    )
+    used = zip(("first", "second"), rng.sample(list(words), 2), strict=True)
+    phrase = "".join(rng.choice(PHRASES[place]).format(n=_noun_phrase(noun, rng)) for place, noun in used)
     phrase += rng.choice(PHRASES["closings"])
     if topic in ANIMATE:
         adjective = f"{rng.choice(PHRASES['adjectives'])} " if rng.random() < 0.6 else ""
@@ -48,14 +48,8 @@ def reference_sentence(topic: str, words: Sequence[str], rng: random.Random) -> 
     shape = rng.choice(PHRASES["event_second"] if topic in EVENTS else PHRASES["thing_second"])
     person = rng.choice(PHRASES["people"])
     place = f"the {topic}" if rng.random() < 0.5 else f"the {rng.choice(PHRASES['thing_adjectives'])} {topic}"
-    text = shape.format(
-        t=place,
-        p=person,
-        P=_upper_first(person),
-        v=phrase,
-        N=_upper_first(article(rng.choice(PHRASES["thing_adjectives"]) + " statue")),
-    )
-    return _upper_first(text) + "."
+    statue = _upper_first(article(rng.choice(PHRASES["thing_adjectives"]) + " statue"))
+    return _upper_first(shape.format(t=place, p=person, P=_upper_first(person), v=phrase, N=statue)) + "."
 
 
 def random_prompt(rng: random.Random) -> tuple[str, tuple[str, str]]:
@@ -68,3 +62,10 @@ def random_prompt(rng: random.Random) -> tuple[str, tuple[str, str]]:
 def prompt_text(topic: str, words: Sequence[str]) -> str:
     """The prompt in the words of the writing task."""
     return PROMPT.format(topic=article(topic), w1=words[0], w2=words[1])
+
+
+def random_reply(rng: random.Random) -> tuple[str, Reply]:
+    """A topic, and a good reply to a prompt on it that is its own reference."""
+    topic, words = random_prompt(rng)
+    text = reference_sentence(topic, words, rng)
+    return topic, Reply(prompt_text(topic, words), text, text, words)

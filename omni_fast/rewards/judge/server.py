@@ -14,21 +14,12 @@ from omni_fast.errors import UserError
 from omni_fast.rewards.judge.base import Reply, gated
 from omni_fast.rewards.judge.cache import VerdictCache
 from omni_fast.rewards.judge.client import Failure, JsonClient, Unclear
-from omni_fast.rewards.judge.pairwise import (
-    SCHEMA,
-    Json,
-    Question,
-    Verdict,
-    combine,
-    label_verdict,
-    parse_verdict,
-)
+from omni_fast.rewards.judge.pairwise import SCHEMA, Json, Question, Verdict, combine, label_verdict, parse_verdict
 from omni_fast.rewards.score import Part
 
 MAX_TOKENS = 64  # of a chat reply: room for the verdict
 OPENING = "The better reply is"  # what the label follows
 
-Keep = Callable[[int, Verdict], None]
 Messages = list[dict[str, str]]
 
 
@@ -38,8 +29,8 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def ask(self, questions: Sequence[Question], keep: Keep) -> list[Verdict | Failure]:
-        """One answer per question, in order; `keep` is called with each verdict as it comes. Never raises."""
+    def ask(self, questions: Sequence[Question]) -> list[Verdict | Failure]:
+        """One answer per question, in order. Never raises."""
         ...
 
 
@@ -59,12 +50,12 @@ class OpenAIBackend:
     def name(self) -> str:
         return f"openai {self.model} at {self.client.url}"
 
-    def ask(self, questions: Sequence[Question], keep: Keep) -> list[Verdict | Failure]:
-        answers = self.client.ask("/chat/completions", map(self._payload, questions), _read_chat, keep)
+    def ask(self, questions: Sequence[Question]) -> list[Verdict | Failure]:
+        answers = self.client.ask("/chat/completions", map(self._payload, questions), _read_chat)
         refused = [isinstance(a, Failure) and a.reason in ("http_400", "http_422") for a in answers]
         if self.structured and refused and all(refused):
             self.structured = False
-            return self.ask(questions, keep)
+            return self.ask(questions)
         return answers
 
     def _payload(self, question: Question) -> Json:
@@ -98,8 +89,8 @@ class ScoreBackend:
     def name(self) -> str:
         return f"score {self.model} at {self.client.url}"
 
-    def ask(self, questions: Sequence[Question], keep: Keep) -> list[Verdict | Failure]:
-        return self.client.ask("/score", map(self._payload, questions), _read_scores, keep)
+    def ask(self, questions: Sequence[Question]) -> list[Verdict | Failure]:
+        return self.client.ask("/score", map(self._payload, questions), _read_scores)
 
     def _payload(self, question: Question) -> Json:
         return {
@@ -116,7 +107,7 @@ def check(backend: Backend) -> None:
     """Ask one question before anything depends on the server. Raises UserError saying what is wrong and where to look."""
     text = "A cat sat by the river and watched the moon."
     question = Question("Write one sentence about a cat.", text, "the the cat cat and")
-    answer = backend.ask([question], lambda index, verdict: None)[0]
+    answer = backend.ask([question])[0]
     if isinstance(answer, Failure):
         hint = _HINTS.get(answer.reason, "look into the server's log, or correct judge.url and judge.model")
         raise UserError(f"the judge ({backend.name}) does not give a verdict: {answer.reason}; {hint}")
@@ -178,13 +169,10 @@ class PairwiseJudge:
         keys = [question.key(self.backend.name) for question in questions]
         known: dict[str, Verdict | Failure] = {**self.cache.get(keys)} if self.cache is not None else {}
         open_ = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
-        names = list(open_)
-
-        def keep(index: int, verdict: Verdict) -> None:
-            if self.cache is not None:
-                self.cache.put({names[index]: verdict})
-
-        known |= dict(zip(names, self.backend.ask(list(open_.values()), keep), strict=True))
+        given = dict(zip(open_, self.backend.ask(list(open_.values())), strict=True))
+        if self.cache is not None:
+            self.cache.put({key: answer for key, answer in given.items() if not isinstance(answer, Failure)})
+        known |= given
         return [(known[keys[place]], known[keys[place + 1]]) for place in range(0, len(keys), 2)]
 
 
