@@ -18,7 +18,7 @@ from omni_fast.curriculum.stages import Stage
 from omni_fast.groups import Group, task_rows
 from omni_fast.plan import item_scores, refresh, singles, solve, task_names
 from omni_fast.policy.pack import Trajectory
-from omni_fast.records import EvalRow, Evaluated, Evaluation, ProbeRow, StepRow
+from omni_fast.records import EvalRow, Evaluated, ProbeRow, StepRow, TaskScores
 from omni_fast.report.charts import write_page
 from omni_fast.report.page import render
 from omni_fast.report.result import Json, assemble
@@ -79,24 +79,19 @@ def record_step(
 
 def score(parts: Parts, name: str, splits: Sequence[Split], tasks: Collection[str]) -> Evaluated:
     """Evaluate the policy as it is now; write a row a split, add its time."""
-    results: dict[Split, dict[str, Evaluation]] = {}
+    kept: dict[str, dict[str, TaskScores]] = {}
     for split in splits:
         start = time.perf_counter()
-        results[split] = {task: parts.evaluate(task, parts.items[task][split]) for task in tasks}
+        results = {task: parts.evaluate(task, parts.items[task][split]) for task in tasks}
         seconds = time.perf_counter() - start
-        found = {task: scores.score(result.values).as_dict() for task, result in results[split].items()}
+        kept[split] = {task: result.record for task, result in results.items()}
+        found = {task: scores.score(result.values).as_dict() for task, result in results.items()}
         row = EvalRow(event="eval", stage=name, split=split, scores=found, seconds=seconds)
         parts.run.add_seconds(eval=seconds)
         parts.run.record(row)
         parts.trackers.log(row)
         parts.progress.evaluated(row)
-    return evaluated(results, entropies(parts, tasks))
-
-
-def evaluated(results: Mapping[Split, Mapping[str, Evaluation]], entropy: dict[str, float]) -> Evaluated:
-    """What state.json keeps of an evaluation."""
-    splits = {str(split): {task: one.record for task, one in found.items()} for split, found in results.items()}
-    return Evaluated(splits=splits, entropy=entropy)
+    return Evaluated(splits=kept, entropy=entropies(parts, tasks))
 
 
 def entropies(parts: Parts, tasks: Collection[str]) -> dict[str, float]:
@@ -160,7 +155,7 @@ def result(run: Run) -> Json:
         single_select={name: item_scores(run, f"single:{name}", "select") for name in measured},
         single_test={name: item_scores(run, f"single:{name}", "test") for name in measured},
         rows_test=[item_scores(run, name, "test") for name in rows],
-        trained=[("joint" if stage.joint else stage.own[0], stage.steps) for stage in stages],
+        trained=stages,
         plan=plan,
         mode=config.curriculum.mode,
     )

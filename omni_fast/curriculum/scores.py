@@ -81,7 +81,7 @@ def interval(draws: Floats) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def score(items: Floats, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
+def score(items: Floats) -> Estimate:
     """The mean of one task's item scores, Wilson or bootstrap as the module says."""
     x = _valid(items)
     if x.size == 0:
@@ -90,7 +90,7 @@ def score(items: Floats, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
     if np.all((x == 0) | (x == 1)) or np.ptp(x) == 0:
         low, high = wilson(mean, x.size)
     else:
-        low, high = interval(resample(x.size, draws, np.random.default_rng(seed)) @ x)
+        low, high = interval(resample(x.size, DRAWS, np.random.default_rng(0)) @ x)
     return Estimate(mean, x.size, min(low, mean), max(high, mean))
 
 
@@ -101,18 +101,12 @@ def mean_difference(before: ItemScores, after: ItemScores, *, draws: int = DRAWS
     an average over the other tasks would be another quantity.
     """
     rng = np.random.default_rng(seed)
-    means: list[float] = []
-    drawn: list[Floats] = []
-    n = 0
-    for task, first in before.items():
-        gain = _valid(np.asarray(after[task]) - np.asarray(first))
-        if gain.size == 0:
-            return NOT_KNOWN
-        means.append(float(gain.mean()))
-        drawn.append(resample(gain.size, draws, rng) @ gain)
-        n += gain.size
-    low, high = interval(np.mean(drawn, axis=0))
-    return Estimate(float(np.mean(means)), n, low, high)
+    gains = [_valid(np.asarray(after[task]) - np.asarray(first)) for task, first in before.items()]
+    if not all(gain.size for gain in gains):
+        return NOT_KNOWN
+    drawn = [resample(gain.size, draws, rng) @ gain for gain in gains]
+    value = float(np.mean([gain.mean() for gain in gains]))
+    return Estimate(value, sum(gain.size for gain in gains), *interval(np.mean(drawn, axis=0)))
 
 
 def flips(before: Floats, after: Floats) -> tuple[int, int]:
@@ -126,9 +120,7 @@ def flips(before: Floats, after: Floats) -> tuple[int, int]:
     return int((was & ~now).sum()), int((~was & now).sum())
 
 
-def backward_transfer(
-    rows: Sequence[ItemScores], trained: Sequence[Sequence[str]], *, draws: int = DRAWS, seed: int = 0
-) -> Estimate:
+def backward_transfer(rows: Sequence[ItemScores], trained: Sequence[Sequence[str]]) -> Estimate:
     """BWT: mean over the tasks trained before the last stage of final score - score right after the task's own stage.
 
     rows: item scores of every task, row 0 the initial policy, row s after stage s.
@@ -137,22 +129,18 @@ def backward_transfer(
     """
     own = own_stages(trained)
     last = max(own.values(), default=0)
-    spans = {task: (stage, -1) for task, stage in own.items() if stage < last}
-    return _moved(rows, spans, draws=draws, seed=seed)
+    return _moved(rows, {task: (stage, -1) for task, stage in own.items() if stage < last})
 
 
-def forward_transfer(
-    rows: Sequence[ItemScores], trained: Sequence[Sequence[str]], *, draws: int = DRAWS, seed: int = 0
-) -> Estimate:
+def forward_transfer(rows: Sequence[ItemScores], trained: Sequence[Sequence[str]]) -> Estimate:
     """Mean over the tasks trained after the first stage of score just before the own stage - initial score."""
-    spans = {task: (0, stage - 1) for task, stage in own_stages(trained).items() if stage > 1}
-    return _moved(rows, spans, draws=draws, seed=seed)
+    return _moved(rows, {task: (0, stage - 1) for task, stage in own_stages(trained).items() if stage > 1})
 
 
-def _moved(rows: Sequence[ItemScores], spans: Mapping[str, tuple[int, int]], *, draws: int, seed: int) -> Estimate:
+def _moved(rows: Sequence[ItemScores], spans: Mapping[str, tuple[int, int]]) -> Estimate:
     """Mean change over tasks, each from one row to another."""
     before, after = ({task: rows[span[side]][task] for task, span in spans.items()} for side in (0, 1))
-    return mean_difference(before, after, draws=draws, seed=seed) if spans else NOT_KNOWN
+    return mean_difference(before, after) if spans else NOT_KNOWN
 
 
 def forgetting(rows: Sequence[ItemScores], trained: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -30,18 +30,15 @@ Scorer = Callable[[str, int, int], Floats]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Result of a sequential measurement. items: used, per task.   settled: the order met the level in the end."""
+    """Result of a sequential measurement.
+
+    items: used, per task.   settled: the order met the level in the end.   saved: share of the evaluations not needed.
+    """
 
     decision: Decision
     items: dict[str, int]
     settled: bool
-    evaluations: int
-    evaluations_full: int
-
-    @property
-    def saved(self) -> float:
-        """Share of the full measurement's evaluations that were not needed."""
-        return 1.0 - self.evaluations / self.evaluations_full
+    saved: float
 
 
 def settle_order(tasks: Sequence[str], sizes: Mapping[str, int], scorer: Scorer, batch: int = 20) -> Outcome:
@@ -67,17 +64,13 @@ def settle_order(tasks: Sequence[str], sizes: Mapping[str, int], scorer: Scorer,
         task = _least_certain(transfer, decision, open_tasks)
         more = scorer(task, used[task], min(used[task] + batch, sizes[task]))
         scores[task] = np.concatenate([scores[task], more], axis=1)
-    checkpoints = len(tasks) + 1
-    full = checkpoints * sum(sizes[task] for task in tasks)
-    return Outcome(decision, used, settled, checkpoints * sum(used.values()), full)
+    return Outcome(decision, used, settled, 1.0 - sum(used.values()) / sum(sizes[task] for task in tasks))
 
 
 def _least_certain(transfer: Transfer, decision: Decision, candidates: Sequence[str]) -> str:
     """The task whose further items reduce the variance of the gap to the second best order most."""
-    best, second = (
-        [transfer.tasks.index(task) for task in order] for order in (decision.order, decision.second or decision.order)
-    )
-    items = dict(zip(transfer.tasks, transfer.n_K, strict=True))
-    drop = dict(zip(transfer.tasks, gap_variance(transfer, best, second) / transfer.n_K, strict=True))
+    place = {task: k for k, task in enumerate(transfer.tasks)}
+    best, second = ([place[task] for task in order] for order in (decision.order, decision.second or decision.order))
+    drop_K = gap_variance(transfer, best, second) / transfer.n_K
     # where the two orders tie, or nothing has moved yet: the task with the fewest items
-    return max(candidates, key=lambda task: (drop[task], -items[task]))
+    return max(candidates, key=lambda task: (drop_K[place[task]], -transfer.n_K[place[task]]))

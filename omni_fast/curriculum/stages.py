@@ -100,7 +100,6 @@ class StreamState(TypedDict):
     """What a resume needs; counts of prompts only."""
 
     taken: dict[str, int]
-    scheduled: dict[str, int]
 
 
 class PromptStream:
@@ -108,7 +107,7 @@ class PromptStream:
 
     sizes: items per task.   tasks, weights: as in `Stage`.
     Shares are kept exactly: each prompt goes to the task that is furthest behind its share, so after any number of
-    prompts no task is off by a whole prompt (two tasks) or by more than K - 1 (many). What `take` draws does not count.
+    prompts no task is off by a whole prompt (two tasks) or by more than K - 1 (many).
     """
 
     def __init__(self, sizes: Mapping[str, int], tasks: Sequence[str], weights: Sequence[float], seed: int) -> None:
@@ -119,24 +118,18 @@ class PromptStream:
         self.weights = dict(zip(tasks, weights, strict=True))
         self.seed = seed
         self.taken = dict.fromkeys(tasks, 0)
-        self.scheduled = dict.fromkeys(tasks, 0)
         self._epochs: dict[str, tuple[int, NDArray[np.int64]]] = {}
 
     def draw(self, n: int) -> list[Draw]:
         """The next n prompts in the stage's shares."""
         out: list[Draw] = []
         for _ in range(n):
-            count = sum(self.scheduled.values()) + 1
-            task = max(self.weights, key=lambda name: self.weights[name] * count - self.scheduled[name])
-            self.scheduled[task] += 1
-            out.append(self._next(task))
+            count = sum(self.taken.values()) + 1
+            out.append(self.take(max(self.weights, key=lambda task: self.weights[task] * count - self.taken[task])))
         return out
 
-    def take(self, task: str, n: int) -> list[Draw]:
-        """The next n prompts of one task, outside the shares: for online schedulers."""
-        return [self._next(task) for _ in range(n)]
-
-    def _next(self, task: str) -> Draw:
+    def take(self, task: str) -> Draw:
+        """The next prompt of one task."""
         position = self.taken[task]
         epoch, offset = divmod(position, self.sizes[task])
         held = self._epochs.get(task)
@@ -149,9 +142,8 @@ class PromptStream:
 
     def state_dict(self) -> StreamState:
         """Counts of prompts taken, JSON-ready."""
-        return StreamState(taken=dict(self.taken), scheduled=dict(self.scheduled))
+        return StreamState(taken=dict(self.taken))
 
     def load_state_dict(self, state: StreamState) -> None:
         """Continue where `state_dict` was taken, with the same seed and data."""
         self.taken = {task: state["taken"][task] for task in self.sizes}
-        self.scheduled = {task: state["scheduled"][task] for task in self.sizes}

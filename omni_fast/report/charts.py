@@ -21,6 +21,7 @@ from omni_fast.report.verdict import points, span
 SERIES = 8  # distinct colours, dashes and markers; a ninth series starts over
 Scale = Callable[[float], float]  # from a number to pixels
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+ERROR_HEADS = ("forecast", "points", "mean absolute", "bias", "root mean square", "Pearson", "Spearman")
 DASHES = ("", "7 4", "2 3", "10 3 2 3", "4 2", "1 2", "12 4", "6 2 1 2")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from omni_fast.curriculum.scores import ScoreDict
 from omni_fast.report import charts, training
-from omni_fast.report.charts import Cell, Mark, MarkRow, duration, facts_table, table, text
+from omni_fast.report.charts import ERROR_HEADS, Cell, Mark, MarkRow, duration, facts_table, table, text
 from omni_fast.report.training import Rows
 from omni_fast.report.verdict import Json, brief, estimate, headline, number, points, sentences, span
 
@@ -155,13 +155,12 @@ def _forecast(result: Json) -> str:
         note = f"forecast {points(off)} off" if math.isfinite(off) else "not realised yet"
         rows.append(MarkRow(task, [Mark(scores[key], style, hollow) for key, _, style, hollow in KINDS], note))
     body = charts.mark_rows(rows, keys=[kind[1:] for kind in KINDS], label="score")
-    lines = []
-    for form, error in result["forecast_error"].items():
-        measures = [points(number(x), name in SIGNED) for name, x in error.items() if name != "n"]
-        lines.append([form, str(error["n"]), *measures])
+    lines = [
+        [form, str(error["n"]), *(points(number(x), name in SIGNED) for name, x in error.items() if name != "n")]
+        for form, error in result["forecast_error"].items()
+    ]
     if lines:
-        heads = ["forecast", "points", "mean absolute", "bias", "root mean square", "Pearson", "Spearman"]
-        body += f"<h3>Error over all stages and tasks (correlations within task)</h3>{table(heads, lines)}"
+        body += f"<h3>Error over all stages and tasks (correlations within task)</h3>{table(ERROR_HEADS, lines)}"
     return body
 
 

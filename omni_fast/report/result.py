@@ -19,6 +19,7 @@ from pydantic import JsonValue
 from omni_fast.curriculum import predict, scores
 from omni_fast.curriculum.decide import Decision, Plan
 from omni_fast.curriculum.scores import Estimate, ItemScores
+from omni_fast.curriculum.stages import Stage
 from omni_fast.curriculum.transfer import Transfer
 
 Json = dict[str, JsonValue]
@@ -31,7 +32,7 @@ def assemble(
     single_select: Mapping[str, ItemScores] | None = None,
     single_test: Mapping[str, ItemScores] | None = None,
     rows_test: Sequence[ItemScores] = (),
-    trained: Sequence[tuple[str, int]] = (),
+    trained: Sequence[Stage] = (),
     plan: Plan | None = None,
     mode: str = "curriculum",
 ) -> Json:
@@ -39,11 +40,10 @@ def assemble(
 
     base_select, single_select: item scores on `select` of the initial policy and of the single-task runs (trained task
     -> task).   single_test: of the latter on `test`.
-    rows_test: item scores on `test`, row 0 the initial policy, row s after stage s.   trained: (task or "joint", steps)
-    a stage.   plan: once it is solved.   mode: "curriculum" where the order that was run is the solved one.
+    rows_test: item scores on `test`, row 0 the initial policy, row s after stage s.   trained: all stages, done or not.
+    plan: once it is solved.   mode: "curriculum" where the order that was run is the solved one.
     """
-    names = list(tasks)
-    out: Json = {"tasks": list(names)}
+    out: Json = {"tasks": list(tasks)}
     if base_select is not None:
         out["base_select"] = _scores(base_select)
     if single_select:
@@ -51,15 +51,12 @@ def assemble(
     if single_test:
         out["single"] = {task: _scores(row) for task, row in single_test.items()}
     if plan is not None and plan.transfer is not None and plan.decision is not None:
-        run = [task for stage in plan.stages for task in stage.own]
-        out |= _solved(plan.transfer, plan.decision, run) | {"forecast_error": {}}
+        out |= _solved(plan.transfer, plan.decision, [task for stage in plan.stages for task in stage.own])
         if mode != "curriculum":
             out["order_method"] = mode
-        stages = [task for task, _ in trained]
-        if rows_test[1:] and set(stages) <= set(names):
-            out["forecast_error"] = _forecast_error(plan.transfer, stages, rows_test[1:])
+        out["forecast_error"] = _forecast_error(plan.transfer, trained, rows_test[1:])
     if rows_test:
-        out |= _realised(names, rows_test, trained)
+        out |= _realised(rows_test, trained)
     return out
 
 
@@ -82,42 +79,42 @@ def _solved(transfer: Transfer, decision: Decision, run: list[str]) -> Json:
     }
 
 
-def _forecast_error(transfer: Transfer, stages: Sequence[str], rows: Sequence[ItemScores]) -> Json:
-    """Form of the forecast -> measures over all stages that are done."""
-    index = [transfer.tasks.index(task) for task in stages][: len(rows)]
+def _forecast_error(transfer: Transfer, stages: Sequence[Stage], rows: Sequence[ItemScores]) -> Json:
+    """Form of the forecast -> measures over all stages that are done; {} before the first."""
+    index = [transfer.tasks.index(stage.own[0]) for stage in stages][: len(rows)]
     realised = np.array([[scores.score(row[task]).value for task in transfer.tasks] for row in rows])
     out: Json = {}
-    for form in get_args(predict.Form):
+    for form in get_args(predict.Form) if rows else ():
         predicted = np.clip(predict.walk(transfer.scores_MK, transfer.n_K, index, form)[1:], 0.0, 1.0)
         error = predict.forecast_error(predicted, realised)
         out[form] = {name: _number(value) for name, value in asdict(error).items()}
     return out
 
 
-def _realised(names: list[str], rows: Sequence[ItemScores], trained: Sequence[tuple[str, int]]) -> Json:
-    out: Json = {"base": _scores(rows[0])}
-    done = rows[1:]
-    out["stages"] = [
-        {"task": task, "steps": steps, "scores": _scores(row)}
-        for row, (task, steps) in zip(done, trained, strict=False)
+def _realised(rows: Sequence[ItemScores], trained: Sequence[Stage]) -> Json:
+    done, own = rows[1:], [stage.own for stage in trained]
+    names = ["joint" if stage.joint else stage.own[0] for stage in trained]
+    stages: list[JsonValue] = [
+        {"task": name, "steps": stage.steps, "scores": _scores(row)}
+        for name, stage, row in zip(names, trained, done, strict=False)
     ]
+    out: Json = {"base": _scores(rows[0]), "stages": stages}
     if not done or len(done) < len(trained):
         return out
-    last = done[-1]
-    own = [tuple(names) if task == "joint" else (task,) for task, _ in trained]
-    out["final"] = _scores(last)
-    out["bwt"] = _dict(scores.backward_transfer(rows, own))
-    out["forward_transfer"] = _dict(scores.forward_transfer(rows, own))
-    out["forgetting"] = {t: _number(x) for t, x in scores.forgetting(rows, own).items()}
-    first = {t: rows[0][t] for t in names}
-    out["intervals"] = {
-        "method": "95 %: Wilson for single scores of 0/1 items, paired percentile bootstrap over items for differences",
-        "gain": _dicts({t: scores.mean_difference({t: first[t]}, {t: last[t]}) for t in names}),
-        "gain_average": _dict(scores.mean_difference(first, last)),
+    first, last = rows[0], rows[-1]
+    flips = {task: scores.flips(first[task], last[task]) for task in first}
+    return out | {
+        "final": _scores(last),
+        "bwt": _dict(scores.backward_transfer(rows, own)),
+        "forward_transfer": _dict(scores.forward_transfer(rows, own)),
+        "forgetting": {task: _number(x) for task, x in scores.forgetting(rows, own).items()},
+        "intervals": {
+            "method": "95 %: Wilson for single scores of 0/1 items, paired percentile bootstrap over items for differences",
+            "gain": _dicts({task: scores.mean_difference({task: first[task]}, last) for task in first}),
+            "gain_average": _dict(scores.mean_difference(first, last)),
+        },
+        "flips": {task: {"lost": lost, "gained": gained} for task, (lost, gained) in flips.items()},
     }
-    flips = {t: scores.flips(first[t], last[t]) for t in names}
-    out["flips"] = {t: {"lost": lost, "gained": gained} for t, (lost, gained) in flips.items()}
-    return out
 
 
 def _number(x: float | int) -> float | int | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,7 +96,7 @@ def sentences(result: Json) -> list[Sentence]:
     return [*_tasks(result), *_order(result), *_memory(result), *_forecast(result), *_trust(result)]
 
 
-def _tasks(result: Json) -> list[Sentence]:
+def _tasks(result: Json) -> Iterator[Sentence]:
     by: dict[Tone | None, list[str]] = {"good": [], "open": [], "bad": [], None: []}
     for task, found in result.get("intervals", {"gain": {}})["gain"].items():
         gain = estimate(found)
@@ -108,47 +108,40 @@ def _tasks(result: Json) -> list[Sentence]:
         "bad": f"Fell: {'; '.join(by['bad'])}.",
         None: f"Not measured: {', '.join(by[None])} has no item that was scored before and after.",
     }
-    return [Sentence(tone or "bad", told[tone]) for tone, tasks in by.items() if tasks]
+    yield from (Sentence(tone or "bad", told[tone]) for tone, tasks in by.items() if tasks)
 
 
-def _order(result: Json) -> list[Sentence]:
-    out = []
-    if result.get("order_method") in NOT_SOLVED:
-        out.append(Sentence("open", NOT_SOLVED[result["order_method"]]))
+def _order(result: Json) -> Iterator[Sentence]:
+    if (method := result.get("order_method")) in NOT_SOLVED:
+        yield Sentence("open", NOT_SOLVED[method])
     if "statement" in result:
-        out.append(Sentence("good" if result.get("order_settled") else "open", typeset(result["statement"])))
-    return out
+        yield Sentence("good" if result.get("order_settled") else "open", typeset(result["statement"]))
 
 
-def _memory(result: Json) -> list[Sentence]:
+def _memory(result: Json) -> Iterator[Sentence]:
     bwt = estimate(result.get("bwt"))
-    tone = direction(bwt)
-    if tone is None:
-        return []
-    what = {
-        "good": "later stages helped the tasks trained before them",
-        "bad": "later stages cost the tasks trained before them",
-        "open": "forgetting cannot be told from none",
-    }[tone]
-    return [Sentence(tone, f"Backward transfer is {points(bwt.value)} ({span(bwt)}): {what}.")]
+    if tone := direction(bwt):
+        what = {
+            "good": "later stages helped the tasks trained before them",
+            "bad": "later stages cost the tasks trained before them",
+            "open": "forgetting cannot be told from none",
+        }[tone]
+        yield Sentence(tone, f"Backward transfer is {points(bwt.value)} ({span(bwt)}): {what}.")
 
 
-def _forecast(result: Json) -> list[Sentence]:
+def _forecast(result: Json) -> Iterator[Sentence]:
     errors = result.get("forecast_error")
-    if not errors or errors["additive"]["mean_absolute"] is None:
-        return []
-    additive, ratios = (errors[form]["mean_absolute"] for form in ("additive", "multiplicative"))
-    text = (
-        f"The forecast was off by {points(additive, False)} per task and stage on average (with ratios instead of"
-        f" differences: {points(ratios, False)})"
-    )
-    if (correlation := errors["additive"]["pearson"]) is not None:
-        text += f"; within tasks its correlation with what was realised is {correlation:.2f}".replace("-", "−")
-    return [Sentence("open", text + ".")]
+    if errors and (additive := errors["additive"]["mean_absolute"]) is not None:
+        text = (
+            f"The forecast was off by {points(additive, False)} per task and stage on average (with ratios instead of"
+            f" differences: {points(errors['multiplicative']['mean_absolute'], False)})"
+        )
+        if (correlation := errors["additive"]["pearson"]) is not None:
+            text += f"; within tasks its correlation with what was realised is {correlation:.2f}".replace("-", "−")
+        yield Sentence("open", text + ".")
 
 
-def _trust(result: Json) -> list[Sentence]:
+def _trust(result: Json) -> Iterator[Sentence]:
     """What limits every number above."""
-    listed = ", ".join(f"{task} {count}" for task, count in result.get("items_dropped", {}).items() if count)
-    text = f"Items left out because a checkpoint has no score for them: {listed}."
-    return [Sentence("bad", text)] if listed else []
+    if listed := ", ".join(f"{task} {count}" for task, count in result.get("items_dropped", {}).items() if count):
+        yield Sentence("bad", f"Items left out because a checkpoint has no score for them: {listed}.")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,11 +22,20 @@ from omni_fast.curriculum.scores import Estimate, Floats, flips, holm, own_stage
 from omni_fast.curriculum.sequential import settle_order
 from omni_fast.curriculum.transfer import Transfer
 from omni_fast.study.analysis_draws import UNKNOWN, Contrast, Draws, Names, Runs, joint_draws
-from omni_fast.study.records import Arm, Cell, Study
+from omni_fast.study.records import COSTS, Arm, Cell, Study
 
 JOINT, MERGE, BASE = "joint", "merge:linear", "base"
 FEW_SEEDS = 5
 ITEMS = {"the full measurement, one seed": 1, "half of the items": 2, "a quarter of the items": 4}  # every n-th of them
+
+
+class Cost(NamedTuple):
+    """Means over the finished seeds of an arm. completions_transfer: on `select`, to measure transfer."""
+
+    samples_train: float
+    samples_transfer: float
+    completions_transfer: float
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +44,6 @@ class ArmRow:
 
     bwt: backward transfer, for arms of several stages.
     flips: task -> items (lost, gained) from the initial to the final policy, summed over the seeds.
-    samples, samples_transfer, completions (on `select`, to measure transfer), seconds: means over the finished seeds.
     orders: realised order -> seeds.
     """
 
@@ -48,10 +57,7 @@ class ArmRow:
     relative_merge: Contrast
     bwt: Contrast
     flips: dict[str, tuple[int, int]]
-    samples: float
-    samples_transfer: float
-    completions: float
-    seconds: float
+    cost: Cost
     orders: dict[Names, int]
 
 
@@ -81,10 +87,10 @@ class TransferPart:
     effects: dict[tuple[str, str], Contrast]
     decision: Decision
     lead: Contrast
+    proxies: tuple[ProxyRow, ...]
     saved: float
     settled: float
     same_order: float
-    proxies: tuple[ProxyRow, ...]
 
 
 def runs(study: Study, arm: str, split: str = "test") -> Runs:
@@ -126,8 +132,7 @@ def _row(study: Study, arm: Arm, finished: Mapping[str, Runs]) -> ArmRow:
         joint_draws({each: finished.get(each, {}) for each in (name, other)}, tasks) if name != other else None
         for other in (JOINT, MERGE)
     )
-    costs = [(cell.samples_train, cell.samples_transfer, cell.completions_transfer, cell.seconds) for cell in cells]
-    samples, samples_transfer, completions, seconds = np.mean(costs, axis=0).tolist()
+    costs = np.mean([[getattr(cell, part) for part in COSTS] for cell in cells], axis=0)
     return ArmRow(
         arm,
         own.seeds,
@@ -139,10 +144,7 @@ def _row(study: Study, arm: Arm, finished: Mapping[str, Runs]) -> ArmRow:
         merge.relative(name, MERGE) if merge else UNKNOWN,
         _backward_transfer(cells, tasks),
         {task: _flips(cells, task) for task in tasks},
-        samples,
-        samples_transfer,
-        completions,
-        seconds,
+        Cost(*costs.tolist()),
         dict(Counter(cell.order for cell in cells if cell.order)),
     )
 
@@ -198,19 +200,17 @@ def transfer_part(study: Study) -> TransferPart | None:
         return None
     transfer, draws = pooled
     effects = {(i, j): draws.gain(i, BASE, j) for i in study.tasks for j in study.tasks}
-    decision, lead = decide(transfer), UNKNOWN
-    if decision.second is not None:
-        best, second = ([study.tasks.index(task) for task in order] for order in (decision.order, decision.second))
+    decision = decide(transfer)
+    assert decision.second is not None  # a study has two tasks or more, and few enough to solve
+    best, second = ([study.tasks.index(task) for task in order] for order in (decision.order, decision.second))
 
-        def ahead(x: Floats) -> Floats:
-            moved = x[..., 1:, :] - x[..., :1, :]
-            return order_values(moved, best) - order_values(moved, second)
+    def ahead(x: Floats) -> Floats:
+        moved = x[..., 1:, :] - x[..., :1, :]
+        return order_values(moved, best) - order_values(moved, second)
 
-        lead = draws.contrast(ahead)
-    outcomes = [_sequential(study, seed) for seed in draws.seeds]
-    saved, settled, same = (float(x) for x in np.mean(np.array(outcomes, dtype=np.float64), axis=0))
+    sequential = np.array([_sequential(study, seed) for seed in draws.seeds], dtype=np.float64).mean(axis=0)
     proxies = tuple(_proxies(study, draws.seeds))
-    return TransferPart(transfer, draws.seeds, effects, decision, lead, saved, settled, same, proxies)
+    return TransferPart(transfer, draws.seeds, effects, decision, draws.contrast(ahead), proxies, *sequential.tolist())
 
 
 def _sequential(study: Study, seed: int) -> tuple[float, bool, bool]:
@@ -225,38 +225,40 @@ def _sequential(study: Study, seed: int) -> tuple[float, bool, bool]:
 
 
 def _proxies(study: Study, seeds: Sequence[int]) -> list[ProxyRow]:
-    """Each seed's cheap matrix against the full matrix of the other seeds (its own where there is no other)."""
-    found: dict[str, tuple[float, float, list[Agreement]]] = {}
-    probes = {task: runs(study, f"probe:{task}", "select") for task in study.tasks}
-    share = study.config["study"]["probe_steps"] / study.config["curriculum"]["steps_per_stage"]
+    """Each seed's cheap matrices against the full matrix of the other seeds (its own where there is no other)."""
+    found: dict[tuple[str, float, float], list[Agreement]] = {}
     for seed in seeds:
         truth = measure(single_runs(study, [other for other in seeds if other != seed] or [seed]), study.tasks)
         assert truth is not None  # `seeds` are those with a full matrix
-        full = truth[0].matrix_KK
-
-        def add(name: str, training: float, evaluation: float, proxy: Floats, full: Floats = full) -> None:
-            found.setdefault(name, (training, evaluation, []))[2].append(agreement(full, proxy))
-
-        policies = single_runs(study, [seed])
-        for name, step in ITEMS.items():
-            for start in range(step):
-                part = {
-                    who: {seed: {task: items[start::step] for task, items in by_seed[seed].items()}}
-                    for who, by_seed in policies.items()
-                }
-                if cheap := measure(part, study.tasks):
-                    add(name, 1.0, 1.0 / step, cheap[0].matrix_KK)
-        short = {task: {seed: own[seed]} if seed in own else {} for task, own in probes.items()}
-        if probe := measure({BASE: policies[BASE], **short}, study.tasks):
-            add("short probe runs", share, 1.0, probe[0].matrix_KK)
-        nodes = [study.pair(seed, task) for task in study.tasks]
-        sketches = [node.sketch for node in nodes if node is not None and node.sketch is not None]
-        if len(sketches) == len(study.tasks):
-            add("cosine of gradient sketches", 0.0, 0.0, cosine_matrix(sketches))
+        for name, training, evaluation, matrix_KK in _cheap(study, seed):
+            found.setdefault((name, training, evaluation), []).append(agreement(truth[0].matrix_KK, matrix_KK))
     return [
         ProxyRow(name, Agreement(*np.mean([astuple(row) for row in rows], axis=0).tolist()), training, evaluation)
-        for name, (training, evaluation, rows) in found.items()
+        for (name, training, evaluation), rows in found.items()
     ]
+
+
+def _cheap(study: Study, seed: int) -> Iterator[tuple[str, float, float, Floats]]:
+    """Name, cost of training and of evaluation as shares of the full measurement's, and the matrix."""
+    policies = single_runs(study, [seed])
+    for name, step in ITEMS.items():
+        for start in range(step):
+            part = {
+                who: {seed: {task: items[start::step] for task, items in by_seed[seed].items()}}
+                for who, by_seed in policies.items()
+            }
+            if some := measure(part, study.tasks):
+                yield name, 1.0, 1.0 / step, some[0].matrix_KK
+    probes = {task: runs(study, f"probe:{task}", "select") for task in study.tasks}
+    if all(seed in own for own in probes.values()) and (
+        short := measure({BASE: policies[BASE], **probes}, study.tasks)
+    ):
+        share = study.config["study"]["probe_steps"] / study.config["curriculum"]["steps_per_stage"]
+        yield "short probe runs", share, 1.0, short[0].matrix_KK
+    nodes = [study.pair(seed, task) for task in study.tasks]
+    sketches = [node.sketch for node in nodes if node is not None and node.sketch is not None]
+    if len(sketches) == len(study.tasks):
+        yield "cosine of gradient sketches", 0.0, 0.0, cosine_matrix(sketches)
 
 
 def warnings(study: Study) -> list[str]:

@@ -62,6 +62,11 @@ class OrderPart:
     gap: Contrast
     solved: tuple[Names, Contrast] | None
 
+    @property
+    def ranked(self) -> list[tuple[Names, Estimate, Contrast]]:
+        """Best first."""
+        return sorted(((order, *both) for order, both in self.means.items()), key=lambda row: -row[1].value)
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -78,12 +83,12 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class AssumptionPart:
-    """constant: (trained, scored) -> (T from the initial policy, its mean change once `scored` has been trained, spread).
+    """constant: "trained → scored" -> (T from the initial policy, its mean change once `scored` has been trained, spread).
 
     saturation: task -> spread of its score right after its own stage.   second_pass: task -> change by a second pass.
     """
 
-    constant: dict[tuple[str, str], tuple[float, Contrast, Spread]]
+    constant: dict[str, tuple[float, Contrast, Spread]]
     saturation: dict[str, Spread]
     second_pass: dict[str, Contrast]
 
@@ -292,7 +297,8 @@ def assumption_part(study: Study, at: Realised) -> AssumptionPart | None:
                 moved = x[..., a, j] - x[..., b, j]
                 return np.asarray(moved[..., n].mean(axis=-1) - moved[..., 0])  # the first start is the initial policy
 
-            constant[trained, scored] = (float(deltas_SP[:, 0].mean()), draws.contrast(shift), spread(deltas_SP))
+            found = (float(deltas_SP[:, 0].mean()), draws.contrast(shift), spread(deltas_SP))
+            constant[f"{trained} → {scored}"] = found
     second = {}
     for task in study.tasks:
         pair = joint_draws({"once": runs(study, f"single:{task}"), "twice": runs(study, f"repeat:{task}")}, (task,))

@@ -140,13 +140,12 @@ def _transfer(found: Findings) -> str:
 
 def _orders(found: Findings) -> str:
     assert found.orders is not None  # it has a table
-    ranked = sorted(found.orders.means.items(), key=lambda pair: -pair[1][0].value)
-    half = MAX_ORDERS // 2
+    ranked, half = found.orders.ranked, MAX_ORDERS // 2
     kept = ranked if len(ranked) <= MAX_ORDERS else [*ranked[:half], *ranked[-half:]]
     solved = found.orders.solved[0] if found.orders.solved else None
     rows = [
         MarkRow(arrow(order), [Mark(gain, 0, order != solved)], "solved" if order == solved else "")
-        for order, (_, gain) in kept
+        for order, _, gain in kept
     ]
     return charts.mark_rows(rows, zero=True, label="average test score, minus the mean of all orders")
 

@@ -7,13 +7,13 @@ below 0.05 (the rest); otherwise it says that the data cannot tell. No sentence 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from omni_fast.curriculum.scores import Estimate, holm
-from omni_fast.report.charts import duration
+from omni_fast.report.charts import ERROR_HEADS, duration
 from omni_fast.report.verdict import Sentence, Tone, direction, points, span
 from omni_fast.study import analysis, analysis_entropy, analysis_orders
 from omni_fast.study.analysis import JOINT, MERGE, ArmRow, TransferPart, declared
@@ -78,14 +78,13 @@ def analyse(study: Study) -> Findings:
     """All parts of the analysis that the records allow."""
     rows, primary = analysis.table(study)
     first, at = study.arm(study.primary[0]), analysis_orders.realised(study)
-    others = [name for name in ("reversed", "random") if name not in study.primary]
+    full = first is not None and first.kind in FULL
+    others = [name for name in ("reversed", "random") if full and name not in study.primary]
     return Findings(
         study=study,
         rows=rows,
         primary=primary,
-        pairs={(first.name, other): analysis.compare(study, first.name, other) for other in others}
-        if first and first.kind in FULL
-        else {},
+        pairs={(study.primary[0], other): analysis.compare(study, study.primary[0], other) for other in others},
         transfer=analysis.transfer_part(study),
         forecast=analysis_orders.forecast_part(study, at) if at else None,
         orders=analysis_orders.order_part(study, at) if at else None,
@@ -126,111 +125,104 @@ def arrow(order: Iterable[str]) -> str:
 
 def tables(found: Findings) -> dict[str, list[Table]]:
     """Section of the report -> its tables; those without a row are left out."""
-    made = {
+    parts: dict[str, Iterable[Table]] = {
         "arms": _arms(found),
         "cost": _cost(found),
-        "transfer": _transfer(found.transfer) if found.transfer else [],
-        "orders": _orders(found.orders) if found.orders else [],
-        "forecast": _forecast(found.forecast) if found.forecast else [],
-        "assumptions": _assumptions(found.assumptions) if found.assumptions else [],
-        "entropy": _entropy(found.entropy) if found.entropy else [],
+        "transfer": _transfer(found.transfer) if found.transfer else (),
+        "orders": _orders(found.orders) if found.orders else (),
+        "forecast": _forecast(found.forecast) if found.forecast else (),
+        "assumptions": _assumptions(found.assumptions) if found.assumptions else (),
+        "entropy": _entropy(found.entropy) if found.entropy else (),
         "flips": _flips(found),
     }
-    return {name: [each for each in section if each.rows] for name, section in made.items()}
+    return {name: [each for each in made if each.rows] for name, made in parts.items()}
 
 
-def _arms(found: Findings) -> list[Table]:
+def _arms(found: Findings) -> Iterator[Table]:
     scores: list[Row] = []
     gains: list[Row] = []
     for row in found.rows:
         scores.append((row.arm.name, len(row.seeds), *row.scores.values(), row.average, row.bwt))
         p = "primary" if declared(found.study, row.arm.name) else p_value(row.p_holm)
         gains.append((row.arm.name, row.over_joint, percent(row.relative_joint), p, percent(row.relative_merge)))
+    yield Table("Test scores", ["arm", "seeds", *found.study.tasks, "average", "backward transfer"], scores)
     heads = ["arm", f"minus {JOINT}", f"relative to {JOINT}", "p (Holm)", f"relative to {MERGE}"]
-    return [
-        Table("Test scores", ["arm", "seeds", *found.study.tasks, "average", "backward transfer"], scores),
-        Table("Average score against joint training and against merging", heads, gains),
-    ]
+    yield Table("Average score against joint training and against merging", heads, gains)
 
 
-def _cost(found: Findings) -> list[Table]:
+def _cost(found: Findings) -> Iterator[Table]:
     rows: list[Row] = []
     for row in found.rows:
         orders = " / ".join(f"{arrow(order)} ({count}x)" for order, count in row.orders.items()) or "–"
-        counts = (row.samples, row.samples_transfer, row.samples + row.samples_transfer, row.completions)
-        rows.append((row.arm.name, *map(round, counts), duration(row.seconds), orders))
+        training, transfer, items, seconds = row.cost
+        counts = map(round, (training, transfer, training + transfer, items))
+        rows.append((row.arm.name, *counts, duration(seconds), orders))
     heads = ["arm", "training samples", "to measure transfer", "both", "items for it", "training time", "order (seeds)"]
-    return [Table("Cost, mean of the seeds", heads, rows)]
+    yield Table("Cost, mean of the seeds", heads, rows)
 
 
-def _transfer(part: TransferPart) -> list[Table]:
+def _transfer(part: TransferPart) -> Iterator[Table]:
     effects = [(f"{i} → {j}", effect, p_value(effect.p)) for (i, j), effect in part.effects.items() if i != j]
+    yield Table("Transfer, each effect", ["trained → scored on", "T", "p (alone)"], effects, folded=True)
     rows: list[Row] = []
     for row in part.proxies:
         a = row.agreement
-        shares = [f"{share:.0%}" for share in (row.training, row.evaluation, a.pairs)]
-        rows.append((row.name, *shares[:2], points(a.spearman), points(a.kendall), shares[2], max(0.0, a.regret)))
+        agree = (points(a.spearman), points(a.kendall), f"{a.pairs:.0%}", max(0.0, a.regret))
+        rows.append((row.name, f"{row.training:.0%}", f"{row.evaluation:.0%}", *agree))
     heads = ["cheap measurement", "training", "evaluation", "Spearman", "Kendall", "pairs alike", "summed score lost"]
-    title = "One seed's cheap measurement against the full matrix of the other seeds, or its own if alone"
-    told = ["trained → scored on", "T", "p (alone)"]
-    return [Table("Transfer, each effect", told, effects, folded=True), Table(title, heads, rows)]
+    yield Table(
+        "One seed's cheap measurement against the full matrix of the other seeds, or its own if alone", heads, rows
+    )
 
 
-def _orders(part: OrderPart) -> list[Table]:
-    ranked = sorted(part.means.items(), key=lambda pair: -pair[1][0].value)
-    rows = [(arrow(order), score, gain) for order, (score, gain) in ranked]
+def _orders(part: OrderPart) -> Iterator[Table]:
+    rows = [(arrow(order), score, gain) for order, score, gain in part.ranked]
     heads = ["order", "average score", "minus the mean of all"]
-    return [Table(f"Every order over {len(part.seeds)} seeds", heads, rows, folded=True)]
+    yield Table(f"Every order over {len(part.seeds)} seeds", heads, rows, folded=True)
 
 
-def _forecast(part: ForecastPart) -> list[Table]:
+def _forecast(part: ForecastPart) -> Iterator[Table]:
     rows = [
         (name, e.n, e.mean_absolute, points(e.bias), e.rmse, points(e.pearson), points(e.spearman))
         for name, e in part.errors.items()
     ]
-    heads = ["forecast", "points", "mean absolute", "bias", "root mean square", "Pearson", "Spearman"]
-    return [Table("Error against realised scores of new seeds (correlations within task)", heads, rows)]
+    yield Table("Error against realised scores of new seeds (correlations within task)", ERROR_HEADS, rows)
 
 
-def _assumptions(part: AssumptionPart) -> list[Table]:
-    adjusted = holm({i + j: s.p for (i, j), (_, _, s) in part.constant.items()})
-    constant = [
-        (f"{i} → {j}", points(first), shift, s.starts, s.sd, s.noise, p_value(adjusted.get(i + j, math.nan)))
-        for (i, j), (first, shift, s) in part.constant.items()
+def _assumptions(part: AssumptionPart) -> Iterator[Table]:
+    adjusted = holm({pair: s.p for pair, (_, _, s) in part.constant.items()})
+    rows: list[Row] = [
+        (pair, points(first), shift, s.starts, s.sd, s.noise, p_value(adjusted.get(pair, math.nan)))
+        for pair, (first, shift, s) in part.constant.items()
     ]
-    second = holm({task: c.p for task, c in part.second_pass.items()})
-    saturation = []
+    heads = ["effect", "T from the start", "change once j is trained", "starts", "spread", "noise", "p (Holm)"]
+    yield Table("Assumption 1: is T the same from every checkpoint?", heads, rows)
+    second, rows = holm({task: c.p for task, c in part.second_pass.items()}), []
     for task in dict.fromkeys([*part.saturation, *part.second_pass]):
         s = part.saturation.get(task)
         spread: list[Value] = [s.sd, s.noise, p_value(s.p)] if s else ["–"] * 3
-        saturation.append((task, part.second_pass.get(task, "–"), p_value(second.get(task, math.nan)), *spread))
-    heads = ["effect", "T from the start", "change once j is trained", "starts", "spread", "noise", "p (Holm)"]
-    again = ["task", "change by a second pass", "p (Holm)", "spread over starts", "noise", "p of the spread"]
-    return [
-        Table("Assumption 1: is T the same from every checkpoint?", heads, constant),
-        Table("Assumption 2: does one stage bring a task to the same score, wherever it starts?", again, saturation),
-    ]
+        rows.append((task, part.second_pass.get(task, "–"), p_value(second.get(task, math.nan)), *spread))
+    heads = ["task", "change by a second pass", "p (Holm)", "spread over starts", "noise", "p of the spread"]
+    yield Table("Assumption 2: does one stage bring a task to the same score, wherever it starts?", heads, rows)
 
 
-def _entropy(part: EntropyPart) -> list[Table]:
-    rows = [(f"{w:g}", arrow(order), gain or "the same order") for w, (order, gain) in part.ablation.items()]
-    heads = ["price, score per nat", "order", "average score against the order without it"]
+def _entropy(part: EntropyPart) -> Iterator[Table]:
     residuals = [(name, r.before, r.after, r.change, f"{r.at_edge:.0%}") for name, r in part.residuals.items()]
     title = "What the forecast misses, sampled at temperature 1 and at 1 / the effective temperature"
-    return [
-        Table(title, ["task", "at 1", "corrected", "change", "beyond the sweep"], residuals),
-        Table("Entropy-aware order, looked up among the realised ones", heads, rows, words=2),
-    ]
+    yield Table(title, ["task", "at 1", "corrected", "change", "beyond the sweep"], residuals)
+    rows = [(f"{w:g}", arrow(order), gain or "the same order") for w, (order, gain) in part.ablation.items()]
+    heads = ["price, score per nat", "order", "average score against the order without it"]
+    yield Table("Entropy-aware order, looked up among the realised ones", heads, rows, words=2)
 
 
-def _flips(found: Findings) -> list[Table]:
+def _flips(found: Findings) -> Iterator[Table]:
     rows = [
         (row.arm.name, *(f"−{lost} +{gained}" for lost, gained in row.flips.values()))
         for row in found.rows
         if row.arm.kind != "base"
     ]
     title = "Test items lost (−) and gained (+) since the initial policy, summed over the seeds"
-    return [Table(title, ["arm", *found.study.tasks], rows)]
+    yield Table(title, ["arm", *found.study.tasks], rows)
 
 
 def headline(found: Findings) -> Sentence:
@@ -266,36 +258,40 @@ def verdict(found: Findings) -> list[Sentence]:
     ]
 
 
-def _tone(contrast: Contrast, lower_is_better: bool = False) -> Tone:
+def _tone(contrast: Contrast) -> Tone:
     """good: the whole interval above 0; bad: below 0; open: it holds 0, is not known, or rests on one seed."""
-    tone = "open" if contrast.seeds < 2 else direction(contrast) or "open"
+    return "open" if contrast.seeds < 2 else direction(contrast) or "open"
+
+
+def _tone_of_less(contrast: Contrast) -> Tone:
+    """`_tone` of what is better below 0."""
     turned: dict[Tone, Tone] = {"good": "bad", "bad": "good", "open": "open"}
-    return turned[tone] if lower_is_better else tone
+    return turned[_tone(contrast)]
 
 
-def _against_the_rest(found: Findings) -> list[Sentence]:
-    out = []
-    told: dict[Tone, str] = {"good": "Ahead of", "bad": "Behind", "open": "Not told from"}
-    for tone, what in told.items():
-        names = [
-            row.arm.name
-            for row in found.rows
-            if tone == ("open" if row.p_holm >= LEVEL else "good" if row.over_joint.value > 0 else "bad")
-            and math.isfinite(row.p_holm)
-        ]
+def _against_the_rest(found: Findings) -> Iterator[Sentence]:
+    told: dict[Tone, tuple[str, list[str]]] = {
+        "good": ("Ahead of", []),
+        "bad": ("Behind", []),
+        "open": ("Not told from", []),
+    }
+    for row in found.rows:
+        if math.isfinite(row.p_holm):
+            told["open" if row.p_holm >= LEVEL else "good" if row.over_joint.value > 0 else "bad"][1].append(
+                row.arm.name
+            )
+    for tone, (what, names) in told.items():
         if names:
-            out.append(Sentence(tone, f"{what} {JOINT} after Holm's correction: {', '.join(names)}."))
-    if (row := found.first) and math.isfinite((gain := row.relative_joint).value):
-        merge = row.relative_merge
+            yield Sentence(tone, f"{what} {JOINT} after Holm's correction: {', '.join(names)}.")
+    if (first := found.first) and math.isfinite((gain := first.relative_joint).value):
+        merge = first.relative_merge
         over_merge = f", over {MERGE} {percent(merge)}" if math.isfinite(merge.value) else ""
-        text = f"Relative gain of {row.arm.name}'s average score over {JOINT} {percent(gain)}{over_merge}."
-        out.append(Sentence(_tone(gain), text))
-    return out
+        text = f"Relative gain of {first.arm.name}'s average score over {JOINT} {percent(gain)}{over_merge}."
+        yield Sentence(_tone(gain), text)
 
 
-def _does_order_matter(found: Findings) -> list[Sentence]:
-    out, part = [], found.orders
-    if part is not None:
+def _does_order_matter(found: Findings) -> Iterator[Sentence]:
+    if (part := found.orders) is not None:
         matters = part.p < LEVEL
         said = "order matters" if matters else "order does not matter"
         sd = f"true standard deviation about {part.sd:.3f}; " if matters else ""
@@ -304,7 +300,7 @@ def _does_order_matter(found: Findings) -> list[Sentence]:
             f"All {len(part.means)} orders were run with {len(part.seeds)} seeds: {said} beyond noise (p {p}; {sd}the best and"
             f" the worst, chosen on the other seeds, differ by {cell(part.gap)})."
         )
-        out.append(Sentence("good" if matters else "open", text))
+        yield Sentence("good" if matters else "open", text)
         if part.solved is not None:
             order, gain = part.solved
             said = {"good": "better than", "bad": "worse than", "open": "not told from"}[_tone(gain)]
@@ -313,29 +309,27 @@ def _does_order_matter(found: Findings) -> list[Sentence]:
                 f"The order solved on other seeds, {arrow(order)}, is {said} the mean of all orders: {cell(gain)}; it is"
                 f" number {place} of {len(part.means)}."
             )
-            out.append(Sentence(_tone(gain), text))
+            yield Sentence(_tone(gain), text)
     for (arm, other), contrast in found.pairs.items():
         if math.isfinite(contrast.value):
             said = {"good": "ahead of", "bad": "behind", "open": "not told from"}[_tone(contrast)]
             text = f"At the same budget, {arm} is {said} {other} (uncorrected): {cell(contrast)}."
-            out.append(Sentence(_tone(contrast), text))
-    transfer = found.transfer
-    if transfer is not None and (decision := transfer.decision).second is not None:
+            yield Sentence(_tone(contrast), text)
+    if (transfer := found.transfer) is not None and (decision := transfer.decision).second is not None:
         told = decision.optima == 1 and _tone(transfer.lead) == "good"
         text = (
             f"The best order by measured transfer, {arrow(decision.order)}, is the optimum in {decision.probability or 0:.0%}"
             f" of the draws over {'seeds and items' if len(transfer.seeds) > 1 else 'the items of one seed'}; it is"
             f" {'told' if told else 'not told'} from the second best, {arrow(decision.second)}."
         )
-        out.append(Sentence("good" if told else "open", text))
-    return out
+        yield Sentence("good" if told else "open", text)
 
 
-def _is_it_forecast(part: ForecastPart) -> list[Sentence]:
+def _is_it_forecast(part: ForecastPart) -> Iterator[Sentence]:
     additive, ratios, none = (part.errors[k] for k in ("additive", "multiplicative", NO_TRANSFER))
-    twin, level = part.errors.get(TWIN), _tone(part.closer, lower_is_better=True)
+    twin, level = part.errors.get(TWIN), _tone_of_less(part.closer)
     ranks, orders = all(r > 0 for r in part.by_seed), part.errors[f"additive{AVERAGE}"].pearson
-    same, agree = "", ""
+    same = agree = ""
     if twin:
         same = f", the same order in another seed by {twin.mean_absolute:.3f}"
         average = part.errors[f"{TWIN}{AVERAGE}"].pearson
@@ -350,22 +344,19 @@ def _is_it_forecast(part: ForecastPart) -> list[Sentence]:
         f" {ratios.mean_absolute:.3f}, no transfer at all by {none.mean_absolute:.3f}{same}. {judged} (by seed"
         f" {points(part.closer.value)}, {span(part.closer) or 'one seed'})."
     )
-    more = (
+    yield Sentence(level, text)
+    text = (
         f"The additive forecast correlates with realised scores: {points(additive.pearson)} within task (by seed"
         f" {', '.join(points(r) for r in part.by_seed)}), and {points(orders)} for the average over tasks, which decides the"
         f" order{agree}.{'' if ranks else ' The sign within task is not the same in every seed.'}"
         f"{' It does not tell good orders from bad ones.' if orders <= 0 else ''}"
     )
-    tone: Tone = (
-        "open" if len(part.by_seed) < 2 else "bad" if orders <= 0 else "good" if ranks and orders > 0 else "open"
-    )
-    return [Sentence(level, text), Sentence(tone, more)]
+    alone = len(part.by_seed) < 2
+    yield Sentence("open" if alone else "bad" if orders <= 0 else "good" if ranks and orders > 0 else "open", text)
 
 
-def _do_assumptions_hold(part: AssumptionPart) -> list[Sentence]:
-    out = []
-    tested = rejected({f"{i} → {j}": s.p for (i, j), (_, _, s) in part.constant.items()})
-    if tested:
+def _do_assumptions_hold(part: AssumptionPart) -> Iterator[Sentence]:
+    if tested := rejected({pair: s.p for pair, (_, _, s) in part.constant.items()}):
         broken = sum(tested.values())
         spreads = [s for _, _, s in part.constant.values() if math.isfinite(s.p)]
         sd, noise = (math.sqrt(np.mean([getattr(s, k) ** 2 for s in spreads])) for k in ("sd", "noise"))
@@ -374,9 +365,8 @@ def _do_assumptions_hold(part: AssumptionPart) -> list[Sentence]:
             f" {len(tested)} effects: over starting checkpoints T spreads by {sd:.3f}, noise removed, where one measurement has"
             f" a noise of {noise:.3f} (root mean squares)."
         )
-        out.append(Sentence("bad" if broken else "open", text))
-    second = rejected({task: c.p for task, c in part.second_pass.items()})
-    if second:
+        yield Sentence("bad" if broken else "open", text)
+    if second := rejected({task: c.p for task, c in part.second_pass.items()}):
         moved = [f"{task} {points(part.second_pass[task].value)}" for task, no in second.items() if no]
         largest = max(abs(part.second_pass[task].value) for task in second)
         text = (
@@ -384,17 +374,15 @@ def _do_assumptions_hold(part: AssumptionPart) -> list[Sentence]:
             if moved
             else f"A second pass changes no task beyond noise (largest change {largest:.3f}): assumption 2 is not rejected by it."
         )
-        out.append(Sentence("bad" if moved else "open", text))
-    starts = rejected({task: s.p for task, s in part.saturation.items()})
-    if starts:
+        yield Sentence("bad" if moved else "open", text)
+    if starts := rejected({task: s.p for task, s in part.saturation.items()}):
         uneven = [f"{task} (spread {part.saturation[task].sd:.3f})" for task, no in starts.items() if no]
         text = (
             f"What a task's own stage reaches depends on where it starts for: {', '.join(uneven)}."
             if uneven
             else "What a task's own stage reaches does not depend on where it starts beyond noise."
         )
-        out.append(Sentence("bad" if uneven else "open", text))
-    return out
+        yield Sentence("bad" if uneven else "open", text)
 
 
 def rejected(p_values: Mapping[str, float]) -> dict[str, bool]:
@@ -402,41 +390,37 @@ def rejected(p_values: Mapping[str, float]) -> dict[str, bool]:
     return {name: p < LEVEL for name, p in holm(p_values).items()}
 
 
-def _is_it_entropy(part: EntropyPart) -> list[Sentence]:
-    out, whole = [], part.residuals.get(ALL)
+def _is_it_entropy(part: EntropyPart) -> Iterator[Sentence]:
+    whole = part.residuals.get(ALL)
     if whole is not None and whole.change.seeds:
-        tone = _tone(whole.change, lower_is_better=True)
+        tone = _tone_of_less(whole.change)
         what = {"good": "shrinks", "bad": "widens", "open": "does not change beyond noise"}[tone]
         outside = f" ({whole.at_edge:.0%} of the scores only as far as the sweep reaches)" if whole.at_edge > 0 else ""
         text = (
             f"Decoding each policy at its own effective temperature {what} what the forecast misses: from {whole.before:.3f} to"
             f" {whole.after:.3f}, change {cell(whole.change)}{outside}."
         )
-        out.append(Sentence(tone, text))
-    moved = {weight: gain for weight, (_, gain) in part.ablation.items() if gain is not None}
-    if moved:
+        yield Sentence(tone, text)
+    if moved := {weight: gain for weight, (_, gain) in part.ablation.items() if gain is not None}:
         weight, gain = max(moved.items(), key=lambda pair: abs(pair[1].value))
         text = f"Pricing entropy changes the solved order; at weight {weight:g} the change is worth {cell(gain)} (uncorrected)."
-        out.append(Sentence(_tone(gain), text))
+        yield Sentence(_tone(gain), text)
     elif part.ablation:
-        out.append(Sentence("open", "Pricing entropy changes the solved order at no weight tried."))
-    return out
+        yield Sentence("open", "Pricing entropy changes the solved order at no weight tried.")
 
 
-def _is_it_cheap(found: Findings) -> list[Sentence]:
-    out, part, row = [], found.transfer, found.first
-    if part is not None:
+def _is_it_cheap(found: Findings) -> Iterator[Sentence]:
+    if (part := found.transfer) is not None:
         text = (
             f"Evaluating until the order is settled would save {part.saved:.0%} of one seed's transfer evaluations; it settled"
             f" in {part.settled:.0%} of the seeds and gave the full measurement's order in {part.same_order:.0%}."
         )
-        out.append(Sentence("open", text))
-    if row and row.samples > 0 and row.samples_transfer > 0:
-        share = 1 + row.samples_transfer / row.samples
+        yield Sentence("open", text)
+    if (row := found.first) and row.cost.samples_train > 0 and row.cost.samples_transfer > 0:
+        share = 1 + row.cost.samples_transfer / row.cost.samples_train
         text = f"With the measurement of transfer charged, {row.arm.name} costs {share:.2f} times the samples of its training."
-        out.append(Sentence("open", text))
-    full = [r for r in found.rows if r.arm.kind in FULL]
-    if full and max(r.samples for r in full) > 1.01 * min(r.samples for r in full):
-        listed = ", ".join(f"{r.arm.name} {r.samples:,.0f}" for r in full)
-        out.append(Sentence("bad", f"The budgets are not equal: {listed} training samples."))
-    return out
+        yield Sentence("open", text)
+    budgets = {row.arm.name: row.cost.samples_train for row in found.rows if row.arm.kind in FULL}
+    if budgets and max(budgets.values()) > 1.01 * min(budgets.values()):
+        listed = ", ".join(f"{name} {samples:,.0f}" for name, samples in budgets.items())
+        yield Sentence("bad", f"The budgets are not equal: {listed} training samples.")

@@ -39,7 +39,7 @@ class ScheduledStream(PromptStream):
 
     def draw(self, n: int) -> list[Draw]:
         self.scheduler.step = sum(self.taken.values()) // n  # of the prompts, which may run ahead of what is observed
-        return [draw for task, count in self.scheduler.allocate(n).items() for draw in self.take(task, count)]
+        return [self.take(task) for task, count in self.scheduler.allocate(n).items() for _ in range(count)]
 
 
 class Scheduled(Trainer):

@@ -181,11 +181,13 @@ class Tree:
         assert node is not None
         kept, sweep = parts.policy.inv_temperature, node["sweep"]
         for temperature, tasks in missing.items():
-            found = {task: parts.evaluate(task, parts.items[task]["test"], temperature) for task in tasks}
+            test = {task: parts.evaluate(task, parts.items[task]["test"], temperature).record for task in tasks}
             parts.policy.inv_temperature = 1.0 / temperature
-            entropy = outcome.entropies(parts, tasks)
-            parts.policy.inv_temperature = kept
-            sweep[repr(temperature)] = joined(sweep.get(repr(temperature)), outcome.evaluated({"test": found}, entropy))
+            try:
+                found = Evaluated(splits={"test": test}, entropy=outcome.entropies(parts, tasks))
+            finally:  # a failure costs this arm alone: the others train at the temperature that they ask for
+                parts.policy.inv_temperature = kept
+            sweep[repr(temperature)] = joined(sweep.get(repr(temperature)), found)
         self.run.write_node(name, node)
 
     def _describe(self, name: str) -> dict[str, Any]:

@@ -116,8 +116,7 @@ def test_sequential_stops_early_when_the_order_is_clear():
     names = ("0", "1", "2")
     outcome = settle_order(names, dict.fromkeys(names, 400), scorer)
     assert outcome.settled and outcome.decision.order == ("0", "1", "2")
-    assert outcome.saved > 0.8
-    assert outcome.evaluations == scorer.asked
+    assert outcome.saved > 0.8 and outcome.saved == 1 - scorer.asked / (4 * 1200)
 
 
 def test_sequential_uses_everything_when_there_is_nothing_to_find():
@@ -125,8 +124,7 @@ def test_sequential_uses_everything_when_there_is_nothing_to_find():
     names = ("0", "1", "2")
     outcome = settle_order(names, {"0": 90, "1": 75, "2": 30}, scorer)
     assert not outcome.settled and outcome.saved == 0.0
-    assert outcome.items == {"0": 90, "1": 75, "2": 30}
-    assert outcome.evaluations == outcome.evaluations_full == scorer.asked == 4 * 195
+    assert outcome.items == {"0": 90, "1": 75, "2": 30} and scorer.asked == 4 * 195
 
 
 def test_sequential_rarely_settles_on_a_wrong_order():

@@ -120,7 +120,7 @@ def fake_run() -> FakeRun:
         single_select=single_select,
         single_test=single_test,
         rows_test=rows,
-        trained=[(task, STEPS) for task in order],
+        trained=plan.stages,
         plan=plan,
     )
     result |= {

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omni_fast.curriculum.stages import Stage
 from omni_fast.report import charts
 from omni_fast.report.charts import write_page
 from omni_fast.report.page import render
@@ -220,7 +221,7 @@ def test_other_numbers_of_tasks(fake_run, planned, count):
         single_select=single,
         plan=planned(base, single, 3),
         rows_test=[items() for _ in range(count + 1)],
-        trained=[(t, 3) for t in names],
+        trained=[_stage(t) for t in names],
     )
     rest = {key: fake_run[0][key] for key in ("status", "seconds", "throughput", "config", "versions")}
     row = fake_run[1][0]
@@ -245,6 +246,16 @@ def test_result_is_valid_and_names_what_is_not(fake_run):
     assert not missing and result["bwt"]["n"] > 0
 
 
+def _stage(*tasks: str) -> Stage:
+    return Stage("any", tasks, (1 / len(tasks),) * len(tasks), 5, joint=len(tasks) > 1)
+
+
+def test_a_task_may_be_called_joint():
+    rows = [{"joint": np.full(10, x), "b": np.zeros(10)} for x in (0.0, 1.0, 0.4)]
+    result = assemble(["joint", "b"], rows_test=rows, trained=[_stage("joint"), _stage("b")])
+    assert result["bwt"]["value"] == pytest.approx(-0.6) and result["forgetting"]["joint"] == pytest.approx(0.6)
+
+
 def test_assemble_grows_with_what_is_known(planned):
     names = ["a", "b"]
     x, y = np.zeros(10), np.ones(10)
@@ -255,15 +266,15 @@ def test_assemble_grows_with_what_is_known(planned):
     single = {"a": {"a": y, "b": x}, "b": {"a": x, "b": y}}
     rows = [base, {"a": y, "b": x}]
     plan = planned(base, single, 5)
-    known = {"base_select": base, "single_select": single, "plan": plan, "trained": [("a", 5), ("b", 5)]}
+    known = {"base_select": base, "single_select": single, "plan": plan, "trained": [_stage("a"), _stage("b")]}
     half = assemble(names, **known, rows_test=rows)
     assert "final" not in half and len(half["stages"]) == 1 and half["forecast"]["a"]["value"] == 1.0
     done = assemble(names, **known, rows_test=[*rows, {"a": y, "b": y}])
     assert done["bwt"]["value"] == 0.0 and done["flips"]["a"] == {"lost": 0, "gained": 10}
     assert done["intervals"]["gain_average"]["value"] == 1.0
-    joint = assemble(names, rows_test=[base, {"a": y, "b": y}], trained=[("joint", 10)])
+    joint = assemble(names, rows_test=[base, {"a": y, "b": y}], trained=[_stage("a", "b")])
     assert joint["bwt"]["value"] is None and joint["final"]["a"]["value"] == 1.0
-    user = assemble(names, plan=planned(base, single, 1, ("b", "a")), mode="order", trained=[("b", 1)])
+    user = assemble(names, plan=planned(base, single, 1, ("b", "a")), mode="order", trained=[_stage("b")])
     assert user["order"] == ["b", "a"] and user["solved_order"] == ["a", "b"] and user["order_method"] == "order"
 
 

@@ -104,7 +104,7 @@ def test_the_table_finds_what_was_planted(effect):
         if math.isfinite(row.p_holm):
             assert row.p_holm >= row.over_joint.p and name not in ("solved", "joint")
     assert by_name["reversed"].bwt.high < -0.05 < solved.bwt.value
-    assert solved.orders == {EFFECT.best: 5} and solved.samples_transfer == 3 * 1280
+    assert solved.orders == {EFFECT.best: 5} and solved.cost.samples_transfer == 3 * 1280
     lost, gained = solved.flips["math"]
     assert gained > 100 and lost < 20
 

@@ -382,6 +382,25 @@ def test_a_sampled_evaluation_that_fails_costs_its_arm_alone(
     ]
 
 
+def test_a_probe_that_fails_at_another_temperature_leaves_the_next_arms_theirs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, warm = written(tmp_path, model, ["base", "single", "joint"]), "study.temperatures=[2.0]"
+    whole, _ = run(path, tmp_path / "whole", warm)
+    with monkeypatch.context() as patch:
+        measure = Policy.measure
+
+        def broken(self: Policy, rows: Sequence[Any]) -> Any:
+            if self.inv_temperature == 0.5:
+                raise RunError("out of memory")
+            return measure(self, rows)
+
+        patch.setattr(Policy, "measure", broken)
+        failed, _ = run(path, tmp_path / "run", warm)
+    assert {cell.status for cell in failed.cells} == {"failed"}
+    assert told_alike(run(path, tmp_path / "run", warm)[0], whole)
+
+
 def test_names_of_tasks_in_any_script_and_a_seed_taken_out(model: Path, tmp_path: Path) -> None:
     path = written(tmp_path, model, ["base", "single"])
     path.write_text(path.read_text().replace('"sort"', '"排序"').replace('"scramble"', '"打乱"'))

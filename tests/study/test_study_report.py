@@ -14,7 +14,7 @@ from synthetic_study import Builder, World, planted, write
 from omni_fast.errors import UserError
 from omni_fast.study import records
 from omni_fast.study.report import main, write_report
-from omni_fast.study.report_findings import analyse, headline, verdict
+from omni_fast.study.report_findings import analyse, headline, p_value, tables, verdict
 
 SMALL = dict(tasks=("math", "code", "qa"), items=80, noise=0.015, seeds=(0, 1, 2, 3, 4), order_seeds=(0, 1, 2))
 EFFECT = World(base=0.5, own=0.75, matrix=planted(3) / 2, joint=0.55, merge=0.5, **SMALL)
@@ -171,6 +171,15 @@ def test_refreshes_of_different_tasks_are_no_stage_of_one(whole, tmp_path):
     page, _ = _report(tmp_path / "two", part)
     assert "4. refresh" in page and "4. qa" not in page
     assert "4. qa" in _report(tmp_path / "one", whole)[0]
+
+
+def test_effects_whose_names_run_together_are_told_apart(tmp_path):
+    """a → aa and aa → a: each with its own p, in a family of two."""
+    world = World(tasks=("a", "aa"), matrix=planted(2), items=40, order_seeds=(0, 1, 2))
+    found = analyse(records.read(write(tmp_path, Builder(world).whole())))
+    (made,) = (made for made in tables(found)["assumptions"] if made.title.startswith("Assumption 1"))
+    low, high = sorted(s.p for _, _, s in found.assumptions.constant.values())
+    assert sorted(row[-1] for row in made.rows) == sorted([p_value(2 * low), p_value(max(2 * low, high))])
 
 
 def test_no_entropy_and_a_bar_in_a_name(whole, tmp_path, recwarn):
