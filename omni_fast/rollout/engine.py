@@ -56,11 +56,9 @@ class Rollout(Protocol):
 
     def wait(self, progress: Progress | None = None) -> list[list[Sample]]:
         """The samples of each prompt, in the order of the prompts, once all are complete."""
-        ...
 
     def cancel(self) -> None:
         """Give up what is still under way."""
-        ...
 
 
 class Engine(Protocol):
@@ -73,7 +71,6 @@ class Engine(Protocol):
 
         No token is of weights older than those of this moment; later ones may join in where `sync` comes before the end.
         """
-        ...
 
     def generate(
         self,
@@ -88,7 +85,6 @@ class Engine(Protocol):
 
     def sync(self, version: int) -> dict[str, float]:
         """Take over the policy's current weights as `version`; metrics of it, for the step's row."""
-        ...
 
     def close(self) -> None: ...
 

@@ -20,14 +20,14 @@ from transformers import PreTrainedModel
 
 from omni_fast.errors import UserError
 from omni_fast.rollout.decode import ModuleWave
-from omni_fast.rollout.engine import Deferred, Finished, Progress, Prompt, Rollout, Sample, Sampling
+from omni_fast.rollout.engine import Deferred, Engine, Finished, Progress, Prompt, Rollout, Sample, Sampling
 from omni_fast.rollout.sampling import draw, uniforms
 from omni_fast.rollout.shared_cache import PackedModel, SharedWave, fits
 
 ROW_STEP = 8  # rows leave the batch in such steps: a new row count costs the GEMM library a new kernel
 
 
-class LocalEngine:
+class LocalEngine(Engine):
     """Implements `Engine` over a model of transformers that stays in this process.
 
     The engine reads the parameters of `model` as they are at construction and at each `sync`; it never writes them.
@@ -65,23 +65,16 @@ class LocalEngine:
         self.packed = None
 
     def start(self, prompts: Sequence[Prompt], n: int, sampling: Sampling, arrived: Finished | None = None) -> Rollout:
-        """Nothing is generated before it is waited for: policy and engine share the cores and the weights."""
-        return Deferred(lambda progress: self.generate(prompts, n, sampling, progress, arrived))
+        """Nothing is generated before it is waited for: policy and engine share the cores and the weights.
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        n: int,
-        sampling: Sampling,
-        progress: Progress | None = None,
-        finished: Finished | None = None,
-    ) -> list[list[Sample]]:
-        """`n` samples for each prompt, in the order of the prompts.
-
-        progress: called after each token with the tokens generated so far and the samples still running.
-        finished: called between two tokens with each prompt whose samples are all complete, so it must be quick.
-        Raises UserError for a prompt without tokens, or one that does not fit with its new tokens.
+        arrived: called between two tokens with each prompt whose samples are all complete, so it must be quick. What waits
+        gets UserError for a prompt without tokens, or one that does not fit with its new tokens.
         """
+        return Deferred(lambda progress: self._generate(prompts, n, sampling, progress, arrived))
+
+    def _generate(
+        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, progress: Progress | None, arrived: Finished | None
+    ) -> list[list[Sample]]:
         for number, prompt in enumerate(prompts):
             self._check(number, len(prompt.tokens), sampling.max_new_tokens)
         results: list[list[Sample]] = [[Sample([], [], "length") for _ in range(n)] for _ in prompts]
@@ -96,8 +89,8 @@ class LocalEngine:
                         if left[index] == 0:
                             for sample in results[index]:
                                 sample.versions = [(self.version, 0, len(sample.tokens))]
-                            if finished is not None:
-                                finished(index, results[index])
+                            if arrived is not None:
+                                arrived(index, results[index])
                     if progress is not None:
                         progress(tokens, sum(left))
         return results
@@ -142,38 +135,32 @@ class LocalEngine:
             wave = ModuleWave(self.model, texts, counts)
         else:
             wave = SharedWave(self.packed, texts, counts, sampling.max_new_tokens)
-        streams = [
-            uniforms(sampling.seed, prompts[index].key, number, sampling.max_new_tokens) for index, number in members
-        ]
+        limit, stops = sampling.max_new_tokens, frozenset(sampling.stop_token_ids)
+        streams = [uniforms(sampling.seed, prompts[index].key, number, limit) for index, number in members]
         uniform_RT = torch.stack(streams).to(device)
-        rows = [results[index][number] for index, number in members]
-        owners = [index for index, _ in members]
+        rows = [(index, results[index][number]) for index, number in members]
         alive = [True] * len(rows)
         logits_RV = wave.prefill()[wave.prompt_of_row]
-        stops = frozenset(sampling.stop_token_ids)
-        for step in range(sampling.max_new_tokens):
+        for step in range(limit):
             token_R, logprob_R = draw(logits_RV, uniform_RT[:, step], sampling.temperature)
-            added, ended = 0, []
+            added, ended = sum(alive), []
             for row, (token, logprob) in enumerate(zip(token_R.tolist(), logprob_R.tolist(), strict=True)):
                 if alive[row]:
-                    rows[row].tokens.append(token)
-                    rows[row].logprobs.append(logprob)
-                    added += 1
+                    index, sample = rows[row]
+                    sample.tokens.append(token)
+                    sample.logprobs.append(logprob)
                     if token in stops:
-                        rows[row].finish_reason = "stop"
+                        sample.finish_reason = "stop"
+                    if token in stops or step + 1 == limit:
                         alive[row] = False
-                        ended.append(owners[row])
-            last = step + 1 == sampling.max_new_tokens
-            if last:
-                ended += [owner for owner, running in zip(owners, alive, strict=True) if running]
+                        ended.append(index)
             yield added, ended
-            if last or not any(alive):
+            if not any(alive):
                 return
             keep = _compaction(alive)
             if keep is not None:
                 wave.keep(keep)
                 rows, alive = [rows[row] for row in keep], [alive[row] for row in keep]
-                owners = [owners[row] for row in keep]
                 kept = torch.tensor(keep, device=device)
                 token_R, uniform_RT = token_R[kept], uniform_RT[kept]
             logits_RV = wave.step(token_R)

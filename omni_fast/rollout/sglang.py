@@ -46,15 +46,12 @@ class Weights(Protocol):
 
     def check(self, server: Server) -> None:
         """Raises UserError where the server's model is not the policy's, ServerError where it does not answer."""
-        ...
 
     def push(self, version: int) -> dict[str, float]:
         """The current weights to all ready servers, draining those that fail; seconds by phase."""
-        ...
 
     def catch_up(self, server: Server) -> None:
         """The current weights to one server that has others. Raises ServerError."""
-        ...
 
 
 class SGLangEngine(Engine):
@@ -103,16 +100,11 @@ class SGLangEngine(Engine):
                 break
             self.raise_if_stopping()
             time.sleep(0.2 if missing else 0.0)
-        if missing and not self.fleet.ready:
-            raise UserError(
-                f"the engine server {missing[0].url} is not ready after {self.wait_s:.0f} s ({missing[0].reason}): start "
-                "it, look into its log, or correct engine.urls"
-            )
         for server in missing:
-            self.fleet.say(
-                f"the engine server {server.url} is not ready after {self.wait_s:.0f} s ({server.reason}): it is left "
-                "out until it answers"
-            )
+            told = f"the engine server {server.url} is not ready after {self.wait_s:.0f} s ({server.reason})"
+            if not self.fleet.ready:
+                raise UserError(f"{told}: start it, look into its log, or correct engine.urls")
+            self.fleet.say(f"{told}: it is left out until it answers")
 
     def _meet(self, server: Server, answer: ServerError | None) -> None:
         """Takes it in if it is up; else `server.reason` says why not."""
@@ -167,14 +159,23 @@ class SGLangEngine(Engine):
             if not prompt.tokens:
                 raise UserError(f"prompt {number} has no tokens: give each at least one (a BOS token, for example)")
         came: queue.SimpleQueue[Done] = queue.SimpleQueue()
+        turn = next(self._turns)
 
-        def take(done: Done) -> None:
+        async def one(place: int) -> None:
+            samples = await self._group(place, prompts[place].tokens, n, sampling, turn)
             if arrived is not None:
-                arrived(*done)
-            came.put(done)
+                arrived(place, samples)
+            came.put((place, samples))
 
-        job = self.fleet.submit(self._all(prompts, n, sampling, next(self._turns), take))
-        return ServedRollout(self, job, came, len(prompts), n)
+        async def together() -> None:
+            tasks = [asyncio.create_task(one(place)) for place in range(len(prompts))]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+        return ServedRollout(self, self.fleet.submit(together()), came, len(prompts), n)
 
     def sync(self, version: int) -> dict[str, float]:
         """The policy's weights to every server as `version`; seconds/sync_PHASE. A server that fails is drained."""
@@ -281,19 +282,6 @@ class SGLangEngine(Engine):
         self.fleet.say(f"the engine server {server.url} {how}, with weight version {self.version}")
 
     # -- inside the loop ---------------------------------------------------------------------------------------------
-
-    async def _all(
-        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, turn: int, take: Callable[[Done], None]
-    ) -> None:
-        async def one(place: int) -> None:
-            take((place, await self._group(place, prompts[place].tokens, n, sampling, turn)))
-
-        tasks = [asyncio.create_task(one(place)) for place in range(len(prompts))]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
 
     async def _group(self, place: int, tokens: Sequence[int], n: int, sampling: Sampling, turn: int) -> list[Sample]:
         told: list[str] = []

@@ -4,6 +4,9 @@ Norms with the residual's sum, q/k/v and gate/up as one product each, rotation i
 for all rows that go on from it. The prefill is one tree: the prompts' common beginning, then each prompt's own rows. Heads
 of another size than the kernels' multiples of 32 are filled up with zeros for attention.
 
+Weights are packed once a weight version: layers of one input as one product, an adapter merged into its layer. omni_kernels
+lays them out where the processor multiplies bf16 in AVX-512, else oneDNN. They take as much memory as the weights.
+
 Limits: the layer classes in `KINDS` with linear layers (or LoRA, merged) and SiLU, full attention, bf16 or fp32; everything
 else runs through its modules (decode.py).
 """
@@ -18,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from omni_fast.rollout.packed_linear import PackedLinear, is_linear
 from omni_kernels import decoder
 
 KINDS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 BLOCK_ROWS = 64
+ROWS = 64  # of the input, that oneDNN lays weights out for; any other number works as well
 
 
 def fits(model: PreTrainedModel) -> bool:
@@ -46,6 +49,53 @@ def _products(layer: Any) -> tuple[tuple[nn.Module, ...], ...]:
     """The linear layers of each product."""
     heads, mlp = layer.self_attn, layer.mlp
     return (heads.q_proj, heads.k_proj, heads.v_proj), (heads.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
+
+
+class PackedLinear:
+    """One or more linear layers of the same input as one product; `read` takes their weights."""
+
+    def __init__(self) -> None:
+        self.packed: decoder.Packed | None = None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def read(self, *sources: nn.Module) -> None:
+        """The layers' weights as they are now; over those of the last call, never beside them."""
+        weights = [weight_of(source) for source in sources]
+        biases = [bias for source in sources if isinstance(bias := source.bias, Tensor)]
+        self.bias = torch.cat(biases).detach() if biases else None
+        if decoder.multiplies(*weights) and weights[0].shape[1] % 2 == 0:
+            self.weight = None
+            self.packed = decoder.pack(*weights, transposed=True, into=self.packed)
+        else:
+            self.packed = self.weight = None  # given back before there is another
+            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        y = decoder.linear(x, self.packed)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A plain linear layer, or peft's LoRA around one."""
+    return type(module) is nn.Linear or (
+        hasattr(module, "get_delta_weight") and type(getattr(module, "base_layer", None)) is nn.Linear
+    )
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """What the layer multiplies by: with an active adapter, its product is added in float32 and rounded once."""
+    if isinstance(module, nn.Linear):
+        return module.weight.detach()
+    adapted: Any = module  # peft's layer, which is not imported for a model without one
+    base = adapted.base_layer.weight.detach()
+    if adapted.disable_adapters or adapted.merged:
+        return base
+    deltas = [adapted.get_delta_weight(name).detach().float() for name in adapted.active_adapters]
+    return torch.stack([base.float(), *deltas]).sum(0).to(base.dtype)
 
 
 class PackedModel:

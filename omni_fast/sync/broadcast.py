@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import accumulate
 from threading import Thread
 from urllib.parse import urlsplit
 
@@ -36,7 +37,7 @@ ANSWER_S = 10.0  # for the answer of a member, after the group's own limit
 class GroupLost(Exception):
     """The group cannot be used any more. `failed`: the members that did not answer, with what was wrong."""
 
-    def __init__(self, reason: str, failed: Sequence[ServerError] = ()) -> None:
+    def __init__(self, reason: str, failed: Sequence[tuple[Server, ServerError]]) -> None:
         super().__init__(reason)
         self.failed = failed
 
@@ -52,14 +53,12 @@ class BroadcastGroup:
         size = 1 + sum(server.tensor_parallel for server in servers)
         address, limit = _address(servers), timedelta(seconds=limit_s)
         store = TCPStore(address, 0, size, is_master=True, wait_for_workers=False, timeout=limit)
-        port, ranks, rank = store.port, {}, 1
-        for server in servers:
-            ranks[server.url] = rank
-            rank += server.tensor_parallel
+        port, before = store.port, accumulate((server.tensor_parallel for server in servers), initial=1)
+        ranks = dict(zip(servers, before, strict=False))
 
         async def join(server: Server) -> Json:
             ask: Json = {
-                "master_address": address, "master_port": port, "rank_offset": ranks[server.url],
+                "master_address": address, "master_port": port, "rank_offset": ranks[server],
                 "world_size": size, "group_name": self.name, "backend": backend,
             }  # fmt: skip
             return await fleet.ask(server, "/init_weights_update_group", ask, limit_s + ANSWER_S)
@@ -122,11 +121,11 @@ class BroadcastGroup:
             del self._group
 
     def _settle(self, results: Sequence[tuple[Server, Json | ServerError]], reason: str) -> None:
-        errors = [result for _, result in results if isinstance(result, ServerError)]
+        errors = [(server, result) for server, result in results if isinstance(result, ServerError)]
         if errors or reason:
             self._leave()
-            told = reason.split("\n")[0][:200] or str(errors[0])
-            raise GroupLost(told, [error for error in errors if error.status != 400])
+            told = reason.split("\n")[0][:200] or str(errors[0][1])
+            raise GroupLost(told, [(server, error) for server, error in errors if error.status != 400])
 
 
 def _address(servers: Sequence[Server]) -> str:

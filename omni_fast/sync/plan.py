@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from omni_fast.rollout.packed_linear import weight_of
+from omni_fast.rollout.shared_cache import weight_of
 
 BUCKET_BYTES = 512 << 20
 
@@ -50,16 +50,9 @@ class Bucket:
         return [(entry.name, part.view(entry.shape)) for entry, part in zip(self.entries, parts, strict=True)]
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    buckets: list[Bucket]
-
-    @property
-    def entries(self) -> list[Entry]:
-        return [entry for bucket in self.buckets for entry in bucket.entries]
-
-
-def make_plan(model: PreTrainedModel, bucket_bytes: int = BUCKET_BYTES, dtype: torch.dtype | None = None) -> Plan:
+def make_plan(
+    model: PreTrainedModel, bucket_bytes: int = BUCKET_BYTES, dtype: torch.dtype | None = None
+) -> list[Bucket]:
     """Buckets in the order of the model's tensors. A tensor larger than `bucket_bytes` has a bucket of its own.
 
     dtype: what fp32 tensors travel as; None: all as they are.
@@ -73,7 +66,7 @@ def make_plan(model: PreTrainedModel, bucket_bytes: int = BUCKET_BYTES, dtype: t
             bucket = open_[kind] = Bucket(kind, [])
             buckets.append(bucket)
         bucket.entries.append(Entry(name, value.shape, kind))
-    return Plan(buckets)
+    return buckets
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ from omni_fast.policy.adapter import save_adapter
 from omni_fast.rollout.fleet import ASK_S, OLDEST, Fleet, Json, Server, ServerError, member
 from omni_fast.sync import adapter
 from omni_fast.sync.broadcast import BroadcastGroup, GroupLost
-from omni_fast.sync.plan import BUCKET_BYTES, Plan, checksum, make_plan, tensors
+from omni_fast.sync.plan import BUCKET_BYTES, Bucket, checksum, make_plan, tensors
 
 Transport = Literal["disk", "tensor", "distributed", "adapter"]
 PACKED_BYTES = 2 << 30  # of weights that wait for the servers, where the policy is
@@ -96,11 +96,11 @@ class WeightSync:
         self._memory: dict[int, Tensor] = {}  # for packed buckets, by number
         self._group: BroadcastGroup | None = None
         self._adapters: dict[str, list[str]] = {}  # of each server, oldest first
-        whole = transport != "adapter"  # beside an adapter the server shows the base alone, which does not change
-        self._readable = [name for name, _ in tensors(model) if whole and _readable(model, name)]
+        shown = () if transport == "adapter" else None  # beside an adapter the base alone, which does not change
+        self._readable = [name for name, _ in tensors(model, shown) if _readable(model, name)]
 
     @cached_property
-    def plan(self) -> Plan:
+    def plan(self) -> list[Bucket]:
         """Made at the first sync, when all servers have said what they hold: fp32 is cast if that is one other dtype."""
         held = {server.dtype for server in self.fleet.servers if server.known}
         dtype = CASTS.get(held.pop()) if len(held) == 1 else None
@@ -204,10 +204,10 @@ class WeightSync:
         if self._group is not None and server in self._group.servers:  # if it was restarted, it knows no group
             self._end_group()
         self._write()
-        if self.transport != "adapter":
-            self.fleet.run(self._pause(server))
-        self.fleet.run(self._load_folder(server))
-        self.fleet.run(self._go_on(server))
+        for work in (
+            (self._pause, self._load_folder, self._go_on) if self.transport != "adapter" else (self._load_adapter,)
+        ):
+            self.fleet.run(work(server))
         self.fleet.run(self._check_numbers(server, self._sample()))
 
     @contextmanager
@@ -257,7 +257,9 @@ class WeightSync:
         except ServerError as error:
             if "already loaded" not in error.reason:
                 raise
-        self._adapters.setdefault(server.url, []).append(self.tag)
+        loaded = self._adapters.setdefault(server.url, [])
+        if self.tag not in loaded:
+            loaded.append(self.tag)
         named: Json = {"new_version": self.tag, "abort_all_requests": False}
         await self.fleet.ask(server, "/update_weight_version", named)
         return await self._unload(server, KEPT, self.load_s)
@@ -286,7 +288,7 @@ class WeightSync:
                 save_adapter(self.model, work)
             else:
                 self.model.config.save_pretrained(work)
-                kinds = {entry.name: entry.dtype for entry in self.plan.entries}
+                kinds = {entry.name: entry.dtype for bucket in self.plan for entry in bucket.entries}
                 values = {name: value.to("cpu", kinds[name]).contiguous() for name, value in tensors(self.model)}
                 save_file(values, work / "model.safetensors", {"format": "pt"})
 
@@ -302,7 +304,7 @@ class WeightSync:
         except GroupLost as error:
             self._lose(error)
             return self._push_folder(clock)
-        count, ahead = len(self.plan.buckets), self._ahead
+        count, ahead = len(self.plan), len(self._sizes)
         with ThreadPoolExecutor(1) as packer:
             with _timed(clock, "pack"):
                 packed = deque(self._packed(number) for number in range(ahead))
@@ -330,8 +332,8 @@ class WeightSync:
     def _load_bucket(self, number: int, flat: Tensor) -> None:
         if not self.fleet.ready:
             return
-        bucket = self.plan.buckets[number]
-        last: dict[str, Json] = {"weight_version": self.tag} if bucket is self.plan.buckets[-1] else {}
+        bucket = self.plan[number]
+        last: dict[str, Json] = {"weight_version": self.tag} if bucket is self.plan[-1] else {}
         ask: dict[str, Json] = {"flush_cache": False} | last
         self._join()  # anew, where a server has gone since
         if self._group is not None:
@@ -353,15 +355,17 @@ class WeightSync:
                 self._group = BroadcastGroup(self.fleet, self.fleet.ready, self.model.device, self.broadcast_s)
 
     @cached_property
-    def _ahead(self) -> int:
-        """How many buckets `packed_bytes` hold; bucket k is packed into memory k modulo that."""
-        largest = max(bucket.size for bucket in self.plan.buckets)
-        return min(len(self.plan.buckets), max(2, self.packed_bytes // largest))
+    def _sizes(self) -> list[int]:
+        """In bytes, of the memories that buckets are packed into, bucket k into number k modulo their number: so many that
+        `packed_bytes` hold them, and two at least."""
+        own = [bucket.size for bucket in self.plan]
+        ways = ([max(own[slot::number]) for slot in range(number)] for number in range(len(own), 0, -1))
+        return next(sizes for sizes in ways if len(sizes) <= 2 or sum(sizes) <= self.packed_bytes)
 
     @torch.no_grad()
     def _packed(self, number: int) -> Tensor:
         """The bucket's numbers in one flat buffer, cast as they are copied; in memory that the transport can pass on."""
-        bucket = self.plan.buckets[number]
+        bucket = self.plan[number]
         flat = self._buffer(number)[: bucket.size].view(bucket.dtype)
         values = dict(tensors(self.model, {entry.name for entry in bucket.entries}))
         for name, view in bucket.views(flat):
@@ -373,12 +377,11 @@ class WeightSync:
     def _buffer(self, number: int) -> Tensor:
         """Memory that is kept from sync to sync. But that of a GPU is training's between two syncs, and a reader of another
         process may still copy out of it when it has answered: torch does not use it again before the reader lets go."""
-        device, slot = self.model.device, number % self._ahead
+        device, slot = self.model.device, number % len(self._sizes)
         if device.type == "cuda":
-            return torch.empty(self.plan.buckets[number].size, dtype=torch.uint8, device=device)
+            return torch.empty(self.plan[number].size, dtype=torch.uint8, device=device)
         if slot not in self._memory:
-            size = max(bucket.size for bucket in self.plan.buckets[slot :: self._ahead])
-            made = torch.empty(size, dtype=torch.uint8)
+            made = torch.empty(self._sizes[slot], dtype=torch.uint8)
             self._memory[slot] = made.share_memory_() if self.transport == "tensor" else made
         return self._memory[slot]
 
@@ -387,8 +390,7 @@ class WeightSync:
         self.fleet.say(
             f"the broadcast of the weights was given up ({lost}); the servers that are left load them from disk"
         )
-        for error in lost.failed:
-            (server,) = (one for one in self.fleet.servers if one.url == error.url)
+        for server, error in lost.failed:
             self.fleet.drain(server, f"weight sync: {error.path} {error.reason}")
 
     def _end_group(self) -> None:

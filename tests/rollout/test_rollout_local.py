@@ -21,8 +21,7 @@ from omni_fast.errors import UserError
 from omni_fast.rollout import local
 from omni_fast.rollout.engine import Prompt, Sample, Sampling
 from omni_fast.rollout.local import LocalEngine
-from omni_fast.rollout.packed_linear import PackedLinear
-from omni_fast.rollout.shared_cache import common_length
+from omni_fast.rollout.shared_cache import PackedLinear, common_length
 from omni_kernels import decoder
 
 SIZES = dict(

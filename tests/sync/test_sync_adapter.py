@@ -117,6 +117,19 @@ def test_a_server_started_again_gets_the_adapter_before_it_gets_prompts(tmp_path
         assert made.fleet.ready
 
 
+def test_an_adapter_that_is_loaded_again_takes_no_place_of_an_older_one(tmp_path: Path) -> None:
+    """Requests of the two versions before are still under way when a server has answered a load by half."""
+    model = llama()
+    add_adapter(model, rank=4, alpha=8.0)
+    server = fake(llama(), lora_rank=8)
+    with engine(model, tmp_path, server, transport="adapter") as made:
+        for step in range(1, 4):
+            server.faults.append(("/update_weight_version", times(step == 2, cut)))
+            made.sync(step)
+            made.generate(PROMPTS, 2, SAMPLING)  # which brings it back
+        assert [tag.rpartition(".")[2] for tag in server.adapters] == ["1", "2", "3"]
+
+
 @pytest.mark.parametrize(("rank", "told"), [(0, "LoRA is not enabled"), (2, "max-lora-rank")])
 def test_a_server_that_cannot_take_the_adapter_is_told_before_the_first_step(
     tmp_path: Path, rank: int, told: str

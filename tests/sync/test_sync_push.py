@@ -18,7 +18,7 @@ from omni_fast.errors import UserError
 from omni_fast.policy.adapter import add_adapter
 from omni_fast.rollout.fleet import Fleet, Server
 from omni_fast.sync import WeightSync, broadcast
-from omni_fast.sync.plan import checksum, make_plan, tensors
+from omni_fast.sync.plan import Bucket, Entry, checksum, make_plan, tensors
 
 
 @pytest.mark.parametrize("version", ["0.5.17", "0.5.21"])
@@ -43,7 +43,7 @@ def test_every_server_has_the_policys_weights_after_each_sync(tmp_path: Path, tr
     loads = servers[0].paths("/update_weights_from_tensor")
     loads += servers[0].paths("/update_weights_from_distributed")
     if transport != "disk":
-        assert len(loads) == 4 * len(make_plan(model, 20_000).buckets) > 8
+        assert len(loads) == 4 * len(make_plan(model, 20_000)) > 8
         assert len(servers[0].paths("/init_weights_update_group")) == (transport == "distributed"), "one group for all"
         assert not servers[0].groups, "close ends it"
         assert len(servers[0].paths("/begin_weight_update")) == (4 if version == "0.5.21" else 0)
@@ -78,7 +78,7 @@ def test_an_fp32_policy_is_cast_for_servers_that_hold_bf16(tmp_path: Path, trans
     for held, kind in [(("bfloat16", "bfloat16"), torch.bfloat16), (("bfloat16", "auto"), torch.float32)]:
         servers = [fake(model, dtype=dtype) for dtype in held]
         with engine(model, tmp_path, *servers, transport=transport) as made:
-            assert made.said == [] and {entry.dtype for entry in made.weights.plan.entries} == {kind}
+            assert made.said == [] and {bucket.dtype for bucket in made.weights.plan} == {kind}
             for server in servers:
                 assert all(value.dtype == kind for value in server.weights.values())
                 assert all(torch.equal(server.weights[name], value.to(kind)) for name, value in tensors(model))
@@ -202,7 +202,7 @@ def test_servers_stand_still_for_loads_alone(tmp_path: Path, transport: str, lim
         move(model)
         seconds = made.sync(1)
         check_equal(model, server)
-    count, ahead = len(made.weights.plan.buckets), made.weights._ahead
+    count, ahead = len(made.weights.plan), len(made.weights._sizes)
     assert ahead == 2 if limit == 1 else ahead == count if limit == 1 << 30 else 2 < ahead < count
     assert events[: ahead + 1] == [*(f"pack {number}" for number in range(ahead)), "pause"]
     rest = [event for event in events[ahead + 1 :] if "pack" not in event]
@@ -217,7 +217,7 @@ def test_servers_stand_still_for_loads_alone(tmp_path: Path, transport: str, lim
 def test_in_a_run_other_tensors_are_read_back_each_time(tmp_path: Path) -> None:
     model = llama()
     server = fake(model)
-    names = [entry.name for entry in make_plan(model).entries]
+    names = [entry.name for bucket in make_plan(model) for entry in bucket.entries]
     with engine(model, tmp_path, server, compared=3) as made:
         before = len(server.paths("/get_weights_by_name"))
         for step in range(1, 8):
@@ -237,13 +237,26 @@ def test_the_plan_has_every_weight_once_in_bounded_buckets(size: int, tied: bool
         model.model.norm.to(torch.float64)
     plan = make_plan(model, size)
     own = dict(model.named_parameters())
-    assert sorted(entry.name for entry in plan.entries) == sorted(own)
-    for bucket in plan.buckets:
+    assert sorted(entry.name for bucket in plan for entry in bucket.entries) == sorted(own)
+    for bucket in plan:
         for entry in bucket.entries:
             assert entry.dtype == bucket.dtype == own[entry.name].dtype and entry.shape == own[entry.name].shape
         flat = torch.arange(bucket.count)
         assert torch.equal(torch.cat([view.flatten() for _, view in bucket.views(flat)]), flat)
         assert len(bucket.entries) == 1 or bucket.count * bucket.dtype.itemsize <= size
+
+
+@pytest.mark.parametrize(
+    ("own", "limit", "ahead"),
+    [([90, 10, 10, 10, 10], 130, 5), ([90, 10, 90, 10], 130, 2), ([90, 10, 10, 90, 10], 130, 3), ([90], 1, 1)],
+)
+def test_one_large_bucket_costs_no_other_its_place(tmp_path: Path, own: list[int], limit: int, ahead: int) -> None:
+    fleet = Fleet(["http://127.0.0.1:9"])
+    weights = WeightSync(fleet, llama(), tmp_path, packed_bytes=limit)
+    weights.plan = [Bucket(torch.uint8, [Entry("", torch.Size([size]), torch.uint8)]) for size in own]
+    held = weights._sizes
+    assert len(held) == ahead and all(size <= held[number % ahead] for number, size in enumerate(own))
+    fleet.close()
 
 
 @given(st.integers(0, 30), st.integers(0, 7))
