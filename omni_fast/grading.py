@@ -90,8 +90,9 @@ class Grading:
         """Fitted once a run folder, so that a resume is judged by the same head."""
         encode = pooled_encoder(model, tokenizer, dtype=working_dtype(model.device))
         path = self.folder / "judge_head.json"
-        if not path.is_file():
-            fit_head(encode, self.config.seed).save(path)
+        if not path.is_file():  # under another name first: a kill must leave none that is half there
+            fit_head(encode, self.config.seed).save(work := path.with_suffix(".writing"))
+            work.replace(path)
         return EmbeddedJudge(encode, Head.load(path))
 
     def _math(self) -> MathVerifier:

@@ -229,6 +229,8 @@ class Run:
             try:
                 self.at_once()
             finally:
+                if os.isatty(1):
+                    os.write(1, b"\x1b[?25h")  # the cursor, which the live panel hides
                 os._exit(Interrupted.exit_code)  # asked twice: now
         self.stopping = True
         os.write(2, b"stopping once what is under way is saved; Ctrl-C again: at once\n")  # print is not safe in here

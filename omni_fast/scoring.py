@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from functools import partial
 from queue import Empty, SimpleQueue
 
 from omni_fast.config import RewardsConfig
@@ -45,37 +44,50 @@ class Scorer:
         """hold: score a step's groups only when all are complete, for a judge whose server must not generate meanwhile."""
         self.tasks, self.limits, self.progress, self.raise_if_stopping = tasks, limits, progress, raise_if_stopping
         self.hold = hold
-        self._threads = {name: _Thread(f"score-{name}") for name in tasks}
+        self._jobs: dict[str, SimpleQueue[tuple[Future[float], Group] | None]] = {name: SimpleQueue() for name in tasks}
+        for name in tasks:
+            threading.Thread(target=self._work, args=(name,), name=f"score-{name}", daemon=True).start()
         self._down: set[str] = set()  # tasks whose later groups are not asked: they would only wait for the same server
 
     def submit(self, group: Group) -> None:
         """Score a group whose samples are complete."""
         if not self.hold:
-            self._begin(group)
-
-    def _begin(self, group: Group) -> None:
-        group.scoring = self._threads[group.draw.task].submit(partial(self._score, group))
+            group.scoring = self._ask(group)
 
     def finish(self, groups: Sequence[Group]) -> float:
         """Wait until these groups, all of them submitted, have their scores; returns the seconds that scoring took.
 
         Raises RunError when too many samples stay without a score for `pause_s`, or the user stops meanwhile.
         """
-        for group in groups:
-            if group.scoring is None:
-                self._begin(group)
         self.progress.wait(f"the rewards of {sum(len(group.samples) for group in groups)} samples")
-        work = self._wait([group.scoring for group in groups if group.scoring is not None]) + self._outlast(groups)
+        work = self._wait([group.scoring or self._ask(group) for group in groups]) + self._outlast(groups)
         self._down.clear()
         return work
 
     def close(self) -> None:
-        """Leave what is under way to end by itself."""
-        for thread in self._threads.values():
-            thread.close()
+        """What is under way ends by itself, the rest is dropped."""
+        for jobs in self._jobs.values():
+            with suppress(Empty):
+                while True:
+                    jobs.get_nowait()
+            jobs.put(None)
+
+    def _ask(self, group: Group) -> Future[float]:
+        job: Future[float] = Future()
+        self._jobs[group.draw.task].put((job, group))
+        return job
+
+    def _work(self, name: str) -> None:
+        """The task's thread: a group after the other. Ends with the process even where a task's own code never returns."""
+        while (taken := self._jobs[name].get()) is not None:
+            job, group = taken
+            try:
+                job.set_result(self._score(group))
+            except Exception as error:  # told to whoever waits for the result
+                job.set_exception(error)
 
     def _score(self, group: Group) -> float:
-        """In the task's thread. Returns the seconds it took."""
+        """Returns the seconds it took."""
         start, name = time.perf_counter(), group.draw.task
         task = self.tasks[name]
         if name in self._down:
@@ -108,8 +120,8 @@ class Scorer:
             gap = min(2 * gap, MAX_RETRY_S)
             self._down.clear()
             jobs = [
-                self._threads[name].submit(partial(self._score, group))
-                for name, members in lost.items()
+                self._ask(group)
+                for members in lost.values()
                 for group in members
                 if not all(score.valid for score in group.scores)
             ]
@@ -139,34 +151,6 @@ class Scorer:
                 if pending and time.monotonic() > end:
                     raise
         return sum(job.result() for job in jobs)
-
-
-class _Thread:
-    """Does one job after the other, and ends with the process even where a task's own code never returns."""
-
-    def __init__(self, name: str) -> None:
-        self._jobs: SimpleQueue[tuple[Future[float], Callable[[], float]] | None] = SimpleQueue()
-        threading.Thread(target=self._run, name=name, daemon=True).start()
-
-    def submit(self, work: Callable[[], float]) -> Future[float]:
-        job: Future[float] = Future()
-        self._jobs.put((job, work))
-        return job
-
-    def close(self) -> None:
-        """What is under way ends by itself, the rest is dropped."""
-        with suppress(Empty):
-            while True:
-                self._jobs.get_nowait()
-        self._jobs.put(None)
-
-    def _run(self) -> None:
-        while (taken := self._jobs.get()) is not None:
-            job, work = taken
-            try:
-                job.set_result(work())
-            except Exception as error:  # told to whoever waits for the result
-                job.set_exception(error)
 
 
 def _told(lost: Mapping[str, Sequence[Group]]) -> str:

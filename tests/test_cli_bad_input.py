@@ -6,13 +6,14 @@ The command line runs inside the test process: an exception that is not turned i
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import pytest
 from transformers import AutoTokenizer
 
-from omni_fast import build, serving
+from omni_fast import build, grading, serving
 from omni_fast.checkpoint import run_lock
 from omni_fast.cli import main
 from omni_fast.config import load
@@ -385,6 +386,42 @@ def test_ctrl_c_twice_leaves_no_server(tmp_path: Path) -> None:
     while process.alive(pid, birth) and time.monotonic() < until:
         time.sleep(0.05)
     assert not process.stop([(pid, birth)], 0.0), "it outlived the run"
+
+
+PANEL = """
+import signal, sys
+from pathlib import Path
+from omni_fast.config import load
+from omni_fast.progress import Progress
+from omni_fast.run import Run
+
+with Run.open(Path(sys.argv[1]), load("quickstart")), Progress():
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_ctrl_c_twice_gives_the_cursor_back(tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    done = subprocess.run([sys.executable, "-c", PANEL, str(tmp_path)], stdout=theirs, timeout=120)
+    shown = os.read(ours, 1 << 16)
+    assert done.returncode == Interrupted.exit_code
+    assert shown.rindex(b"\x1b[?25h") > shown.index(b"\x1b[?25l"), shown
+
+
+def test_a_kill_while_the_judge_is_fitted_leaves_no_half_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resume would have refused it."""
+
+    class Killed:
+        def save(self, path: Path) -> None:
+            path.write_text("{")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(grading, "fit_head", lambda encode, seed: Killed())
+    model, tokenizer = build.load_model(load("quickstart-tiny"))
+    with ExitStack() as stack, pytest.raises(KeyboardInterrupt):
+        grading.Grading(load("quickstart"), stack, tmp_path, model, tokenizer).reward_judge()
+    assert not (tmp_path / "judge_head.json").exists()
 
 
 def test_a_server_that_left_children_is_killed_with_them(tmp_path: Path) -> None:

@@ -125,13 +125,11 @@ def write_key(folder: Path, launch: Launch) -> Path | None:
 def _take(flags: list[str], name: str) -> str | None:
     """Take `name VALUE` or `name=VALUE` out of the flags."""
     for place, flag in enumerate(flags):
-        if flag == name:
-            if place + 1 == len(flags):
+        key, given, value = flag.partition("=")
+        if key == name:
+            if not given and place + 1 == len(flags):
                 raise UserError(f"engine.flags: {name} has no value.")
-            value = flags[place + 1]
-            del flags[place : place + 2]
-            return value
-        if flag.startswith(f"{name}="):
+            value = value if given else flags.pop(place + 1)
             del flags[place]
-            return flag.partition("=")[2]
+            return value
     return None

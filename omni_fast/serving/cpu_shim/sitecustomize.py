@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
@@ -43,12 +42,10 @@ BEFORE: dict[str, Callable[[], None]] = {
 }
 
 
-class Prepare(MetaPathFinder):
+class Prepare:
     """Finds these modules as usual, and prepares torch when they are executed."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path) if name in BEFORE else None
         if spec is None or spec.loader is None:
             return None

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import NoReturn
@@ -18,6 +17,7 @@ from typing import NoReturn
 __version__ = "3.6.0"  # the release that SGLang's torch is built with
 SUBMODULES = """language language.extra.libdevice runtime runtime.jit runtime.autotuner runtime.driver runtime.cache
 runtime.errors compiler compiler.compiler backends.compiler testing tools.tensor_descriptor""".split()
+CAUGHT = ("OutOfResources", "PTXASError")  # by name, and never raised
 
 
 class Placeholder:
@@ -31,11 +31,8 @@ class Placeholder:
         self.__name__ = self.__qualname__ = name
 
     def __call__(self, *arguments: object, **options: object) -> object:
-        return (
-            arguments[0]
-            if len(arguments) == 1 and callable(arguments[0]) and not options
-            else lambda function: function
-        )
+        decorates = len(arguments) == 1 and callable(arguments[0]) and not options
+        return arguments[0] if decorates else lambda function: function
 
     def __getattr__(self, name: str) -> Placeholder:
         if name.startswith("__"):
@@ -93,14 +90,6 @@ class Config:
         self.kwargs, self.num_warps, self.num_stages = kwargs, num_warps, num_stages
 
 
-class OutOfResources(Exception):
-    """Caught by name."""
-
-
-class PTXASError(Exception):
-    """Caught by name."""
-
-
 class constexpr:  # noqa: N801 (triton's own name)
     def __init__(self, value: object = None) -> None:
         self.value = value
@@ -120,12 +109,18 @@ class Names(ModuleType):
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
-        made = type(name, (Base,), {"__module__": self.__name__}) if name[0].isupper() else Placeholder(name)
+        base = Exception if name in CAUGHT else Base
+        made = type(name, (base,), {"__module__": self.__name__}) if name[0].isupper() else Placeholder(name)
         setattr(self, name, made)
         return made
 
 
-class SubmoduleLoader(Loader):
+class Submodules:
+    """Finds and loads all of them."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.startswith(f"{__name__}.") else None  # type: ignore[arg-type]
+
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return Names(spec.name)
 
@@ -133,20 +128,7 @@ class SubmoduleLoader(Loader):
         module.__file__ = __file__
 
 
-class SubmoduleFinder(MetaPathFinder):
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        return ModuleSpec(name, SubmoduleLoader(), is_package=True) if name.startswith(f"{__name__}.") else None
-
-
 sys.modules[__name__].__class__ = Names
-sys.meta_path.insert(0, SubmoduleFinder())
+sys.meta_path.insert(0, Submodules())
 _made = {name: importlib.import_module(f"{__name__}.{name}") for name in SUBMODULES}
-for _name, _known in (
-    ("language", {"constexpr": constexpr}),
-    ("runtime.jit", {"JITFunction": Kernel}),
-    ("runtime.autotuner", {"OutOfResources": OutOfResources, "PTXASError": PTXASError}),
-    ("runtime.errors", {"OutOfResources": OutOfResources, "PTXASError": PTXASError}),
-):
-    vars(_made[_name]).update(_known)
+vars(_made["language"])["constexpr"], vars(_made["runtime.jit"])["JITFunction"] = constexpr, Kernel
