@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,15 +215,11 @@ def run_lock(folder: Path) -> Iterator[None]:
 def write_json(path: Path, value: Json | Mapping[str, Json]) -> None:
     """Replaces the file at once: a reader sees the old or the new one. RunError if the disk is full or read-only."""
     work = path.with_name(f".{path.name}.writing")
-    try:
-        with writing(path):
-            work.write_text(json.dumps(value, indent=1), encoding="utf-8")
-            _to_disk(work)
-            work.replace(path)
-            _to_disk(path.parent)
-    finally:
-        with suppress(OSError):
-            work.unlink()
+    with writing(path):
+        work.write_text(json.dumps(value, indent=1), encoding="utf-8")
+        _to_disk(work)
+        work.replace(path)
+        _to_disk(path.parent)
 
 
 def differences(before: Json, now: Json) -> list[str]:

@@ -56,7 +56,7 @@ class Run:
         self.stopping = False
         self.at_once: Callable[[], None] = lambda: None  # what a second Ctrl-C must not leave behind
         self.added: list[str] = []  # tasks that the folder did not have when it was last used
-        self._metrics: FileIO | None = None  # open while the run is owned
+        self._metrics: FileIO  # open while the run is owned
         self._cut = False  # whether rows of work that is done again are dropped from it
         self._since = time.perf_counter()  # what is spent since then is not in the totals yet
 
@@ -166,7 +166,6 @@ class Run:
 
     def record(self, row: StepRow | EvalRow) -> None:
         """Append one row to metrics.jsonl, behind the rows that the state or the loaded checkpoint counts."""
-        assert self._metrics is not None, "the run folder was opened for reading"
         if not self._cut:
             size = os.fstat(self._metrics.fileno()).st_size
             self._metrics.truncate(min(size, self.state["totals"]["metrics_bytes"]))
@@ -242,7 +241,6 @@ class Run:
         return self.folder / "weights" / name.replace(":", "-")
 
     def _totals(self) -> Totals:
-        assert self._metrics is not None, "the run folder was opened for reading"
         os.fsync(self._metrics.fileno())
         since, self._since = self._since, time.perf_counter()
         self.add_seconds(total=self._since - since)

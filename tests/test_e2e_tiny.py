@@ -227,10 +227,10 @@ def test_dry_run_prints_config_and_plan_and_starts_nothing(cli, tmp_path: Path) 
 
 
 def test_doctor_looks_at_the_machine(cli) -> None:
-    done = cli("doctor", "--json")
+    done = cli("doctor")
     assert done.returncode == 0, done.stderr
-    findings = {finding["what"]: finding for finding in json.loads(done.stdout)}
-    assert {"Python", "torch", "native CPU kernels", "bubblewrap", "cores", "memory", "disk"} <= findings.keys()
+    for what in ("Python", "torch", "native CPU kernels", "bubblewrap", "cores", "memory", "disk"):
+        assert f" {what}: " in done.stdout
 
 
 @pytest.mark.parametrize(

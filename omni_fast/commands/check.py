@@ -23,19 +23,16 @@ app.add_typer(judge_app, name="judge")
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor() -> None:
     """Check this machine: Python, torch, the native module, bubblewrap, cores, memory, and what each lack costs.
 
     Example: `omni-fast doctor`
     """
     from omni_fast.doctor import examine
 
-    findings = examine()
-    if as_json:
-        return print(json.dumps([finding._asdict() for finding in findings]))
-    for finding in findings:
-        mark = "[green]ok[/green]  " if finding.ok else "[yellow]lack[/yellow]"
-        console.print(f"{mark} {finding.what}: {finding.detail}")
+    for what, ok, detail in examine():
+        mark = "[green]ok[/green]  " if ok else "[yellow]lack[/yellow]"
+        console.print(f"{mark} {what}: {detail}")
 
 
 @data_app.command("check")

@@ -235,8 +235,6 @@ class Simulation:
 
     def _fail(self, replica: _Replica) -> None:
         self._at(self.now + REPAIR_S + self.draw.expovariate(self.failures_per_s), self._fail, replica)
-        if replica.down:
-            return
         self.failures += 1
         if self.failures > len(self.length):
             raise UserError("servers fail so often that samples hardly ever end: give more --hours-between-failures")
