@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from omni_fast.errors import UserError
-from omni_fast.rewards.score import Part, Score
+from omni_fast.rewards.score import Score
 
 MAX_WEIGHT = 1e6  # squares of sums stay numbers
 ZERO_STD = 1e-6  # a spread below this is rounding noise: dividing by it would turn noise into a full-size advantage
@@ -139,12 +139,9 @@ class PartStatistics:
 
 def part_statistics(scores: Sequence[Score]) -> dict[str, PartStatistics]:
     """Statistics of every part that occurs, by name, in order of first appearance."""
-    found: dict[str, list[Part]] = {}
-    for score in scores:
-        for name, part in score.parts.items():
-            found.setdefault(name, []).append(part)
     result: dict[str, PartStatistics] = {}
-    for name, parts in found.items():
+    for name in dict.fromkeys(name for score in scores for name in score.parts):
+        parts = [score.parts[name] for score in scores if name in score.parts]
         values = [part.value for part in parts if part.value is not None]
         mean, std = moments(values) if values else (None, None)
         reasons = Counter(part.reason for part in parts if part.reason != "ok")

@@ -18,13 +18,14 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
-from typing import Self
 
-from omni_fast.rewards.math_pool import MathPool
+from omni_fast.rewards.math_pool import MathWorker
 from omni_fast.rewards.score import Part
+from omni_fast.rewards.workers import Workers
 
 MAX_CHARS = 200  # an honest final answer is shorter
 MAX_DEPTH = 12  # brackets within brackets; the grammar's time grows exponentially with empty ones
@@ -261,12 +262,12 @@ def too_complex(answer: str, gold: str = "") -> bool:
     return max(depths, default=0) > MAX_DEPTH or _COSTLY.search(answer) is not None
 
 
-class MathVerifier:
+class MathVerifier(AbstractContextManager["MathVerifier"]):
     """Part `correct` of a score: 1 when the final answer equals the gold answer, else 0."""
 
     def __init__(self, workers: int = 2, timeout_s: float = 2.0) -> None:
         """Workers start when an answer first needs them."""
-        self._pool = MathPool(workers, timeout_s)
+        self._workers = Workers([MathWorker(timeout_s) for _ in range(workers)], "math")
 
     def score(self, completions: Sequence[str], golds: Sequence[str]) -> list[Part]:
         """One part per completion. Never raises for any text.
@@ -276,19 +277,14 @@ class MathVerifier:
         "too_long", "too_complex", "timeout", "memory", "crash"; "worker_lost" is invalid.
         """
         found = [_decide(completion, gold) for completion, gold in zip(completions, golds, strict=True)]
-        open_pairs = [one for one in found if isinstance(one, tuple)]
-        verdicts = iter(self._pool.check(open_pairs) if open_pairs else ())
-        return [_part(next(verdicts) if isinstance(one, tuple) else one) for one in found]
-
-    def close(self) -> None:
-        """End the worker processes. May be called twice; a later score starts them again."""
-        self._pool.close()
-
-    def __enter__(self) -> Self:
-        return self
+        pairs = list(dict.fromkeys(one for one in found if isinstance(one, tuple)))
+        verdicts = dict(zip(pairs, self._workers.run(MathWorker.check, pairs), strict=True))
+        return [_part(verdicts[one] if isinstance(one, tuple) else one) for one in found]
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        """End the worker processes."""
+        for worker in self._workers.close():
+            worker.stop()
 
 
 def _decide(completion: str, gold: str) -> str | tuple[str, str]:

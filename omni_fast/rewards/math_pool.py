@@ -1,6 +1,6 @@
-"""A pool of killable processes around math-verify, so that no string can stall or exhaust the trainer.
+"""A killable process around math-verify, so that no string can stall or exhaust the trainer.
 
-Each worker is driven by one thread. A request may use `timeout_s` of processor time, after which the kernel ends the
+A worker is driven by one thread. A request may use `timeout_s` of processor time, after which the kernel ends the
 worker; a request that gets no answer for several times as long on the clock, because the machine is too busy or
 something is stuck, is killed from here and invalid. A worker that dies gives its request to a new one; dying twice is the
 request's doing.
@@ -13,23 +13,18 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Literal, cast
 
-from omni_fast.rewards.workers import Workers
-
 Verdict = Literal["ok", "wrong", "memory", "timeout", "crash", "worker_lost"]
 PATIENCE = 30  # the clock's limit in units of the limit on processor time
 MEMORY_BYTES = 1 << 30  # of a worker
 START_S = 120.0  # importing sympy on a busy machine
-_CACHE_SIZE = 65536
 
 
-class _Worker:
+class MathWorker:
     """One outer process and the inner one that answers. For one thread at a time."""
 
     def __init__(self, timeout_s: float) -> None:
@@ -78,36 +73,3 @@ class _Worker:
                 return True
         self.stop()
         return False
-
-
-class MathPool:
-    """`check` many pairs at once. Workers start at the first need; safe to call from several threads."""
-
-    def __init__(self, workers: int = 2, timeout_s: float = 2.0) -> None:
-        self.workers = workers
-        self.timeout_s = timeout_s
-        self._lock = threading.Lock()
-        self._workers: Workers[_Worker] | None = None
-        self._known: dict[tuple[str, str], Verdict] = {}
-
-    def check(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """One verdict per (gold, answer), in order. Takes about `timeout_s` per pair and worker at most."""
-        with self._lock:
-            if self._workers is None:
-                self._workers = Workers([_Worker(self.timeout_s) for _ in range(self.workers)], "math")
-            workers = self._workers
-        known = self._known  # another thread may begin a new one meanwhile
-        wanted = [pair for pair in dict.fromkeys(pairs) if pair not in known]
-        found = dict(zip(wanted, workers.run(_Worker.check, wanted), strict=True))
-        verdicts = [found[pair] if pair in found else known[pair] for pair in pairs]
-        known.update({pair: verdict for pair, verdict in found.items() if verdict in ("ok", "wrong")})
-        if len(known) > _CACHE_SIZE:
-            self._known = {}
-        return verdicts
-
-    def close(self) -> None:
-        """End the workers. May be called twice."""
-        with self._lock:
-            workers, self._workers = self._workers, None
-        for worker in workers.close() if workers else ():
-            worker.stop()

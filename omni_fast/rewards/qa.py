@@ -72,16 +72,11 @@ def _fold(text: str) -> str:
 
 def _number(token: str) -> str:
     """One spelling of a numeral: no thousands commas, no zeros that carry nothing. The sign stays."""
-    if token[0] in "-−":
-        size = _number(token[1:])
-        return size if size == "0" else f"-{size}"
-    if re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", token):
-        token = token.replace(",", "")
-    if re.fullmatch(r"\d+(?:\.\d+)?", token):
-        whole, _, decimals = token.partition(".")
-        decimals = decimals.rstrip("0")
-        return (whole.lstrip("0") or "0") + (f".{decimals}" if decimals else "")
-    return token
+    sign, size = "-" * (token[0] in "-−"), token.lstrip("-−")
+    if re.fullmatch(r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", size):
+        whole, _, decimals = size.replace(",", "").partition(".")
+        size = ".".join(filter(None, (whole.lstrip("0") or "0", decimals.rstrip("0"))))
+    return size if size == "0" else sign + size
 
 
 def tokens(text: str) -> list[str]:

@@ -38,10 +38,15 @@ class Item:
     prefix: str = ""
 
 
+def texts_of(answer: Mapping[str, Json], column: str) -> list[str]:
+    """A list of an answer as texts; none where it has none."""
+    values = answer.get(column)
+    return [str(value) for value in values] if isinstance(values, list) else []
+
+
 def words_of(answer: Mapping[str, Json]) -> tuple[str, ...]:
     """The words that a prompt asks for, lower case."""
-    words = answer.get("words")
-    return tuple(str(word).lower() for word in words) if isinstance(words, list) else ()
+    return tuple(word.lower() for word in texts_of(answer, "words"))
 
 
 class Task(Protocol):

@@ -158,7 +158,6 @@ class CodeTask(BuiltIn):
             hidden_tests(item.answer, f"{self.seed}:{item.id}:{draw}") for item, draw in zip(items, draws, strict=True)
         ]
         programs = [program(completion) for completion in completions]
-        alone = [place for place, source in enumerate(programs) if source is not None]
-        verdicts = self.verifier.score([programs[place] or "" for place in alone], [tests[place] for place in alone])
-        graded = dict(zip(alone, verdicts, strict=True))
-        return [graded.get(place, Part(0.0, "more_than_code")) for place in range(len(items))]
+        alone = [(source, test) for source, test in zip(programs, tests, strict=True) if source is not None]
+        graded = iter(self.verifier.score([source for source, _ in alone], [test for _, test in alone]))
+        return [Part(0.0, "more_than_code") if source is None else next(graded) for source in programs]

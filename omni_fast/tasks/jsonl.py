@@ -22,11 +22,11 @@ from omni_fast.errors import UserError
 from omni_fast.rewards.code import Case, Tests, extract_code
 from omni_fast.rewards.compose import Composition
 from omni_fast.rewards.judge.base import Reply
-from omni_fast.rewards.qa import QaMatcher
 from omni_fast.rewards.score import Part, Score
 from omni_fast.rewards.text_checks import gate, strip_reasoning
 from omni_fast.tasks.base import Item, Json, Resources, Split, Task, words_of
 from omni_fast.tasks.files import Row, read_rows
+from omni_fast.tasks.qa import matcher
 from omni_fast.tasks.splits import partition
 
 PART = {"math": "correct", "qa": "correct", "code": "tests", "judge": "preference"}
@@ -74,28 +74,26 @@ class FileTask:
         self.composition = Composition("additive", {PART[self.verifier]: 1.0})
         rows = read_rows(block.file)
         source = _gold_source(block, {column for _, row in rows for column in row})
-        items: dict[str, tuple[int, Item]] = {}
+        items: list[tuple[int, Item]] = []
         dropped: list[Dropped] = []
-        ids: set[str] = set()
+        seen: set[tuple[str, str]] = set()
         for line, row in rows:
             try:
                 item = _item(line, row, block, source)
             except (ValueError, UserError) as error:
                 dropped.append(Dropped(line, "row", str(error)))
                 continue
-            if item.prompt in items or item.id in ids:
+            if seen & (own := {("id", item.id), ("prompt", item.prompt)}):
                 dropped.append(Dropped(line, "duplicate", _short(f"{item.id}: {item.prompt}")))
             else:
-                ids.add(item.id)
-                items[item.prompt] = (line, item)
-        reasons = self._refusals([item for _, item in items.values()])
-        judged = [(line, item, reason) for (line, item), reason in zip(items.values(), reasons, strict=True)]
-        dropped += [
-            Dropped(line, reason, _short(f"{item.prompt} -> {item.answer['gold']}"))
-            for line, item, reason in judged
-            if reason
-        ]
-        kept = [item for _, item, reason in judged if not reason]
+                seen |= own
+                items.append((line, item))
+        kept: list[Item] = []
+        for (line, item), reason in zip(items, self._refusals([item for _, item in items]), strict=True):
+            if reason:
+                dropped.append(Dropped(line, reason, _short(f"{item.prompt} -> {item.answer['gold']}")))
+            else:
+                kept.append(item)
         self.report = Report(block.file, self.verifier, len(kept), sorted(dropped))
         self._items: Mapping[Split, Sequence[Item]] = {}
         if len(kept) >= _MIN_ITEMS:
@@ -142,7 +140,7 @@ class FileTask:
         if self.verifier == "judge":
             judge = (self.resources.metric_judge if metric else self.resources.reward_judge)()
             return judge.judge([Reply(i.prompt, text, str(i.answer["gold"]), words_of(i.answer)) for i, text in pairs])
-        return [_matcher(item.answer).score(text) for item, text in pairs]
+        return [matcher(item.answer).score(text) for item, text in pairs]
 
 
 def load_task(block: TaskConfig, seed: int, resources: Resources) -> Task:
@@ -207,7 +205,7 @@ def _item(line: int, row: Row, block: TaskConfig, source: str) -> Item:
         answer |= {"entry": _text(row, "entry"), "tests": row.get("tests")}
         _tests(answer)
     if block.verifier == "qa":
-        _matcher(answer)
+        matcher(answer)
     prompt = _fill(block.prompt, row)
     if not prompt.strip():
         raise ValueError("the prompt is empty")
@@ -223,12 +221,6 @@ def _text(row: Row, column: str) -> str:
     if not isinstance(value, str | int | float) or not str(value).strip():
         raise ValueError(f"column {column!r} is missing or empty")
     return str(value)
-
-
-def _matcher(answer: Mapping[str, Json]) -> QaMatcher:
-    aliases, candidates = answer["aliases"], answer["candidates"]
-    assert isinstance(aliases, list) and isinstance(candidates, list)
-    return QaMatcher(str(answer["gold"]), list(map(str, aliases)), list(map(str, candidates)))
 
 
 def _tests(answer: Mapping[str, Json]) -> Tests:

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
 from omni_fast.rewards.qa import QaMatcher, normalise
 from omni_fast.rewards.score import Score
-from omni_fast.tasks.base import Item, Json, Split
+from omni_fast.tasks.base import Item, Json, Split, texts_of
 from omni_fast.tasks.splits import BuiltIn, Level, Sizes, partition
 
 CANDIDATES = 4
@@ -131,6 +131,11 @@ def _tiny_pools(seed: int) -> dict[Split, list[Item]]:
     return partition(items, {"train": 0.64, "select": 0.12, "test": 0.24}, random.Random(f"qa:tiny:{seed}"))
 
 
+def matcher(answer: Mapping[str, Json]) -> QaMatcher:
+    """Of a gold answer with its aliases and candidates, where it has any."""
+    return QaMatcher(str(answer["gold"]), texts_of(answer, "aliases"), texts_of(answer, "candidates"))
+
+
 class QaTask(BuiltIn):
     """Part `correct`: 1 when the reply is the gold answer and names no other candidate. The metric is the same."""
 
@@ -139,16 +144,12 @@ class QaTask(BuiltIn):
     levels = {"default": Level(_SIZES, "Choose one option.", _pools), "tiny": Level(_TINY_SIZES, "", _tiny_pools)}
 
     def score(self, items: Sequence[Item], completions: Sequence[str]) -> list[Score]:
-        scores = []
-        for item, completion in zip(items, completions, strict=True):
-            gold, shown = str(item.answer["gold"]), item.answer["candidates"]
-            assert isinstance(shown, list)
-            matcher = QaMatcher(gold, candidates=[str(candidate) for candidate in shown])
-            scores.append(Score({"correct": matcher.score(completion.removeprefix(item.prefix))}))
-        return scores
+        return [
+            Score({"correct": matcher(item.answer).score(completion.removeprefix(item.prefix))})
+            for item, completion in zip(items, completions, strict=True)
+        ]
 
     @staticmethod
     def demonstrate(item: Item, items: Sequence[Item], rng: random.Random) -> tuple[str, str]:
-        gold, candidates = str(item.answer["gold"]), item.answer["candidates"]
-        assert isinstance(candidates, list)
-        return gold, rng.choice([str(other) for other in candidates if other != gold])
+        gold = str(item.answer["gold"])
+        return gold, rng.choice([other for other in texts_of(item.answer, "candidates") if other != gold])

@@ -29,12 +29,10 @@ _TINY_SIZES = Sizes(train=64, select=16, test=32)
 _TINY_OBJECTS = ("moon", "river", "bread", "boat", "stone", "bell", "key", "song", "lamp", "coat", "apple", "bridge")
 
 
-def _replies(items: Sequence[Item], completions: Sequence[str]) -> list[Reply]:
+def _reply(item: Item, text: str) -> Reply:
     """What a judge is asked: the prompt in the words it was fitted on, without the length that is checked already."""
-    return [
-        Reply(str(item.answer.get("asked", item.prompt)), text, str(item.answer["reference"]), words_of(item.answer))
-        for item, text in zip(items, completions, strict=True)
-    ]
+    asked = str(item.answer.get("asked", item.prompt))
+    return Reply(asked, text, str(item.answer["reference"]), words_of(item.answer))
 
 
 def _pools(seed: int) -> dict[Split, list[Item]]:
@@ -51,9 +49,7 @@ def _pools(seed: int) -> dict[Split, list[Item]]:
                 continue
             texts = rng.sample(pair, 2)
             reference = _reference(topic, texts, rng)
-            answer: dict[str, Json] = {
-                "words": [*texts], "reference": reference, "asked": prompt_text(topic, texts),
-            }  # fmt: skip
+            answer: dict[str, Json] = {"words": [*texts], "reference": reference, "asked": prompt_text(topic, texts)}
             prompt = _PROMPT.format(n=MIN_WORDS, topic=article(topic), first=texts[0], second=texts[1])
             pools[split].append(Item("/".join((topic, *texts)), prompt, answer))
     return pools
@@ -70,9 +66,8 @@ def _tiny_pools(seed: int) -> dict[Split, list[Item]]:
     """Both orders of pairs of a dozen words; splits share no pair."""
     rng = random.Random(f"writing:tiny:{seed}")
     pools: dict[Split, list[Item]] = {}
-    for split, pairs in partition(
-        list(combinations(_TINY_OBJECTS, 2)), {"train": 0.52, "select": 0.14, "test": 0.34}, rng
-    ).items():
+    shares: dict[Split, float] = {"train": 0.52, "select": 0.14, "test": 0.34}
+    for split, pairs in partition(list(combinations(_TINY_OBJECTS, 2)), shares, rng).items():
         pools[split] = []
         for pair in [order for low, high in pairs for order in ((low, high), (high, low))]:
             answer: dict[str, Json] = {"words": [*pair], "reference": _tiny_sentence(pair, rng)}
@@ -123,6 +118,6 @@ class WritingTask(BuiltIn):
     def _judge(self, judge: Judge, items: Sequence[Item], completions: Sequence[str]) -> list[Part]:
         """A reply that is too short is lost; the judge sees the others."""
         long = [len(words(strip_reasoning(completion))) >= self.min_words for completion in completions]
-        asked = [reply for reply, enough in zip(_replies(items, completions), long, strict=True) if enough]
+        asked = [_reply(item, text) for item, text, enough in zip(items, completions, long, strict=True) if enough]
         verdicts = iter(judge.judge(asked))
         return [next(verdicts) if enough else Part(0.0, "too_short") for enough in long]

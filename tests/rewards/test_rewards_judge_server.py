@@ -7,8 +7,6 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 
 import pytest
 from hypothesis import given, settings
@@ -116,7 +114,7 @@ def test_refused_connection_is_invalid_and_said_once():
     assert [part.value for part in parts] == [None] * 20 and {part.reason for part in parts} <= {
         "judge_down", "judge_unreachable"
     }  # fmt: skip
-    assert len(said) == 2 and "Nothing is scored 0" in said[0] and "invalid" in said[1]
+    assert len(said) == 1 and "Nothing is scored 0" in said[0]
 
 
 def test_dies_in_the_middle_of_a_batch_and_comes_back():
@@ -137,8 +135,8 @@ def test_dies_in_the_middle_of_a_batch_and_comes_back():
     assert any("waiting for it" in line for line in said) and any("answers again" in line for line in said)
 
 
-@pytest.mark.parametrize("form", ["number", "date", "nonsense"])
-def test_retry_after_is_honoured(form):
+@pytest.mark.parametrize("value", ["1", "soon"])
+def test_retry_after_is_honoured(value):
     first: list[float] = []
     again: list[float] = []
 
@@ -146,16 +144,14 @@ def test_retry_after_is_honoured(form):
         (again if first else first).append(time.monotonic())
         if len(first) + len(again) > 1:
             handler.honest(body)
-            return
-        date = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
-        value = {"number": "1", "date": date, "nonsense": "soon"}[form]
-        handler.reply(429, b"", {"Retry-After": value})
+        else:
+            handler.reply(429, b"", {"Retry-After": value})
 
     with serving(behave) as server:
         limits = ClientLimits(concurrency=1, backoff_s=0.01)
         parts = judge_of(server.url, limits).judge(replies(2))
     assert [part.value for part in parts] == expected(2)
-    assert (min(again) - first[0] >= 0.9) == (form != "nonsense")
+    assert (min(again) - first[0] >= 0.9) == (value == "1")
 
 
 def test_a_server_without_json_schema_is_asked_for_free_text():

@@ -22,7 +22,6 @@ from omni_fast.rewards.math import (
     too_complex,
     unit,
 )
-from omni_fast.rewards.math_pool import MathPool
 from omni_fast.rewards.score import Part
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))
@@ -262,17 +261,22 @@ def test_a_slow_comparison_is_killed_and_scores_0():
 
 def test_a_lost_worker_is_replaced_and_shifts_no_answer():
     """One killed between two requests once left an answer behind, which the next request took for its own."""
-    pool = MathPool(workers=1)
-    assert pool.check([("x+x", "2x")]) == ["ok"]
-    (worker,) = pool._workers.workers
-    outer = worker._process.pid
-    (inner,) = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()
-    os.kill(int(inner), signal.SIGKILL)
-    assert pool.check([("x+x+x", "3x"), ("x", "3x"), ("x+2x", "3x")]) == ["ok", "wrong", "ok"]
-    os.killpg(worker._process.pid, signal.SIGKILL)
-    assert pool.check([("y+y", "2y"), ("y", "2y")]) == ["ok", "wrong"]
-    pool.close()
-    pool.close()
+
+    def check(*pairs):
+        return [
+            part.reason
+            for part in verifier.score([rf"\boxed{{{answer}}}" for _, answer in pairs], [g for g, _ in pairs])
+        ]
+
+    with MathVerifier(workers=1) as verifier:
+        assert check(("x+x", "2x")) == ["ok"]
+        (worker,) = verifier._workers.workers
+        outer = worker._process.pid
+        (inner,) = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()
+        os.kill(int(inner), signal.SIGKILL)
+        assert check(("x+x+x", "3x"), ("x", "3x"), ("x+2x", "3x")) == ["ok", "wrong", "ok"]
+        os.killpg(worker._process.pid, signal.SIGKILL)
+        assert check(("y+y", "2y"), ("y", "2y")) == ["ok", "wrong"]
 
 
 def test_a_worker_that_cannot_start_makes_scores_invalid(monkeypatch):

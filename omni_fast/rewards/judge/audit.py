@@ -22,7 +22,7 @@ from omni_fast.rewards.judge.client import Failure
 from omni_fast.rewards.judge.pairwise import Json, Verdict
 from omni_fast.rewards.judge.server import PairwiseJudge
 
-Answers = list[tuple[Verdict, Verdict] | tuple[None, None]]  # a pair asked as (first, second) and as (second, first)
+Answers = list[tuple[Verdict, Verdict] | None]  # a pair asked as (first, second) and as (second, first)
 
 MAX_HACKS = 0.02
 _SAME = 0.02  # an absolute judge's values nearer than this are a tie
@@ -114,7 +114,7 @@ def audit(judge: Judge) -> Audit:
     accepted = _accepted(judge, [pair.reply for pair in pairs if pair.kind == "hack"])
     seconds = time.monotonic() - start
 
-    both = [(pair, a, b) for pair, (a, b) in zip(compared, answers, strict=True) if a is not None and b is not None]
+    both = [(pair, *answer) for pair, answer in zip(compared, answers, strict=True) if answer]
     known = [(pair, _winner(a, b)) for pair, a, b in both if pair.kind == "pair"]
     length = [_winner(a, b) for pair, a, b in both if pair.kind == "length"]
     biased = [a for _, a, b in both if a == b != "tie"]
@@ -147,12 +147,10 @@ def _winner(forward: Verdict, swapped: Verdict) -> str | None:
 def _compare(judge: Judge, replies: Sequence[Reply]) -> Answers:
     """Raw verdicts of both orders. A judge without positions gives the mirrored answer."""
     if isinstance(judge, PairwiseJudge):
-        return [
-            (None, None) if isinstance(a, Failure) or isinstance(b, Failure) else (a, b)
-            for a, b in judge.both_orders(replies)
-        ]
+        asked = judge.both_orders(replies)
+        return [None if isinstance(a, Failure) or isinstance(b, Failure) else (a, b) for a, b in asked]
     both = zip(judge.judge(replies), judge.judge([reply.swapped() for reply in replies]), strict=True)
-    return [(None, None) if a.value is None or b.value is None else _mirrored(a.value - b.value) for a, b in both]
+    return [None if a.value is None or b.value is None else _mirrored(a.value - b.value) for a, b in both]
 
 
 def _mirrored(difference: float) -> tuple[Verdict, Verdict]:

@@ -1,6 +1,6 @@
 """Many JSON requests to one HTTP server that may be slow, down, or lying, without losing one of them.
 
-Each request has a time limit over everything, some attempts with growing, jittered pauses, and honours Retry-After.
+Each request has a time limit over everything, some attempts with growing, jittered pauses, and honours Retry-After (seconds).
 After `breaker_failures` failures in a row the circuit opens: everything waits, single probes go out, a line says so,
 and work goes on where it was when the server is back. After `pause_s` without an answer the rest fails with a reason;
 the next call tries again. No failure is ever a verdict, and nothing here raises for what a server does.
@@ -13,12 +13,11 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 
 import httpx
 
@@ -58,7 +57,7 @@ class Failure(Exception):
 
 
 class JsonClient:
-    """say: gets one line when the server goes down, comes back, or is given up."""
+    """say: gets one line when the server goes down, and one when it is back."""
 
     def __init__(
         self,
@@ -79,7 +78,6 @@ class JsonClient:
         self._down_since: float | None = None
         self._hold_until = 0.0  # nothing goes out before
         self._probe_gap_s = min(self.limits.backoff_max_s, self.limits.pause_s / 8)
-        self._told_down = False
         self._calls: dict[asyncio.Task[object], asyncio.AbstractEventLoop] = {}
         self._jitter = random.Random(0)
 
@@ -111,14 +109,7 @@ class JsonClient:
                 async with slots:
                     return await self._with_retries(http, path, payload, read)
 
-            answers = await asyncio.gather(*map(one, payloads))
-        lost = sum(isinstance(answer, Failure) and answer.reason == "down" for answer in answers)
-        if lost and not self._told_down:
-            self._told_down = True
-            self.say(
-                f"the judge at {self.url} stayed down for {self.limits.pause_s:.0f} s: {lost} verdicts are invalid"
-            )
-        return answers
+            return await asyncio.gather(*map(one, payloads))
 
     async def _with_retries(self, http: httpx.AsyncClient, path: str, payload: Json, read: Read) -> Verdict | Failure:
         limits, attempt = self.limits, 0
@@ -152,7 +143,7 @@ class JsonClient:
         if self._broken and self._down_since is not None:
             self.say(f"the judge at {self.url} answers again after {time.monotonic() - self._down_since:.0f} s")
             self._hold_until = 0.0
-        self._failures, self._down_since, self._told_down = 0, None, False
+        self._failures, self._down_since = 0, None
 
     def _failed(self, failure: Failure) -> None:
         now = time.monotonic()
@@ -197,17 +188,6 @@ def _refusal(response: httpx.Response) -> Failure:
     """429 and 5xx pass; any other status will be the same next time. 400-like ones may be one request's own fault."""
     status = response.status_code
     again = status in (408, 409, 425, 429) or status >= 500
-    return Failure(
-        f"http_{status}", again, again or status in (401, 403, 404), _retry_after(response) if again else 0.0
-    )
-
-
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds from a Retry-After header, given as a number or a date; 0 without one or with nonsense."""
-    text = response.headers.get("retry-after", "").strip()
-    if text.isdecimal() and len(text) < 8:
-        return float(text)
-    with suppress(ValueError, TypeError):
-        when = parsedate_to_datetime(text)
-        return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
-    return 0.0
+    wait = response.headers.get("retry-after", "").strip()
+    seconds = float(wait) if again and re.fullmatch(r"[0-9]{1,7}", wait) else 0.0
+    return Failure(f"http_{status}", again, again or status in (401, 403, 404), seconds)

@@ -40,10 +40,7 @@ def frozen_lower_layers(model: PreTrainedModel, layers: int) -> torch.nn.Module:
 
 
 def pooled_encoder(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    layers: int = 4,
-    dtype: torch.dtype | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: int = 4, dtype: torch.dtype | None = None
 ) -> Encode:
     """An `Encode` over the model as it is now: later training does not move it.
 

@@ -9,38 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from omni_fast.rewards import text_checks
 from omni_fast.rewards.judge.base import Reply, gated
 from omni_fast.rewards.score import Part
-from omni_fast.rewards.text_checks import (
-    FUNCTION_WORDS,
-    clean,
-    content,
-    coverage,
-    ends_cleanly,
-    function_word_share,
-    grammar_faults,
-    has_word,
-    sentence_count,
-    word_set,
-    words,
-)
 
 WEIGHTS = {"required": 0.4, "topic": 0.15, "one_sentence": 0.15, "clean_end": 0.1, "grammar": 0.1, "distinct": 0.1}
-_TASK_WORDS = word_set("write sentence sentences use uses using word words short one story include includes")
+_TASK_WORDS = text_checks.word_set(
+    "write sentence sentences use uses using word words short one story include includes"
+)
 
 
 def checks(prompt: str, text: str, required: Sequence[str]) -> dict[str, float]:
     """Each check of `WEIGHTS`, 0..1."""
-    tokens = words(text)
-    instruction = FUNCTION_WORDS | _TASK_WORDS | {word.lower() for word in required}
-    topics = [word for word in words(prompt) if word not in instruction]
-    meaning = content(tokens)
+    tokens = text_checks.words(text)
+    instruction = text_checks.FUNCTION_WORDS | _TASK_WORDS | {word.lower() for word in required}
+    topics = [word for word in text_checks.words(prompt) if word not in instruction]
+    meaning = text_checks.content(tokens)
     return {
-        "required": coverage(tokens, required),
-        "topic": float(not topics or any(has_word(tokens, topic) for topic in topics)),
-        "one_sentence": float(sentence_count(text) == 1 and 6 <= len(tokens) <= 30),
-        "clean_end": float(ends_cleanly(clean(text).strip())),
-        "grammar": float(grammar_faults(text) == 0 and 0.2 <= function_word_share(tokens) <= 0.75),
+        "required": text_checks.coverage(tokens, required),
+        "topic": float(not topics or any(text_checks.has_word(tokens, topic) for topic in topics)),
+        "one_sentence": float(text_checks.sentence_count(text) == 1 and 6 <= len(tokens) <= 30),
+        "clean_end": float(text_checks.ends_cleanly(text_checks.clean(text).strip())),
+        "grammar": float(
+            text_checks.grammar_faults(text) == 0 and 0.2 <= text_checks.function_word_share(tokens) <= 0.75
+        ),
         "distinct": len(set(meaning)) / len(meaning) if meaning else 0.0,
     }
 

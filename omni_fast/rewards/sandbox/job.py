@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from omni_fast.rewards.sandbox.wire import Data
 
@@ -12,7 +12,7 @@ from omni_fast.rewards.sandbox.wire import Data
 # timeout, memory: a limit of the sample. killed: it died by a signal or left without an answer. protocol: its bytes are
 # not the encoding, or too many. infrastructure: the jail failed, not the sample; the score is then invalid, never 0.
 Outcome = Literal["ok", "error", "timeout", "memory", "killed", "protocol", "infrastructure"]
-OUTCOMES: tuple[Outcome, ...] = ("ok", "error", "timeout", "memory", "killed", "protocol", "infrastructure")
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 
 class JailError(Exception):

@@ -8,16 +8,13 @@ from __future__ import annotations
 import statistics
 import time
 
-from omni_fast.rewards.sandbox import Job, Limits, Sandbox
+from omni_fast.rewards.sandbox import PLAIN, Job, Limits, Sandbox
 from omni_fast.rewards.sandbox.attacks import ATTACKS, stopped
 
 FAST = Limits(cpu_s=1, wall_s=3.0)  # so that the attacks on time take a second or two each
 NORMAL = Job(
-    "import os\ndef normal(x):\n    left = [] if not hasattr(os, 'listdir') else os.listdir('/tmp')\n    return [x * 2, left]\n",
-    "normal",
-    [(21,)],
-)
-NORMAL_MONTY = Job("def normal(x):\n    return [x * 2, []]\n", "normal", [(21,)])
+    "import os\ndef double(x):\n    return [2 * x, *os.listdir('/tmp')]\n", "double", [(21,)]
+)  # nothing is left
 
 
 def self_test(sandbox: Sandbox | None = None, jobs: int = 200) -> dict[str, object]:
@@ -30,14 +27,14 @@ def self_test(sandbox: Sandbox | None = None, jobs: int = 200) -> dict[str, obje
     if sandbox is None:
         with Sandbox(limits=FAST) as own:
             return self_test(own, jobs)
-    normal = NORMAL if sandbox.backend == "bwrap" else NORMAL_MONTY
+    normal = NORMAL if sandbox.backend == "bwrap" else PLAIN
     limit_s = sandbox.limits.wall_s + 10.0  # on a busy machine; what stalls, stalls for ever
     rows: list[dict[str, object]] = []
     for attack in ATTACKS:
         started = time.monotonic()
         ((call,),) = sandbox.run([attack.job])
         seconds = time.monotonic() - started
-        healthy = all(reply[0].value == [42, []] for reply in sandbox.run([normal] * sandbox.workers))
+        healthy = all(reply[0].value == [42] for reply in sandbox.run([normal] * sandbox.workers))
         rows.append(
             {
                 "name": attack.name,

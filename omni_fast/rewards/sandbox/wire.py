@@ -16,6 +16,7 @@ import base64
 import json
 import math
 import struct
+from collections.abc import Callable
 from typing import Union
 
 Data = Union[  # noqa: UP007 -- evaluated by the jail's interpreter, which may be older than 3.10
@@ -81,24 +82,21 @@ def decode(form: Json, depth: int = 0) -> Data:
     try:
         ((tag, body),) = form.items()
         return _decode_tagged(tag, body, depth)
-    except (
-        TypeError,
-        ValueError,
-        KeyError,
-    ) as error:  # unhashable member, bad base64 or number, unknown tag: hostile input
+    except (TypeError, ValueError, KeyError) as error:  # unhashable member, bad base64 or number, unknown tag
         raise WireError(f"bad tagged object: {str(error)[:80]}") from None
 
 
+_PLAIN: dict[str, Callable[..., Data]] = {
+    "$int": lambda body: int(body, 16),
+    "$float": float,
+    "$bytes": lambda body: base64.b64decode(body, validate=True),
+    "$complex": lambda body: complex(*map(float, body)),
+}
+
+
 def _decode_tagged(tag: str, body, depth: int) -> Data:  # noqa: ANN001
-    if tag == "$int":
-        return int(body, 16)
-    if tag == "$float":
-        return float(body)
-    if tag == "$bytes":
-        return base64.b64decode(body, validate=True)
-    if tag == "$complex":
-        real, imag = body
-        return complex(float(real), float(imag))
+    if tag in _PLAIN:
+        return _PLAIN[tag](body)
     if not isinstance(body, list) or (len(body) > MAX_MEMBERS and tag != "$tuple"):
         raise WireError(f"no list, or more than {MAX_MEMBERS} members")
     if tag == "$dict":
