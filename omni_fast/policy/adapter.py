@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -39,11 +40,8 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 @contextmanager
 def without_adapter(model: PreTrainedModel) -> Iterator[None]:
     """The base model while inside; nothing changes for a model without adapter."""
-    layers = []
-    if hasattr(model, "peft_config"):
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    adapted = model.modules() if hasattr(model, "peft_config") else ()
+    layers: list[Any] = [module for module in adapted if hasattr(module, "get_delta_weight")]
     for layer in layers:
         layer.enable_adapters(False)
     try:

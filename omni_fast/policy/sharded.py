@@ -16,7 +16,7 @@ system that all hosts share; a reference policy (beta > 0) needs LoRA.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
@@ -34,14 +34,12 @@ from transformers import PreTrainedModel
 from omni_fast.checkpoint import Json
 from omni_fast.errors import RunError, UserError
 from omni_fast.policy import shards
-from omni_fast.policy.pack import MicroBatch, Trajectory
-from omni_fast.policy.slots import Clock, Slot
-from omni_fast.policy.update import Part, Policy, body
+from omni_fast.policy.pack import Trajectory
+from omni_fast.policy.slots import Slot
+from omni_fast.policy.update import Decoder, Part, Policy
 from omni_fast.ranks import STEP_S
-from omni_kernels import Tokens
 
 IDLE_S = 24 * 3600.0  # how long a rank waits for rank 0's next call, which samples, scores and saves meanwhile
-Head = Callable[[Tensor, nn.Linear], Any]
 
 
 class ShardedPolicy(Policy):
@@ -132,32 +130,16 @@ class ShardedPolicy(Policy):
     def _take_over(self, dtype: torch.dtype) -> list[Slot]:
         self._dtype = dtype
         self._published = {name: value for name, value in self.model.named_parameters() if self.rank == 0}
-        self.trained = (copy.deepcopy(self.model) if self.rank == 0 else self.model).float()
+        trained = (copy.deepcopy(self.model) if self.rank == 0 else self.model).float()
         for value in self._published.values():
             value.data = value.data.to(dtype)
-        self._decoder = _Decoder(self.trained)
-        self._mesh = _shard(self._decoder, dtype)
+        self._decoder = Decoder(trained)
+        _shard(self._decoder, dtype)
         return [
             Slot(name, parameter, parameter.to_local().detach())
-            for name, parameter in self.trained.named_parameters()
+            for name, parameter in trained.named_parameters()
             if isinstance(parameter, DTensor) and parameter.requires_grad
         ]
-
-    def _loss_backward(self, micro: MicroBatch, tokens: Tokens, clock: Clock) -> tuple[Tensor, Tensor]:
-        def loss(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor, Tensor | None]:
-            found = self._head_loss(hidden, head, micro, tokens)
-            return found.loss, found.metrics, found.entropy
-
-        with self._attention(self.trained):
-            value, metrics, entropy = self._decoder(micro, loss)
-            clock.lap("forward")
-            value.backward()
-        clock.lap("backward")
-        return metrics, entropy
-
-    def _logprobs(self, model: PreTrainedModel, micro: MicroBatch, want_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        with self._attention(model):
-            return self._decoder(micro, lambda hidden, head: self._head_logprobs(hidden, head, micro, want_entropy))
 
     def _gathered(self, own: Part) -> list[Part]:
         parts: list[Any] = [None] * self.ranks
@@ -172,10 +154,9 @@ class ShardedPolicy(Policy):
         shards.write(folder, self.tensors())
 
     def _spread(self, slot: Slot, part: Tensor) -> DTensor:
-        assert isinstance(slot.working, DTensor)
-        return DTensor.from_local(
-            part, self._mesh, slot.working.placements, shape=slot.shape, stride=slot.working.stride()
-        )
+        own = slot.working
+        assert isinstance(own, DTensor)
+        return DTensor.from_local(part, own.device_mesh, own.placements, shape=own.shape, stride=own.stride())
 
     @torch.no_grad()
     def _whole(self, slot: Slot, part: Tensor) -> Tensor:
@@ -189,7 +170,7 @@ class ShardedPolicy(Policy):
         assert isinstance(slot.working, DTensor)
         device = slot.master.device
         given = whole.to(device, torch.float32) if self.rank == 0 else torch.empty(slot.shape, device=device)
-        return distribute_tensor(given, self._mesh, slot.working.placements).to_local()
+        return distribute_tensor(given, slot.working.device_mesh, slot.working.placements).to_local()
 
     @torch.no_grad()
     def _publish(self) -> None:
@@ -202,19 +183,7 @@ class ShardedPolicy(Policy):
                 self._published[slot.name].copy_(whole)
 
 
-class _Decoder(nn.Module):
-    """All of the model and what is computed from its head, as one module: its hooks gather embedding, norm and head."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, micro: MicroBatch, head: Head) -> Any:
-        hidden = body(self.model, self.model.get_input_embeddings()(micro.input_ids), micro)
-        return head(hidden, self.model.get_output_embeddings())
-
-
-def _shard(decoder: _Decoder, dtype: torch.dtype) -> DeviceMesh:
+def _shard(decoder: Decoder, dtype: torch.dtype) -> None:
     """Each layer by itself, the rest together; computed in `dtype`, summed in fp32."""
     device = next(decoder.parameters()).device.type
     mesh = init_device_mesh(device, (dist.get_world_size(),))
@@ -226,4 +195,3 @@ def _shard(decoder: _Decoder, dtype: torch.dtype) -> DeviceMesh:
             assert isinstance(module, FSDPModule)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    return mesh

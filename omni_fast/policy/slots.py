@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 from torch.distributed.tensor import DTensor
 
 
@@ -18,7 +18,7 @@ class Slot:
     """
 
     name: str
-    working: nn.Parameter
+    working: Tensor
     master: Tensor
     grad: Tensor = field(init=False)
     filled: bool = False  # whether `grad` holds anything of this step
@@ -38,17 +38,12 @@ class Slot:
         into, filled = self.place()
         return into if filled else into.zero_()
 
-    def offer(self) -> None:
-        """Lets those who make gradients in fp32 find this slot by its parameter, where that is whole here."""
-        if not isinstance(self.working, DTensor):
-            self.working.slot = self  # type: ignore[attr-defined]
-
     def place(self) -> tuple[Tensor, bool]:
         """Where a gradient in fp32 goes, and whether it is added to what is there."""
         before, self.filled = self.filled, True
         return self.grad, before
 
-    def drain(self, parameter: nn.Parameter) -> None:
+    def drain(self, parameter: Tensor) -> None:
         """A hook: takes the gradient that autograd has just given the parameter, unless it has its place already."""
         if parameter.grad is None:
             return

@@ -94,8 +94,8 @@ def tree_layout(spans: Sequence[tuple[int, int]], parents: Sequence[Sequence[int
             mask[index, 0, len(rows) :, 0] = True
             place[rows] = offset + index * height + np.arange(len(rows))
         offset += all_rows.size
-        tensors = [torch.from_numpy(array).to(device) for array in (all_rows.ravel(), all_columns.ravel(), mask)]
-        buckets.append(Bucket(*tensors))
+        arrays = (all_rows.ravel(), all_columns.ravel(), mask)
+        buckets.append(Bucket(*(torch.from_numpy(array).to(device) for array in arrays)))
     return TreeLayout(
         tuple(buckets), torch.from_numpy(place).to(device), decoder.tree_blocks(whole) if device.type == "cpu" else None
     )

@@ -15,14 +15,15 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from omni_fast.checkpoint import TENSORS, Json
@@ -35,7 +36,6 @@ from omni_fast.policy.pack import MicroBatch, Share, Trajectory, pack
 from omni_fast.policy.slots import Clock, Slot
 from omni_kernels import (
     METRICS,
-    LossOutput,
     LossSpec,
     Tokens,
     finalise,
@@ -46,6 +46,23 @@ from omni_kernels import (
 
 ADAM_EPS = 1e-8
 Part = TypeVar("Part")
+
+
+class Decoder(nn.Module):
+    """A model and what is computed from its head, as one module: over ranks its hooks gather embedding, norm and head."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, micro: MicroBatch, use: Callable[[Tensor, nn.Linear], Any], inputs: Tensor | None = None) -> Any:
+        """What `use` makes of the hidden states [T, H] after the final norm, and of the head. inputs: the embedded rows."""
+        if inputs is None:
+            inputs = self.model.get_input_embeddings()(micro.input_ids)
+        output = self.model.base_model(
+            inputs_embeds=inputs, position_ids=micro.positions, use_cache=False, tree=micro.layout
+        )
+        return use(output.last_hidden_state[0], self.model.get_output_embeddings())
 
 
 class Policy:
@@ -86,17 +103,11 @@ class Policy:
         embedding = model.get_input_embeddings()
         if isinstance(embedding, nn.Embedding):
             embedding.padding_idx = None  # no row is padding; a token that pads elsewhere learns like any other
-        self.model = self.trained = model
-        self.loss = loss
-        self.learning_rate = learning_rate
-        self.inv_temperature = 1.0 / temperature
-        self.betas = betas
-        self.weight_decay = weight_decay
-        self.warmup_steps = warmup_steps
-        self.max_grad_norm = max_grad_norm
-        self.tokens_per_microbatch = tokens_per_microbatch
-        self.share: Share = share
-        self.max_bad_steps = max_bad_steps
+        self.model, self.loss, self.inv_temperature = model, loss, 1.0 / temperature
+        self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
+        self.betas, self.weight_decay = betas, weight_decay
+        self.max_grad_norm, self.max_bad_steps = max_grad_norm, max_bad_steps
+        self.tokens_per_microbatch, self.share = tokens_per_microbatch, share
         self.steps = 0  # optimiser steps since the last reset
         self.bad_steps = 0  # skipped steps in a row
         self.lora = lora_rank > 0
@@ -113,12 +124,13 @@ class Policy:
         self.reference: PreTrainedModel | None = None
         if loss.beta > 0 and not self.lora:
             self.reference = copy.deepcopy(model).requires_grad_(False).eval()
-        by_parameter: dict[Tensor, Slot] = {slot.working: slot for slot in self.slots}
-        self._embedding = by_parameter.get(embedding.weight) if type(embedding) is nn.Embedding else None
-        self._head = by_parameter.get(model.get_output_embeddings().weight)
+        whole: dict[Tensor, Slot] = {slot.working: slot for slot in self.slots if not isinstance(slot.working, DTensor)}
+        self._embedding = whole.get(embedding.weight) if type(embedding) is nn.Embedding else None
+        self._head = whole.get(model.get_output_embeddings().weight)
         for slot in self.slots:
             slot.working.register_post_accumulate_grad_hook(slot.drain)
-            slot.offer()
+        for parameter, slot in whole.items():
+            parameter.slot = slot  # type: ignore[attr-defined]  # for those who make gradients in fp32 (products.py)
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -145,7 +157,7 @@ class Policy:
         totals: Tensor | None = None
         own: dict[str, float] = defaultdict(float)
         for micro in micro_batches:
-            sums, entropy = self._accumulate(micro, denominator, clock)
+            sums, entropy = self._loss_backward(micro, denominator, clock)
             totals = sums if totals is None else totals + sums
             tasks = [active[index].task for index in micro.samples]
             for task in set(tasks):
@@ -180,7 +192,7 @@ class Policy:
         results: dict[int, tuple[list[float], list[float]]] = {}
         with torch.no_grad():
             for micro in self._pack(batch):
-                logp, entropy = self._logprobs(self.trained, micro, want_entropy=True)
+                logp, entropy = self._logprobs(self._decoder, micro, want_entropy=True)
                 assert entropy is not None
                 for number, index in enumerate(micro.samples):
                     own = micro.sequences == number
@@ -208,7 +220,7 @@ class Policy:
             reference=torch.zeros_like(rollout) if self.loss.beta > 0 else None,
         )
 
-    def _accumulate(self, micro: MicroBatch, denominator: float, clock: Clock) -> tuple[Tensor, Tensor]:
+    def _loss_backward(self, micro: MicroBatch, denominator: float, clock: Clock) -> tuple[Tensor, Tensor]:
         """Adds one micro-batch to the gradient sums; its metric sums and the entropies of its tokens."""
         reference = self._reference_logprobs(micro)
         clock.lap("reference")
@@ -216,36 +228,30 @@ class Policy:
             micro.targets, micro.advantages, sequences=micro.sequences, reference=reference, rollout=micro.rollout,
             denominator=denominator,
         )  # fmt: skip
-        return self._loss_backward(micro, tokens, clock)
 
-    def _loss_backward(self, micro: MicroBatch, tokens: Tokens, clock: Clock) -> tuple[Tensor, Tensor]:
-        """Forward and backward pass of one micro-batch: metric sums and entropies."""
-        with self._attention(self.model):
-            inputs = self.model.get_input_embeddings()(micro.input_ids)
-            if self._embedding is not None:
-                inputs = inputs.detach().requires_grad_()
-            hidden = body(self.model, inputs, micro)
+        def loss(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor, Tensor | None]:
             clock.lap("forward")
-            head = self.model.get_output_embeddings()
-            output = self._head_loss(hidden, head, micro, tokens, self._head.sum() if self._head else None)
+            main_grad = self._head.sum() if self._head else None
+            output = linear_policy_loss(
+                hidden.index_select(0, micro.predicts), head.weight, tokens, self.loss, bias=head.bias,
+                inv_temperature=self.inv_temperature, softcap=self.softcap, return_tokens=True, main_grad=main_grad,
+                grad_scale=None if main_grad is None else 1.0,
+            )  # fmt: skip
             clock.lap("head")
-            output.loss.backward()
+            return output.loss, output.metrics, output.entropy
+
+        inputs = None
+        with self._attention(self._decoder.model):
+            if self._embedding is not None:
+                inputs = self.model.get_input_embeddings()(micro.input_ids).detach().requires_grad_()
+            value, metrics, entropy = self._decoder(micro, loss, inputs)
+            value.backward()
         if self._embedding is not None:
             # The rows' gradients are summed in fp32 here: autograd would sum them in the working dtype.
-            assert inputs.grad is not None
+            assert inputs is not None and inputs.grad is not None
             self._embedding.sum().index_add_(0, micro.input_ids[0], inputs.grad[0].float())
         clock.lap("backward")
-        assert output.entropy is not None
-        return output.metrics, output.entropy
-
-    def _head_loss(
-        self, hidden: Tensor, head: nn.Linear, micro: MicroBatch, tokens: Tokens, main_grad: Tensor | None = None
-    ) -> LossOutput:
-        return linear_policy_loss(
-            hidden.index_select(0, micro.predicts), head.weight, tokens, self.loss, bias=head.bias,
-            inv_temperature=self.inv_temperature, softcap=self.softcap, return_tokens=True, main_grad=main_grad,
-            grad_scale=None if main_grad is None else 1.0,
-        )  # fmt: skip
+        return metrics, entropy
 
     def _step(self, scale: float, any_rows: bool, clock: Clock) -> dict[str, float]:
         """Clips and applies the gradient sums, divided by `scale`; metrics of it."""
@@ -301,6 +307,7 @@ class Policy:
 
     def _take_over(self, dtype: torch.dtype) -> list[Slot]:
         """Masters for the trained parameters; all parameters of the model become `dtype`, one at a time."""
+        self._decoder = Decoder(self.model)
         slots = []
         for name, parameter in self.model.named_parameters():
             master = parameter.data.float()
@@ -344,26 +351,23 @@ class Policy:
         finally:
             model.config._attn_implementation = before
 
-    def _logprobs(self, model: PreTrainedModel, micro: MicroBatch, want_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        with self._attention(model):
-            hidden = body(model, model.get_input_embeddings()(micro.input_ids), micro)
-            return self._head_logprobs(hidden, model.get_output_embeddings(), micro, want_entropy)
+    def _logprobs(self, decoder: Decoder, micro: MicroBatch, want_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        def logprobs(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+            return linear_logprob(
+                hidden.index_select(0, micro.predicts), head.weight, micro.targets, bias=head.bias,
+                inv_temperature=self.inv_temperature, softcap=self.softcap, want_entropy=want_entropy,
+            )  # fmt: skip
 
-    def _head_logprobs(
-        self, hidden: Tensor, head: nn.Linear, micro: MicroBatch, want_entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        return linear_logprob(
-            hidden.index_select(0, micro.predicts), head.weight, micro.targets, bias=head.bias,
-            inv_temperature=self.inv_temperature, softcap=self.softcap, want_entropy=want_entropy,
-        )  # fmt: skip
+        with self._attention(decoder.model):
+            return decoder(micro, logprobs)
 
     def _reference_logprobs(self, micro: MicroBatch) -> Tensor | None:
         """Log-probs of the frozen reference; under LoRA that is the model without its adapter."""
         if self.loss.beta == 0:
             return None
-        model = self.reference or self.trained
-        with torch.no_grad(), without_adapter(model):
-            return self._logprobs(model, micro, want_entropy=False)[0]
+        decoder = Decoder(self.reference) if self.reference else self._decoder
+        with torch.no_grad(), without_adapter(decoder.model):
+            return self._logprobs(decoder, micro, want_entropy=False)[0]
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -428,12 +432,6 @@ class Policy:
         steps, bad_steps = numbers["steps"], numbers["bad_steps"]
         assert isinstance(steps, int) and isinstance(bad_steps, int)
         self.steps, self.bad_steps = steps, bad_steps
-
-
-def body(model: PreTrainedModel, inputs: Tensor, micro: MicroBatch) -> Tensor:
-    """Hidden states [T, H] after the final norm."""
-    output = model.base_model(inputs_embeds=inputs, position_ids=micro.positions, use_cache=False, tree=micro.layout)
-    return output.last_hidden_state[0]
 
 
 def _check_model(model: PreTrainedModel) -> None:

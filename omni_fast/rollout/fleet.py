@@ -120,14 +120,8 @@ class Fleet:
 
     def each(
         self, servers: Sequence[Server], work: Callable[[Server], Awaitable[Result]]
-    ) -> list[tuple[Server, Result | ServerError]]:
-        """`work` on all servers at the same time: each with its result, or with the error."""
-        return self.each_soon(servers, work).result()
-
-    def each_soon(
-        self, servers: Sequence[Server], work: Callable[[Server], Awaitable[Result]]
     ) -> Future[list[tuple[Server, Result | ServerError]]]:
-        """As `each`, without waiting for the answers."""
+        """`work` on all servers at the same time: each with its result, or with the error."""
 
         async def one(server: Server) -> tuple[Server, Result | ServerError]:
             try:

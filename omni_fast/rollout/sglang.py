@@ -93,7 +93,7 @@ class SGLangEngine(Engine):
         end, missing = time.monotonic() + self.wait_s, self.fleet.servers
         while missing:
             self.wait(f"the engine server {missing[0].url} to be ready, up to {self.wait_s:.0f} s")
-            for server, answer in self.fleet.each(missing, lambda server: self._health(server, ASK_S)):
+            for server, answer in self.fleet.each(missing, lambda server: self._health(server, ASK_S)).result():
                 self._meet(server, answer)
             missing = [server for server in missing if not server.known]
             if time.monotonic() > end:
@@ -212,7 +212,7 @@ class SGLangEngine(Engine):
     def _memory(self, path: str, servers: Sequence[Server], tags: tuple[str, ...]) -> None:
         for server, result in self.fleet.each(
             servers, lambda server: self.fleet.ask(server, path, {"tags": list(tags)}, self.request_s)
-        ):
+        ).result():
             if isinstance(result, ServerError):
                 self.fleet.drain(server, f"{path} {result.reason}")
 
@@ -240,7 +240,7 @@ class SGLangEngine(Engine):
         due = [server for server in self.fleet.servers if not server.ready and now >= server.next_probe]
         for server, info in self.fleet.each(
             due, lambda server: self.fleet.ask(server, "/model_info", timeout_s=MAX_HEALTH_S)
-        ):
+        ).result():
             try:
                 self._bring_back(server, info)
             except ServerError as error:
@@ -365,18 +365,17 @@ def request(tokens: Sequence[int], n: int, sampling: Sampling, salt: str, adapte
     salt: of the prefix cache; what is not equal in it shares no keys and values. With an adapter, n requests in one: SGLang
     0.5.17 counts its users wrongly for n > 1, and never lets it be unloaded.
     """
-    draw: dict[str, Json] = {
-        "n": n if adapter is None else 1,
-        "max_new_tokens": sampling.max_new_tokens,  # the server's default is 128
-        "temperature": sampling.temperature,
-        "top_p": 1.0,
-        "top_k": -1,
-        "min_p": 0.0,
-        "stop_token_ids": list(sampling.stop_token_ids),
-    }
     return {
         "input_ids": list(tokens) if adapter is None else [list(tokens)] * n,
-        "sampling_params": draw,
+        "sampling_params": {
+            "n": n if adapter is None else 1,
+            "max_new_tokens": sampling.max_new_tokens,  # the server's default is 128
+            "temperature": sampling.temperature,
+            "top_p": 1.0,
+            "top_k": -1,
+            "min_p": 0.0,
+            "stop_token_ids": list(sampling.stop_token_ids),
+        },
         "return_logprob": True,
         "extra_key": salt,
         "lora_path": adapter,

@@ -63,7 +63,7 @@ class BroadcastGroup:
             }  # fmt: skip
             return await fleet.ask(server, "/init_weights_update_group", ask, limit_s + ANSWER_S)
 
-        joined = fleet.each_soon(self.servers, join)
+        joined = fleet.each(self.servers, join)
         try:
             with _errors_in_wait():
                 self._group, _ = _new_process_group_helper(
@@ -79,16 +79,18 @@ class BroadcastGroup:
 
     def broadcast(self, bucket: Bucket, flat: Tensor, ask: dict[str, Json]) -> None:
         """The packed bucket to all members, each asked by `/update_weights_from_distributed` to take it."""
-        names: Json = [entry.name for entry in bucket.entries]
-        dtypes: Json = [str(entry.dtype).removeprefix("torch.") for entry in bucket.entries]
-        shapes: Json = [list(entry.shape) for entry in bucket.entries]
-        layout: dict[str, Json] = {"names": names, "dtypes": dtypes, "shapes": shapes}
-        body: Json = ask | layout | {"group_name": self.name, "load_format": "flattened_bucket"}
+        body: dict[str, Json] = {
+            "names": [entry.name for entry in bucket.entries],
+            "dtypes": [str(entry.dtype).removeprefix("torch.") for entry in bucket.entries],
+            "shapes": [list(entry.shape) for entry in bucket.entries],
+            "group_name": self.name,
+            "load_format": "flattened_bucket",
+        }
 
         async def take(server: Server) -> Json:
-            return await self.fleet.ask(server, "/update_weights_from_distributed", body, self.limit_s + ANSWER_S)
+            return await self.fleet.ask(server, "/update_weights_from_distributed", ask | body, self.limit_s + ANSWER_S)
 
-        taken, sent, group = self.fleet.each_soon(self.servers, take), Future[None](), self._group
+        taken, sent, group = self.fleet.each(self.servers, take), Future[None](), self._group
 
         def send() -> None:
             try:
@@ -112,7 +114,9 @@ class BroadcastGroup:
     def close(self) -> None:
         """Ends the group on all members that still answer."""
         end: Json = {"group_name": self.name}
-        self.fleet.each(self.servers, lambda server: self.fleet.ask(server, "/destroy_weights_update_group", end))
+        self.fleet.each(
+            self.servers, lambda server: self.fleet.ask(server, "/destroy_weights_update_group", end)
+        ).result()
         self._leave()
 
     def _leave(self) -> None:

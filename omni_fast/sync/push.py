@@ -109,7 +109,7 @@ class WeightSync:
     def close(self) -> None:
         """While the fleet still runs. Servers keep none of the adapters."""
         self._end_group()
-        self.fleet.each(self.fleet.ready, lambda server: self._unload(server, 0, ASK_S))
+        self.fleet.each(self.fleet.ready, lambda server: self._unload(server, 0, ASK_S)).result()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # -- before the first step ---------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ class WeightSync:
         return await self.fleet.ask(server, "/continue_generation", {})
 
     def _on_ready(self, work: Callable[[Server], Awaitable[Json]]) -> None:
-        for server, result in self.fleet.each(self.fleet.ready, work):
+        for server, result in self.fleet.each(self.fleet.ready, work).result():
             if isinstance(result, ServerError):
                 self.fleet.drain(server, f"weight sync: {result.path} {result.reason}")
 
@@ -330,8 +330,6 @@ class WeightSync:
                         self._on_ready(self._load_folder)
 
     def _load_bucket(self, number: int, flat: Tensor) -> None:
-        if not self.fleet.ready:
-            return
         bucket = self.plan[number]
         last: dict[str, Json] = {"weight_version": self.tag} if bucket is self.plan[-1] else {}
         ask: dict[str, Json] = {"flush_cache": False} | last
