@@ -62,10 +62,8 @@ class Ahead(AbstractContextManager["Ahead"]):
         self._staleness = staleness(batch.groups, self.parts.engine.version)
         behind = self._staleness["staleness_max"]
         if behind > self.bound:
-            raise RunError(
-                f"a sample of step {self.step + 1} is {behind:.0f} weight versions old and rollout.max_staleness is "
-                f"{self.bound}: stopped before the step, nothing is lost. This is a bug; the same command resumes"
-            )
+            old = f"a sample of step {self.step + 1} is {behind:.0f} weight versions old"
+            raise RunError(f"{old} and rollout.max_staleness is {self.bound}: a bug of ours; the same command resumes")
         return batch.groups
 
     def done(self) -> dict[str, float]:

@@ -74,9 +74,8 @@ class Parts:
         """Task -> split -> items, the held-out splits cut to the sizes of the config."""
         sizes = self.config.evaluation
         limits = {"train": None, "select": sizes.select_items, "test": sizes.test_items}
-        return {
-            name: {split: task.items(split)[: limits[split]] for split in SPLITS} for name, task in self.tasks.items()
-        }
+        named = self.tasks.items()
+        return {name: {split: task.items(split)[: limits[split]] for split in SPLITS} for name, task in named}
 
     @cached_property
     def train_sizes(self) -> dict[str, int]:
@@ -143,12 +142,10 @@ class Parts:
         texts = decode(self.tokenizer, items, samples)
         given = np.array(self.tasks[task].metric(items, texts), dtype=np.float64)  # NaN for None
         values = [None if math.isnan(value) else float(value) for value in given]
-        shown = [
-            Shown(prompt=item.prompt, completion=text, value=value)
-            for item, text, value in zip(items, texts, values, strict=True)
-        ]
+        rows = list(zip(items, texts, values, strict=True))[:SHOWN_COMPLETIONS]
+        shown = [Shown(prompt=item.prompt, completion=text, value=value) for item, text, value in rows]
         truncated = sum(sample.finish_reason == "length" for sample in samples) / len(samples)
-        return Evaluation(given, TaskScores(values=values, truncated=truncated, samples=shown[:SHOWN_COMPLETIONS]))
+        return Evaluation(given, TaskScores(values=values, truncated=truncated, samples=shown))
 
     def sleep(self) -> None:
         """Let the engine's servers give their GPU memory to the policy until the next sync, where the config says so."""
@@ -286,14 +283,8 @@ def make_policy(config: Config, model: PreTrainedModel) -> Policy:
     behaviour = {} if config.engine.kind == "local" else {"rollout": "truncate"}
     clip = {"eps_low": loss.eps_low, "eps_high": loss.eps_high}
     spec = LossSpec.preset(loss.policy, beta=loss.beta, entropy_coef=loss.entropy_bonus, **clip, **behaviour)
+    options = optimizer.model_dump(exclude={"beta1", "beta2"}) | {"betas": (optimizer.beta1, optimizer.beta2)}
+    options |= config.model.model_dump(include={"lora_rank", "lora_alpha"})
+    dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     kind = ShardedPolicy if ranks.world() > 1 else Policy
-    return kind(
-        model,
-        loss=spec,
-        temperature=config.rollout.temperature,
-        betas=(optimizer.beta1, optimizer.beta2),
-        dtype=None if config.model.dtype == "auto" else getattr(torch, config.model.dtype),
-        lora_rank=config.model.lora_rank,
-        lora_alpha=config.model.lora_alpha,
-        **optimizer.model_dump(exclude={"beta1", "beta2"}),
-    )
+    return kind(model, loss=spec, temperature=config.rollout.temperature, dtype=dtype, **options)

@@ -21,10 +21,8 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, task: Task, item: Item, max_tok
     """The chat-templated prompt; raises UserError naming the item if it is longer than `max_tokens`."""
     tokens = chat_tokens(tokenizer, task.system, item.prompt, item.prefix)
     if len(tokens) > max_tokens:
-        raise UserError(
-            f"task '{task.name}': the prompt of item {item.id!r} has {len(tokens)} tokens, the limit is {max_tokens}; "
-            "raise rollout.max_prompt_tokens or shorten the prompt"
-        )
+        told = f"task '{task.name}': the prompt of item {item.id!r} has {len(tokens)} tokens, the limit is {max_tokens}"
+        raise UserError(f"{told}; raise rollout.max_prompt_tokens or shorten it")
     return tokens
 
 

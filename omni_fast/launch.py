@@ -99,24 +99,15 @@ def _refuse(kind: Kind, config: Config, place: Place, width: int, servers: int) 
     _unless(not wrong, f"{wrong}: --print k8s needs --image, --server-image and --claim, the others take none")
     _unless(place.trainer_gpus <= max(1, gpus), f"--trainer-gpus are of the first node, which has {gpus}")
     _unless(not several or kind != "local", "--print local is for one host, not for --nodes: use slurm or k8s")
-    _unless(
-        width or not several,
-        "--nodes: other nodes only serve samples, and this run starts no servers: set engine.kind=sglang without "
-        "engine.urls, and --gpus-per-node",
-    )
-    _unless(
-        servers > 0 or not width,
-        f"--gpus-per-node {gpus}: no room for a server of {width} GPU(s) beside the {place.trainer_gpus} that train",
-    )
+    _unless(width or not several, "--nodes needs engine.kind=sglang without engine.urls, and --gpus-per-node")
+    _unless(servers > 0 or not width, f"--gpus-per-node: no room for servers of {width} beside those that train")
     far = servers and (several or pod)
     _unless(not far or config.engine.sync != "tensor", "engine.sync 'tensor' is for one host: give engine.sync=disk")
     below = run.parts[:2] == ("/", MOUNT[1:]) and ".." not in run.parts and len(run.parts) > 2
     _unless(below or not pod, f"--run {run}: on Kubernetes the run folder is below {MOUNT}, where the claim is mounted")
-    _unless(
-        config.model.path not in UNPACKED_HERE or not (pod and servers),
-        f"model.path = '{config.model.path}' is unpacked into the trainer's own cache, which other pods do not see: "
-        f"give a folder below {MOUNT} or a Hugging Face id",
-    )
+    hidden = pod and servers and config.model.path in UNPACKED_HERE
+    remedy = f"give a folder below {MOUNT} or a Hugging Face id"
+    _unless(not hidden, f"model.path '{config.model.path}' is unpacked where other pods do not see it: {remedy}")
 
 
 def _unless(fine: object, problem: str) -> None:
@@ -129,10 +120,7 @@ def _server_gpus(config: Config, place: Place) -> int:
     if config.engine.kind == "local" or config.engine.urls or place.gpus_per_node == 0:
         return 0
     own = {flag.split("=")[0] for flag in config.engine.flags} & {"--host", "--port", "--base-gpu-id"}
-    _unless(
-        not own,
-        f"engine.flags holds {', '.join(sorted(own))}, which differs from server to server: leave it to the script",
-    )
+    _unless(not own, f"engine.flags: {', '.join(sorted(own))} differs between servers: leave it to the script")
     return gpus_of(config.engine.flags)
 
 

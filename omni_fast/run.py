@@ -90,7 +90,7 @@ class Run:
         if not settings.is_file() or not state.is_file():
             raise UserError(f"{folder} is not a run folder with anything finished in it; give the folder of a run")
         try:
-            config = Config.model_validate(_read_json(settings))
+            config = Config.of_fingerprint(_read_json(settings))
         except ValidationError as error:
             raise UserError(f"{settings} is of another version of omni-fast; use the one that made the run") from error
         return cls(folder, config, _read_json(state))

@@ -108,10 +108,8 @@ class Scorer:
         while lost:
             spent = time.monotonic() - start
             if spent >= self.limits.pause_s:
-                raise RunError(
-                    f"{_told(lost)}, and that for {spent:.0f} s: stopped before the step, nothing is lost. Bring back "
-                    "what scores them, and run the same command again"
-                )
+                stopped = f"{_told(lost)}, and that for {spent:.0f} s: stopped before the step, nothing is lost"
+                raise RunError(f"{stopped}. Bring back what scores them, and run the same command again")
             self.progress.wait(f"scores of {', '.join(lost)}, {self.limits.pause_s - spent:.0f} s before it stops")
             end = time.monotonic() + min(gap, self.limits.pause_s - spent)
             while time.monotonic() < end:
@@ -119,13 +117,8 @@ class Scorer:
                 time.sleep(0.05)
             gap = min(2 * gap, MAX_RETRY_S)
             self._down.clear()
-            jobs = [
-                self._ask(group)
-                for members in lost.values()
-                for group in members
-                if not all(score.valid for score in group.scores)
-            ]
-            work += self._wait(jobs)
+            missing = [one for members in lost.values() for one in members if not all(s.valid for s in one.scores)]
+            work += self._wait([self._ask(group) for group in missing])
             if not (lost := self._lost(groups)):
                 self.progress.say(f"  scores are there again after {time.monotonic() - start:.0f} s; the run goes on")
         return work

@@ -268,6 +268,28 @@ def test_a_home_that_the_shell_left_alone(omni: Omni, job: Job, monkeypatch: pyt
     assert f"measures in {job.run}" in done.out and f"error: {job.run} is not a run folder" in done.error, done
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("judge.backend=openai", "judge.url=http://j/v1", "judge.model=m"),
+        ("engine.kind=sglang", "engine.sync=adapter", "model.lora_rank=8", "judge.backend=sglang"),
+        (
+            "engine.kind=sglang",
+            "rollout.max_staleness=1",
+            "judge.backend=sglang",
+            "judge.url=http://j",
+            "judge.model=m",
+        ),
+    ],
+)
+def test_a_run_with_served_judges_is_read(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    """Where servers stand is not kept, so `plan` and `report` said that another version had made the run."""
+    with Run.open(tmp_path, load("quickstart", overrides)) as run:
+        run.bind()
+        run.finish()
+    assert Run.read(tmp_path).config.fingerprint() == load("quickstart", overrides).fingerprint()
+
+
 def test_two_processes_on_one_run_folder(omni: Omni, job: Job) -> None:
     with run_lock(job.run):
         refused(omni(*job.command), str(job.run), "Another process (pid ")

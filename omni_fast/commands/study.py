@@ -49,10 +49,8 @@ def study(
     counts = Counter[str](cell.status for cell in finished.cells)
     say(f"study: {folder}, {_counted(counts)}", f"report: {write_report(folder)}")
     if counts["failed"]:
-        raise RunError(
-            f"{counts['failed']} of {len(finished.cells)} cells failed; `omni-fast study status {folder}` says why, the "
-            "same command tries them again"
-        )
+        failed, why = f"{counts['failed']} of {len(finished.cells)} cells failed", f"`omni-fast study status {folder}`"
+        raise RunError(f"{failed}; {why} says why, the same command tries them again")
 
 
 def status(arguments: list[str]) -> None:

@@ -44,9 +44,8 @@ class Shape:
     @property
     def _attention(self) -> int:  # weights of a layer
         if self.latent:  # DeepSeek-V3: queries through 1,536; heads of 128 + 64 rotary, values of 128
-            return self.hidden * (1536 + self.latent + 64) + self.heads * (
-                1536 * 192 + self.latent * 256 + 128 * self.hidden
-            )
+            shared = self.hidden * (1536 + self.latent + 64)
+            return shared + self.heads * (1536 * 192 + self.latent * 256 + 128 * self.hidden)
         return self.head_size * self.hidden * 2 * (self.heads + self.kv_heads)
 
     @property
@@ -163,9 +162,7 @@ class Efficiency:
 # GPUs. Decoding, and the update of a mixture of experts: what fits three published steps of NeMo RL v0.6 (Qwen3-30B-A3B on 32 and
 # 192 H100, `PUBLISHED` of benchmarks/predict_fit.py). The update of a dense model: assumed, between prime-rl's published 11 and 22 % of an H100
 # (benchmarks/baselines) and the 40 % that pretraining reaches. call_s, optimiser: assumed.
-DENSE = Efficiency(
-    0.55, 0.55, 0.006, 0.3, 0.7, "shares from published steps of NeMo RL and prime-rl; nothing measured by us"
-)
+DENSE = Efficiency(0.55, 0.55, 0.006, 0.3, 0.7, "shares from steps of NeMo RL and prime-rl; nothing measured by us")
 EXPERTS = replace(DENSE, update=0.1)
 SYNC_BYTES_S = 8.25e9  # of a broadcast over NCCL to 30 receivers: verl, checkpoint_engine/README.md
 # Two CPU cores: `python benchmarks/predict_fit.py`.

@@ -75,9 +75,7 @@ def plan(fleet: Fleet, work: Work, trainer_gpus: int) -> Plan:
         raise UserError(f"a server of {server.gpus} GPUs has no room for a sample beside {weights}: more --server-gpus")
     if trainer.memory > USABLE * machine.memory:
         fewest = smallest_trainer(trainer)
-        needed = (
-            f"{trainer.memory / 1e9:.0f} GB on each of {trainer_gpus} GPUs of {USABLE * machine.memory / 1e9:.0f} GB"
-        )
+        needed = f"{trainer.memory / 1e9:.0f} of {USABLE * machine.memory / 1e9:.0f} GB on each of {trainer_gpus} GPUs"
         remedy = f"{fewest} GPUs are the fewest" if fewest else "a gathered layer alone is too large (--experts-stay)"
         raise UserError(f"training needs {needed}: {remedy}")
     steps = max(2, min(STEPS, COUNTED_SAMPLES // work.batch))
@@ -86,7 +84,7 @@ def plan(fleet: Fleet, work: Work, trainer_gpus: int) -> Plan:
         raise UserError(f"{most}: give less of --prompts, --samples or --staleness")
     if servers < 1:
         raise UserError(
-            f"--gpus {fleet.gpus} leaves no room for a server of {server.gpus}: give more, or fewer that train"
+            f"--gpus {fleet.gpus} leaves no room for a server of {server.gpus} beside the trainer: give more"
         )
     update = trainer.update_s(work)
     # In turns every server collects its own part of the weights, all at once.

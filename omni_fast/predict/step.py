@@ -74,12 +74,9 @@ class Server(_GPUs):
         inside = self.gpus <= GPUS_PER_NODE
         rate, latency = (self.machine.link, ALL_REDUCE_S[0]) if inside else (self.machine.network, ALL_REDUCE_S[1])
         exchange = 2 * shape.layers * (2 * rows * shape.hidden * WEIGHT / rate + latency) if self.gpus > 1 else 0.0
-        return (
-            read / (self.gpus * self.machine.memory_bytes_s * self.share.decode_bytes)
-            + flops / (self.gpus * self.machine.flops * self.share.decode_flops)
-            + exchange
-            + self.share.call_s
-        )
+        read_s = read / (self.gpus * self.machine.memory_bytes_s * self.share.decode_bytes)
+        flops_s = flops / (self.gpus * self.machine.flops * self.share.decode_flops)
+        return read_s + flops_s + exchange + self.share.call_s
 
     def prefill_s(self, tokens: float, each: float) -> float:
         """`tokens` prompt tokens in prompts of `each`."""
@@ -114,9 +111,8 @@ class Trainer(_GPUs):
         passes = 6 + 2 * work.forwards + 2 * again
         context = work.prompt_tokens + work.new_tokens / 2  # that a completion token sees, on average
         row = shape.active_body + shape.attention_flops / 2 * context
-        compute = (
-            passes * (row * work.rows + shape.head * work.tokens) / (self.gpus * machine.flops * self.share.update)
-        )
+        flops = passes * (row * work.rows + shape.head * work.tokens)
+        compute = flops / (self.gpus * machine.flops * self.share.update)
         rate = NETWORK_SHARE * (machine.link if self.gpus <= GPUS_PER_NODE else machine.network)
         micro_batches = max(1.0, work.rows / self.gpus / micro_rows)
         # Weights twice a micro-batch, gradients once.

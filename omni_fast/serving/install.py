@@ -55,10 +55,9 @@ def python(device: Device) -> Path:
         return Path(given)
     if found := installed(device):
         return found.folder / "bin" / "python"
-    raise UserError(
-        f"SGLang's environment for {device} is not installed here: run `omni-fast engine install --{device}` (about "
-        f"{'2 minutes, 1.6 GB' if device == 'cpu' else '10 minutes, 10 GB'}), give engine.urls, or use the local engine."
-    )
+    cost = "2 minutes, 1.3 GB" if device == "cpu" else "10 minutes, 10 GB"
+    wanted = f"run `omni-fast engine install --{device}` (about {cost}), give engine.urls, or use the local engine"
+    raise UserError(f"SGLang's environment for {device} is not installed here: {wanted}.")
 
 
 def installed(device: Device) -> Installed | None:
@@ -100,10 +99,8 @@ def _check_cpu_torch(pip: list[str], pins: Path, deadline: float) -> None:
     report = json.loads(_run(asked, deadline, f"looking for {wanted}"))
     wheel = report["install"][0]["download_info"]["url"].rpartition("/")[2]
     if platform.machine() == "x86_64" and "cpu" not in wheel:
-        raise UserError(
-            f"pip would take a CUDA build of {wanted} ({wheel}), of no use to a CPU server: make a CPU build "
-            f"known to pip, for example by PyTorch's index of CPU builds in PIP_EXTRA_INDEX_URL, and run the same command again."
-        )
+        remedy = "show pip PyTorch's index of CPU builds, for example in PIP_EXTRA_INDEX_URL, and try again"
+        raise UserError(f"pip would take a CUDA build of {wanted} ({wheel}) for a CPU server: {remedy}.")
 
 
 def _run(command: list[str], deadline: float, what: str) -> str:

@@ -60,14 +60,11 @@ def launches(role: str, model: str, device: Device, dtype: str, flags: Sequence[
     first, gpus = ((_take(rest, "--base-gpu-id") or "0"), gpus_of(rest)) if spread else ("0", 1)
     if not first.isdecimal():
         raise UserError(f"engine.flags: --base-gpu-id {first} is no number of a GPU.")
-    return [
-        Launch(
-            f"{role}-{i}", model, device, dtype,
-            (*rest, *(("--base-gpu-id", str(int(first) + i * gpus)) if spread else ())), host,
-            int(port) + i if int(port) else 0,
-        )
-        for i in range(servers)
-    ]  # fmt: skip
+    made = []
+    for i in range(servers):
+        own = ("--base-gpu-id", str(int(first) + i * gpus)) if spread else ()
+        made.append(Launch(f"{role}-{i}", model, device, dtype, (*rest, *own), host, int(port) and int(port) + i))
+    return made
 
 
 def gpus_of(flags: Sequence[str]) -> int:

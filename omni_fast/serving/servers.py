@@ -13,13 +13,13 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 from types import FrameType
 from typing import Literal
 
@@ -49,15 +49,11 @@ CAUSES = (
         "out of memory: stop what else runs there, change --mem-fraction-static or --max-total-tokens in engine.flags as said, or serve a smaller model",
     ),
     ("[aA]ddress already in use", RunError, "its port was taken meanwhile: give another, or none for a free one"),
-    (
-        "error: (unrecognized arguments|argument|ambiguous option)",
-        UserError,
-        f"SGLang {VERSION} does not take a flag of engine.flags",
-    ),
+    ("error: (unrecognized|argument|ambiguous) ", UserError, f"SGLang {VERSION} does not take a flag of engine.flags"),
     (
         "ModuleNotFoundError",
         RunError,
-        "the environment lacks a package: delete it and run `omni-fast engine install` again",
+        "the environment lacks a package: delete it, `omni-fast engine install` it again",
     ),
 )
 
@@ -244,16 +240,12 @@ def _undisturbed() -> Iterator[None]:
 def _spawn(launch: Launch, folder: Path, port: int) -> Server:
     log = folder / f"{launch.name}.log"
     log.unlink(missing_ok=True)
-    arguments = command(launch, python(launch.device), port, write_key(folder, launch))
+    arguments, env = (
+        command(launch, python(launch.device), port, write_key(folder, launch)),
+        environment(launch, os.environ),
+    )
     with os.fdopen(os.open(log, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as sink:
-        child = subprocess.Popen(
-            arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            env=environment(launch, os.environ),
-            start_new_session=True,
-        )
+        child = Popen(arguments, stdin=DEVNULL, stdout=sink, stderr=sink, env=env, start_new_session=True)
     child.returncode = 0  # collected by pid, perhaps by another process: the object must not warn about it
     reachable = "127.0.0.1" if launch.host in ("0.0.0.0", "::") else launch.host
     return Server(launch, f"http://{reachable}:{port}", child.pid, process.born(child.pid), str(log))
@@ -343,24 +335,23 @@ def _key_file(server: Server) -> Path:
 
 def _free_ports(wanted: Sequence[Launch], patience_s: float = 0.0) -> dict[str, int]:
     """Name -> port: the given one, which must be or become free, or one that is; all held at once, so they differ."""
-    ports, until = {}, time.monotonic() + patience_s
+    until = time.monotonic() + patience_s
     with ExitStack() as held:
-        for launch in wanted:
-            probe = held.enter_context(socket.socket())
-            if launch.port:  # connections of a server that died do not count
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            while launch.name not in ports:
-                try:
-                    probe.bind((launch.host, launch.port))
-                    ports[launch.name] = probe.getsockname()[1]
-                except OSError as error:
-                    if time.monotonic() >= until:
-                        raise UserError(
-                            f"{launch.name} cannot listen on {launch.host}:{launch.port} ({error.strerror}): stop what is "
-                            "there, or change --host and --port in engine.flags (without --port a free one is taken)."
-                        ) from error
-                    time.sleep(0.2)
-    return ports
+        return {launch.name: _bind(held.enter_context(socket.socket()), launch, until) for launch in wanted}
+
+
+def _bind(probe: socket.socket, launch: Launch, until: float) -> int:
+    if launch.port:  # connections of a server that died do not count
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    while True:
+        try:
+            probe.bind((launch.host, launch.port))
+            return int(probe.getsockname()[1])
+        except OSError as error:
+            if time.monotonic() >= until:
+                where = f"{launch.name} cannot listen on {launch.host}:{launch.port} ({error.strerror})"
+                raise UserError(f"{where}: stop what is there, or change --host or --port in engine.flags.") from error
+            time.sleep(0.2)
 
 
 def _ask(server: Server, path: str, body: dict[str, str] | None = None) -> tuple[int, dict[str, object]]:
