@@ -7,7 +7,6 @@ traceback; a traceback is a bug of ours.
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
 
 import typer
 
@@ -31,12 +30,9 @@ def main() -> None:
     try:
         app()
     except (UserError, RunError) as error:
-        _fail(f"{'error: ' if error.exit_code != 130 else ''}{error}", error.exit_code)
+        say(f"{'error: ' if error.exit_code != 130 else ''}{error}", to=stderr)
+        sys.exit(error.exit_code)
     except OSError as error:  # what no caller could say more about: a full or broken disk
         where = f" ({error.filename})" if error.filename else ""
-        _fail(f"error: {error.strerror or error}{where}; nothing saved is lost, the same command resumes", 1)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    say(message, to=stderr)
-    sys.exit(code)
+        say(f"error: {error.strerror or error}{where}; nothing saved is lost, the same command resumes", to=stderr)
+        sys.exit(1)

@@ -12,7 +12,7 @@ import typer
 
 from omni_fast import config as configs
 from omni_fast.commands import AsJson, Overrides, Source, say, stderr
-from omni_fast.errors import RunError, UserError
+from omni_fast.errors import RunError
 
 app = typer.Typer(help="SGLang servers for policy and judge.", no_args_is_help=True)
 news = partial(say, to=stderr)
@@ -23,8 +23,7 @@ DEFAULT = Path("runs/engine")
 
 @app.command()
 def install(
-    cpu: Annotated[bool, typer.Option("--cpu", help="For a machine without a GPU.")] = False,
-    cuda: Annotated[bool, typer.Option("--cuda", help="For NVIDIA GPUs, CUDA 13.")] = False,
+    cpu: Annotated[bool | None, typer.Option("--cpu/--cuda", help="No GPU, or NVIDIA's with CUDA 13.")] = None,
 ) -> None:
     """Build SGLang's own environment in the cache folder; neither option: for what this machine has.
 
@@ -32,9 +31,7 @@ def install(
     """
     from omni_fast.serving import install as environments
 
-    if cpu and cuda:
-        raise UserError("engine install takes --cpu or --cuda, not both; one environment of each kind can exist")
-    device = "cpu" if cpu else "cuda" if cuda else environments.default_device()
+    device = environments.default_device() if cpu is None else "cpu" if cpu else "cuda"
     done = environments.install(device, news)
     took = f"{done.bytes / 1e9:.1f} GB, installed in {done.seconds:.0f} s"
     say(f"SGLang {environments.VERSION} for {device}: {done.folder}, {took}")

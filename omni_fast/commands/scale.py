@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from omni_fast import config as configs
 from omni_fast.commands import AsJson, Overrides, Source
 from omni_fast.errors import UserError
 from omni_fast.launch import Kind, Place, render
@@ -46,8 +45,6 @@ def launch(
 
 @app.command()
 def predict(
-    config: Annotated[str, typer.Argument(help="TOML file or recipe: its batch and lengths.")] = "",
-    overrides: Overrides = None,
     model_shape: Annotated[str, typer.Option(help="A folder with config.json, or a name.")] = "qwen2.5-7b",
     gpus: Annotated[int, typer.Option(min=1, max=4096)] = 8,
     machine: Annotated[Literal["h100", "h200", "b200", "cpu"], typer.Option(help="cpu: what was fitted.")] = "h100",
@@ -75,12 +72,6 @@ def predict(
     A roofline and a simulation. On GPUs nothing of it was measured by us: see docs/scale.md for what the figures rest on.
     Examples: `omni-fast predict --gpus 64 --staleness 1`, `omni-fast predict --gpus 8 --study 100 --price 2.5`
     """
-    if config:
-        resolved = configs.load(config, overrides or ())
-        prompts, samples = resolved.rollout.prompts_per_step, resolved.rollout.samples_per_prompt
-        max_new_tokens = max(task.max_new_tokens for task in resolved.tasks)
-        new_tokens = min(new_tokens, max_new_tokens)
-        prompt_tokens = min(prompt_tokens, resolved.rollout.max_prompt_tokens)
     if new_tokens > max_new_tokens:
         raise UserError(f"--new-tokens {new_tokens}, the mean, is above --max-new-tokens {max_new_tokens}, the cut")
     shape, sync = read_shape(model_shape), sync_gb_s * 1e9

@@ -248,7 +248,7 @@ def test_a_model_of_1t_weights_needs_its_experts_to_stay() -> None:
 
 
 def test_the_command_prints_and_draws(tmp_path: Path) -> None:
-    options = ["predict", "quickstart", "--model-shape", "qwen2.5-0.5b", "--gpus", "4", "--staleness", "1"]
+    options = "predict --model-shape qwen2.5-0.5b --gpus 4 --staleness 1 --prompts 8 --new-tokens 16".split()
     shown = CliRunner().invoke(app, [*options, "--study", "10", "--price", "2", "--plot", str(tmp_path / "splits.png")])
     assert shown.exit_code == 0, shown.output
     assert "turns" in shown.output and "510 steps" in shown.output and "dollars" in shown.output
