@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -27,8 +26,7 @@ from omni_fast.curriculum.transfer import Transfer
 SETTLED = 0.975  # share of draws in which the best order beats the second best: the gap's 95 % interval is then above 0
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """The solved order and what supports it.
 
     order, second: task names, first trained first (`second` is None with a single task, or beyond the exact limit).
@@ -57,8 +55,7 @@ class Decision:
         return self.second is None or (self.optima == 1 and (self.beats_second or 0.0) >= SETTLED)
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """What is trained in which order, and why. transfer and decision are None where nothing was measured."""
 
     stages: list[Stage]
@@ -86,7 +83,7 @@ def decide(transfer: Transfer) -> Decision:
     order = tuple(names[i] for i in solution.order)
     if solution.second is None:
         return Decision(order, pairs, f"There is one task, {names[0]}: nothing to order.", probability=1.0)
-    lead_B = orders.order_values(draws, solution.order) - orders.order_values(draws, solution.second)
+    lead_B = orders.order_value(draws, solution.order) - orders.order_value(draws, solution.second)
     gap = Estimate(solution.value - solution.second_value, sum(transfer.n_K), *interval(lead_B))
     beats = float(np.mean(lead_B > orders.TIE) + 0.5 * np.mean(np.abs(lead_B) <= orders.TIE))
     decision = Decision(
@@ -100,7 +97,7 @@ def decide(transfer: Transfer) -> Decision:
         optima=solution.optima,
         more_items=further_items(transfer, solution.order, solution.second),
     )
-    return replace(decision, statement=_statement(decision, gap, transfer))
+    return decision._replace(statement=_statement(decision, gap, transfer))
 
 
 def further_items(transfer: Transfer, best: Order, second: Order) -> dict[str, int] | None:
@@ -108,7 +105,7 @@ def further_items(transfer: Transfer, best: Order, second: Order) -> dict[str, i
 
     Returns {} when they are separated already, None when the gap is 0: no number of items separates a tie.
     """
-    gap = orders.order_value(transfer.matrix_KK, best) - orders.order_value(transfer.matrix_KK, second)
+    gap = float(orders.order_value(transfer.matrix_KK, best) - orders.order_value(transfer.matrix_KK, second))
     if gap <= orders.TIE:
         return None
     n_K = np.array(transfer.n_K, dtype=np.float64)

@@ -14,10 +14,10 @@ uninterrupted one. Formulas are those of the papers' abstracts and public texts;
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -26,8 +26,7 @@ from omni_fast.curriculum.scores import Floats
 Method = Literal["sec", "dump", "pac", "tac"]
 
 
-@dataclass(frozen=True, slots=True)
-class Feedback:
+class Feedback(NamedTuple):
     """What one step showed of one task.
 
     prompts: how many were trained on.   reward: mean reward of their samples.
@@ -42,7 +41,12 @@ class Feedback:
 
 
 class Scheduler:
-    """Chooses the mixture of each step; keeps named lists of numbers per task in `memory`."""
+    """Chooses the mixture of each step; keeps named lists of numbers per task in `memory`.
+
+    Of every task: "advantage" and "reward" of its last WINDOW steps, and "count", its prompts so far.
+    """
+
+    WINDOW = 16
 
     def __init__(self, tasks: Sequence[str], seed: int) -> None:
         self.tasks, self.seed, self.step = tuple(tasks), seed, 0
@@ -55,6 +59,10 @@ class Scheduler:
     def observe(self, feedback: Mapping[str, Feedback]) -> None:
         """Take in one step; tasks without prompts in it are absent."""
         self.step += 1
+        for task, seen in feedback.items():
+            self.keep(task, "advantage", seen.advantage, self.WINDOW)
+            self.keep(task, "reward", seen.reward, self.WINDOW)
+            self.keep(task, "count", self.value(task, "count") + seen.prompts)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -62,8 +70,7 @@ class Scheduler:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` of the same scheduler was taken."""
-        self.step = state["step"]
-        self.memory = {t: {name: list(kept) for name, kept in memory.items()} for t, memory in state["tasks"].items()}
+        self.step, self.memory = state["step"], copy.deepcopy(state["tasks"])
 
     def rng(self) -> np.random.Generator:
         return np.random.default_rng([self.seed, self.step])
@@ -77,8 +84,9 @@ class Scheduler:
         """Append a number, keeping the last `window` of them."""
         self.memory[task][name] = [*self.memory[task].get(name, []), float(value)][-window:]
 
-    def mean(self, task: str, name: str) -> float:
-        kept = self.memory[task].get(name)
+    def mean(self, task: str) -> float:
+        """Of the last advantages."""
+        kept = self.memory[task].get("advantage")
         return sum(kept) / len(kept) if kept else 0.0
 
     def counted(self, counts: Iterable[int]) -> dict[str, int]:
@@ -100,26 +108,20 @@ class Sec(Scheduler):
         return self.softmax([self.value(task, "q") for task in self.tasks], self.TEMPERATURE, prompts)
 
     def observe(self, feedback: Mapping[str, Feedback]) -> None:
+        super().observe(feedback)
         for task, seen in feedback.items():
             self.keep(task, "q", self.ALPHA * seen.advantage + (1 - self.ALPHA) * self.value(task, "q"))
-        super().observe(feedback)
 
 
 class Dump(Scheduler):
     """Mean |A| over a sliding window plus sqrt(2 ln(n + 1) / (n_d + 1)), softmaxed; n counts prompts."""
 
-    WINDOW, TEMPERATURE = 16, 0.1
+    TEMPERATURE = 0.1
 
     def allocate(self, prompts: int) -> dict[str, int]:
         counts = np.array([self.value(task, "count") for task in self.tasks])
         bonus = np.sqrt(2 * math.log(counts.sum() + 1) / (counts + 1))
-        return self.softmax([self.mean(task, "advantage") for task in self.tasks] + bonus, self.TEMPERATURE, prompts)
-
-    def observe(self, feedback: Mapping[str, Feedback]) -> None:
-        for task, seen in feedback.items():
-            self.keep(task, "advantage", seen.advantage, self.WINDOW)
-            self.keep(task, "count", self.value(task, "count") + seen.prompts)
-        super().observe(feedback)
+        return self.softmax([self.mean(task) for task in self.tasks] + bonus, self.TEMPERATURE, prompts)
 
 
 class Pac(Scheduler):
@@ -130,7 +132,7 @@ class Pac(Scheduler):
     The first `cold` steps are uniform (the authors' 50 suits runs of hundreds of steps).
     """
 
-    WINDOW, DRIFT = 16, 0.02
+    DRIFT = 0.02
 
     def __init__(self, tasks: Sequence[str], seed: int, cold: int) -> None:
         super().__init__(tasks, seed)
@@ -147,20 +149,17 @@ class Pac(Scheduler):
         return self.counted(np.bincount(chosen, minlength=k))
 
     def observe(self, feedback: Mapping[str, Feedback]) -> None:
-        for task, seen in feedback.items():
-            self.keep(task, "reward", seen.reward, self.WINDOW)
-            self.keep(task, "advantage", seen.advantage, self.WINDOW)
+        super().observe(feedback)
         slopes = {task: _slope(self.memory[task].get("reward", [])) for task in self.tasks}
         total = sum(abs(slope) for slope in slopes.values()) + 1e-8
         share = sum(seen.prompts for seen in feedback.values()) / len(self.tasks)
         for task in self.tasks:
             mean, variance = self.value(task, "mean"), self.value(task, "variance", 1.0)
             rho = feedback[task].prompts / share if task in feedback else 0.0
-            utility = (1 + slopes[task] / total) * self.mean(task, "advantage")
+            utility = (1 + slopes[task] / total) * self.mean(task)
             eta = 1 / variance + rho
             self.keep(task, "mean", (mean / variance + rho * utility) / eta)
             self.keep(task, "variance", 1 / eta + self.DRIFT)
-        super().observe(feedback)
 
 
 class Tac(Scheduler):
@@ -181,10 +180,10 @@ class Tac(Scheduler):
         return {task: prompts if task == chosen else 0 for task in self.tasks}
 
     def observe(self, feedback: Mapping[str, Feedback]) -> None:
+        super().observe(feedback)
         keep = self.SMOOTHING
         for task, seen in feedback.items():
-            self.keep(task, "advantage", seen.advantage)
-            self.keep(task, "count", self.value(task, "count") + 1)
+            self.keep(task, "turns", self.value(task, "turns") + 1)
             if seen.sketch is not None and np.linalg.norm(seen.sketch) > 0:
                 direction = seen.sketch / np.linalg.norm(seen.sketch)
                 old = np.asarray(self.memory[task].get("direction", np.zeros_like(direction)))
@@ -192,7 +191,6 @@ class Tac(Scheduler):
         for task, cosine in self._cosines().items():
             before = self.value(task, "alignment", cosine)
             self.keep(task, "alignment", keep * before + (1 - keep) * cosine)
-        super().observe(feedback)
 
     def _cosines(self) -> dict[str, float]:
         """Mean cosine of each task's direction with the others' known so far."""
@@ -206,7 +204,7 @@ class Tac(Scheduler):
 
     def _scores(self) -> Floats:
         learn, align, counts = (
-            np.array([self.value(task, name) for task in self.tasks]) for name in ("advantage", "alignment", "count")
+            np.array([self.value(task, name) for task in self.tasks]) for name in ("advantage", "alignment", "turns")
         )
         learn = (learn - learn.mean()) / (learn.std() + 1e-8)
         align = (align - align.min()) / (np.ptp(align) or 1.0)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,13 +32,7 @@ TIE = 1e-10  # sums of at most 18 * 18 numbers below 1 agree far better than thi
 Order = tuple[int, ...]
 
 
-def order_value(matrix_KK: Floats, order: Sequence[int]) -> float:
-    """Sum of T[i -> j] over the pairs with j trained before i: what the order decides of the summed forecast."""
-    return float(order_values(matrix_KK, order))
-
-
-@dataclass(frozen=True, slots=True)
-class Solution:
+class Solution(NamedTuple):
     """Optimum of one matrix. `second` is None with one task; `optima` counts the orders that reach `value`."""
 
     order: Order
@@ -129,19 +123,14 @@ def greedy_net(matrix_KK: Floats) -> Order:
 
 def improve_by_swaps(matrix_KK: Floats, order: Sequence[int]) -> Order:
     """Swaps any two positions while that raises the value; ends in a local optimum."""
-    current = list(order)
-    value = order_value(matrix_KK, current)
-    improved = True
+    best, value, improved = tuple(order), order_value(matrix_KK, order), True
     while improved:
         improved = False
-        for a, b in itertools.combinations(range(len(current)), 2):
-            current[a], current[b] = current[b], current[a]
-            swapped = order_value(matrix_KK, current)
-            if swapped > value + TIE:
-                value, improved = swapped, True
-            else:
-                current[a], current[b] = current[b], current[a]
-    return tuple(current)
+        for a, b in itertools.combinations(range(len(best)), 2):
+            swapped = (*best[:a], best[b], *best[a + 1 : b], best[a], *best[b + 1 :])
+            if (reached := order_value(matrix_KK, swapped)) > value + TIE:
+                best, value, improved = swapped, reached, True
+    return best
 
 
 def ascending_forgettability(matrix_KK: Floats) -> Order:
@@ -159,7 +148,7 @@ def regret_bound(matrix_KK: Floats, order: Sequence[int]) -> float:
     """What the optimum can exceed `order` by at most: every pair at its better side, minus the value reached."""
     off = matrix_KK - np.diag(np.diagonal(matrix_KK))
     upper = float(np.triu(np.maximum(off, off.T), k=1).sum())
-    return upper - order_value(matrix_KK, order)
+    return upper - float(order_value(matrix_KK, order))
 
 
 def order_probability(draws_BKK: Floats, order: Sequence[int]) -> float:
@@ -169,16 +158,19 @@ def order_probability(draws_BKK: Floats, order: Sequence[int]) -> float:
     for start in range(0, len(draws_BKK), size):
         some = draws_BKK[start : start + size]
         tables = _Tables(some)
-        reached = order_values(some, order) >= tables.best[-1] - TIE
+        reached = order_value(some, order) >= tables.best[-1] - TIE
         parts.append(np.where(reached, 1.0 / tables.count[-1], 0.0))
     return float(np.mean(np.concatenate(parts)))
 
 
-def order_values(draws_BKK: Floats, order: Sequence[int]) -> Floats:
-    """`order_value` of one order in each draw [B], or for any other leading axes."""
+def order_value(matrices_KK: Floats, order: Sequence[int]) -> Floats:
+    """Sum of T[i -> j] over the pairs with j trained before i: what the order decides of the summed forecast.
+
+    matrices_KK: [..., K, K]; a sum for each leading index [...].
+    """
     positions = np.asarray(order)
-    permuted = draws_BKK[..., positions[:, None], positions[None, :]]
-    return np.asarray(np.tril(permuted, k=-1).sum(axis=(-2, -1)))
+    permuted = matrices_KK[..., positions[:, None], positions[None, :]]
+    return np.tril(permuted, k=-1).sum(axis=(-2, -1))
 
 
 def pairwise_probability(draws_BKK: Floats) -> NDArray[np.float64]:

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -59,8 +58,7 @@ def forecast(transfer: Transfer, order: Sequence[str], form: Form = "additive") 
     }
 
 
-@dataclass(frozen=True, slots=True)
-class ForecastError:
+class ForecastError(NamedTuple):
     """How forecasts compare with realised scores over n (run, task) points; NaN where it cannot be computed.
 
     mean_absolute, bias: in score units, forecast - realised.   rmse: root of the mean square.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -17,8 +17,7 @@ from omni_fast.curriculum import order as orders
 from omni_fast.curriculum.scores import Floats
 
 
-@dataclass(frozen=True, slots=True)
-class Agreement:
+class Agreement(NamedTuple):
     """How a proxy compares with the full matrix over its K (K - 1) effects; NaN where it cannot be computed.
 
     spearman, kendall: rank correlations of the effects.
@@ -44,7 +43,7 @@ def agreement(full_KK: Floats, proxy_KK: Floats) -> Agreement:
         spearman=math.nan if constant else float(stats.spearmanr(x, y).statistic),
         kendall=math.nan if constant else float(stats.kendalltau(x, y).statistic),
         pairs=float(np.mean(alike)) if k > 1 else math.nan,
-        regret=orders.exact(full_KK).value - orders.order_value(full_KK, orders.exact(proxy_KK).order),
+        regret=orders.exact(full_KK).value - float(orders.order_value(full_KK, orders.exact(proxy_KK).order)),
     )
 
 

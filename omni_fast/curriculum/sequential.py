@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,8 +28,7 @@ FIRST = 30  # items of every task at the first look: a bootstrap of fewer is not
 Scorer = Callable[[str, int, int], Floats]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Result of a sequential measurement.
 
     items: used, per task.   settled: the order met the level in the end.   saved: share of the evaluations not needed.

@@ -69,7 +69,7 @@ def simulate(
         for _ in range(repeats):
             seen = matrix + rng.normal(0.0, noise, matrix.shape) if noise > 0 else matrix
             for name, schedule in SCHEDULERS.items():
-                lost[name].append(best - orders.order_value(matrix, schedule(seen, rng)))
+                lost[name].append(best - float(orders.order_value(matrix, schedule(seen, rng))))
     return lost
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple, TypedDict
 
 import numpy as np
@@ -23,8 +23,7 @@ from omni_fast.errors import UserError
 Mode = Literal["curriculum", "order", "reversed", "random", "joint"]
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
+class Stage(NamedTuple):
     """Some steps on one task, or on several with shares.
 
     name: unique in the run, for example "single:math", "curriculum:1:code", "joint", "refresh:math".
@@ -102,6 +101,12 @@ class StreamState(TypedDict):
     taken: dict[str, int]
 
 
+@lru_cache(maxsize=32)
+def _epoch(seed: int, task: str, epoch: int, size: int) -> NDArray[np.int64]:
+    """The order in which an epoch takes the items of a task."""
+    return np.random.default_rng([seed, zlib.crc32(task.encode()), epoch]).permutation(size)
+
+
 class PromptStream:
     """A seeded, resumable source of train-item indices for one stage.
 
@@ -118,7 +123,6 @@ class PromptStream:
         self.weights = dict(zip(tasks, weights, strict=True))
         self.seed = seed
         self.taken = dict.fromkeys(tasks, 0)
-        self._epochs: dict[str, tuple[int, NDArray[np.int64]]] = {}
 
     def draw(self, n: int) -> list[Draw]:
         """The next n prompts in the stage's shares."""
@@ -132,13 +136,8 @@ class PromptStream:
         """The next prompt of one task."""
         position = self.taken[task]
         epoch, offset = divmod(position, self.sizes[task])
-        held = self._epochs.get(task)
-        if held is None or held[0] != epoch:
-            rng = np.random.default_rng([self.seed, zlib.crc32(task.encode()), epoch])
-            held = (epoch, rng.permutation(self.sizes[task]))
-            self._epochs[task] = held
         self.taken[task] = position + 1
-        return Draw(task, int(held[1][offset]), position)
+        return Draw(task, int(_epoch(self.seed, task, epoch, self.sizes[task])[offset]), position)
 
     def state_dict(self) -> StreamState:
         """Counts of prompts taken, JSON-ready."""

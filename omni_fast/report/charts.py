@@ -12,8 +12,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from omni_fast.curriculum.scores import Estimate
 from omni_fast.report.verdict import points, span
@@ -54,8 +54,7 @@ def scale(low: float, high: float, start: float, end: float) -> Scale:
     return lambda x: start + ((x if math.isnan(x) else min(max(x, low), high)) - low) / (high - low) * (end - start)
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
+class Cell(NamedTuple):
     """One cell of a heat map. value: what is coloured (NaN: empty); small: a second line; outlined: framed."""
 
     value: float
@@ -67,13 +66,11 @@ class Cell:
 def heat_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]], *, scale: float, corner: str) -> str:
     """A heat map as an HTML table. scale: the magnitude that gets the full colour; negative values are hatched."""
     head = "".join(f"<th scope=col>{text(name)}</th>" for name in columns)
-    body = []
-    for name, cells in rows:
-        drawn = "".join(_heat_cell(cell, scale) for cell in cells)
-        body.append(f"<tr><th scope=row>{text(name)}</th>{drawn}</tr>")
+    drawn = ((text(name), "".join(_heat_cell(cell, scale) for cell in cells)) for name, cells in rows)
+    body = "".join(f"<tr><th scope=row>{name}</th>{row}</tr>" for name, row in drawn)
     return (
         f"<div class=scroll><table class=heat><thead><tr><td class=corner>{text(corner)}</td>{head}</tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table></div>"
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 
@@ -88,8 +85,7 @@ def _heat_cell(cell: Cell, scale: float) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """One curve. style: which colour, dash and marker."""
 
     name: str
@@ -101,12 +97,11 @@ class Line:
 def line_panel(title: str, lines: Sequence[Line], *, y_range: tuple[float, float] | None, x_label: str) -> str:
     """One small panel of curves with its own legend; curves of more than 24 points get a running mean on top."""
     width, height, left, top, right, bottom = 460, 236, 42, 30, 14, 36
-    xs = [x for line in lines for x, y in zip(line.xs, line.ys, strict=True) if math.isfinite(y)]
-    ys = [y for line in lines for y in line.ys if math.isfinite(y)]
-    if not xs:
-        return _panel(
-            width, title, f'<text x={width / 2} y={height / 2} class="mid dim">nothing recorded</text>', height
-        )
+    known = [(x, y) for line in lines for x, y in zip(line.xs, line.ys, strict=True) if math.isfinite(y)]
+    if not known:
+        nothing = f'<text x={width / 2} y={height / 2} class="mid dim">nothing recorded</text>'
+        return _panel(width, title, nothing, height)
+    xs, ys = zip(*known, strict=True)
     y_marks = ticks(*(y_range or _padded(min(ys), max(ys))))
     low, high = min(xs), max(max(xs), min(xs) + 1)
     px, py = scale(low, high, left, width - right), scale(y_marks[0], y_marks[-1], height - bottom, top)
@@ -192,8 +187,7 @@ def _swatch(style: int) -> str:
     return f'<svg viewBox="0 0 30 12" class=swatch aria-hidden=true>{drawn}</svg>'
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(NamedTuple):
     """A point with an interval; NaN value: not drawn."""
 
     at: Estimate
@@ -201,8 +195,7 @@ class Mark:
     hollow: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class MarkRow:
+class MarkRow(NamedTuple):
     """One row: its label, the marks (one below the other) and text at the right."""
 
     label: str
@@ -223,8 +216,9 @@ def mark_rows(
         return "<p class=dim>Nothing measured yet.</p>"
     marks = ticks(min([*spread, 0.0] if zero else spread), max([*spread, 0.0] if zero else spread), 5)
     left = 24 + 7 * max(len(row.label) for row in rows)
-    right = 760 - 30 - 7 * max(len(row.note) for row in rows)
-    width, row_height, top = 760, 14 + 13 * max(len(row.marks) for row in rows), 8
+    behind = 30 + 7 * max(len(row.note) for row in rows)
+    width, row_height, top = max(760, left + 200 + behind), 14 + 13 * max(len(row.marks) for row in rows), 8
+    right = width - behind
     height = top + row_height * len(rows) + 38
     px = scale(marks[0], marks[-1], left, right)
     parts = [_x_label(label, (left, right), height)]
@@ -301,11 +295,11 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -
     return f"<div class=scroll><table class=plain><tr>{head}</tr>{body}</table></div>"
 
 
-def pair_table(tasks: Sequence[str], shares: Mapping[tuple[str, str], float]) -> str:
-    """(first, then) -> share of draws in which that order of the two is better; NaN where it is not known."""
+def pair_table(tasks: Sequence[str], shares: Mapping[str, Mapping[str, float]]) -> str:
+    """first -> then -> share of draws in which that order of the two is better; a task has none with itself."""
     rows = []
     for first in tasks:
-        values = [shares.get((first, then), math.nan) for then in tasks]
+        values = [shares[first].get(then, math.nan) for then in tasks]
         rows.append((f"{first} first", [Cell(x, f"{x:.0%}" if math.isfinite(x) else "") for x in values]))
     title = "<h3>Which of two tasks is better placed right before the other (share of draws)</h3>"
     return title + heat_table([f"then {task}" for task in tasks], rows, scale=1.0, corner="")
@@ -320,6 +314,13 @@ def transfer_table(tasks: Sequence[str], effects: Mapping[tuple[str, str], Estim
         rows.append((i, cells))
     off = [abs(effect.value) for (i, j), effect in effects.items() if i != j and math.isfinite(effect.value)]
     return heat_table(tasks, rows, scale=1.2 * max([*off, 0.05]), corner="trained \\ scored on")
+
+
+def entropy_table(tasks: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """(policy, entropy on the prompts of each task, in nats) as a heat map; "" where none is known."""
+    cells = [(name, [Cell(x, points(x, signed=False)) for x in values]) for name, values in rows]
+    known = [x for _, values in rows for x in values if math.isfinite(x)]
+    return heat_table(tasks, cells, scale=max(known), corner="policy \\ prompts of") if known else ""
 
 
 def verdict(sentences: Sequence[tuple[str, str]]) -> str:

@@ -63,7 +63,7 @@ def render(result: Json, metrics: Rows, samples: Rows) -> str:
     steps = training.by_task(metrics)
     tasks = result["tasks"]
     bodies = {
-        "What happened": charts.verdict([(found.tone, found.text) for found in sentences(result)]),
+        "What happened": charts.verdict(sentences(result)),
         "Accuracy matrix": _matrix(result),
         "Transfer": _transfer(result),
         "The order": _order(result),
@@ -140,8 +140,7 @@ def _order(result: Json) -> str:
     body = f"<div class=order>{'<i>→</i>'.join(f'<span>{text(task)}</span>' for task in result['order'])}</div>"
     body += facts_table([("found by", result["order_method"])])
     if len(result["tasks"]) > 2 and "pairs" in result:
-        shares = {(i, j): share for i, row in result["pairs"].items() for j, share in row.items()}
-        body += charts.pair_table(result["tasks"], shares)
+        body += charts.pair_table(result["tasks"], result["pairs"])
     return body
 
 
@@ -166,16 +165,10 @@ def _forecast(result: Json) -> str:
 
 def _probe(result: Json) -> str:
     """Entropy on a fixed probe set at each evaluation: policy -> task -> nats."""
-    tasks = result["tasks"]
-    rows = []
-    for policy, found in result["entropy"].items():
-        values = [found.get(task, math.nan) for task in tasks]
-        rows.append((_policy_name(policy), [Cell(x, points(x, signed=False)) for x in values]))
-    known = [cell.value for _, cells in rows for cell in cells if math.isfinite(cell.value)]
-    if not known:
-        return ""
-    title = "<h3>On a fixed probe set, at each evaluation (nats)</h3>"
-    return title + charts.heat_table(tasks, rows, scale=max(known), corner="policy \\ prompts of")
+    tasks, policies = result["tasks"], result["entropy"].items()
+    rows = [(_policy_name(policy), [found.get(task, math.nan) for task in tasks]) for policy, found in policies]
+    drawn = charts.entropy_table(tasks, rows)
+    return drawn and f"<h3>On a fixed probe set, at each evaluation (nats)</h3>{drawn}"
 
 
 def _policy_name(name: str) -> str:

@@ -87,7 +87,7 @@ def _forecast_error(transfer: Transfer, stages: Sequence[Stage], rows: Sequence[
     for form in get_args(predict.Form) if rows else ():
         predicted = np.clip(predict.walk(transfer.scores_MK, transfer.n_K, index, form)[1:], 0.0, 1.0)
         error = predict.forecast_error(predicted, realised)
-        out[form] = {name: _number(value) for name, value in asdict(error).items()}
+        out[form] = {name: _number(value) for name, value in error._asdict().items()}
     return out
 
 

@@ -85,9 +85,8 @@ def stages(result: Json, steps: Steps) -> str:
         ]
         for (stage, task), rows in steps.items()
     ]
-    note, reused = "", ", ".join(_reused(result))
-    if reused:
-        note = f"<p class=dim>Taken over from the task's own run, which is the same stage: {text(reused)}.</p>"
+    reused = text(", ".join(_reused(result)))
+    note = f"<p class=dim>Taken over from the task's own run, which is the same stage: {reused}.</p>" if reused else ""
     heads = ["stage", "steps", "reward, first 3", "last 3", "mixed groups", "invalid samples", "tokens per answer"]
     return note + table([*heads, "gradient norm", "tokens/s"], lines) + _parts(steps)
 

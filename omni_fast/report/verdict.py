@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from omni_fast.curriculum.scores import NOT_KNOWN, Estimate, ScoreDict
 
@@ -24,8 +23,7 @@ NOT_SOLVED = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Sentence:
+class Sentence(NamedTuple):
     """One finding. tone: good, bad, or open (the data cannot tell, or it is not there yet)."""
 
     tone: Tone

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from omni_fast.curriculum.decide import Decision, decide
-from omni_fast.curriculum.order import order_values
+from omni_fast.curriculum.order import order_value
 from omni_fast.curriculum.proxy import Agreement, agreement, cosine_matrix
 from omni_fast.curriculum.scores import Estimate, Floats, flips, holm, own_stages
 from omni_fast.curriculum.sequential import settle_order
@@ -38,8 +37,7 @@ class Cost(NamedTuple):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class ArmRow:
+class ArmRow(NamedTuple):
     """One arm in the table. p_holm: of `over_joint`; NaN where that is the primary contrast, whose p stands alone.
 
     bwt: backward transfer, for arms of several stages.
@@ -61,8 +59,7 @@ class ArmRow:
     orders: dict[Names, int]
 
 
-@dataclass(frozen=True, slots=True)
-class ProxyRow:
+class ProxyRow(NamedTuple):
     """A cheap stand-in for the transfer matrix: agreement with the matrix of the other seeds, mean over the seeds.
 
     training, evaluation: its cost as a share of the full measurement's.
@@ -74,8 +71,7 @@ class ProxyRow:
     evaluation: float
 
 
-@dataclass(frozen=True, slots=True)
-class TransferPart:
+class TransferPart(NamedTuple):
     """Pooled transfer and what can be had for less. The sequential figures are means over the seeds, each alone.
 
     effects: (trained, scored) -> T.   lead: summed forecast of the best order minus that of the second best.
@@ -109,7 +105,7 @@ def table(study: Study) -> tuple[list[ArmRow], Contrast]:
     finished = {arm.name: found for arm in competitors(study) if (found := runs(study, arm.name))}
     rows = [_row(study, arm, finished) for arm in competitors(study) if arm.name in finished]
     adjusted = holm({row.arm.name: row.over_joint.p for row in rows if not declared(study, row.arm.name)})
-    rows = [replace(row, p_holm=adjusted.get(row.arm.name, math.nan)) for row in rows]
+    rows = [row._replace(p_holm=adjusted.get(row.arm.name, math.nan)) for row in rows]
     return rows, compare(study, *study.primary)
 
 
@@ -206,7 +202,7 @@ def transfer_part(study: Study) -> TransferPart | None:
 
     def ahead(x: Floats) -> Floats:
         moved = x[..., 1:, :] - x[..., :1, :]
-        return order_values(moved, best) - order_values(moved, second)
+        return order_value(moved, best) - order_value(moved, second)
 
     sequential = np.array([_sequential(study, seed) for seed in draws.seeds], dtype=np.float64).mean(axis=0)
     proxies = tuple(_proxies(study, draws.seeds))
@@ -233,7 +229,7 @@ def _proxies(study: Study, seeds: Sequence[int]) -> list[ProxyRow]:
         for name, training, evaluation, matrix_KK in _cheap(study, seed):
             found.setdefault((name, training, evaluation), []).append(agreement(truth[0].matrix_KK, matrix_KK))
     return [
-        ProxyRow(name, Agreement(*np.mean([astuple(row) for row in rows], axis=0).tolist()), training, evaluation)
+        ProxyRow(name, Agreement(*np.mean(rows, axis=0).tolist()), training, evaluation)
         for (name, training, evaluation), rows in found.items()
     ]
 

@@ -45,9 +45,16 @@ def over_seeds(values_S: Floats) -> Contrast:
     if count < 2:
         return Contrast(value, count, math.nan, math.nan, count, math.nan)
     error = float(np.std(values_S, ddof=1)) / math.sqrt(count)
-    half = float(stats.t.ppf(0.975, count - 1)) * error
-    p = 2.0 * float(stats.t.sf(abs(value) / error, count - 1)) if error > 0 else float(value == 0)
-    return Contrast(value, count, value - half, value + half, count, p)
+    if error == 0:
+        return Contrast(value, count, value, value, count, float(value == 0))
+    return _student(value, count, error, count - 1, count)
+
+
+def _student(value: float, n: int, error: float, freedom: float, seeds: int) -> Contrast:
+    """The interval and the p-value of a value with this standard error."""
+    half = float(stats.t.ppf(0.975, freedom)) * error
+    p = 2.0 * float(stats.t.sf(abs(value) / error, freedom)) if seeds > 1 else math.nan
+    return Contrast(value, n, value - half, value + half, seeds, p)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +92,8 @@ class Draws:
         weight = of_seeds**2 / max(count - 1, 1) + of_items**2 / max(n - 1, 1)
         if weight < 1e-36:  # every item agrees in every draw
             return Contrast(value, n, value, value, count, float(abs(value) < 1e-9) if count > 1 else math.nan)
-        freedom = max(1.0, (of_seeds + of_items) ** 2 / weight)
-        error = math.sqrt(of_seeds + of_items)
-        half = float(stats.t.ppf(0.975, freedom)) * error
-        p = 2.0 * float(stats.t.sf(abs(value) / error, freedom)) if count > 1 else math.nan
-        return Contrast(value, n, value - half, value + half, count, p)
+        variance = of_seeds + of_items
+        return _student(value, n, math.sqrt(variance), max(1.0, variance**2 / weight), count)
 
     def mean(self, arm: str, task: str | None = None) -> Estimate:
         """The score of an arm on a task, or its average over the tasks, with an interval inside 0..1."""
@@ -115,47 +119,41 @@ class Draws:
         return self.contrast(lambda x: x[..., a, :].mean(axis=-1) / np.maximum(x[..., b, :].mean(axis=-1), 1e-9) - 1)
 
 
-def joint_draws(arms: Mapping[str, Runs], tasks: Sequence[str], *, draws: int = DRAWS, seed: int = 0) -> Draws | None:
-    """Scores and draws of all arms on the seeds that they have in common; None when there is no such seed.
+def joint_draws(arms: Mapping[str, Runs], tasks: Sequence[str], *, draws: int = DRAWS) -> Draws | None:
+    """Scores and draws of all arms (one or more) on the seeds that they have in common; None when there is no such seed.
 
     An item without a score in any of the arms and seeds leaves them all; a task that keeps no item is NaN. Items of a
     task have to be the same, in the same order, in every arm and seed.
     """
-    common = set.intersection(*(set(runs) for runs in arms.values())) if arms else set()
-    seeds = tuple(sorted(common))
+    seeds = tuple(sorted(set.intersection(*(set(runs) for runs in arms.values()))))
     if not seeds:
         return None
-    rng = np.random.default_rng(seed)
-    count = len(seeds)
+    rng, count = np.random.default_rng(0), len(seeds)
     drawn_BS = rng.multinomial(count, np.full(count, 1.0 / count), size=draws) / count
     stretch = math.sqrt(count / (count - 1)) if count > 1 else 1.0
     weights_BS = 1.0 / count + stretch * (drawn_BS - 1.0 / count)
     means: list[Floats] = []
     drawn: list[list[Floats]] = []  # per task: seeds then items, items together, items apart
-    n_K, dropped_K = [], []
     shifts = np.arange(count) * (draws // count)
-    for task in tasks:
-        stack_SAN = np.array([[runs[s][task] for runs in arms.values()] for s in seeds], dtype=np.float64)
-        ok = ~np.isnan(stack_SAN).any(axis=(0, 1))
-        kept_SAN = stack_SAN[..., ok]
-        n = kept_SAN.shape[-1]
-        n_K.append(n)
-        dropped_K.append(int((~ok).sum()))
-        if n == 0:
+    stacks = [np.array([[runs[s][task] for runs in arms.values()] for s in seeds], dtype=np.float64) for task in tasks]
+    known = [~np.isnan(stack_SAN).any(axis=(0, 1)) for stack_SAN in stacks]
+    for stack_SAN, ok in zip(stacks, known, strict=True):
+        if not ok.any():
             means.append(np.full((count, len(arms)), math.nan))
             drawn.append([np.full((draws, len(arms)), math.nan)] * 3)
             continue
+        kept_SAN = stack_SAN[..., ok]
+        n = kept_SAN.shape[-1]
         means.append(kept_SAN.mean(axis=-1))
         scored_BSA = (resample(n, draws, rng) @ kept_SAN.reshape(-1, n).T).reshape(draws, count, len(arms))
         apart_BSA = np.stack([np.roll(scored_BSA[:, k], shift, axis=0) for k, shift in enumerate(shifts)], axis=1)
         drawn.append([np.einsum("bs,bsa->ba", weights_BS, scored_BSA), scored_BSA.mean(axis=1), apart_BSA.mean(axis=1)])
-    seeds_SAK = np.stack(means, axis=-1)
     return Draws(
         tuple(arms),
         tuple(tasks),
         seeds,
-        tuple(n_K),
-        tuple(dropped_K),
-        seeds_SAK,
+        tuple(int(ok.sum()) for ok in known),
+        tuple(int((~ok).sum()) for ok in known),
+        np.stack(means, axis=-1),
         *(np.stack(kind, axis=-1) for kind in zip(*drawn, strict=True)),
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,8 +29,7 @@ ALL = "all tasks"
 WEIGHTS = (0.02, 0.05, 0.1, 0.2, 0.5)  # score per nat
 
 
-@dataclass(frozen=True, slots=True)
-class Residual:
+class Residual(NamedTuple):
     """Mean |realised - forecast| at temperature 1 and corrected; the change over seeds.
 
     at_edge: share of the final scores that are corrected only as far as the sweep reaches.
@@ -42,8 +41,7 @@ class Residual:
     at_edge: float
 
 
-@dataclass(frozen=True, slots=True)
-class EntropyPart:
+class EntropyPart(NamedTuple):
     """Means over seeds. H and tau by stage: [stages + 1, K] per arm, row 0 the initial policy; NaN tau: not in the sweep.
 
     single: H [K + 1, K] of the initial policy and after each single-task run.   sweep: policy -> test scores [T, K].

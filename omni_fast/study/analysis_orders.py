@@ -9,8 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 from scipy import stats
@@ -28,13 +27,12 @@ PERMUTATIONS = 2000
 NO_TRANSFER, TWIN, AVERAGE = "no transfer at all", "the same order in another seed", ", average of the tasks"
 
 
-@dataclass(frozen=True, slots=True)
-class ForecastPart:
+class ForecastPart(NamedTuple):
     """Forecast against realised scores of seeds that measured nothing of it.
 
     errors: name -> measures over all (seed, order, task); with AVERAGE over (seed, order), of the average score.   by_seed: the additive forecast's Pearson, seed by seed.
     closer: its mean absolute error minus that of no transfer, over the seeds.
-    points: (order, task) -> final score, forecast and realised.
+    points: task -> its final score in each order, forecast and realised.
     """
 
     measured_on: tuple[int, ...]
@@ -42,11 +40,10 @@ class ForecastPart:
     errors: dict[str, ForecastError]
     by_seed: tuple[float, ...]
     closer: Contrast
-    points: dict[tuple[Names, str], tuple[Estimate, Estimate]]
+    points: dict[str, list[tuple[Estimate, Estimate]]]
 
 
-@dataclass(frozen=True, slots=True)
-class OrderPart:
+class OrderPart(NamedTuple):
     """All K! orders, realised. Scores are averages over the tasks.
 
     means: order -> its score, and that minus the mean of all orders.   sd: of the orders' true scores, from their covariance between seeds (0 when below 0).
@@ -68,8 +65,7 @@ class OrderPart:
         return sorted(((order, *both) for order, both in self.means.items()), key=lambda row: -row[1].value)
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
+class Spread(NamedTuple):
     """Values of one quantity over `starts` checkpoints and several seeds (two-way analysis of variance).
 
     sd: between the starts, noise removed.   noise: of one value.   p: of "the same from every start"; NaN with one seed.
@@ -81,8 +77,7 @@ class Spread:
     p: float
 
 
-@dataclass(frozen=True, slots=True)
-class AssumptionPart:
+class AssumptionPart(NamedTuple):
     """constant: "trained → scored" -> (T from the initial policy, its mean change once `scored` has been trained, spread).
 
     saturation: task -> spread of its score right after its own stage.   second_pass: task -> change by a second pass.
@@ -93,8 +88,7 @@ class AssumptionPart:
     second_pass: dict[str, Contrast]
 
 
-@dataclass(frozen=True, slots=True)
-class Realised:
+class Realised(NamedTuple):
     """Where orders were realised, and on which other seeds transfer was measured.
 
     transfer: None where it was measured in the same seeds alone.   leaves: (seed, order) -> node after all of its stages.
@@ -187,12 +181,13 @@ def forecast_part(study: Study, at: Realised) -> ForecastPart | None:
         additive, none = (forecast_error(*(x[own] for x in sides[form])) for form in ("additive", NO_TRANSFER))
         by_seed.append(additive.pearson)
         closer.append(additive.mean_absolute - none.mean_absolute)
-    points: dict[tuple[Names, str], tuple[Estimate, Estimate]] = {}
+    points: dict[str, list[tuple[Estimate, Estimate]]] = {task: [] for task in study.tasks}
     for order in sorted(told, key=lambda o: [study.tasks.index(task) for task in o]):
         items = {seed: at.leaves[seed, order].scores.values["test"] for seed in at.seeds if (seed, order) in at.leaves}
         draws, forecasts = joint_draws({"leaf": items}, study.tasks), predict.forecast(transfer, order)
-        if draws is not None:
-            points |= {(order, task): (forecasts[task], draws.mean("leaf", task)) for task in study.tasks}
+        assert draws is not None  # a seed went through it
+        for task in study.tasks:
+            points[task].append((forecasts[task], draws.mean("leaf", task)))
     return ForecastPart(at.measured_on, at.seeds, errors, tuple(by_seed), over_seeds(np.array(closer)), points)
 
 
@@ -215,20 +210,19 @@ def order_part(study: Study, at: Realised) -> OrderPart | None:
         for name, place in (("best", others.argmax()), ("worst", others.argmin())):
             chosen[name][seed] = at.leaves[seed, orders[int(place)]].scores.values["test"]
     gap = joint_draws(chosen, study.tasks)
-    against_all = {
-        order: draws.contrast(
-            lambda x, k=k: (x[..., k, :] - x[..., leaf, :].mean(axis=-2)).mean(axis=-1)  # type: ignore[misc]
-        )
-        for k, order in zip(leaf, orders, strict=True)
-    }
+
+    def against_all(order: Names) -> Contrast:
+        k = leaf[orders.index(order)]
+        return draws.contrast(lambda x: (x[..., k, :] - x[..., leaf, :].mean(axis=-2)).mean(axis=-1))
+
     best = tuple(study.tasks[k] for k in orders_.exact(at.transfer.matrix_KK).order) if at.transfer else None
     return OrderPart(
         seeds=at.seeds,
-        means={order: (draws.mean(">".join(order)), gain) for order, gain in against_all.items()},
+        means={order: (draws.mean(">".join(order)), against_all(order)) for order in orders},
         sd=math.sqrt(max(0.0, covariance)),
         p=order_p_value(centred_SO, orders),
         gap=gap.gain("best", "worst") if gap else UNKNOWN,
-        solved=(best, against_all[best]) if best else None,
+        solved=(best, against_all(best)) if best else None,
     )
 
 
@@ -287,18 +281,8 @@ def assumption_part(study: Study, at: Realised) -> AssumptionPart | None:
             steps = [(path, (*path, trained)) for path in place if trained != scored and (*path, trained) in place]
             before, after = [place[path] for path, _ in steps], [place[end] for _, end in steps]
             later = [k for k, (path, _) in enumerate(steps) if scored in path]
-            if not later or () not in place or (trained,) not in place:
-                continue
-            deltas_SP = draws.seeds_SAK[:, after, j] - draws.seeds_SAK[:, before, j]
-
-            def shift(
-                x: Floats, j: int = j, b: list[int] = before, a: list[int] = after, n: list[int] = later
-            ) -> Floats:
-                moved = x[..., a, j] - x[..., b, j]
-                return np.asarray(moved[..., n].mean(axis=-1) - moved[..., 0])  # the first start is the initial policy
-
-            found = (float(deltas_SP[:, 0].mean()), draws.contrast(shift), spread(deltas_SP))
-            constant[f"{trained} → {scored}"] = found
+            if later and () in place and (trained,) in place:
+                constant[f"{trained} → {scored}"] = _effect(draws, before, after, later, j)
     second = {}
     for task in study.tasks:
         pair = joint_draws({"once": runs(study, f"single:{task}"), "twice": runs(study, f"repeat:{task}")}, (task,))
@@ -307,3 +291,16 @@ def assumption_part(study: Study, at: Realised) -> AssumptionPart | None:
     if not constant and not second:
         return None
     return AssumptionPart(constant, saturation, second)
+
+
+def _effect(
+    draws: Draws, before: list[int], after: list[int], later: list[int], j: int
+) -> tuple[float, Contrast, Spread]:
+    """A row of `AssumptionPart.constant`. before, after: checkpoints, the initial policy first; later: of these starts."""
+
+    def moved(x: Floats) -> Floats:
+        return np.asarray(x[..., after, j] - x[..., before, j])
+
+    change = draws.contrast(lambda x: moved(x)[..., later].mean(axis=-1) - moved(x)[..., 0])
+    deltas_SP = moved(draws.seeds_SAK)
+    return float(deltas_SP[:, 0].mean()), change, spread(deltas_SP)

@@ -66,6 +66,11 @@ class Design:
     def steps(self) -> int:
         return self.config.curriculum.steps_per_stage
 
+    @property
+    def singles(self) -> dict[str, Path]:
+        """Task -> path of its single-task run."""
+        return {task: (f"{task}:{self.steps}",) for task in self.tasks}
+
     def arms(self) -> list[Arm]:
         """In the order in which they run: what decides first, all orders last."""
         arms: list[Arm] = []
@@ -120,13 +125,11 @@ class Design:
 
     def stage(self, path: Path, seed: int) -> Stage:
         """The last stage of a path as the trainer runs it; sft samples for as many steps as it then learns for."""
-        what, _, steps = path[-1].partition(":")
-        name = self.node(path, seed)
-        if what in self.tasks:
-            return Stage(name, (what,), (1.0,), int(steps))
-        weights = [task.weight for task in self.config.tasks]
+        tasks, steps = self.trained(path)
+        weights = [task.weight for task in self.config.tasks if task.name in tasks]
         shares = tuple(weight / sum(weights) for weight in weights)
-        return Stage(name, tuple(self.tasks), shares, int(steps) * (2 if what == "sft" else 1), joint=True)
+        steps *= 2 if path[-1].startswith("sft:") else 1
+        return Stage(self.node(path, seed), tasks, shares, steps, joint=len(tasks) > 1)
 
     def trained(self, path: Path) -> tuple[tuple[str, ...], int]:
         """The tasks of a path's last stage, and its steps; a merge has none."""
@@ -171,7 +174,7 @@ class Design:
             if arm.kind == "refresh":
                 path = (*path, f"?:{self.config.curriculum.refresh_steps}")
             if arm.kind == "merge" or arm.name in SOLVED:
-                found |= {(f"{task}:{self.steps}",): self.steps for task in self.tasks}
+                found |= dict.fromkeys(self.singles.values(), self.steps)
             found |= {path[: k + 1]: int(path[k].rpartition(":")[2]) if ":" in path[k] else 0 for k in range(len(path))}
         return found
 

@@ -16,7 +16,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -105,7 +104,7 @@ class _Seed:
         self.folder, self.tree = folder, tree
         self.design, self.seed, self.progress = tree.design, tree.seed, tree.progress
         self.order: tuple[str, ...] | None = None  # once solved
-        self.singles: dict[str, Stages] = {task: (f"{task}:{self.design.steps}",) for task in self.design.tasks}
+        self.singles = self.design.singles
 
     def run(self) -> None:
         arms = [arm for arm in self.design.arms() if self.seed in arm.seeds]
@@ -173,12 +172,10 @@ class _Seed:
             self.folder,
             {
                 "arm": arm.name,
-                "kind": arm.kind,
                 "seed": self.seed,
                 "status": status,
                 "reason": reason,
                 "order": list(self.design.order(arm.name, self.seed, self.order) or ()),
-                "base": self.tree.name(()),
                 "stages": [node["id"] for node in nodes],
                 "samples_train": sum(node["samples"] for node in (*nodes, *passed)),
                 "samples_transfer": sum(node["samples"] for node in extra),
@@ -309,7 +306,7 @@ def _describe(design: Design, folder: Path) -> None:
         "tasks": design.tasks,
         "primary": list(design.study.primary),
         "temperatures": list(design.study.temperatures),
-        "arms": [asdict(arm) for arm in design.arms()],
+        "arms": [arm._asdict() for arm in design.arms()],
         "facts": facts | outcome.setting(),
     }
     write_json(folder / "study.json", whole)

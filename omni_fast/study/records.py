@@ -18,9 +18,9 @@ import gzip
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -35,8 +35,7 @@ PACKED = "study.json.gz"
 COSTS = ("samples_train", "samples_transfer", "completions_transfer", "seconds")  # of a cell
 
 
-@dataclass(frozen=True, slots=True)
-class Arm:
+class Arm(NamedTuple):
     """What is compared.
 
     name: unique. "base", "single:TASK", "sft", "merge:linear" (task_arithmetic, ties, dare), "joint", "solved",
@@ -59,8 +58,7 @@ class Arm:
         return not self.every and self.kind not in ("repeat", "probe")
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
+class Scores(NamedTuple):
     """One evaluation. values: split -> task -> item scores [n_items] in 0..1, NaN where the infrastructure failed.
 
     entropy: task -> mean token entropy (nats per token) on the probe's fixed tokens; in a sweep at that temperature.
@@ -74,30 +72,24 @@ class Scores:
         return score(self.values[split][task]).value if split in self.values else float("nan")
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """One policy of the tree of stages.
 
-    id: content hash with a readable head; path: the stages from the initial policy, for example ("sort:20",
-    "reverse:20"), () for the initial policy itself; tasks: what the last stage trained; steps: of the last stage alone;
-    weights: SHA-256 of its fp32 weights.
+    path: the stages from the initial policy, for example ("sort:20", "reverse:20"), () for the initial policy itself;
+    tasks: what the last stage trained; weights: SHA-256 of its fp32 weights.
     sketch: random projection of the task's gradient at the initial policy, on nodes of one single-task stage; else None.
     scores: greedy, `select` and `test`.   sweep: temperature -> sampled evaluation, split `test` alone; {} where not made.
     """
 
-    id: str
-    seed: int
     path: tuple[str, ...]
     tasks: tuple[str, ...]
-    steps: int
     weights: str
     scores: Scores
-    sweep: dict[float, Scores] = field(default_factory=dict)
-    sketch: Floats | None = None
+    sweep: dict[float, Scores]
+    sketch: Floats | None
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
+class Cell(NamedTuple):
     """One arm with one seed.
 
     order: the tasks in the order they were trained (empty for arms without one); for solved, reversed and refresh it
@@ -171,7 +163,7 @@ def cell_file(folder: Path, arm: str, seed: int) -> Path:
 
 
 def write_cell(folder: Path, cell: Mapping[str, Any]) -> None:
-    """cell: the fields of `Cell`, with node ids for `base` and `stages`."""
+    """cell: the fields of `Cell` but for `kind` and `base`, with node ids for `stages`."""
     path = cell_file(folder, cell["arm"], cell["seed"])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, cell)
@@ -229,19 +221,19 @@ def _study(whole: dict[str, Any]) -> Study:
         if any(set(whole["tasks"]) - set(tasks) for tasks in data["evaluated"]["splits"].values()):
             continue  # a task was added, on which it is not scored yet, or never will be
         node = _node(data)
-        nodes[node.seed][node.path] = by_id[node.seed, node.id] = node
+        nodes[data["seed"]][node.path] = by_id[data["seed"], data["id"]] = node
     pending = {(arm.name, seed): arm.kind for arm in arms for seed in arm.seeds}
     cells = []
     for data in whole["cells"]:
         arm, seed, status = data["arm"], data["seed"], data["status"]
-        if not pending.pop((arm, seed), None):
+        if not (kind := pending.pop((arm, seed), None)):
             continue  # of an arm or a seed that was taken out of the study again
         stages = tuple(by_id[seed, node] for node in data["stages"] if (seed, node) in by_id)
-        base = by_id.get((seed, data["base"]))
+        base = nodes[seed].get(())
         if status == "finished" and (base is None or len(stages) < len(data["stages"])):
             status = "pending"  # its files are gone, or a task was added
-        plain = {key: data[key] for key in ("kind", "reason", *COSTS)}
-        cells.append(Cell(arm, seed=seed, status=status, order=tuple(data["order"]), base=base, stages=stages, **plain))
+        costs = {key: data[key] for key in COSTS}
+        cells.append(Cell(arm, kind, seed, status, data["reason"], tuple(data["order"]), base, stages, **costs))
     cells += [Cell(arm, kind, seed, "pending", "", (), None, (), 0, 0, 0, 0.0) for (arm, seed), kind in pending.items()]
     rest: dict[str, Any] = {key: tuple(whole[key]) for key in ("tasks", "primary", "temperatures")}
     rest |= {"arms": arms, "cells": tuple(cells), "nodes": {seed: found for seed, found in nodes.items() if found}}
@@ -250,9 +242,9 @@ def _study(whole: dict[str, Any]) -> Study:
 
 def _node(data: dict[str, Any]) -> Node:
     return Node(
-        **{key: data[key] for key in ("id", "seed", "steps", "weights")},
         path=tuple(data["path"]),
         tasks=tuple(data["tasks"]),
+        weights=data["weights"],
         scores=_scores(data["evaluated"]),
         sweep={float(temperature): _scores(found) for temperature, found in data["sweep"].items()},
         sketch=None if data["sketch"] is None else np.array(data["sketch"]),

@@ -64,7 +64,7 @@ def page(found: Findings) -> str:
     """The whole page."""
     made = {name: "".join(_html(each) for each in section) for name, section in tables(found).items()}
     bodies = {
-        "What the data supports": charts.verdict([(told.tone, told.text) for told in verdict(found)]),
+        "What the data supports": charts.verdict(verdict(found)),
         "Arms": made["arms"] and _gains(found) + made["arms"],
         "Cost": made["cost"],
         "Accuracy matrix": _matrices(found),
@@ -134,8 +134,7 @@ def _matrices(found: Findings) -> str:
 def _transfer(found: Findings) -> str:
     assert found.transfer is not None  # it has tables
     part, tasks = found.transfer, found.study.tasks
-    pairs = {(i, j): share for i, row in part.decision.pairs.items() for j, share in row.items()}
-    return charts.transfer_table(tasks, part.effects) + charts.pair_table(tasks, pairs)
+    return charts.transfer_table(tasks, part.effects) + charts.pair_table(tasks, part.decision.pairs)
 
 
 def _orders(found: Findings) -> str:
@@ -154,10 +153,7 @@ def _scatter(found: Findings) -> str:
     if found.forecast is None:
         return ""
     part = found.forecast
-    panels = [
-        charts.forecast_panel(task, [pair for (_, scored), pair in part.points.items() if scored == task], k)
-        for k, task in enumerate(found.study.tasks)
-    ]
+    panels = [charts.forecast_panel(task, part.points[task], k) for k, task in enumerate(found.study.tasks)]
     seeds = f"Transfer of seeds {', '.join(map(str, part.measured_on))}; realised in {', '.join(map(str, part.realised_on))}."
     return f"<p class=dim>{seeds}</p><div class=panels>{''.join(panels)}</div>"
 
@@ -167,18 +163,18 @@ def _entropy(found: Findings) -> str:
     if part is None:
         return ""
     tasks = found.study.tasks
-    panels = [
-        *_panels(tasks, part.by_stage, "entropy (nats)", "stages done"),
-        *_panels(tasks, part.tau, "effective temperature", "stages done"),
-        *_panels(tasks, part.sweep, "score by temperature", "temperature", found.study.temperatures),
-    ]
-    body = f"<div class=panels>{''.join(panels)}</div>"
+    body = "".join(
+        [
+            *_panels(tasks, part.by_stage, "entropy (nats)", "stages done"),
+            *_panels(tasks, part.tau, "effective temperature", "stages done"),
+            *_panels(tasks, part.sweep, "score by temperature", "temperature", found.study.temperatures),
+        ]
+    )
+    body = f"<div class=panels>{body}</div>"
     if part.single is not None:
         names = ["initial policy", *(f"after {task}" for task in tasks)]
-        cells = [[Cell(x, points(x, False)) for x in row] for row in part.single.tolist()]
         title = "<h3>Entropy of the initial policy and after each task alone (nats)</h3>"
-        most, rows = float(np.nanmax(part.single)), list(zip(names, cells, strict=True))
-        body += title + charts.heat_table(tasks, rows, scale=most, corner="policy \\ prompts of")
+        body += title + charts.entropy_table(tasks, list(zip(names, part.single.tolist(), strict=True)))
     return body
 
 
@@ -210,7 +206,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a study's folder, or one that holds a packed study")
     try:
         print(write_report(parser.parse_args().folder))
-    except UserError as error:
+    except (UserError, OSError) as error:
         parser.error(str(error))
 
 

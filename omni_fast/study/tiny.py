@@ -90,8 +90,7 @@ class Scramble(DigitTask): ...
 def right(function: str, digits: str, reply: str) -> bool:
     """Whether the reply answers the task on these digits."""
     if function == "scramble":
-        moved = len(reply) == len(digits) and all(a != b for a, b in zip(digits, reply, strict=True))
-        return moved and sorted(reply) == sorted(digits)
+        return sorted(reply) == sorted(digits) and all(a != b for a, b in zip(digits, reply, strict=True))
     return reply == answer(function, digits, random.Random())
 
 
@@ -139,9 +138,8 @@ def save_model(folder: Path, seed: int, steps: int = STEPS) -> None:
 def check_tasks(classes: Sequence[str]) -> None:
     """UserError for a task that the from-scratch model has no token for."""
     known = [f"{__name__}:{function.capitalize()}" for function in MARKS]
-    for name in classes:
-        if name not in known:
-            raise UserError(f"the model '{NAME}' knows digits only; with it a task's cls is one of {', '.join(known)}")
+    if not set(classes) <= set(known):
+        raise UserError(f"the model '{NAME}' knows digits only; with it a task's cls is one of {', '.join(known)}")
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -141,7 +141,7 @@ class Tree:
         start, study, name = time.perf_counter(), self.design.study, self.name(path)
         if self.parts.policy.lora:
             raise RunError("adapters are not merged (a sum of products is no product of sums); train all weights")
-        singles = [(f"{task}:{self.design.steps}",) for task in self.design.tasks]
+        singles = self.design.singles.values()
         for single in singles:
             self._train(single)
         models = [self.run.weights(self.name(single)) for single in singles]
@@ -192,14 +192,12 @@ class Tree:
 
     def _describe(self, name: str) -> dict[str, Any]:
         path = self.paths[name]
-        tasks, steps = self.design.trained(path)
         sketch = self._sketch_file(name)
         return {
             "id": name,
             "seed": self.seed,
             "path": list(path),
-            "tasks": list(tasks),
-            "steps": steps,
+            "tasks": list(self.design.trained(path)[0]),
             "samples": sum(self.run.counted(name).values()) * self.design.config.rollout.samples_per_prompt,
             "seconds": self.run.state["totals"]["seconds"].get(f"node:{name}", 0.0),
             "weights": self.run.weights_hash(name),

@@ -145,14 +145,14 @@ def test_further_items_are_enough_and_not_many_too_many():
     best, second = ([transfer.tasks.index(t) for t in order] for order in (decision.order, decision.second))
     more = further_items(transfer, tuple(best), tuple(second))
     gap = decision.gap.value
-    lead = orders.order_values(transfer.matrix_draws_BKK, best) - orders.order_values(transfer.matrix_draws_BKK, second)
+    lead = orders.order_value(transfer.matrix_draws_BKK, best) - orders.order_value(transfer.matrix_draws_BKK, second)
     spread = lead.var()
     # only task terms that differ between the two orders carry variance; scale each by n / (n + more)
     per_task = []
     for j in range(2):
         only = transfer.matrix_draws_BKK.copy()
         only[:, :, 1 - j] = 0
-        per_task.append((orders.order_values(only, best) - orders.order_values(only, second)).var())
+        per_task.append((orders.order_value(only, best) - orders.order_value(only, second)).var())
     assert sum(per_task) == pytest.approx(spread, rel=0.2)
     scaled = sum(
         v * transfer.n_K[j] / (transfer.n_K[j] + more.get(transfer.tasks[j], 0)) for j, v in enumerate(per_task)

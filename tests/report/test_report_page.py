@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omni_fast.curriculum.scores import Estimate
 from omni_fast.curriculum.stages import Stage
 from omni_fast.report import charts
 from omni_fast.report.charts import write_page
@@ -231,6 +232,15 @@ def test_other_numbers_of_tasks(fake_run, planned, count):
         for k in range(60)
     ]
     check(render(result | rest | {"entropy": {}, "truncated": {}}, metrics, []))
+
+
+@pytest.mark.parametrize("length", [4, 60, 200])
+def test_long_names_leave_room_for_the_points(length):
+    rows = [charts.MarkRow("x" * length, [charts.Mark(Estimate(x, 9, x, x), 0)], "y" * 20) for x in (0.2, 0.6)]
+    drawn = charts.mark_rows(rows, label="score")
+    left, right = (float(x) for x in re.findall(r"<circle cx=([\d.]+)", drawn))
+    width = int(re.search(r'viewBox="0 0 (\d+)', drawn).group(1))
+    assert 7 * length < left < right - 50 < width - 7 * 20
 
 
 def test_axis_marks_cover_the_range():

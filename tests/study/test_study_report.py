@@ -191,11 +191,16 @@ def test_no_entropy_and_a_bar_in_a_name(whole, tmp_path, recwarn):
     assert "| ma\\|th |" in summary
 
 
-def test_the_command_names_what_is_wrong(tmp_path, monkeypatch, capsys):
+def test_the_command_names_what_is_wrong(whole, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
     with pytest.raises(SystemExit):
         main()
     assert "holds no study" in capsys.readouterr().err
+    packed = write(tmp_path, whole) / records.PACKED
+    monkeypatch.setattr(sys, "argv", ["report", str(packed)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "Not a directory" in capsys.readouterr().err
 
 
 def test_failures_are_told_and_text_is_escaped(whole, tmp_path):
