@@ -279,7 +279,9 @@ class MathVerifier(AbstractContextManager["MathVerifier"]):
         found = [_decide(completion, gold) for completion, gold in zip(completions, golds, strict=True)]
         pairs = list(dict.fromkeys(one for one in found if isinstance(one, tuple)))
         verdicts = dict(zip(pairs, self._workers.run(MathWorker.check, pairs), strict=True))
-        return [_part(verdicts[one] if isinstance(one, tuple) else one) for one in found]
+        reasons = [verdicts[one] if isinstance(one, tuple) else one for one in found]
+        values = {"ok": 1.0, "worker_lost": None}  # else 0
+        return [Part(values.get(reason, 0.0), reason) for reason in reasons]
 
     def __exit__(self, *error: object) -> None:
         """End the worker processes."""
@@ -318,13 +320,6 @@ def _decide(completion: str, gold: str) -> str | tuple[str, str]:
     if equal is False:
         return "wrong"
     return one_number(wanted, given) or ("ok" if equal else (gold, answer))
-
-
-@lru_cache(maxsize=64)
-def _part(verdict: str) -> Part:
-    if verdict == "ok":
-        return Part(1.0)
-    return Part(None if verdict == "worker_lost" else 0.0, verdict)
 
 
 @lru_cache(maxsize=16384)

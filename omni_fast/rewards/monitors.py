@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from omni_fast.rewards.qa import normalise
@@ -102,35 +102,27 @@ def _stuffed(text: str, gold: Sequence[str]) -> bool:
     return any(needle.strip() and haystack.count(needle) >= STUFFED for needle in needles)
 
 
+_SENTENCES = {
+    "drift": "completions have {way} to {words:.0f} words; compare samples early and late, and look whether the reward "
+    "pays length",
+    "repeated": "{repeated:.0%} of the completions repeat themselves; lower the learning rate or add a check on repetition",
+    "identical": "{identical:.0%} of the completions in a group are the same; raise the temperature or the entropy bonus",
+    "stuffed": "{stuffed:.0%} of the completions name the gold answer too often; check that the verifier grades one "
+    "extracted answer",
+    "disagreement": "judge and cheap checks contradict each other on {disagreement:.0%} of the completions; read some of "
+    "them before trusting the reward",
+}
+
+
 def _signs(signals: Signals, usual: float, reward: float | None) -> dict[str, str]:
-    disagreement = signals.disagreement or 0.0
-    open_ended = signals.disagreement is not None
-    limit = MAX_IDENTICAL_OPEN if open_ended else MAX_IDENTICAL
-    found: Mapping[str, tuple[bool, str]] = {
-        "drift": (
-            abs(signals.drift) > MAX_DRIFT and abs(signals.words - usual) >= MIN_DRIFT_WORDS,
-            f"completions have {'grown' if signals.drift > 0 else 'shrunk'} to {signals.words:.0f} words; "
-            "compare samples early and late, and look whether the reward pays length",
-        ),
-        "repeated": (
-            signals.repeated > MAX_REPEATED,
-            f"{signals.repeated:.0%} of the completions repeat themselves; "
-            "lower the learning rate or add a check on repetition",
-        ),
-        "identical": (
-            signals.identical > limit and (open_ended or (reward or 0.0) < 0.2),
-            f"{signals.identical:.0%} of the completions in a group are the same; "
-            "raise the temperature or the entropy bonus",
-        ),
-        "stuffed": (
-            signals.stuffed > MAX_STUFFED,
-            f"{signals.stuffed:.0%} of the completions name the gold answer {STUFFED} times or more; "
-            "check that the verifier grades one extracted answer",
-        ),
-        "disagreement": (
-            disagreement > MAX_DISAGREEMENT,
-            f"judge and cheap checks contradict each other on {disagreement:.0%} of the completions; "
-            "read some of them before trusting the reward",
-        ),
+    judged = signals.disagreement is not None
+    out = {
+        "drift": abs(signals.drift) > MAX_DRIFT and abs(signals.words - usual) >= MIN_DRIFT_WORDS,
+        "repeated": signals.repeated > MAX_REPEATED,
+        "identical": signals.identical > (MAX_IDENTICAL_OPEN if judged else MAX_IDENTICAL)
+        and (judged or (reward or 0.0) < 0.2),
+        "stuffed": signals.stuffed > MAX_STUFFED,
+        "disagreement": (signals.disagreement or 0.0) > MAX_DISAGREEMENT,
     }
-    return {name: sentence for name, (out, sentence) in found.items() if out}
+    seen = signals.record() | {"way": "grown" if signals.drift > 0 else "shrunk"}
+    return {name: _SENTENCES[name].format(**seen) for name in out if out[name]}

@@ -2,8 +2,7 @@
 
 Why this and not GSM8K: a group whose samples are all wrong teaches nothing, and a 135M model has signal only here.
 Splits share no pair of operands: {5, 7} is in one split with all its operations and orders, so a held-out gain is not
-recall. Level "gym" takes longer problems from reasoning-gym, for models that find the default too easy; "tiny" is
-one-digit sums.
+recall. Level "tiny" is one-digit sums.
 Limits: integers; what a reply says before its last number is not read.
 """
 
@@ -15,16 +14,13 @@ from functools import partial
 from itertools import combinations_with_replacement
 
 from omni_fast.config import TaskConfig
-from omni_fast.errors import UserError
 from omni_fast.rewards.score import Score
 from omni_fast.tasks.base import Item, Resources, Split
 from omni_fast.tasks.splits import BuiltIn, Level, Sizes, partition
 
-GYM = ("chain_sum", "basic_arithmetic", "gcd", "leg_counting")  # of reasoning-gym; integers, an answer in a few tokens
 _ASKED = ("What is {a} {op} {b}?", "How much is {a} {op} {b}?", "Work out {a} {op} {b}.", "Compute {a} {op} {b}.")
 _WORDINGS = tuple(f"{asked} Answer with just the number." for asked in _ASKED)
 _TINY_WORDINGS = ("{a}{op}{b}=",)
-_SYSTEM = "You are a calculator."
 _SIZES = Sizes(train=448, select=48, test=120)
 _TINY_SIZES = Sizes(train=60, select=20, test=50)
 
@@ -66,40 +62,14 @@ def _problems(low: int, high: int, tiny: bool) -> list[tuple[int, str, int, int]
     return sorted(problem for problem in found if problem[3] != problem[2])
 
 
-def _gym(seed: int) -> dict[Split, list[Item]]:
-    """Distinct problems of reasoning-gym with integer answers, dealt to the splits in turn."""
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise UserError("level 'gym' needs reasoning-gym; install it with `pip install reasoning-gym`") from error
-    wanted = _SIZES.train + _SIZES.select + _SIZES.test
-    seen: dict[str, Item] = {}
-    datasets = [reasoning_gym.create_dataset(kind, seed=seed, size=2 * wanted) for kind in GYM]
-    for turn, entries in enumerate(zip(*datasets, strict=True)):
-        if len(seen) == wanted:
-            break
-        for kind, entry in zip(GYM, entries, strict=True):
-            question, answer = str(entry["question"]).strip(), str(entry["answer"]).strip()
-            if answer.lstrip("-").isdigit() and len(seen) < wanted:
-                seen.setdefault(question, Item(f"{kind}/{turn}", question, {"gold": answer}))
-    if len(seen) < wanted:
-        raise UserError(
-            f"reasoning-gym has fewer than {wanted} different problems of {', '.join(GYM)}; use another level"
-        )
-    items = list(seen.values())
-    cut = _SIZES.test + _SIZES.select
-    return {"test": items[: _SIZES.test], "select": items[_SIZES.test : cut], "train": items[cut:]}
-
-
 class MathTask(BuiltIn):
     """Part `correct`: 1 when the final number equals the result. The metric is the same."""
 
     kind = "math"
     part = "correct"
     levels = {
-        "default": Level(_SIZES, _SYSTEM, _arithmetic),
+        "default": Level(_SIZES, "You are a calculator.", _arithmetic),
         "tiny": Level(_TINY_SIZES, "", partial(_arithmetic, tiny=True)),
-        "gym": Level(_SIZES, _SYSTEM, _gym),
     }
 
     def __init__(self, block: TaskConfig, seed: int, resources: Resources) -> None:

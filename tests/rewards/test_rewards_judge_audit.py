@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 
-from omni_fast.rewards.judge.audit import Audit, Share, audit, shipped_pairs
+from omni_fast.rewards.judge.audit import Audit, audit, shipped_pairs
 from omni_fast.rewards.judge.base import Reply
 from omni_fast.rewards.judge.client import Failure
 from omni_fast.rewards.judge.pairwise import Question, Verdict
@@ -100,4 +100,3 @@ def test_record_and_table_are_complete():
     assert record["judge"] == "rubric" and record["agreement"]["n"] == result.shares["agreement"].n
     assert record["seconds_per_verdict"] > 0.0
     assert all(name in result.table() for name in ("agreement", "position bias", "longer wins", "hacks accepted", "ms"))
-    assert str(Share(0, 0)) and Share(0, 0).record()["value"] is None

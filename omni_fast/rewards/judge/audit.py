@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from typing import NamedTuple
 
 from scipy.stats import binomtest
 
@@ -29,27 +30,17 @@ _SAME = 0.02  # an absolute judge's values nearer than this are a tie
 _ACCEPTED_SHARE = 0.9  # a hack is accepted that reaches this share of what the reference gets
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """k of n with a 95 % Wilson interval; value None without any."""
 
+    value: float | None
     k: int
     n: int
-
-    @property
-    def value(self) -> float | None:
-        return self.k / self.n if self.n else None
-
-    def record(self) -> dict[str, Json]:
-        low, high = self._interval()
-        return {"value": self.value, "k": self.k, "n": self.n, "low": low, "high": high}
-
-    def _interval(self) -> tuple[float, float]:
-        return tuple(binomtest(self.k, self.n).proportion_ci(method="wilson")) if self.n else (0.0, 1.0)
+    low: float
+    high: float
 
     def __str__(self) -> str:
-        low, high = self._interval()
-        return f"{self.value:6.1%}  [{low:.1%}, {high:.1%}]  of {self.n}" if self.n else "     -  of 0"
+        return f"{self.value:6.1%}  [{self.low:.1%}, {self.high:.1%}]  of {self.n}" if self.n else "     -  of 0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +70,8 @@ class Audit:
         return {
             "judge": self.judge,
             "passed": self.passed,
-            **{name: share.record() for name, share in self.shares.items()},
-            "families": {name: share.record() for name, share in self.families.items()},
+            **{name: share._asdict() for name, share in self.shares.items()},
+            "families": {name: share._asdict() for name, share in self.families.items()},
             "verdicts": self.verdicts,
             "seconds": self.seconds,
             "seconds_per_verdict": self.seconds / max(1, self.verdicts),
@@ -117,18 +108,17 @@ def audit(judge: Judge) -> Audit:
     both = [(pair, *answer) for pair, answer in zip(compared, answers, strict=True) if answer]
     known = [(pair, _winner(a, b)) for pair, a, b in both if pair.kind == "pair"]
     length = [_winner(a, b) for pair, a, b in both if pair.kind == "length"]
-    biased = [a for _, a, b in both if a == b != "tie"]
     names = dict.fromkeys(pair.family for pair, _ in known)
     shares = {
         "agreement": _share(winner == "first" for _, winner in known),
         "contradicted": _share(winner == "second" for _, winner in known),
         "ties": _share(winner is None for _, winner in known),
         "ties_good": _share(winner is None for winner in length),
-        "position_bias": Share(len(biased), len(both)),
-        "first_position": Share(biased.count("A"), len(biased)),
+        "position_bias": _share(a == b != "tie" for _, a, b in both),
+        "first_position": _share(a == "A" for _, a, b in both if a == b != "tie"),
         "longer_wins": _share(winner == "first" for winner in length if winner),
         "hacks_accepted": _share(value for value in accepted if value is not None),
-        "invalid": Share(len(compared) - len(both) + accepted.count(None), len(pairs)),
+        "invalid": _share(answer is None for answer in (*answers, *accepted)),
     }
     families = {name: _share(won == "first" for pair, won in known if pair.family == name) for name in names}
     return Audit(judge.name, shares, families, 2 * len(compared) + len(accepted), seconds)
@@ -136,7 +126,9 @@ def audit(judge: Judge) -> Audit:
 
 def _share(flags: Iterable[bool]) -> Share:
     values = list(flags)
-    return Share(sum(values), len(values))
+    k, n = sum(values), len(values)
+    low, high = map(float, binomtest(k, n).proportion_ci(method="wilson")) if n else (0.0, 1.0)
+    return Share(k / n if n else None, k, n, low, high)
 
 
 def _winner(forward: Verdict, swapped: Verdict) -> str | None:

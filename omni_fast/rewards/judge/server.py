@@ -114,16 +114,12 @@ def check(backend: Backend) -> None:
 
 
 _HINTS = {
-    reason: hint
-    for reasons, hint in {
-        "down unreachable": "nothing answers there: start the server, or correct judge.url",
-        "timeout": "it is too slow: raise judge.timeout_s, or take a smaller judge",
-        "http_401 http_403": "set the key in the environment variable OMNI_FAST_JUDGE_KEY",
-        "http_404": "no such path or model: judge.url usually ends in /v1, and judge.model is as the server lists it",
-        "bad_json wrong_schema": "this is not an OpenAI-compatible server: correct judge.url",
-        "unclear": "the model does not answer as it is told to: take a larger judge",
-    }.items()
-    for reason in reasons.split()
+    **dict.fromkeys(("down", "unreachable"), "nothing answers there: start the server, or correct judge.url"),
+    "timeout": "it is too slow: raise judge.timeout_s, or take a smaller judge",
+    **dict.fromkeys(("http_401", "http_403"), "set the key in the environment variable OMNI_FAST_JUDGE_KEY"),
+    "http_404": "no such path or model: judge.url usually ends in /v1, and judge.model is as the server lists it",
+    **dict.fromkeys(("bad_json", "wrong_schema"), "this is not an OpenAI-compatible server: correct judge.url"),
+    "unclear": "the model does not answer as it is told to: take a larger judge",
 }
 
 
