@@ -79,7 +79,6 @@ class Progress:
         """A finished step: a row of metrics.jsonl with per-task columns under `tasks`."""
         seconds = row["seconds"]["total"]
         self._done("step", seconds, 1)
-        self._step = f"step {row['step']}/{steps}"
         for name, values in row["tasks"].items():
             if row["step"] == 1 and values["mixed_groups"] < FEW_MIXED:
                 self.warn(_few_mixed(name, values))
@@ -94,11 +93,12 @@ class Progress:
                 mixed=f"{values['mixed_groups']:.0%}",
                 signs=" ".join(SIGNS[sign] for sign in values["signs"]),
             )
+        step, took = f"step {row['step']}/{steps}", f"{seconds:.1f} s ({row['waited_for']})  {_overlapped(row)}"
+        pace = f"{row['tokens_per_s']:.0f} tokens/s  {took}"
+        self._step = f"{step}  {pace}"
         if not self.console.is_terminal:
-            self.say(
-                f"  {self._step}  {'; '.join(self._cells(task) for task in row['tasks'])}  {row['tokens_per_s']:.0f} tokens/s  "
-                f"{seconds:.1f} s ({row['waited_for']})  {_overlapped(row)}left {self.time_left()}"
-            )
+            cells = "; ".join(self._cells(task) for task in row["tasks"])
+            self.say(f"  {step}  {cells}  {pace}left {self.time_left()}")
 
     def evaluated(self, row: EvalRow) -> None:
         """A finished evaluation: a row of metrics.jsonl."""
@@ -136,10 +136,8 @@ class Progress:
 
     def _panel(self) -> Text:
         now = time.monotonic()
-        line = (
-            f"{self._stage}  {self._step}  elapsed {(now - self._started) / 60:.1f} min  left {self.time_left()}  "
-            f"waiting for {self._waiting} ({now - self._since:.0f} s)"
-        )
+        line = f"{self._stage}  {self._step}elapsed {(now - self._started) / 60:.1f} min  left {self.time_left()}  "
+        line += f"waiting for {self._waiting} ({now - self._since:.0f} s)"
         return Text("\n".join([line, *(self._cells(task, "select", "test") for task in self._rows)]))
 
     def _report_stalls(self) -> None:

@@ -5,6 +5,7 @@ The command line runs inside the test process: an exception that is not turned i
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from omni_fast import build, grading, serving
@@ -26,6 +28,7 @@ from omni_fast.checkpoint import run_lock
 from omni_fast.cli import main
 from omni_fast.config import load
 from omni_fast.policy.tiny import tiny_model
+from omni_fast.progress import Progress
 from omni_fast.run import Interrupted, Run
 from omni_fast.serving import Launch, Server, process
 
@@ -421,6 +424,25 @@ with Run.open(Path(sys.argv[1]), load("quickstart")), Progress():
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)
 """
+
+
+def test_a_terminal_sees_what_plain_lines_tell() -> None:
+    """Tokens/s and what a step waited for were only in the plain lines."""
+    said, values = [], {"reward": 0.5, "entropy": None, "mixed_groups": 1.0, "signs": {}}
+    seconds = {"generate": 1.0, "reward": 0.0, "update": 2.0, "sync": 0.1, "total": 3.1}
+    row = {"stage": "a", "step": 1, "tasks": {"sums": values}, "tokens_per_s": 1240.0, "seconds": seconds,
+           "waited_for": "update", "max_staleness": 1, "update": {"staleness_mean": 1.0}}  # fmt: skip
+    for terminal in (True, False):
+        progress = Progress(Console(file=io.StringIO(), force_terminal=terminal, width=400))
+        progress.step(row, 3)  # type: ignore[arg-type]
+        said.append(progress._panel().plain if terminal else progress.console.file.getvalue())  # type: ignore[attr-defined]
+    for shown in said:
+        for part in (
+            "step 1/3",
+            "sums: reward 0.500 entropy – mixed 100%",
+            "1240 tokens/s  3.1 s (update)  generate 1.0",
+        ):
+            assert part in shown
 
 
 def test_ctrl_c_twice_gives_the_cursor_back(tmp_path: Path) -> None:
