@@ -26,10 +26,6 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
 def device() -> str:
     """The GPU, this rank's own under torchrun, where there is one."""
     if not torch.cuda.is_available():
@@ -48,7 +44,8 @@ def together(fingerprint: dict[str, Any]) -> Iterator[None]:
     if world() == 1:
         yield
         return
-    if rank():  # Ctrl-C reaches all ranks: rank 0 finishes its step, saves, and lets the others go
+    # Ctrl-C reaches all ranks: rank 0 finishes its step, saves, and lets the others go
+    if int(os.environ.get("RANK", 0)):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if torch.cuda.is_available():

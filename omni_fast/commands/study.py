@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from omni_fast.commands import RunFolder, console, run_folder, say
+from omni_fast.commands import DryRun, Overrides, RunFolder, console, run_folder, say
 from omni_fast.errors import RunError, UserError
 
 app = typer.Typer()
@@ -17,14 +17,10 @@ app = typer.Typer()
 @app.command()
 def study(
     config: Annotated[str, typer.Argument(help="TOML file or recipe with a section [study]; or: status.")],
-    rest: Annotated[
-        list[str] | None, typer.Argument(help="Overrides, for example study.seeds=2; of status: a folder.")
-    ] = None,
+    rest: Overrides = None,
     run: RunFolder = None,
     jobs: Annotated[int, typer.Option(min=1, help="Seeds that run side by side.")] = 1,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print arms, policies, samples and cost; start nothing.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train all arms with all seeds, score them, and compare: base, single tasks, merges, joint, orders, online.
 

@@ -15,6 +15,7 @@ from omni_fast.commands import AsJson, DryRun, Overrides, RunFolder, Source, con
 from omni_fast.errors import UserError
 
 app = typer.Typer()
+Begun = Annotated[Path, typer.Argument(help="A run folder, finished or not.")]
 
 
 @app.command()
@@ -62,9 +63,7 @@ def transfer(config: Source, overrides: Overrides = None, run: RunFolder = None)
 
 
 @app.command()
-def plan(
-    run: Annotated[Path, typer.Argument(help="A run folder in which transfer is measured.")], as_json: AsJson = False
-) -> None:
+def plan(run: Begun, as_json: AsJson = False) -> None:
     """Solve the order from a run's measured transfer: the order, its forecast, how far ahead of the second best.
 
     Example: `omni-fast plan runs/quickstart`
@@ -118,7 +117,7 @@ def evaluate(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")]) -> None:
+def report(run: Begun) -> None:
     """Write report.html again from what a run folder holds.
 
     Example: `omni-fast report runs/quickstart`
