@@ -167,12 +167,8 @@ def guess_block(path: str) -> TaskConfig:
         raise UserError(
             f"'{path}' has the columns {sorted(columns)}; rename those of prompt and answer to 'prompt' and 'answer'"
         )
-    if "tests" in columns:
-        verifier = "code"
-    elif "reference" in columns:
-        verifier = "judge"
-    else:
-        verifier = "math" if all(re.search(r"\d\W*$", str(row.get(answer, ""))) for row in rows) else "qa"
+    numbers = all(re.search(r"\d\W*$", str(row.get(answer, ""))) for row in rows)
+    verifier = "code" if "tests" in columns else "judge" if "reference" in columns else "math" if numbers else "qa"
     fields = {"prompt": f"{{{prompt}}}", "answer": answer, "reference": "reference", "verifier": verifier}
     return TaskConfig.model_validate({"name": "data", "kind": "jsonl", "file": path, **fields})
 

@@ -65,7 +65,7 @@ def judge(smollm2) -> EmbeddedJudge:
 def test_the_embedded_judge_reaches_its_bar(judge):
     report = judge.head.report
     assert judge.usable, report.describe()
-    assert report.hacks >= 200 and report.acceptance <= 0.02
+    assert report.hacks >= 200 and report.hacks_accepted <= 0.02 * report.hacks
     assert report.mean_auc >= 0.85 and report.auc[report.worst_family] >= 0.70
 
 

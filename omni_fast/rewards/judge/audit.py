@@ -20,7 +20,7 @@ from scipy.stats import binomtest
 
 from omni_fast.rewards.judge.base import Judge, Pair, Reply
 from omni_fast.rewards.judge.client import Failure
-from omni_fast.rewards.judge.pairwise import Json, Verdict
+from omni_fast.rewards.judge.pairwise import Json, Verdict, combine
 from omni_fast.rewards.judge.server import PairwiseJudge
 
 Answers = list[tuple[Verdict, Verdict] | None]  # a pair asked as (first, second) and as (second, first)
@@ -106,21 +106,21 @@ def audit(judge: Judge) -> Audit:
     seconds = time.monotonic() - start
 
     both = [(pair, *answer) for pair, answer in zip(compared, answers, strict=True) if answer]
-    known = [(pair, _winner(a, b)) for pair, a, b in both if pair.kind == "pair"]
-    length = [_winner(a, b) for pair, a, b in both if pair.kind == "length"]
+    known = [(pair, combine(a, b)) for pair, a, b in both if pair.kind == "pair"]
+    length = [combine(a, b) for pair, a, b in both if pair.kind == "length"]
     names = dict.fromkeys(pair.family for pair, _ in known)
     shares = {
-        "agreement": _share(winner == "first" for _, winner in known),
-        "contradicted": _share(winner == "second" for _, winner in known),
-        "ties": _share(winner is None for _, winner in known),
-        "ties_good": _share(winner is None for winner in length),
+        "agreement": _share(value == 1.0 for _, value in known),
+        "contradicted": _share(value == 0.0 for _, value in known),
+        "ties": _share(value == 0.5 for _, value in known),
+        "ties_good": _share(value == 0.5 for value in length),
         "position_bias": _share(a == b != "tie" for _, a, b in both),
         "first_position": _share(a == "A" for _, a, b in both if a == b != "tie"),
-        "longer_wins": _share(winner == "first" for winner in length if winner),
+        "longer_wins": _share(value == 1.0 for value in length if value != 0.5),
         "hacks_accepted": _share(value for value in accepted if value is not None),
         "invalid": _share(answer is None for answer in (*answers, *accepted)),
     }
-    families = {name: _share(won == "first" for pair, won in known if pair.family == name) for name in names}
+    families = {name: _share(value == 1.0 for pair, value in known if pair.family == name) for name in names}
     return Audit(judge.name, shares, families, 2 * len(compared) + len(accepted), seconds)
 
 
@@ -129,11 +129,6 @@ def _share(flags: Iterable[bool]) -> Share:
     k, n = sum(values), len(values)
     low, high = map(float, binomtest(k, n).proportion_ci(method="wilson")) if n else (0.0, 1.0)
     return Share(k / n if n else None, k, n, low, high)
-
-
-def _winner(forward: Verdict, swapped: Verdict) -> str | None:
-    """The side both orders name, None for a tie or a contradiction."""
-    return {("A", "B"): "first", ("B", "A"): "second"}.get((forward, swapped))
 
 
 def _compare(judge: Judge, replies: Sequence[Reply]) -> Answers:

@@ -64,13 +64,9 @@ class Report:
         return min(self.auc, key=self.auc.__getitem__)
 
     @property
-    def acceptance(self) -> float:
-        return self.hacks_accepted / self.hacks
-
-    @property
     def usable(self) -> bool:
         reached = self.mean_auc >= MEAN_AUC and self.auc[self.worst_family] >= WORST_AUC
-        return reached and self.acceptance <= HACK_ACCEPTANCE
+        return reached and self.hacks_accepted <= HACK_ACCEPTANCE * self.hacks
 
     def describe(self) -> str:
         worst = f"worst family {self.worst_family} {self.auc[self.worst_family]:.2f}"

@@ -98,10 +98,8 @@ class MontyJail:
                 kind = type(error.exception())
                 names = {TimeoutError: "timeout", MemoryError: "memory"}
                 return Call(names.get(kind, "error"), detail=str(error)[:200])  # type: ignore[arg-type]
-            except ValueError as error:  # WireError, or text that is not ASCII: the sample's own doing
-                return Call("protocol", detail=str(error)[:200])
-            except TypeError as error:  # arguments of a type the interpreter does not know
-                return Call("error", detail=str(error)[:200])
+            except (ValueError, TypeError) as error:  # no wire data; arguments of a type the interpreter does not know
+                return Call("protocol" if isinstance(error, ValueError) else "error", detail=str(error)[:200])
 
         with contextlib.ExitStack() as stack:
             try:
