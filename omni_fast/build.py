@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from omni_fast import ranks, serving
 from omni_fast.checkpoint import published
@@ -212,7 +211,6 @@ def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
 def load_model(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The named model in fp32 (the policy makes its working copy), or the from-scratch one after its warm-up."""
     device = ranks.device() if config.model.device == "auto" else config.model.device
-    disable_progress_bar()  # transformers' own bars
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA

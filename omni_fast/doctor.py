@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from omni_fast.policy.model import working_dtype
 from omni_kernels.backends import cpu
 
 MEMORY_GB = 8  # peak of the quickstart
@@ -27,9 +28,7 @@ def examine() -> list[Finding]:
     """One finding per thing that matters, in the order a person would check them."""
     supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
     native = cpu.reason_unavailable()
-    info = Path("/proc/cpuinfo")
-    flags = set(info.read_text().split()) if info.is_file() else set()
-    units = ", ".join(name for name in ("amx_bf16", "avx512_bf16") if name in flags)
+    bf16 = working_dtype() == torch.bfloat16
     usable, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     busy = f"; load is {load:.1f}: other work makes OpenMP wait, lower `threads`" if load > 0.5 * usable else ""
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
@@ -40,7 +39,7 @@ def examine() -> list[Finding]:
         Finding("Python", supported, platform.python_version() + ("" if supported else "; tested on 3.11 to 3.13")),
         Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads"),
         Finding("native CPU kernels", native is None, native or "loaded"),
-        Finding("bf16 units", bool(units), units or "none: the working copy stays fp32 and a step takes longer"),
+        Finding("bf16 units", bf16, "used" if bf16 else "none: the working copy stays fp32 and a step takes longer"),
         Finding("cores", not busy, f"{usable}{busy}"),
         Finding("memory", memory >= MEMORY_GB, f"{memory:.1f} GiB free; the quickstart needs {MEMORY_GB} at most"),
         Finding("disk", disk >= DISK_GB, f"{disk:.1f} GiB free here; the quickstart writes about {DISK_GB}"),

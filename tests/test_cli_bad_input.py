@@ -23,7 +23,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from omni_fast import build, grading, serving
+from omni_fast import build, doctor, grading, serving
 from omni_fast.checkpoint import run_lock
 from omni_fast.cli import main
 from omni_fast.config import load
@@ -424,6 +424,12 @@ with Run.open(Path(sys.argv[1]), load("quickstart")), Progress():
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)
 """
+
+
+def test_the_doctor_knows_the_processors_that_the_policy_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An Arm with bf16 was told that it had none, and trained in bf16."""
+    monkeypatch.setattr(Path, "read_text", lambda self, *how, **more: "Features : fp asimd bf16")
+    assert next(one for one in doctor.examine() if one.what == "bf16 units").ok
 
 
 def test_a_terminal_sees_what_plain_lines_tell() -> None:

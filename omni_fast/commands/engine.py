@@ -103,4 +103,4 @@ def _model_folder(name: str, config: configs.Config) -> str:
         from omni_fast.build import load_model
 
         return str(load_model(config)[0].name_or_path)
-    return name
+    return str(Path(name).expanduser())

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from omni_fast.build import with_judge
+from omni_fast.commands.engine import _model_folder
 from omni_fast.config import Config, load
 from omni_fast.errors import UserError
 from omni_fast.serving.launch import adapter_flags, command, launches
@@ -49,6 +50,11 @@ def test_servers_that_would_sleep_while_they_are_needed_are_refused(without: str
     assert config("engine.kind=sglang", "engine.sleep=true").engine.sleep
     with pytest.raises(UserError, match=r"engine\.sleep needs engine\.kind 'sglang' and rollout\.max_staleness 0"):
         config("engine.kind=sglang", "engine.sleep=true", without)
+
+
+def test_a_model_in_the_home_folder_is_served_from_there() -> None:
+    """`train` took the ~ of a config's model.path for home, `engine up` did not."""
+    assert _model_folder("~/m", config()) == str(Path.home() / "m") and _model_folder("a/b", config()) == "a/b"
 
 
 def test_servers_are_started_for_adapters_of_the_rank_and_the_users_flags_win() -> None:
