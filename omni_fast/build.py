@@ -77,10 +77,6 @@ class Parts:
         return {name: {split: task.items(split)[: limits[split]] for split in SPLITS} for name, task in named}
 
     @cached_property
-    def train_sizes(self) -> dict[str, int]:
-        return {task: len(splits["train"]) for task, splits in self.items.items()}
-
-    @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
         return stop_tokens(self.model, self.tokenizer)
 

@@ -70,8 +70,7 @@ def latest(folder: Path, warn: Callable[[str], None] = print) -> Checkpoint | No
     """
     paths = _numbered(folder)[::-1]
     for path, before in zip(paths, [*paths[1:], None], strict=False):
-        problem = _problem(path)
-        if problem is None:
+        if not (problem := _problem(path)):
             return Checkpoint(path, json.loads((path / STATE).read_text(encoding="utf-8")))
         remedy = f"trying the one before, {before.name}" if before else "there is none before it"
         warn(f"The checkpoint {path} is damaged ({problem}): {remedy}.")
@@ -88,8 +87,7 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def load_tensors(folder: Path) -> dict[str, Tensor]:
     """What `save_tensors` or `save` wrote, onto the CPU. UserError if it is missing or damaged."""
-    problem = _problem(folder)
-    if problem is not None:
+    if problem := _problem(folder):
         raise UserError(f"The weights in {folder} are damaged ({problem}): restore them from a copy, or start over.")
     return load_file(folder / TENSORS)
 

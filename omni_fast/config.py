@@ -215,8 +215,7 @@ class Config(Section):
         if mode == "order" and sorted(order) != sorted(names):
             raise ValueError(f"curriculum.order must name each task once: expected some order of {names}, got {order}")
         if self.rollout.max_staleness and self.engine.kind == "local":
-            bound = self.rollout.max_staleness
-            raise ValueError(f"rollout.max_staleness {bound} needs engine.kind 'sglang'; for the local one set it to 0")
+            raise ValueError(f"max_staleness {self.rollout.max_staleness} needs engine.kind 'sglang'; else set it to 0")
         if self.rollout.max_staleness and self.judge_generates:
             raise ValueError(
                 "judge.backend 'sglang' on a server that generates meanwhile (rollout.max_staleness > 0): SGLang 0.5.17 dies of "

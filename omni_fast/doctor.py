@@ -7,7 +7,6 @@ import platform
 import shutil
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -18,14 +17,8 @@ MEMORY_GB = 8  # peak of the quickstart
 DISK_GB = 6  # its weights and checkpoints
 
 
-class Finding(NamedTuple):
-    what: str
-    ok: bool
-    detail: str
-
-
-def examine() -> list[Finding]:
-    """One finding per thing that matters, in the order a person would check them."""
+def examine() -> list[tuple[str, bool, str]]:
+    """What was looked at, whether it is fine, and the detail, in the order a person would check them."""
     supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
     native = cpu.reason_unavailable()
     bf16 = working_dtype() == torch.bfloat16
@@ -36,13 +29,13 @@ def examine() -> list[Finding]:
     bwrap = shutil.which("bwrap")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; everything runs on the CPU"
     return [
-        Finding("Python", supported, platform.python_version() + ("" if supported else "; tested on 3.11 to 3.13")),
-        Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads"),
-        Finding("native CPU kernels", native is None, native or "loaded"),
-        Finding("bf16 units", bf16, "used" if bf16 else "none: the working copy stays fp32 and a step takes longer"),
-        Finding("cores", not busy, f"{usable}{busy}"),
-        Finding("memory", memory >= MEMORY_GB, f"{memory:.1f} GiB free; the quickstart needs {MEMORY_GB} at most"),
-        Finding("disk", disk >= DISK_GB, f"{disk:.1f} GiB free here; the quickstart writes about {DISK_GB}"),
-        Finding("bubblewrap", bool(bwrap), bwrap or "missing: model-written code runs in the slower fallback"),
-        Finding("GPU", True, gpu),
+        ("Python", supported, platform.python_version() + ("" if supported else "; tested on 3.11 to 3.13")),
+        ("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("native CPU kernels", native is None, native or "loaded"),
+        ("bf16 units", bf16, "used" if bf16 else "none: the working copy stays fp32 and a step takes longer"),
+        ("cores", not busy, f"{usable}{busy}"),
+        ("memory", memory >= MEMORY_GB, f"{memory:.1f} GiB free; the quickstart needs {MEMORY_GB} at most"),
+        ("disk", disk >= DISK_GB, f"{disk:.1f} GiB free here; the quickstart writes about {DISK_GB}"),
+        ("bubblewrap", bool(bwrap), bwrap or "missing: model-written code runs in the slower fallback"),
+        ("GPU", True, gpu),
     ]

@@ -62,8 +62,7 @@ def describe(config: Config, folder: Path) -> str:
         lines.append(f"memory, time     depend on {config.model.path}, which is not loaded here")
     else:
         per_weight = BYTES_PER_WEIGHT["lora" if config.model.lora_rank else "train"] + ENGINE_BYTES_PER_WEIGHT
-        needed = f"{parameters * per_weight / 2**30:.1f} GiB for weights, gradients, optimiser and engine"
-        lines.append(f"memory           {needed}")
+        lines.append(f"memory           {parameters * per_weight / 2**30:.1f} GiB: weights, gradients, moments, engine")
         size = parameters / MEASURED_PARAMETERS * MEASURED_CORES / (config.threads or len(os.sched_getaffinity(0)))
         tokens_s = steps * samples * new_tokens / TRAIN_TOKENS_PER_S + items * 2 * new_tokens / EVAL_TOKENS_PER_S
         seconds = SETUP_S + steps * STEP_S + evaluations * EVALUATION_S + size * tokens_s

@@ -141,8 +141,7 @@ class Run:
 
     def scores_of(self, name: str) -> Evaluated:
         """The scores of a policy that has to be evaluated by now."""
-        found = self.evaluated(name)
-        if found is None:
+        if (found := self.evaluated(name)) is None:
             raise UserError(f"{self.folder} has no scores of '{name}' yet; `omni-fast train` on it goes on to them")
         return found
 
@@ -196,8 +195,7 @@ class Run:
 
     def load_checkpoint(self, stage: str, warn: Callable[[str], None]) -> checkpoint.Checkpoint | None:
         """The newest valid checkpoint of the stage; the run's totals go on from it."""
-        found = checkpoint.latest(self._checkpoints(stage), warn)
-        if found is not None:
+        if found := checkpoint.latest(self._checkpoints(stage), warn):
             self.state["totals"] = found.state["totals"]
         return found
 

@@ -104,7 +104,8 @@ class Trainer:
     def begin(self, stage: Stage, saved: Mapping[str, Any] | None) -> PromptStream:
         """What a stage needs besides the policy, from its start or as a checkpoint has it."""
         self.monitor = Monitor(saved["monitor"] if saved else {})
-        stream = self.Stream(self.parts.train_sizes, stage.tasks, stage.weights, self.config.seed)
+        sizes = {task: len(items["train"]) for task, items in self.parts.items.items()}
+        stream = self.Stream(sizes, stage.tasks, stage.weights, self.config.seed)
         if saved:
             stream.load_state_dict(saved["stream"])
         return stream

@@ -109,8 +109,8 @@ def start(
 ) -> list[Server]:  # fmt: skip
     """As `up`, for given launches of one role, whose names begin with it."""
     with _locked(folder, timeout_s, say):
-        known = {server.launch.name: server for server in _read(folder)}
-        others = [server for server in known.values() if _role(server.launch) != _role(wanted[0])]
+        known, role = {server.launch.name: server for server in _read(folder)}, wanted[0].name.rpartition("-")[0]
+        others = [server for name, server in known.items() if name.rpartition("-")[0] != role]
         running = {launch.name: server for launch in wanted if (server := _same(known.get(launch.name), launch))}
         for server in _stop(server for server in known.values() if server not in [*others, *running.values()]):
             say(f"stopped {server.launch.name} of an earlier start")
@@ -323,10 +323,6 @@ def _stop(servers: Iterable[Server]) -> list[Server]:
     for server in chosen.values():
         _key_file(server).unlink(missing_ok=True)
     return [chosen[one] for one in running]
-
-
-def _role(launch: Launch) -> str:
-    return launch.name.rpartition("-")[0]
 
 
 def _key_file(server: Server) -> Path:
