@@ -10,15 +10,11 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from omni_fast.errors import UserError
-
 
 def add_adapter(model: PreTrainedModel, rank: int, alpha: float) -> None:
     """Freezes `model` and adds a trainable adapter of that rank to every linear layer but the head (LoRA, 2106.09685)."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UserError("lora_rank > 0 needs the package peft: pip install peft, or set lora_rank to 0.") from error
+    from peft import LoraConfig, inject_adapter_in_model  # which takes its time
+
     model.requires_grad_(False)
     settings = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     settings.base_model_name_or_path = model.name_or_path

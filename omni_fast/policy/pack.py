@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
+from os.path import commonprefix
 from typing import Literal
 
 import torch
@@ -93,10 +94,7 @@ def _grow(trajectories: Sequence[Trajectory], members: Sequence[int], share: Sha
     for index in ordered:
         sample = trajectories[index]
         inner = tuple(sample.completion[:-1])
-        common = 0
-        if share == "tree":
-            while common < min(len(inner), len(previous)) and inner[common] == previous[common]:
-                common += 1
+        common = len(commonprefix([inner, previous])) if share == "tree" else 0
         if len(sample.prompt) + len(inner) > budget:
             raise UserError(
                 f"A sample has {len(sample.prompt) + len(inner)} tokens and a micro-batch may hold {budget}: raise "

@@ -33,7 +33,6 @@ from transformers import PreTrainedModel
 
 from omni_fast.checkpoint import Json
 from omni_fast.errors import RunError, UserError
-from omni_fast.policy import shards
 from omni_fast.policy.pack import Trajectory
 from omni_fast.policy.slots import Slot
 from omni_fast.policy.update import Decoder, Part, Policy
@@ -149,9 +148,6 @@ class ShardedPolicy(Policy):
     def _sum(self, part: Tensor) -> Tensor:
         dist.all_reduce(part)
         return part
-
-    def _store(self, folder: Path) -> None:
-        shards.write(folder, self.tensors())
 
     def _spread(self, slot: Slot, part: Tensor) -> DTensor:
         own = slot.working

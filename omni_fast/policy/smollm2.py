@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from omni_fast.errors import RunError, UserError
+from omni_fast.errors import RunError
 from omni_fast.policy.cache import cached
 
 NAME = "smollm2-135m-instruct"
@@ -76,13 +76,8 @@ def _convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except ImportError as error:
-        raise UserError(
-            f"Converting {NAME} needs the packages gguf and accelerate: pip install gguf accelerate."
-        ) from error
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # A model that came from a GGUF file is marked as quantised and refuses to be saved: rebuild it from a clean config.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)

@@ -111,13 +111,10 @@ def tree_attention(
     tree: TreeLayout,
     scaling: float | None = None,
     dropout: float = 0.0,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    s_aux: Tensor | None = None,
-    **_: object,
+    **other: object,
 ) -> tuple[Tensor, None]:
     """query [1, H, T, D], key and value [1, KV, T, D] -> [1, T, H, D], as transformers calls an attention function."""
-    if dropout or softcap is not None or sliding_window is not None or s_aux is not None:
+    if dropout or any(other.get(name) is not None for name in ("softcap", "sliding_window", "s_aux")):
         raise ValueError(
             "tree attention has no dropout, soft cap, window or sinks; this model's attention needs one of them"
         )

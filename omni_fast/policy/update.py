@@ -201,8 +201,6 @@ class Policy:
         return [merged[index] for index in range(len(batch))]
 
     def _pack(self, batch: Sequence[Trajectory]) -> list[MicroBatch]:
-        if not batch:
-            return []
         return pack(
             batch, tokens_per_microbatch=self.tokens_per_microbatch, share=self.share, device=self.model.device,
             ranks=self.ranks, rank=self.rank,
@@ -324,9 +322,6 @@ class Policy:
         """Of all processes' sums."""
         return part
 
-    def _store(self, folder: Path) -> None:
-        save_file({name: value.contiguous() for name, value in self.tensors().items()}, folder / TENSORS)
-
     def _spread(self, slot: Slot, part: Tensor) -> Tensor:
         """All processes' parts of a parameter or a moment as one tensor."""
         return part
@@ -415,7 +410,10 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """`tensors` as safetensors in an existing folder."""
-        self._store(folder)
+        if self.ranks > 1:
+            shards.write(folder, self.tensors())
+        else:
+            save_file({name: value.contiguous() for name, value in self.tensors().items()}, folder / TENSORS)
 
     @torch.no_grad()
     def load(self, folder: Path, numbers: Mapping[str, Json]) -> None:

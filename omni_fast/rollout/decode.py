@@ -22,9 +22,7 @@ class ModuleWave:
         self.model, device = model, model.device
         self.tokens = torch.tensor([[0] * gap + [*own] for gap, own in zip(gaps, prompts, strict=True)], device=device)
         self.seen = torch.arange(longest, device=device) >= torch.tensor(gaps, device=device)[:, None]
-        self.prompt_of_row = torch.arange(len(prompts), device=device).repeat_interleave(
-            torch.tensor(samples, device=device)
-        )
+        self.prompt_of_row = torch.arange(len(prompts)).repeat_interleave(torch.tensor(samples)).to(device)
         self.cache = DynamicCache(config=model.config)
 
     def prefill(self) -> Tensor:

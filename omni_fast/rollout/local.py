@@ -45,10 +45,8 @@ class LocalEngine(Engine):
 
         max_rows: bound on the rows of a wave. threads: CPU threads while generating (None: as the process has them).
         """
-        self.model = model
-        self.tokens_in_flight = tokens_in_flight
-        self.max_rows = max_rows
-        self.threads = threads
+        self.model, self.threads = model, threads
+        self.tokens_in_flight, self.max_rows = tokens_in_flight, max_rows
         self.packed: PackedModel | None = None
         self.sync(0)
 

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 from omni_fast.errors import RunError, UserError
@@ -203,16 +204,14 @@ class SGLangEngine(Engine):
         """Memory again for the "weights", of which the next sync makes sense, or the "kv_cache", where it was given back."""
         for tag in tags:
             sleepers = [server for server in self.fleet.ready if tag in server.asleep]
-            if sleepers:
-                self._memory("/resume_memory_occupation", sleepers, (tag,))
+            self._memory("/resume_memory_occupation", sleepers, (tag,))
             for server in sleepers:
                 if server.ready:
                     server.asleep = tuple(other for other in server.asleep if other != tag)
 
     def _memory(self, path: str, servers: Sequence[Server], tags: tuple[str, ...]) -> None:
-        for server, result in self.fleet.each(
-            servers, lambda server: self.fleet.ask(server, path, {"tags": list(tags)}, self.request_s)
-        ).result():
+        told = self.fleet.each(servers, lambda one: self.fleet.ask(one, path, {"tags": list(tags)}, self.request_s))
+        for server, result in told.result():
             if isinstance(result, ServerError):
                 self.fleet.drain(server, f"{path} {result.reason}")
 
@@ -238,9 +237,8 @@ class SGLangEngine(Engine):
         """
         now = time.monotonic()
         due = [server for server in self.fleet.servers if not server.ready and now >= server.next_probe]
-        for server, info in self.fleet.each(
-            due, lambda server: self.fleet.ask(server, "/model_info", timeout_s=MAX_HEALTH_S)
-        ).result():
+        told = self.fleet.each(due, lambda server: self.fleet.ask(server, "/model_info", timeout_s=MAX_HEALTH_S))
+        for server, info in told.result():
             try:
                 self._bring_back(server, info)
             except ServerError as error:
@@ -388,10 +386,7 @@ def read(server: Server, data: Json, n: int, tag: str, adapter: bool = False) ->
 
     Raises ServerError for anything else, a token of older weights or of another engine's among it.
     """
-
-    def wrong(what: str) -> ServerError:
-        return ServerError(server.url, "/generate", what)
-
+    wrong = partial(ServerError, server.url, "/generate")
     rows = data if isinstance(data, list) else [data]
     if len(rows) != n:
         raise wrong(f"{len(rows)} samples instead of {n}")

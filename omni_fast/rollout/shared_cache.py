@@ -14,6 +14,7 @@ else runs through its modules (decode.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -197,9 +198,7 @@ def common_length(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with, leaving each at least one of its own; 0 for a single prompt."""
     if len(prompts) < 2:
         return 0
-    first, last = min(map(list, prompts)), max(map(list, prompts))  # in dictionary order, the two that differ most
-    limit = min(map(len, prompts)) - 1
-    return next((place for place in range(limit) if first[place] != last[place]), limit)
+    return min(len(commonprefix([*map(list, prompts)])), min(map(len, prompts)) - 1)
 
 
 def _blocks(start: int, end: int, common: int) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -100,10 +100,7 @@ def _parse(head: bytes) -> tuple[int, dict[str, str]]:
     protocol, status, *_ = first.split(" ", 2)
     if not protocol.startswith("HTTP/1.") or len(status) != 3 or len(head) > LINE:
         raise ValueError(first)
-    headers = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        headers[name.strip().lower()] = value.strip()
+    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     if protocol == "HTTP/1.0":
         headers.setdefault("connection", "close")
     return int(status), headers

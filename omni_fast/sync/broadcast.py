@@ -113,10 +113,8 @@ class BroadcastGroup:
 
     def close(self) -> None:
         """Ends the group on all members that still answer."""
-        end: Json = {"group_name": self.name}
-        self.fleet.each(
-            self.servers, lambda server: self.fleet.ask(server, "/destroy_weights_update_group", end)
-        ).result()
+        path = "/destroy_weights_update_group"
+        self.fleet.each(self.servers, lambda one: self.fleet.ask(one, path, {"group_name": self.name})).result()
         self._leave()
 
     def _leave(self) -> None:

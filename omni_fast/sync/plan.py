@@ -30,19 +30,15 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Tensors of one dtype that travel one after the other as one flat buffer of `count` numbers."""
+    """Tensors of one dtype that travel one after the other as one flat buffer."""
 
     dtype: torch.dtype
     entries: list[Entry]
 
     @property
-    def count(self) -> int:
-        return sum(entry.shape.numel() for entry in self.entries)
-
-    @property
     def size(self) -> int:
         """In bytes."""
-        return self.count * self.dtype.itemsize
+        return sum(entry.shape.numel() for entry in self.entries) * self.dtype.itemsize
 
     def views(self, flat: Tensor) -> list[tuple[str, Tensor]]:
         """Its tensors as parts of its buffer."""

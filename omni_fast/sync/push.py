@@ -29,6 +29,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
+from itertools import islice
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Literal
@@ -92,12 +93,11 @@ class WeightSync:
         self.bucket_bytes, self.packed_bytes = bucket_bytes, packed_bytes
         self.run = uuid.uuid4().hex[:8]  # no other trainer, and no earlier process of this run, has these tags
         self.tag = f"{self.run}.none"
-        self._turn = 0
         self._memory: dict[int, Tensor] = {}  # for packed buckets, by number
         self._group: BroadcastGroup | None = None
         self._adapters: dict[str, list[str]] = {}  # of each server, oldest first
         shown = () if transport == "adapter" else None  # beside an adapter the base alone, which does not change
-        self._readable = [name for name, _ in tensors(model, shown) if _readable(model, name)]
+        self._readable = deque(name for name, _ in tensors(model, shown) if _readable(model, name))  # the next first
 
     @cached_property
     def plan(self) -> list[Bucket]:
@@ -413,9 +413,8 @@ class WeightSync:
 
     def _sample(self) -> dict[str, Tensor]:
         """The policy's weights to compare with what a server shows this time."""
-        count = min(len(self._readable), len(self._readable) if self.compared is None else self.compared)
-        names = {self._readable[(self._turn + place) % len(self._readable)] for place in range(count)}
-        self._turn += count
+        names = {*islice(self._readable, self.compared)}
+        self._readable.rotate(-len(names))
         return dict(tensors(self.model, names))
 
     async def _check_numbers(self, server: Server, own: Mapping[str, Tensor]) -> Json:
