@@ -268,6 +268,19 @@ def test_a_dead_server_is_started_again_where_it_was_and_not_for_ever(
         restart(after.server)
 
 
+def test_a_server_that_no_list_can_take_is_not_left_running(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk was full between its start and the list."""
+    (server,) = place.start("good")
+    os.kill(server.pid, signal.SIGKILL)
+    wait_until_dead(server)
+    spawned, spawn = [], servers._spawn
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(servers, "_spawn", lambda *what: spawned.append(spawn(*what)) or spawned[0])  # type: ignore[func-returns-value]
+        patch.setattr(servers, "_write", lambda *what: (_ for _ in ()).throw(OSError(28, "full")))
+        servers._restart(place.folder, server, 20.0, place.said.append, lambda: None)
+    assert not spawned[0].alive
+
+
 def test_watching_starts_the_dead_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers, "WATCH_EVERY_S", 0.05)
     (server,) = place.start("good")
