@@ -276,7 +276,7 @@ def warnings(study: Study) -> list[str]:
     failed: dict[str, list[str]] = {}
     for cell in study.cells:
         if cell.status == "failed":
-            failed.setdefault(cell.reason, []).append(f"{cell.arm} (seed {cell.seed})")
+            failed.setdefault(" ".join(cell.reason.split()), []).append(f"{cell.arm} (seed {cell.seed})")
     for reason, cells in failed.items():
         more = f" and {len(cells) - 3} more" if len(cells) > 3 else ""
         out.append(f"Failed: {', '.join(cells[:3])}{more}: {reason}")

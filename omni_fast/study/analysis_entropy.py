@@ -191,9 +191,8 @@ def effective_temperature(temperatures: Sequence[float], entropies: Sequence[flo
     measured.
     """
     rising = np.maximum.accumulate(np.asarray(entropies, dtype=np.float64))
-    return (
-        float(np.interp(target, rising, temperatures, left=math.nan, right=math.nan)) if len(rising) > 1 else math.nan
-    )
+    inside = len(rising) > 1 and rising[0] <= target <= rising[-1]
+    return float(np.interp(target, rising, temperatures)) if inside else math.nan
 
 
 def entropy_aware(matrix_KK: Floats, entropy_MK: Floats, weight: float) -> Floats:

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from omni_fast import config as configs
 from omni_fast.config import Config, NonNegative, Positive, Section
+from omni_fast.curriculum.online import Method as Online
 from omni_fast.curriculum.order import EXACT_LIMIT
 from omni_fast.errors import UserError
 
@@ -22,7 +23,6 @@ Family = Literal[
     "probe", "every_order",
 ]  # fmt: skip
 Method = Literal["linear", "task_arithmetic", "ties", "dare", "dare_ties"]
-Online = Literal["sec", "dump", "pac", "tac"]
 Arms = Annotated[list[Family], Field(min_length=1)]
 Above0 = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 RESERVED = ("base", "joint", "sft", "merge", "online")  # as names of tasks: they name stages
@@ -84,9 +84,8 @@ def check(config: Config, study: StudyConfig) -> str:
         return (
             f"a study compares with the best order, which is solved for at most {EXACT_LIMIT} tasks, got {len(names)}"
         )
-    for name in names:
-        if name.partition(".")[0] in RESERVED:
-            return f"a study uses '{name}' for a stage; rename the task"
+    if taken := [name for name in names if name.partition(".")[0] in RESERVED]:
+        return f"a study uses '{taken[0]}' for a stage; rename the task"
     curriculum = config.curriculum
     if curriculum.replay_fraction:
         return "curriculum.replay_fraction has no place in a study: its stages are shared between orders; drop it"

@@ -74,8 +74,7 @@ def work(design: Design, folder: Path, seeds: Sequence[int], threads: int, conso
     """Run some seeds one after the other in this process. threads: 0 leaves it to the configuration."""
     config = resolved(design.config)
     if threads:
-        workers = config.sandbox.workers or threads
-        sandbox = config.sandbox.model_copy(update={"workers": workers})
+        sandbox = config.sandbox.model_copy(update={"workers": config.sandbox.workers or threads})
         config = config.model_copy(update={"threads": threads, "sandbox": sandbox})
     progress = StudyProgress(console)
     nodes = [design.nodes(seed) for seed in seeds]
@@ -164,9 +163,9 @@ class _Seed:
         def reached(paths: Iterable[Stages]) -> list[dict[str, Any]]:
             return [node for one in paths if (node := self.tree.run.node(self.tree.name(one))) is not None]
 
-        parts, singles = [path[: length + 1] for length in range(len(path))], self.singles.values()
-        nodes, passed = reached(parts), reached(singles if arm.kind == "merge" else ())
-        extra = reached(one for one in singles if solved and one not in parts)
+        parts = [path[: length + 1] for length in range(len(path))]
+        nodes, others = reached(parts), reached(one for one in self.singles.values() if one not in parts)
+        trained = nodes + (others if arm.kind == "merge" else [])
         items = sum(len(found["select"]) for found in self.tree.parts.items.values())
         records.write_cell(
             self.folder,
@@ -177,10 +176,10 @@ class _Seed:
                 "reason": reason,
                 "order": list(self.design.order(arm.name, self.seed, self.order) or ()),
                 "stages": [node["id"] for node in nodes],
-                "samples_train": sum(node["samples"] for node in (*nodes, *passed)),
-                "samples_transfer": sum(node["samples"] for node in extra),
-                "completions_transfer": items * (1 + len(singles)) if solved else 0,
-                "seconds": sum(node["seconds"] for node in (*nodes, *passed)),
+                "samples_train": sum(node["samples"] for node in trained),
+                "samples_transfer": sum(node["samples"] for node in others) if solved else 0,
+                "completions_transfer": items * (1 + len(self.singles)) if solved else 0,
+                "seconds": sum(node["seconds"] for node in trained),
             },
         )
 

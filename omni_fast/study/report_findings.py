@@ -258,29 +258,22 @@ def verdict(found: Findings) -> list[Sentence]:
     ]
 
 
-def _tone(contrast: Contrast) -> Tone:
-    """good: the whole interval above 0; bad: below 0; open: it holds 0, is not known, or rests on one seed."""
-    return "open" if contrast.seeds < 2 else direction(contrast) or "open"
+def _tone(contrast: Contrast, less: bool = False) -> Tone:
+    """good: the whole interval above 0; bad: below 0; open: it holds 0, is not known, or rests on one seed.
 
-
-def _tone_of_less(contrast: Contrast) -> Tone:
-    """`_tone` of what is better below 0."""
+    less: is better, so the other way round.
+    """
+    tone = "open" if contrast.seeds < 2 else direction(contrast) or "open"
     turned: dict[Tone, Tone] = {"good": "bad", "bad": "good", "open": "open"}
-    return turned[_tone(contrast)]
+    return turned[tone] if less else tone
 
 
 def _against_the_rest(found: Findings) -> Iterator[Sentence]:
-    told: dict[Tone, tuple[str, list[str]]] = {
-        "good": ("Ahead of", []),
-        "bad": ("Behind", []),
-        "open": ("Not told from", []),
-    }
+    told: dict[Tone, list[str]] = {"good": [], "bad": [], "open": []}
     for row in found.rows:
         if math.isfinite(row.p_holm):
-            told["open" if row.p_holm >= LEVEL else "good" if row.over_joint.value > 0 else "bad"][1].append(
-                row.arm.name
-            )
-    for tone, (what, names) in told.items():
+            told["open" if row.p_holm >= LEVEL else "good" if row.over_joint.value > 0 else "bad"].append(row.arm.name)
+    for (tone, names), what in zip(told.items(), ("Ahead of", "Behind", "Not told from"), strict=True):
         if names:
             yield Sentence(tone, f"{what} {JOINT} after Holm's correction: {', '.join(names)}.")
     if (first := found.first) and math.isfinite((gain := first.relative_joint).value):
@@ -327,7 +320,7 @@ def _does_order_matter(found: Findings) -> Iterator[Sentence]:
 
 def _is_it_forecast(part: ForecastPart) -> Iterator[Sentence]:
     additive, ratios, none = (part.errors[k] for k in ("additive", "multiplicative", NO_TRANSFER))
-    twin, level = part.errors.get(TWIN), _tone_of_less(part.closer)
+    twin, level = part.errors.get(TWIN), _tone(part.closer, less=True)
     ranks, orders = all(r > 0 for r in part.by_seed), part.errors[f"additive{AVERAGE}"].pearson
     same = agree = ""
     if twin:
@@ -393,7 +386,7 @@ def rejected(p_values: Mapping[str, float]) -> dict[str, bool]:
 def _is_it_entropy(part: EntropyPart) -> Iterator[Sentence]:
     whole = part.residuals.get(ALL)
     if whole is not None and whole.change.seeds:
-        tone = _tone_of_less(whole.change)
+        tone = _tone(whole.change, less=True)
         what = {"good": "shrinks", "bad": "widens", "open": "does not change beyond noise"}[tone]
         outside = f" ({whole.at_edge:.0%} of the scores only as far as the sweep reaches)" if whole.at_edge > 0 else ""
         text = (

@@ -207,11 +207,11 @@ def test_failures_are_told_and_text_is_escaped(whole, tmp_path):
     broken = copy.deepcopy(whole)
     for cell in broken["cells"]:
         if cell["arm"] == "online:sec":
-            cell |= {"status": "failed", "reason": "<script>alert(1)</script> the loss is not finite"}
+            cell |= {"status": "failed", "reason": "<script>alert(1)</script> the loss\n\n# is not finite"}
         if cell["arm"] == "sft":
             cell["samples_train"] = 17
     page, summary = _report(tmp_path, broken)
-    assert "the loss is not finite" in page and "<script>" not in page
+    assert "the loss # is not finite" in page and "<script>" not in page and "\n# is not" not in summary
     assert "Failed: online:sec (seed 0), online:sec (seed 1)" in summary
 
 
