@@ -13,7 +13,7 @@ using omni::Prompts;
 template <class T>
 inline void pack_across(const T* x, std::int64_t stride, const std::int32_t* number, std::int64_t count,
                         std::int64_t size, std::int64_t width, T* out) {
-  constexpr int U = Unit<T>::count;
+  constexpr int U = kUnit<T>;
   for (std::int64_t c = 0; c < count; ++c) {
     const T* row = x + number[c] * stride;
     for (std::int64_t d = 0; d < size; d += U) std::memcpy(out + d * width + c * U, row + d, U * sizeof(T));
@@ -26,7 +26,7 @@ inline void pack_across(const T* x, std::int64_t stride, const std::int32_t* num
 template <class T>
 inline void pack_along(const T* x, std::int64_t stride, const std::int32_t* number, std::int64_t count,
                        std::int64_t size, std::int64_t width, T* out) {
-  constexpr int U = Unit<T>::count;
+  constexpr int U = kUnit<T>;
   for (std::int64_t c = 0; c < width; c += U) {
     T* to = out + c * size;
     if (c + U <= count) {
@@ -84,7 +84,7 @@ void attend_forward_t(const Attention& a, std::int64_t task, void* scratch) {
       for (std::int64_t first = 0; first < b.height; first += kTileRows) {
         const std::int64_t rows = b.height - first < kTileRows ? b.height - first : kTileRows;
         gather(static_cast<const T*>(a.q) + g * size, a.q_stride, b.rows + first, rows, size, q);
-        strip(q, size, Unit<T>::count, keys, b.width, size / Unit<T>::count,
+        strip(q, size, kUnit<T>, keys, b.width, size / kUnit<T>,
               [&](int r, std::int64_t j, V::F x) { V::store(scores + r * b.width + j, x); });
         for (std::int64_t r = 0; r < rows; ++r) {
           float* s = scores + r * b.width;
@@ -109,7 +109,7 @@ void attend_forward_t(const Attention& a, std::int64_t task, void* scratch) {
         }
         if (rows < kTileRows)
           std::memset(p + rows * b.width, 0, static_cast<std::size_t>((kTileRows - rows) * b.width) * sizeof(T));
-        strip(p, b.width, Unit<T>::count, values, size, b.width / Unit<T>::count, [&](int r, std::int64_t j, V::F x) {
+        strip(p, b.width, kUnit<T>, values, size, b.width / kUnit<T>, [&](int r, std::int64_t j, V::F x) {
           if (r < rows) V::store(static_cast<T*>(a.out) + (b.rows[first + r] * a.heads + g) * size + j, x);
         });
       }
@@ -118,7 +118,7 @@ void attend_forward_t(const Attention& a, std::int64_t task, void* scratch) {
 
 template <class T>
 void attend_backward_t(const Attention& a, std::int64_t task, void* scratch) {
-  constexpr int U = Unit<T>::count;
+  constexpr int U = kUnit<T>;
   const V::FlushDenormals guard;
   const std::int64_t head = task % a.kv_heads, group = a.heads / a.kv_heads, size = a.size;
   const std::int64_t* tree = a.tree + 4 * (task / a.kv_heads);
@@ -237,7 +237,7 @@ void store_t(const Prompts& a, std::int64_t task) {
 template <class T>
 inline float along(const T* q, const T* k, std::int64_t size) {
   V::F sum = V::set(0.0f);
-  for (std::int64_t d = 0; d < size; d += V::width * Unit<T>::count)
+  for (std::int64_t d = 0; d < size; d += V::width * kUnit<T>)
     sum = Unit<T>::add(sum, Unit<T>::many(q + d), Unit<T>::many(k + d));
   return static_cast<float>(V::sum(sum));
 }
@@ -278,7 +278,7 @@ void decode_t(const Decode& a, std::int64_t task, void* scratch) {
                   static_cast<const T*>(a.q) + rows[(first + r) / group] * a.q_stride +
                       (head * group + (first + r) % group) * size,
                   static_cast<std::size_t>(size) * sizeof(T));
-    strip(q, size, Unit<T>::count, keys, width, size / Unit<T>::count,
+    strip(q, size, kUnit<T>, keys, width, size / kUnit<T>,
           [&](int r, std::int64_t j, V::F x) { V::store(scores + r * whole + j, x); });
     for (std::int64_t r = 0; r < here; ++r) {
       float* s = scores + r * whole;
@@ -300,7 +300,7 @@ void decode_t(const Decode& a, std::int64_t task, void* scratch) {
         if (j < width) V::store(p + r * width + j, x);
       }
     }
-    strip(p, width, Unit<T>::count, values, size, width / Unit<T>::count,
+    strip(p, width, kUnit<T>, values, size, width / kUnit<T>,
           [&](int r, std::int64_t j, V::F x) { V::store(sums + r * size + j, x); });
     for (std::int64_t r = 0; r < here; ++r) {
       const std::int64_t row = rows[(first + r) / group];

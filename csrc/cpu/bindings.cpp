@@ -163,6 +163,7 @@ PYBIND11_MODULE(_native_cpu, m) {
   m.def("rows_backward", &rows_backward);
   m.def("rows_fused", &rows_fused);
   m.attr("MATRIX_UNIT") = has_matrix_unit();
+  m.attr("INTEL") = is_intel();
   bind_decoder(m);
   m.def("vector_exp2", &vector_exp2);
 }

@@ -358,20 +358,38 @@ void attend_backward(const TreeBlocks& trees, const Attended& given, Address dou
   over_trees(trees, a, true, how, how.kernels.decoder.attend_backward);
 }
 
-void pack(Address from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units, bool transposed,
-          Address to, const How& how) {
-  const ProductKernels& kernels = how.kernels.product;
+// body(zero): zero of the type that holds an element.
+template <class Body>
+void with_element(int dtype, const Body& body) {
+  if (dtype_of(dtype) == DType::kFloat32)
+    body(float{});
+  else
+    body(std::uint16_t{});
+}
+
+void whole_units(std::int64_t k, std::int64_t unit) {
+  if (k % unit) fail("k = " + std::to_string(k) + " must be even");
+}
+
+void pack(int dtype, Address from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units,
+          bool transposed, Address to, const How& how) {
   at_least(n, 1, "n");
   at_least(k, 1, "k");
-  const auto* source = there<const std::uint16_t>(from, "from");
-  auto* target = there<std::uint16_t>(to, "to");
   at_least(stride, transposed ? k : n, "stride");
-  if (transposed && k % 2) fail("k = " + std::to_string(k) + " must be even");
-  if (!transposed) at_least(units, (k + 1) / 2, "units");
-  how.over(parts_of(n, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
-    if (!transposed) return kernels.pack_panels(source, stride, n, k, units, begin, end, target);
-    for (std::int64_t panel = begin; panel < end; ++panel)
-      kernels.pack_transposed(source, stride, n, k, panel, target);
+  with_element(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const ProductKernels<T>& kernels = products<T>(how.kernels);
+    const T* source = there<const T>(from, "from");
+    T* target = there<T>(to, "to");
+    if (transposed)
+      whole_units(k, kUnit<T>);
+    else
+      at_least(units, parts_of(k, kUnit<T>), "units");
+    how.over(parts_of(n, kPanel), 1, [&](std::int64_t begin, std::int64_t end) {
+      if (!transposed) return kernels.pack_panels(source, stride, n, k, units, begin, end, target);
+      for (std::int64_t panel = begin; panel < end; ++panel)
+        kernels.pack_transposed(source, stride, n, k, panel, target);
+    });
   });
 }
 
@@ -382,41 +400,51 @@ Inner inner_of(const std::string& name, const char* which) {
   fail(std::string(which) + " = '" + name + "' must be 'along', 'down' or 'packed'");
 }
 
+Out out_of(int dtype, int out, bool deep) {
+  const bool wide = dtype_of(dtype) == DType::kFloat32;
+  const Out first = wide ? Out::kFloat32 : Out::kBFloat16;
+  const Out last = wide ? Out::kAdd : deep ? Out::kBFloat16 : Out::kRound;
+  if (out < static_cast<int>(first) || out > static_cast<int>(last))
+    fail("out = " + std::to_string(out) + " must be between " + std::to_string(static_cast<int>(first)) + " and " +
+         std::to_string(static_cast<int>(last)) + " here");
+  return static_cast<Out>(out);
+}
+
 // a, b: address, stride from row to row (packed: any), where the inner dimension lies.
 using Side = std::tuple<Address, std::int64_t, std::string>;
 
-void multiply(const Side& a, const Side& b, std::int64_t m, std::int64_t n, std::int64_t k, Address c,
+void multiply(int dtype, const Side& a, const Side& b, std::int64_t m, std::int64_t n, std::int64_t k, Address c,
               std::int64_t c_stride, int out, Address low, float scale, const How& how) {
   at_least(m, 0, "m");
   at_least(n, 1, "n");
   at_least(k, 1, "k");
-  if (out < 0 || out > static_cast<int>(Out::kRound))
-    fail("out = " + std::to_string(out) + " must be between 0 and " + std::to_string(static_cast<int>(Out::kRound)));
   at_least(c_stride, n, "c_stride");
-  Operands o{};
-  o.a = there<const std::uint16_t>(std::get<0>(a), "a", m);
-  o.b = there<const std::uint16_t>(std::get<0>(b), "b");
-  o.a_stride = std::get<1>(a);
-  o.b_stride = std::get<1>(b);
-  o.a_inner = inner_of(std::get<2>(a), "a");
-  o.b_inner = inner_of(std::get<2>(b), "b");
-  if (o.a_inner == Inner::kPacked) fail("a is packed; only b may be");
-  if (o.a_inner == Inner::kDown && o.b_inner != Inner::kPacked) fail("a lies down its columns; pack b");
-  if (o.a_inner == Inner::kAlong && k % 2) fail("k = " + std::to_string(k) + " must be even");
-  at_least(o.a_stride, o.a_inner == Inner::kAlong ? k : m, "a's stride");
-  if (o.b_inner != Inner::kPacked) at_least(o.b_stride, o.b_inner == Inner::kAlong ? k : n, "b's stride");
-  o.m = m;
-  o.n = n;
-  o.k = k;
-  o.c = there(c, "c", m);
-  o.c_stride = c_stride;
-  o.out = static_cast<Out>(out);
-  const bool deep = o.b_inner == Inner::kDown;
-  if (deep && o.out != Out::kBFloat16) fail("out = " + std::to_string(out) + " must be 0 with b down its columns");
-  o.low = there<std::uint16_t>(low, "low", o.out >= Out::kHalves || (deep && k > kDepth) ? m : 0);
-  o.scale = scale;
-  multiply_matrices(how.kernels.product, o, how.threads,
-                    [&](std::int64_t tasks, const auto& body) { how.over(tasks, 1, body); });
+  with_element(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    Operands<T> o{};
+    o.a = there<const T>(std::get<0>(a), "a", m);
+    o.b = there<const T>(std::get<0>(b), "b");
+    o.a_stride = std::get<1>(a);
+    o.b_stride = std::get<1>(b);
+    o.a_inner = inner_of(std::get<2>(a), "a");
+    o.b_inner = inner_of(std::get<2>(b), "b");
+    if (o.a_inner == Inner::kPacked) fail("a is packed; only b may be");
+    if (o.a_inner == Inner::kDown && o.b_inner != Inner::kPacked) fail("a lies down its columns; pack b");
+    if (o.a_inner == Inner::kAlong) whole_units(k, kUnit<T>);
+    at_least(o.a_stride, o.a_inner == Inner::kAlong ? k : m, "a's stride");
+    if (o.b_inner != Inner::kPacked) at_least(o.b_stride, o.b_inner == Inner::kAlong ? k : n, "b's stride");
+    o.m = m;
+    o.n = n;
+    o.k = k;
+    o.c = there(c, "c", m);
+    o.c_stride = c_stride;
+    o.out = out_of(dtype, out, o.b_inner == Inner::kDown);
+    const bool waits = kUnit<T> > 1 && o.b_inner == Inner::kDown && k > kDepth<T>;
+    o.low = there<std::uint16_t>(low, "low", o.out >= Out::kHalves || waits ? m : 0);
+    o.scale = scale;
+    multiply_matrices(products<T>(how.kernels), o, how.threads,
+                      [&](std::int64_t tasks, const auto& body) { how.over(tasks, 1, body); });
+  });
 }
 
 }  // namespace
@@ -424,7 +452,7 @@ void multiply(const Side& a, const Side& b, std::int64_t m, std::int64_t n, std:
 void bind_decoder(py::module_& m) {
   m.attr("NORM_ROWS") = kNormRows;
   m.attr("PANEL") = kPanel;
-  m.attr("DEPTH") = kDepth;
+  m.attr("DEPTH") = kDepth<std::uint16_t>;
   m.def("norm_forward", &norm_forward);
   m.def("norm_backward", &norm_backward);
   m.def("gate", &gate);

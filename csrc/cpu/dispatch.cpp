@@ -32,4 +32,13 @@ bool has_matrix_unit() {
 #endif
 }
 
+bool is_intel() {
+#if defined(OMNI_X86)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 }  // namespace omni

@@ -1,9 +1,10 @@
-// Products of bf16 matrices, C [m, n] = A [m, k] B [k, n], summed in fp32: the contract, shared by every instruction
-// set.
+// Products of matrices of one dtype, bf16 or fp32, C [m, n] = A [m, k] B [k, n], summed in fp32: the contract, shared by
+// every instruction set.
 //
-// B comes in panels of kPanel columns, [panels, k / 2, kPanel, 2]: rows in pairs, columns beyond n are 0. A is read as
-// it is, rows of k with k even, or in tiles of kTileRows rows, [tiles, k / 2, kTileRows, 2], where its transpose is
-// what there is. Whoever packs pairs an odd last row of A^T and B with zeros.
+// A unit is what one lane multiplies in one step: a pair of bf16, neighbours in k, or one fp32. B comes in panels of
+// kPanel columns, [panels, units of k, kPanel, unit]: columns beyond n are 0. A is read as it is, rows of whole units,
+// or in tiles of kTileRows rows, [tiles, units of k, kTileRows, unit], where its transpose is what there is. Whoever
+// packs pairs an odd last row of A^T and B with zeros.
 #pragma once
 #include <cstdint>
 
@@ -12,8 +13,12 @@ namespace omni {
 constexpr std::int64_t kPanel = 48;
 constexpr std::int64_t kTileRows = 8;
 
-// Where a product goes. Halves: an fp32 sum as its upper 16 bits in c and its lower ones in `low`, so that a sum which
-// ends as bf16 needs no fp32 matrix beside it.
+// T: float, or std::uint16_t for the bits of a bf16.
+template <class T>
+constexpr std::int64_t kUnit = 4 / sizeof(T);
+
+// Where a product goes; one of fp32 to kFloat32 or kAdd. Halves: an fp32 sum as its upper 16 bits in c and its lower
+// ones in `low`, so that a sum which ends as bf16 needs no fp32 matrix beside it.
 enum class Out : int {
   kBFloat16 = 0,
   kFloat32 = 1,
@@ -23,10 +28,11 @@ enum class Out : int {
   kRound = 5,      // the same, and the sum rounded to bf16 in c; `low` is read only
 };
 
+template <class T>
 struct Product {
-  const std::uint16_t *a, *b;
-  std::int64_t m, n, k;                // k even
-  std::int64_t a_tile, a_row, a_unit;  // elements from tile to tile, row to row within one, pair to pair
+  const T *a, *b;
+  std::int64_t m, n, k;                // k in whole units
+  std::int64_t a_tile, a_row, a_unit;  // elements from tile to tile, row to row within one, unit to unit
   bool tiled;                          // A is in tiles, whose missing rows are there as zeros
   void* c;
   std::int64_t c_stride;  // elements from row to row, of c and of low
@@ -35,18 +41,19 @@ struct Product {
   float scale;         // kAdd
 };
 
+template <class T>
 struct ProductKernels {
-  void (*multiply)(const Product&, std::int64_t first_tile, std::int64_t last_tile, std::int64_t first_panel,
+  void (*multiply)(const Product<T>&, std::int64_t first_tile, std::int64_t last_tile, std::int64_t first_panel,
                    std::int64_t last_panel);
-  // One panel of B out of B^T [n, k], k even.
-  void (*pack_transposed)(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k,
-                          std::int64_t panel, std::uint16_t* to);
-  // Panels [begin, end) out of [k, n]: of B, or, a tile of columns as a tile of rows, of the transpose of A. units:
-  // pairs of rows in a whole panel, for a matrix that is a part of B.
-  void (*pack_panels)(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k,
-                      std::int64_t units, std::int64_t begin, std::int64_t end, std::uint16_t* to);
-  void (*pack_tiles)(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units,
-                     std::int64_t begin, std::int64_t end, std::uint16_t* to);
+  // One panel of B out of B^T [n, k], k in whole units.
+  void (*pack_transposed)(const T* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t panel,
+                          T* to);
+  // Panels [begin, end) out of [k, n]: of B, or, a tile of columns as a tile of rows, of the transpose of A. units: of a
+  // whole panel, of a matrix that is a part of B.
+  void (*pack_panels)(const T* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units,
+                      std::int64_t begin, std::int64_t end, T* to);
+  void (*pack_tiles)(const T* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units,
+                     std::int64_t begin, std::int64_t end, T* to);
 };
 
 }  // namespace omni

@@ -13,6 +13,7 @@ namespace {
 
 using omni::kPanel;
 using omni::kTileRows;
+using omni::kUnit;
 using omni::Out;
 using omni::Product;
 
@@ -21,14 +22,12 @@ template <class T>
 struct Unit;
 template <>
 struct Unit<float> {
-  static constexpr int count = 1;
   static V::F one(const float* p) { return V::set(*p); }
   static V::F many(const float* p) { return V::load(p); }
   static V::F add(V::F acc, V::F a, V::F b) { return V::fma(a, b, acc); }
 };
 template <>
 struct Unit<std::uint16_t> {
-  static constexpr int count = 2;
   static V::F one(const std::uint16_t* p) { return V::pair(p); }
   static V::F many(const std::uint16_t* p) { return V::pairs(p); }
   static V::F add(V::F acc, V::F a, V::F b) { return V::dot(acc, a, b); }
@@ -50,7 +49,7 @@ __attribute__((always_inline)) inline void tile(const T* const (&a)[kRows], std:
     __builtin_prefetch(ahead + 64 * k, 0, 2);
     V::F columns[VECTORS];
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) columns[v] = Unit<T>::many(b + k * next + v * V::width * Unit<T>::count);
+    for (int v = 0; v < VECTORS; ++v) columns[v] = Unit<T>::many(b + k * next + v * V::width * kUnit<T>);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const V::F x = Unit<T>::one(a[r] + k * unit);
@@ -69,15 +68,16 @@ inline void strip(const T* a, std::int64_t row, std::int64_t unit, const T* b, s
   for (int r = 0; r < kRows; ++r) rows[r] = a + r * row;
   for (std::int64_t j = 0; j < n; j += vectors * V::width) {
     V::F acc[kRows][vectors];
-    const T* from = b + j * Unit<T>::count;
-    tile<T, vectors>(rows, unit, from, n * Unit<T>::count, steps, reinterpret_cast<const char*>(from), acc);
+    const T* from = b + j * kUnit<T>;
+    tile<T, vectors>(rows, unit, from, n * kUnit<T>, steps, reinterpret_cast<const char*>(from), acc);
     for (int r = 0; r < kRows; ++r)
       for (int v = 0; v < vectors; ++v) put(r, j + v * V::width, acc[r][v]);
   }
 }
 
 // Writes columns [j, j + lanes) of a row of C.
-inline void write(const Product& p, std::int64_t row, std::int64_t j, int lanes, V::F x) {
+template <class T>
+inline void write(const Product<T>& p, std::int64_t row, std::int64_t j, int lanes, V::F x) {
   const std::int64_t place = row * p.c_stride + j;
   if (p.out == Out::kFloat32 || p.out == Out::kAdd) {
     float* to = static_cast<float*>(p.c) + place;
@@ -92,7 +92,8 @@ inline void write(const Product& p, std::int64_t row, std::int64_t j, int lanes,
 }
 
 // Fetches what a tile of sums will be added to, while it is made.
-inline void fetch(const Product& p, std::int64_t row, std::int64_t rows, std::int64_t j) {
+template <class T>
+inline void fetch(const Product<T>& p, std::int64_t row, std::int64_t rows, std::int64_t j) {
   const std::int64_t size = p.out == Out::kAdd ? 4 : 2;
   for (std::int64_t r = 0; r < rows; ++r) {
     const std::int64_t place = ((row + r) * p.c_stride + j) * size;
@@ -104,25 +105,28 @@ inline void fetch(const Product& p, std::int64_t row, std::int64_t rows, std::in
 }
 
 // Tiles [first, last) of rows, times panels [begin, end).
-void multiply(const Product& p, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end) {
+template <class T>
+void multiply(const Product<T>& p, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end) {
   constexpr int vectors = 3, width = vectors * V::width;
   static_assert(kPanel % width == 0);
-  const std::int64_t steps = p.k / 2;
+  const std::int64_t steps = p.k / kUnit<T>;
   for (std::int64_t panel = begin; panel < end; ++panel)
     for (std::int64_t part = 0; part < kPanel; part += width) {
-      const std::uint16_t* b = p.b + panel * p.k * kPanel + part * 2;
+      const T* b = p.b + panel * p.k * kPanel + part * kUnit<T>;
       for (std::int64_t t = first; t < last; ++t) {
         const std::int64_t row = t * kTileRows, rows = p.m - row < kTileRows ? p.m - row : kTileRows;
-        const std::uint16_t* a[kRows];
+        const T* a[kRows];
         for (int r = 0; r < kRows; ++r) a[r] = p.a + t * p.a_tile + (r < rows || p.tiled ? r : rows - 1) * p.a_row;
         // The next panel is on its way while the first tiles work on this one.
         const std::int64_t done = t - first;
-        const char* ahead = reinterpret_cast<const char*>(
-            done < 3 && panel + 1 < end ? p.b + (panel + 1) * p.k * kPanel + done * 32 * steps : b);
+        const char* ahead =
+            done < 3 && panel + 1 < end
+                ? reinterpret_cast<const char*>(p.b + (panel + 1) * p.k * kPanel) + done * 64 * steps
+                : reinterpret_cast<const char*>(b);
         if (p.out == Out::kAdd || p.out == Out::kAddHalves || p.out == Out::kRound)
           fetch(p, row, rows, panel * kPanel + part);
         V::F acc[kRows][vectors];
-        tile<std::uint16_t, vectors>(a, p.a_unit, b, 2 * kPanel, steps, ahead, acc);
+        tile<T, vectors>(a, p.a_unit, b, kUnit<T> * kPanel, steps, ahead, acc);
         for (std::int64_t r = 0; r < rows; ++r)
           for (int v = 0; v < vectors; ++v) {
             const std::int64_t j = panel * kPanel + part + v * V::width, left = p.n - j;
@@ -133,63 +137,63 @@ void multiply(const Product& p, std::int64_t first, std::int64_t last, std::int6
 }
 
 // One panel of B out of B^T, [n, k] with `stride` elements from row to row.
-void pack_transposed(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t panel,
-                     std::uint16_t* to) {
-  constexpr std::int64_t square = V::width;
+template <class T>
+void pack_transposed(const T* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t panel, T* to) {
+  constexpr std::int64_t square = V::width, unit = kUnit<T>;
   const std::int64_t count = n - panel * kPanel < kPanel ? n - panel * kPanel : kPanel;
   from += panel * kPanel * stride;
   to += panel * kPanel * k;
-  if (count < kPanel) std::memset(to, 0, static_cast<std::size_t>(k * kPanel) * 2);
-  for (std::int64_t u = 0; u < k / 2; u += square)
+  if (count < kPanel) std::memset(to, 0, static_cast<std::size_t>(k * kPanel) * sizeof(T));
+  for (std::int64_t u = 0; u < k / unit; u += square)
     for (std::int64_t j = 0; j < count; j += square) {
-      const std::uint16_t* source = from + j * stride + 2 * u;
-      std::uint16_t* target = to + (u * kPanel + j) * 2;
-      const std::int64_t deep = k / 2 - u, wide = count - j;
+      const T* source = from + j * stride + unit * u;
+      T* target = to + (u * kPanel + j) * unit;
+      const std::int64_t deep = k / unit - u, wide = count - j;
       if (deep >= square && wide >= square)
-        V::turn(source, stride, target, 2 * kPanel);
+        V::turn(source, stride, target, unit * kPanel);
       else
         for (std::int64_t r = 0; r < wide && r < square; ++r)
           for (std::int64_t s = 0; s < deep && s < square; ++s)
-            std::memcpy(target + (s * kPanel + r) * 2, source + r * stride + 2 * s, 4);
+            std::memcpy(target + (s * kPanel + r) * unit, source + r * stride + unit * s, 4);
     }
 }
 
-// Panels [begin, end) of WIDTH columns out of a matrix [k, n], in units of two of its rows; an odd last row is paired
+// Panels [begin, end) of WIDTH columns out of a matrix [k, n], in units of its rows; an odd last one of bf16 is paired
 // with zeros. Row by row, for neighbouring panels share cache lines. units: of a whole panel, of which this matrix may
 // be a part.
-template <int WIDTH>
-void pack_plain(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units,
-                std::int64_t begin, std::int64_t end, std::uint16_t* to) {
-  static constexpr std::uint16_t zeros[WIDTH] = {};
+template <class T, int WIDTH>
+void pack_plain(const T* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units,
+                std::int64_t begin, std::int64_t end, T* to) {
+  static constexpr T zeros[WIDTH] = {};
+  constexpr std::int64_t unit = kUnit<T>;
   constexpr std::int64_t ahead = 16;  // rows whose parts are fetched: pages apart, no processor sees them coming
-  const std::int64_t bytes = 2 * ((end - begin) * WIDTH < n ? (end - begin) * WIDTH : n);
-  for (std::int64_t u = 0; u < (k + 1) / 2; ++u) {
-    for (std::int64_t row = 2 * u + ahead; row < 2 * u + ahead + 2 && row < k; ++row)
+  const std::int64_t bytes =
+      static_cast<std::int64_t>(sizeof(T)) * ((end - begin) * WIDTH < n ? (end - begin) * WIDTH : n);
+  for (std::int64_t u = 0; u < (k + unit - 1) / unit; ++u) {
+    for (std::int64_t row = unit * u + ahead; row < unit * (u + 1) + ahead && row < k; ++row)
       for (std::int64_t byte = 0; byte < bytes; byte += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(from + row * stride + begin * WIDTH) + byte);
     for (std::int64_t panel = begin; panel < end; ++panel) {
-      const std::int64_t left = n - panel * WIDTH;
-      const std::uint16_t* first = from + 2 * u * stride + panel * WIDTH;
-      const std::uint16_t* second = 2 * u + 1 < k ? first + stride : zeros;
-      std::uint16_t* out = to + (panel * units + u) * 2 * WIDTH;
-      if (left >= WIDTH) {
-        for (int j = 0; j < WIDTH; ++j) out[2 * j] = first[j], out[2 * j + 1] = second[j];
+      const int left = n - panel * WIDTH < WIDTH ? static_cast<int>(n - panel * WIDTH) : WIDTH;
+      const T* first = from + unit * u * stride + panel * WIDTH;
+      T* out = to + (panel * units + u) * unit * WIDTH;
+      if constexpr (unit == 1) {
+        for (int j = 0; j < WIDTH; ++j) out[j] = j < left ? first[j] : 0;
       } else {
-        for (int j = 0; j < WIDTH; ++j) out[2 * j] = j < left ? first[j] : 0, out[2 * j + 1] = j < left ? second[j] : 0;
+        const T* second = unit * u + 1 < k ? first + stride : zeros;
+        if (left == WIDTH)
+          for (int j = 0; j < WIDTH; ++j) out[2 * j] = first[j], out[2 * j + 1] = second[j];
+        else
+          for (int j = 0; j < WIDTH; ++j)
+            out[2 * j] = j < left ? first[j] : 0, out[2 * j + 1] = j < left ? second[j] : 0;
       }
     }
   }
 }
 
-void pack_panels(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units,
-                 std::int64_t begin, std::int64_t end, std::uint16_t* to) {
-  pack_plain<static_cast<int>(kPanel)>(from, stride, n, k, units, begin, end, to);
-}
-void pack_tiles(const std::uint16_t* from, std::int64_t stride, std::int64_t n, std::int64_t k, std::int64_t units,
-                std::int64_t begin, std::int64_t end, std::uint16_t* to) {
-  pack_plain<static_cast<int>(kTileRows)>(from, stride, n, k, units, begin, end, to);
-}
-
-constexpr omni::ProductKernels kProduct = {&multiply, &pack_transposed, &pack_panels, &pack_tiles};
+template <class T>
+constexpr omni::ProductKernels<T> kProduct = {&multiply<T>, &pack_transposed<T>,
+                                              &pack_plain<T, static_cast<int>(kPanel)>,
+                                              &pack_plain<T, static_cast<int>(kTileRows)>};
 
 }  // namespace

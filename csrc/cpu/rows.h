@@ -48,7 +48,8 @@ struct RowKernels {
   void (*fused)(const Rows&, std::int64_t begin, std::int64_t end);
   void (*exp2)(const float* x, float* y, std::int64_t n);  // the kernels' own 2^x, to be tested for its ulps
   DecoderKernels decoder;
-  ProductKernels product;
+  ProductKernels<std::uint16_t> product_bf16;
+  ProductKernels<float> product_fp32;
 };
 
 extern const RowKernels kPortable;
@@ -61,7 +62,18 @@ extern const RowKernels kAvx512Bf16;  // rounds to bf16 in one instruction
 // The best set this processor runs, or the named one; null when the name is unknown or the processor cannot run it.
 const RowKernels* select_kernels(const char* name);
 
+template <class T>
+const ProductKernels<T>& products(const RowKernels& kernels) {
+  if constexpr (kUnit<T> == 1)
+    return kernels.product_fp32;
+  else
+    return kernels.product_bf16;
+}
+
 // Whether the processor has AMX, whose products of bf16 these kernels do not have and torch does.
 bool has_matrix_unit();
+
+// Whether torch's GEMM library runs its AVX-512 code here; on others' processors MKL 2024 stays with AVX2.
+bool is_intel();
 
 }  // namespace omni

@@ -63,10 +63,12 @@ struct V {
     std::memcpy(&bits, p, 4);
     return _mm256_castsi256_ps(_mm256_set1_epi32(bits));
   }
-  // `width` rows of `width` pairs become the columns of what is written `step` elements apart.
-  static void turn(const std::uint16_t* from, std::int64_t stride, std::uint16_t* to, std::int64_t step) {
+  // `width` rows of `width` units of 32 bits become the columns of what is written `step` elements apart.
+  template <class T>
+  static void turn(const T* from, std::int64_t stride, T* to, std::int64_t step) {
+    constexpr int unit = 4 / sizeof(T);
     for (int i = 0; i < width; ++i)
-      for (int j = 0; j < width; ++j) std::memcpy(to + j * step + 2 * i, from + i * stride + 2 * j, 4);
+      for (int j = 0; j < width; ++j) std::memcpy(to + j * step + unit * i, from + i * stride + unit * j, 4);
   }
   // acc + a.first b.first + a.second b.second
   static F dot(F acc, F a, F b) { return fma(odd(a), odd(b), fma(even(a), even(b), acc)); }

@@ -44,8 +44,9 @@ struct V {
     __builtin_memcpy(&bits, p, 4);
     return _mm512_castsi512_ps(_mm512_set1_epi32(bits));
   }
-  // `width` rows of `width` pairs become the columns of what is written `step` elements apart.
-  static void turn(const std::uint16_t* from, std::int64_t stride, std::uint16_t* to, std::int64_t step) {
+  // `width` rows of `width` units of 32 bits become the columns of what is written `step` elements apart.
+  template <class T>
+  static void turn(const T* from, std::int64_t stride, T* to, std::int64_t step) {
     __m512i r[16], t[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * stride);

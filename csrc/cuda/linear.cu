@@ -268,10 +268,6 @@ std::int64_t linear_workspace_bytes(std::int64_t rows, std::int64_t vocab) {
 
 std::string launch_linear_forward(const LinearArgs& args, int device, void* stream) {
   const DeviceGuard guard(device);
-  CUtensorMap hidden, weight;
-  std::string problem = make_map(&hidden, args.hidden, args.rows, args.depth, kTileRows);
-  if (problem.empty()) problem = make_map(&weight, args.weight, args.vocab, args.depth, kTileColumns);
-  if (!problem.empty()) return problem;
   int processors = 0;
   cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
@@ -282,7 +278,12 @@ std::string launch_linear_forward(const LinearArgs& args, int device, void* stre
                                        : (cap ? &linear_kernel<true, false> : &linear_kernel<false, false>);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kLinearSharedBytes);
   if (error != cudaSuccess) return cudaGetErrorString(error);
+  CUtensorMap hidden, weight;  // the driver makes them, which has a context by now in a new thread too
+  std::string problem = make_map(&hidden, args.hidden, args.rows, args.depth, kTileRows);
+  if (problem.empty()) problem = make_map(&weight, args.weight, args.vocab, args.depth, kTileColumns);
+  if (!problem.empty()) return problem;
   const auto queue = static_cast<cudaStream_t>(stream);
+  cudaGetLastError();  // what an earlier call left
   kernel<<<grid, kMmaThreads, kLinearSharedBytes, queue>>>(hidden, weight, args);
   merge_kernel<<<static_cast<unsigned>((args.rows + 127) / 128), 128, 0, queue>>>(args);
   error = cudaGetLastError();
@@ -292,6 +293,7 @@ std::string launch_linear_forward(const LinearArgs& args, int device, void* stre
 std::string launch_linear_gradient(const GradientArgs& args, int device, void* stream) {
   const DeviceGuard guard(device);
   const auto kernel = args.softcap > 0.0f ? &gradient_kernel<true> : &gradient_kernel<false>;
+  cudaGetLastError();  // what an earlier call left
   kernel<<<static_cast<unsigned>(args.rows), 256, 0, static_cast<cudaStream_t>(stream)>>>(args);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? "" : cudaGetErrorString(error);

@@ -219,7 +219,11 @@ std::string launch_rows(RowMode mode, DType dtype, RowArgs args, const Program& 
   config.numAttrs = 1;
   int resident = 0;
   config.gridDim = dim3(static_cast<unsigned>(plan.cluster));
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  // Both belong to the function, which threads launch with other sizes meanwhile: the same for all.
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedPerBlock);
+  if (error == cudaSuccess)
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&resident, kernel, &config);
   if (error == cudaSuccess && resident > 0) {
     const std::int64_t clusters = args.rows < resident ? args.rows : resident;

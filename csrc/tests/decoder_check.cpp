@@ -171,48 +171,53 @@ void attention(const RowKernels& kernels, DType dtype, std::int64_t rows, std::i
 }
 
 // C = A B in every form the operands come in, and every form of the sum.
+template <class T>
 void product(const RowKernels& kernels, std::int64_t m, std::int64_t n, std::int64_t k) {
-  const DType bf16 = DType::kBFloat16, fp32 = DType::kFloat32;
+  const bool paired = kUnit<T> == 2;
+  const DType dtype = paired ? DType::kBFloat16 : DType::kFloat32, fp32 = DType::kFloat32;
+  const auto of = [](const Numbers& numbers) { return static_cast<T*>(numbers.data()); };
   const auto half = [](const Numbers& numbers) { return static_cast<std::uint16_t*>(numbers.data()); };
-  const std::int64_t panels = parts_of(n, kPanel), even = k + k % 2;
-  const Numbers a(bf16, m * even), b_across(bf16, n * even), a_across(bf16, k * m), b(bf16, k * n);
-  Numbers packed(bf16, panels * kPanel * even), c(bf16, m * n), low(bf16, m * n), wide(fp32, m * n);
-  const auto run = [&](const Operands& o) {
-    multiply_matrices(kernels.product, o, 2,
+  const std::int64_t panels = parts_of(n, kPanel), units = parts_of(k, kUnit<T>), whole = units * kUnit<T>;
+  const Numbers a(dtype, m * whole), b_across(dtype, n * whole), a_across(dtype, k * m), b(dtype, k * n);
+  Numbers packed(dtype, panels * kPanel * whole), c(dtype, m * n), low(DType::kBFloat16, m * n), wide(fp32, m * n);
+  const Out rounded = paired ? Out::kBFloat16 : Out::kFloat32;
+  const auto run = [&](const Operands<T>& o) {
+    multiply_matrices(products<T>(kernels), o, 2,
                       [](std::int64_t tasks, const auto& body) { parallel_for(tasks, 1, 2, body); });
   };
   const auto expect = [&](const Numbers& found, double times, bool transposed_a, bool transposed_b, const char* what) {
     for (std::int64_t i = 0; i < m; ++i)
       for (std::int64_t j = 0; j < n; ++j) {
         double sum = 0;
-        for (std::int64_t u = 0; u < (transposed_a || !transposed_b ? k : even); ++u)
-          sum += (transposed_a ? a_across[u * m + i] : a[i * even + u]) *
-                 (transposed_b ? b_across[j * even + u] : b[u * n + j]);
+        for (std::int64_t u = 0; u < (transposed_a || !transposed_b ? k : whole); ++u)
+          sum += (transposed_a ? a_across[u * m + i] : a[i * whole + u]) *
+                 (transposed_b ? b_across[j * whole + u] : b[u * n + j]);
         found.expect(i * n + j, times * sum, what, kernels.name, std::sqrt(static_cast<double>(k)));
       }
   };
   for (std::int64_t panel = 0; panel < panels; ++panel)
-    kernels.product.pack_transposed(half(b_across), even, n, even, panel, half(packed));
-  Operands o{half(a), half(packed), Inner::kAlong, Inner::kPacked, even, 0,  m, n,
-             even,    c.data(),     n,             Out::kBFloat16, half(low), 1};
+    products<T>(kernels).pack_transposed(of(b_across), whole, n, whole, panel, of(packed));
+  Operands<T> o{of(a), of(packed), Inner::kAlong, Inner::kPacked, whole, 0,  m, n,
+                whole, c.data(),   n,             rounded,        half(low), 1};
   run(o);
   expect(c, 1, false, true, "product");
-  o.b = half(b_across), o.b_inner = Inner::kAlong, o.b_stride = even;
+  o.b = of(b_across), o.b_inner = Inner::kAlong, o.b_stride = whole;
   run(o);
   expect(c, 1, false, true, "product of rows");
-  if (k % 2 == 0) {
-    o.b = half(b), o.b_inner = Inner::kDown, o.b_stride = n;
+  if (k == whole) {
+    o.b = of(b), o.b_inner = Inner::kDown, o.b_stride = n;
     run(o);
     expect(c, 1, false, false, "product of columns");
   }
-  kernels.product.pack_panels(half(b), n, n, k, even / 2, 0, panels, half(packed));
-  o = {half(a_across), half(packed), Inner::kDown, Inner::kPacked, m, 0, m, n, k, wide.data(), n, Out::kFloat32,
-       nullptr, 0.5f};
+  products<T>(kernels).pack_panels(of(b), n, n, k, units, 0, panels, of(packed));
+  o = {of(a_across), of(packed), Inner::kDown,  Inner::kPacked, m,      0, m, n,
+       k,            wide.data(), n,            Out::kFloat32,  nullptr, 0.5f};
   run(o);
   expect(wide, 1, true, false, "product of a transpose");
   o.out = Out::kAdd;
   run(o);
   expect(wide, 1.5, true, false, "added product");
+  if (!paired) return;
   o.c = c.data(), o.low = half(low);
   for (const Out out : {Out::kHalves, Out::kAddHalves}) o.out = out, run(o);
   for (std::int64_t i = 0; i < m * n; ++i) {  // exactly the fp32 sum
@@ -237,7 +242,9 @@ long check_decoder(const RowKernels& kernels) {
   }
   for (const std::int64_t m : {1, 7, 8, 21})
     for (const std::int64_t n : {1, 16, 47, 48, 97})
-      for (const std::int64_t k : {1, 2, 33}) product(kernels, m, n, k), ++cases;
-  product(kernels, 140, 50, 2 * kDepth + 6), ++cases;
+      for (const std::int64_t k : {1, 2, 33})
+        product<std::uint16_t>(kernels, m, n, k), product<float>(kernels, m, n, k), cases += 2;
+  product<std::uint16_t>(kernels, 140, 50, 2 * kDepth<std::uint16_t> + 6), ++cases;
+  product<float>(kernels, 140, 50, 2 * kDepth<float> + 7), ++cases;
   return cases;
 }

@@ -8,6 +8,8 @@ NORM_ROWS: int
 PANEL: int
 DEPTH: int
 MATRIX_UNIT: bool
+INTEL: bool
+INTEL: bool
 Attended = tuple[int, int, int, int, int, int, int, int, int, int, int, float, int]
 
 def instruction_sets() -> list[str]: ...
@@ -70,8 +72,8 @@ class Wave:
         own_values: int, capacity: int, own: int, scale: float, out: int, how: How,
     ) -> None: ...
 
-def pack(source: int, stride: int, n: int, k: int, units: int, transposed: bool, target: int, how: How) -> None: ...
+def pack(dtype: int, source: int, stride: int, n: int, k: int, units: int, transposed: bool, target: int, how: How) -> None: ...
 def multiply(
-    a: tuple[int, int, str], b: tuple[int, int, str], m: int, n: int, k: int, c: int, c_stride: int, out: int, low: int, scale: float,
+    dtype: int, a: tuple[int, int, str], b: tuple[int, int, str], m: int, n: int, k: int, c: int, c_stride: int, out: int, low: int, scale: float,
     how: How,
 ) -> None: ...

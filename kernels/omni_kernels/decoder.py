@@ -1,4 +1,4 @@
-"""What a decoder layer computes, for training on CPUs: RMSNorm, gate, rotary embedding, tree attention, bf16 products.
+"""What a decoder layer computes, for training on CPUs: RMSNorm, gate, rotary embedding, tree attention.
 
 Plain functions on tensors, forward and backward apart, that write an autograd function of any shape out of few passes over
 memory. Each runs the C++ kernels (csrc/cpu/decoder.h) on torch's own threads where `native` says so, and the same formula
@@ -9,9 +9,8 @@ result is stored.
     gate, gate_backward              silu(gate) * up, of two halves of one tensor
     rotate                           rotary embedding, and back
     TreeBlocks, attend, attend_backward   softmax attention over prefix trees
-    Packed, pack, linear, weight_gradient  products in bf16 with fp32 sums; weights packed once
 
-Limits of the C++ kernels: CPU; bf16 or fp32, one dtype a call; heads of a multiple of 32; products bf16 alone. Tensors
+Limits of the C++ kernels: CPU; bf16 or fp32, one dtype a call; heads of a multiple of 32. Tensors
 have unit stride in their last dimension.
 """
 
@@ -20,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,28 +28,7 @@ from torch.nn import functional as F
 from omni_kernels.backends import cpu
 from omni_kernels.backends.rows import DTYPES, pointer
 
-
-@lru_cache(maxsize=1)
-def _best() -> str:
-    return cpu.native.instruction_sets()[0] if cpu.reason_unavailable() is None else ""
-
-
-def native(*tensors: Tensor) -> bool:
-    """Whether the C++ kernels are built and take these tensors: on the CPU, all fp32 or all bf16."""
-    kind = tensors[0].dtype
-    return bool(_best()) and kind in DTYPES and all(t.dtype == kind and t.device.type == "cpu" for t in tensors)
-
-
-def multiplies(*tensors: Tensor) -> bool:
-    """Whether products of these run in C++: bf16 on a processor that multiplies it in AVX-512 at best; others, and AMX, are torch's."""
-    fast = _best() == "avx512_bf16" and not cpu.native.MATRIX_UNIT
-    return fast and native(*tensors) and tensors[0].dtype == torch.bfloat16
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., width] as [rows, width] with unit column stride."""
-    flat = x.flatten(0, -2)
-    return flat if has_rows(flat) else flat.contiguous()
+native = cpu.takes
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -223,7 +200,7 @@ def tree_blocks(trees: Sequence[tuple[int, int, Sequence[tuple[Tensor, Tensor, T
     rows, columns: int32 numbers of rows, of that tree alone; sees: bool, at least one a row. None without C++ kernels.
     Raises ValueError where a block names a row outside its tree.
     """
-    if not _best():
+    if not cpu.best():
         return None
     table: list[int] = []
     places: list[int] = []
@@ -294,133 +271,6 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, scale: float, lse: Tensor) -> _At
         DTYPES[q.dtype], rows, heads, k.shape[1], size, q.data_ptr(), _heads_stride(q), k.data_ptr(), _heads_stride(k),
         v.data_ptr(), _heads_stride(v), scale, lse.data_ptr(),
     )  # fmt: skip
-
-
-# -- products ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """The right-hand side of a product, in panels: `inner` rows (even) of `width` columns. Needs as much as its source."""
-
-    panels: Tensor
-    inner: int
-    width: int
-
-
-def pack(*matrices: Tensor, transposed: bool = False, into: Packed | None = None) -> Packed:
-    """Matrices one below the other: [inner, width], or, transposed, [width, inner] as linear layers have their weights.
-
-    bf16, rows of unit stride. All but the last have an even number of rows (transposed: of columns, all of them).
-    into: what was packed of matrices of the same shapes, to be written over.
-    """
-    for matrix in matrices:
-        _check_matrix(matrix, "matrix")
-    panel = cpu.native.PANEL
-    if transposed and any(len(matrix) % panel for matrix in matrices[:-1]):
-        matrices = (torch.cat(matrices),)
-    rows = sum(map(len, matrices))
-    inner, width = (matrices[0].shape[1], rows) if transposed else (rows, matrices[0].shape[1])
-    if any(matrix.shape[1] != matrices[0].shape[1] for matrix in matrices):
-        raise ValueError(f"matrices of {[m.shape[1] for m in matrices]} columns cannot stand one below the other")
-    if inner % 2 if transposed else any(len(matrix) % 2 for matrix in matrices[:-1]):
-        raise ValueError(f"shapes {[tuple(m.shape) for m in matrices]} cannot be packed in pairs; pass even numbers")
-    even = inner + inner % 2
-    panels = torch.empty(-(-width // panel) * panel * even, dtype=torch.bfloat16) if into is None else into.panels
-    if into is not None and (into.inner, into.width) != (even, width):
-        raise ValueError(f"{width} columns of {even} rows do not fit into what holds {into.width} of {into.inner}")
-    start = panels.data_ptr()
-    for matrix in matrices:
-        count, columns = matrix.shape
-        wide, deep = (count, columns) if transposed else (columns, count)
-        cpu.native.pack(matrix.data_ptr(), _pitch(matrix), wide, deep, even // 2, transposed, start, cpu.how())
-        start += 2 * count * (even if transposed else panel)
-    return Packed(panels, even, width)
-
-
-def linear(x: Tensor, weight: Packed | Tensor, out: Tensor | None = None, *, transposed: bool = False) -> Tensor:
-    """x [..., inner] times a weight, bf16: [..., width], into `out` if given. inner is even.
-
-    weight: packed, or a matrix [inner, width] (transposed: [width, inner]) that is packed by the block on the way.
-    """
-    rows = _rows(x)
-    _check_matrix(rows, "x")
-    if isinstance(weight, Packed):
-        inner, width, side = weight.inner, weight.width, (weight.panels.data_ptr(), 0, "packed")
-    else:
-        _check_matrix(weight, "weight")
-        inner, width = weight.shape[::-1] if transposed else weight.shape
-        side = (weight.data_ptr(), _pitch(weight), "along" if transposed else "down")
-    if rows.shape[1] != inner or inner % 2:
-        raise ValueError(f"x has {rows.shape[1]} columns and the weight {inner} rows; pass equal, even numbers")
-    shape = (*x.shape[:-1], width)
-    out = x.new_empty(shape) if out is None else out
-    flat = out.flatten(0, -2)
-    _check_matrix(flat, "out")
-    if out.shape != shape or flat.data_ptr() != out.data_ptr():
-        raise ValueError(f"out is {tuple(out.shape)}, strides {out.stride()}; pass {shape}, rows equally far apart")
-    deep = side[2] == "down" and inner > cpu.native.DEPTH
-    low = torch.empty(len(rows), _pitch(flat), dtype=torch.uint16) if deep else None
-    _multiply((rows.data_ptr(), _pitch(rows), "along"), side, inner, flat, "rounded", low)
-    return out
-
-
-def weight_gradient(
-    grad: Tensor, x: Packed, out: Tensor, *, add: bool, scale: float = 1.0, low: Tensor | None = None, last: bool = True
-) -> Tensor:
-    """grad^T x into `out` [grad's columns, x's], bf16 or fp32, or added to it in fp32, times scale. grad: [rows, columns] bf16.
-
-    A sum of several products that ends as bf16 is kept as fp32 in two halves: the upper 16 bits in `out`, the others in
-    `low`, uint16 of its shape; the last product rounds it.
-    """
-    _check_matrix(grad, "grad")
-    rows, columns = grad.shape
-    fits = rows + rows % 2 == x.inner and out.shape == (columns, x.width)
-    if not fits or out.dtype not in DTYPES or not out.is_contiguous():
-        raise ValueError(f"grad {tuple(grad.shape)}, x of {x.inner} rows and out {tuple(out.shape)} do not fit")
-    halves = out.dtype == torch.bfloat16 and (add or not last)
-    if halves and (low is None or low.dtype != torch.uint16 or low.shape != out.shape or not low.is_contiguous()):
-        raise TypeError(f"out is {out.dtype}; products are added in float32, or with `low`, uint16 {tuple(out.shape)}")
-    if scale != 1 and not (add and out.dtype == torch.float32):
-        raise ValueError(f"scale is {scale}; only what is added to float32 is scaled")
-    if halves:
-        kind = "halves" if not add else "round halves" if last else "add halves"
-    else:
-        kind = "rounded" if out.dtype == torch.bfloat16 else "add" if add else "fp32"
-    side = (x.panels.data_ptr(), 0, "packed")
-    _multiply((grad.data_ptr(), _pitch(grad), "down"), side, rows, out, kind, low if halves else None, scale)
-    return out
-
-
-_OUT = ("rounded", "fp32", "add", "halves", "add halves", "round halves")  # as product.h numbers them
-_Side = tuple[int, int, str]
-
-
-def _multiply(a: _Side, b: _Side, inner: int, out: Tensor, kind: str, low: Tensor | None, scale: float = 1.0) -> None:
-    rows, width = out.shape
-    cpu.native.multiply(
-        a, b, rows, width, inner, out.data_ptr(), _pitch(out), _OUT.index(kind), pointer(low), scale, cpu.how()
-    )
-
-
-def has_rows(matrix: Tensor) -> bool:
-    """Whether it is a matrix whose rows have unit stride and do not overlap: what products take."""
-    if matrix.dim() != 2:
-        return False
-    rows, columns = matrix.shape
-    return (columns < 2 or matrix.stride(1) == 1) and (rows < 2 or matrix.stride(0) >= columns)
-
-
-def _pitch(matrix: Tensor) -> int:
-    """From row to row; a single row's stride means nothing."""
-    return max(matrix.stride(0), matrix.shape[1])
-
-
-def _check_matrix(matrix: Tensor, name: str) -> None:
-    if not multiplies(matrix):
-        raise TypeError(f"{name} is {matrix.dtype} on {matrix.device}; products need bf16 CPU tensors and AVX512-BF16")
-    if not has_rows(matrix):
-        raise ValueError(f"{name} has shape {tuple(matrix.shape)}, strides {matrix.stride()}; pass rows of unit stride")
 
 
 # -- decoding ----------------------------------------------------------------------------------------------------------

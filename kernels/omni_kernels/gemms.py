@@ -2,7 +2,7 @@
 
 dW is accumulated in fp32 over chunks of rows and rounded once. GEMMs run in the dtype of hidden, on one of two paths:
 
-own     for the C++ backend, where `decoder.multiplies` (bf16) and H is even, for dX V too. W is packed block by block on
+own     for the C++ backend, where `products.multiplies`; in bf16 H is even, for dX V too. W is packed block by block on
         the way. A bf16 dW needs no fp32 matrix: the upper halves of the sum are in dW itself, the lower ones in `low`
         until the last chunk. A row's bits do not depend on the other rows.
 torch   everything else. A CPU's product is rounded to bf16 before it is added.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omni_kernels import decoder
+from omni_kernels import products
 
 _PANEL_BYTES = 4 << 20  # of fp32 dW
 
@@ -59,7 +59,7 @@ class Matrices:
             self.buffer = x.new_empty(self.chunk_rows, pitch)[:, :width]
         logits = self.buffer[: len(x)]
         if self.own:
-            decoder.linear(x, self.weight, logits, transposed=True)
+            products.linear(x, self.weight, logits, transposed=True)
         else:
             self._product(x, self.weight.t(), logits)
         return logits if self.bias is None else logits.add_(self.bias)
@@ -82,8 +82,8 @@ class Matrices:
                 self.dx[rows] = _wide_product(dlogits, self.weight).mul_(factor[:, None]).to(x.dtype)
             else:
                 out = self.dx[rows] if isinstance(rows, slice) else torch.empty_like(x)
-                if self.own and dlogits.shape[1] % 2 == 0:
-                    decoder.linear(dlogits, self.weight, out)
+                if self.own and dlogits.shape[1] % products.unit(x.dtype) == 0:
+                    products.linear(dlogits, self.weight, out)
                 else:
                     self._product(dlogits, self.weight, out)
                 if not isinstance(rows, slice):
@@ -116,8 +116,8 @@ class Matrices:
                 self.dw = torch.empty(dlogits.shape[1], x.shape[1], dtype=self.dw_dtype)
                 if self.dw_dtype == torch.bfloat16 and not last:
                     self.low = torch.empty(self.dw.shape, dtype=torch.uint16)
-            decoder.weight_gradient(
-                dlogits, decoder.pack(x), self.dw, add=not first, scale=self.scale, low=self.low, last=last
+            products.weight_gradient(
+                dlogits, products.pack(x), self.dw, add=not first, scale=self.scale, low=self.low, last=last
             )
             self.low = None if last else self.low
             return
@@ -155,16 +155,20 @@ class Matrices:
         for start in range(0, len(left), tile):
             part = left[start : start + tile]
             count = len(part)
-            if count < tile:
-                part = torch.cat([part, part.new_zeros(tile - count, part.shape[1])])
+            if count < tile:  # with rows as far apart, as GEMMs are chosen by that too
+                padded = left.new_zeros(tile, max(left.stride(0), left.shape[1]))[:, : left.shape[1]]
+                padded[:count] = part
+                part = padded
             out[start : start + count] = torch.mm(part, right)[:count]
         return out
 
 
 def takes(hidden: Tensor, weight: Tensor) -> bool:
     """Whether our own products apply: they then sum dW of a bf16 weight in halves."""
-    fits = hidden.shape[1] % 2 == 0 and decoder.has_rows(hidden) and decoder.has_rows(weight)
-    return fits and decoder.multiplies(hidden, weight)
+    fits = (
+        hidden.shape[1] % products.unit(hidden.dtype) == 0 and products.has_rows(hidden) and products.has_rows(weight)
+    )
+    return fits and products.multiplies(hidden, weight)
 
 
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:

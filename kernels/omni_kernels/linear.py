@@ -399,8 +399,11 @@ def _chunks(hidden: Tensor, weight: Tensor, head: Head, by_row: bool, makes_dw: 
     """
     n, width = hidden.shape
     size = head.plan(n, hidden, weight, by_row).chunk_rows
-    if makes_dw and head.may_take_all and n <= size + width // 2 and takes(hidden, weight):
+    in_halves = makes_dw and weight.dtype == torch.bfloat16 and takes(hidden, weight)
+    if in_halves and head.may_take_all and n <= size + width // 2:
         size = max(n, 1)
+    if hidden.is_cuda:  # chunks of vectors begin on 64 bytes: Triton compiles for what addresses are multiples of
+        size = -(-size // 16) * 16 if head.workspace_bytes is None else size // 16 * 16 or size
     if head.tile_rows:
         size = max(head.tile_rows, size // head.tile_rows * head.tile_rows)
     return [slice(start, min(n, start + size)) for start in range(0, max(n, 1), size)]

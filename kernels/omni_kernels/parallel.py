@@ -117,6 +117,9 @@ class _ShardedHead(Head):
     def policy_loss_(self, *_: object) -> None:
         return None  # the loss needs the other ranks' statistics in between
 
+    def exponentials(self, *_: object) -> None:
+        return None  # likewise
+
     def forward(self, logits: Tensor, targets: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         if len(logits) == 0:
             return super().forward(logits, targets, want_entropy)

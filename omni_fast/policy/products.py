@@ -1,7 +1,7 @@
 """The linear layers of a block as products written out, forward and backward; and the gated MLP of them.
 
-Layers that read the same input are one product (`product`), which keeps that input alone. On processors with bf16
-instructions the products are those of omni_kernels (fp32 sums, the weights packed as they are needed), and a weight's
+Layers that read the same input are one product (`product`), which keeps that input alone. Where omni_kernels
+multiplies faster than torch, the products are its own (fp32 sums, the weights packed as they are needed), and a weight's
 gradient goes straight into the fp32 sum of its `Slot`; elsewhere they are torch's, and autograd takes the gradients on.
 
 Written out in plain operations, down(silu(gate) * up) leaves gate, up, silu(gate) and the product to autograd: half of the
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from omni_fast.policy.slots import Slot
-from omni_kernels import decoder
+from omni_kernels import decoder, products
 
 
 def is_plain(*modules: object) -> bool:
@@ -52,15 +52,15 @@ def product(x: Tensor, *weights: Tensor) -> Tensor:
 
 def forward(x: Tensor, *weights: Tensor) -> Tensor:
     """x [T, inner] times each weight [width, inner] transposed, side by side: [T, sum of widths]."""
-    if decoder.multiplies(x, *weights):
-        return decoder.linear(x, decoder.pack(*weights, transposed=True))
+    if products.multiplies(x, *weights):
+        return products.linear(x, products.pack(*weights, transposed=True))
     return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights))
 
 
 def backward(grad: Tensor, *weights: Tensor) -> Tensor:
     """The gradient of x, given that of `forward(x, *weights)`."""
-    if decoder.multiplies(grad, *weights):
-        return decoder.linear(grad, decoder.pack(*weights))
+    if products.multiplies(grad, *weights):
+        return products.linear(grad, products.pack(*weights))
     return grad.matmul(weights[0] if len(weights) == 1 else torch.cat(weights))
 
 
@@ -69,7 +69,7 @@ def weight_gradients(
 ) -> tuple[Tensor | None, ...]:
     """The weights' gradients for autograd; None where one is not wanted or went into its slot."""
     found: list[Tensor | None] = []
-    packed = decoder.pack(x) if any(wanted) and decoder.multiplies(grad, x) else None
+    packed = products.pack(x) if any(wanted) and products.multiplies(grad, x) else None
     for part, weight, want in zip(grad.split([len(weight) for weight in weights], dim=1), weights, wanted, strict=True):
         if not want:
             found.append(None)
@@ -78,7 +78,7 @@ def weight_gradients(
         else:
             slot: Slot | None = getattr(weight, "slot", None)  # where it is trained as a whole by this process
             into, add = (torch.empty_like(weight), False) if slot is None else slot.place()
-            decoder.weight_gradient(part, packed, into, add=add)
+            products.weight_gradient(part, packed, into, add=add)
             found.append(into if slot is None else None)
     return tuple(found)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from omni_kernels import decoder
+from omni_kernels import decoder, products
 
 KINDS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 BLOCK_ROWS = 64
@@ -56,7 +56,7 @@ class PackedLinear:
     """One or more linear layers of the same input as one product; `read` takes their weights."""
 
     def __init__(self) -> None:
-        self.packed: decoder.Packed | None = None
+        self.packed: products.Packed | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
@@ -65,9 +65,9 @@ class PackedLinear:
         weights = [weight_of(source) for source in sources]
         biases = [bias for source in sources if isinstance(bias := source.bias, Tensor)]
         self.bias = torch.cat(biases).detach() if biases else None
-        if decoder.multiplies(*weights) and weights[0].shape[1] % 2 == 0:
+        if products.multiplies(*weights) and weights[0].shape[1] % products.unit(weights[0].dtype) == 0:
             self.weight = None
-            self.packed = decoder.pack(*weights, transposed=True, into=self.packed)
+            self.packed = products.pack(*weights, transposed=True, into=self.packed)
         else:
             self.packed = self.weight = None  # given back before there is another
             weight = weights[0] if len(weights) == 1 else torch.cat(weights)
@@ -76,7 +76,7 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed is None:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        y = decoder.linear(x, self.packed)
+        y = products.linear(x, self.packed)
         return y if self.bias is None else y.add_(self.bias)
 
 

@@ -104,8 +104,9 @@ def test_any_numbers_at_the_native_entry_points(
     shape=st.tuples(*[st.integers(-2, 60)] * 3), strides=st.tuples(*[st.one_of(st.integers(-5, 64), st.just(2**62))] * 3),
     inner=st.tuples(*[st.sampled_from(["along", "down", "packed", "across"])] * 2), out=st.integers(-2, 8),
     nulls=st.sets(st.integers(0, 3)), transposed=st.booleans(), units=st.integers(-1, 40), scale=ODD_FLOATS,
+    dtype=st.integers(-1, 2),
 )  # fmt: skip
-def test_any_numbers_at_the_products(shape, strides, inner, out, nulls, transposed, units, scale) -> None:  # type: ignore[no-untyped-def]
+def test_any_numbers_at_the_products(shape, strides, inner, out, nulls, transposed, units, scale, dtype) -> None:  # type: ignore[no-untyped-def]
     """Addresses are of real memory that holds whatever passes the checks, or null."""
     m, n, k = shape
     if max(strides) > 64:
@@ -113,8 +114,8 @@ def test_any_numbers_at_the_products(shape, strides, inner, out, nulls, transpos
     memory = [torch.zeros(64 * 96 * 2, dtype=torch.float32) for _ in range(4)]
     a, b, c, low = (0 if i in nulls else t.data_ptr() for i, t in enumerate(memory))
     sides = (a, strides[0], inner[0]), (b, strides[1], inner[1])
-    attempt(lambda: native.multiply(*sides, m, n, k, c, strides[2], out, low, scale, native.How(2, "auto")))
-    attempt(lambda: native.pack(a, min(strides[0], 64), n, k, units, transposed, b, native.How(2, "auto")))
+    attempt(lambda: native.multiply(dtype, *sides, m, n, k, c, strides[2], out, low, scale, native.How(2, "auto")))
+    attempt(lambda: native.pack(dtype, a, min(strides[0], 64), n, k, units, transposed, b, native.How(2, "auto")))
 
 
 @pytest.mark.parametrize(

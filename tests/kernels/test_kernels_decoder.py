@@ -11,16 +11,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from omni_kernels import backends, decoder
+from omni_kernels import backends, decoder, products
 
 if backends.reason_unavailable("cpu") is not None:
     pytest.skip(str(backends.reason_unavailable("cpu")), allow_module_level=True)
 
-from omni_kernels.backends.cpu import native
+from omni_kernels.backends import cpu
 
-ISAS = native.instruction_sets()
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-needs_products = pytest.mark.skipif("avx512_bf16" not in ISAS, reason="products need AVX512-BF16")
+
+
+bf16_products, fp32_products = (
+    products.multiplies(torch.empty(1, 1, dtype=kind)) for kind in (torch.bfloat16, torch.float32)
+)
+needs_bf16 = pytest.mark.skipif(not bf16_products, reason="products of bf16 need AVX512-BF16, and no AMX")
+needs_fp32 = pytest.mark.skipif(not fp32_products, reason="products of fp32 need AVX-512, and no processor of Intel's")
+every_product = pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=needs_fp32), pytest.param(torch.bfloat16, marks=needs_bf16)], ids=str
+)
 
 
 def near(found: Tensor, exact: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
@@ -163,102 +171,107 @@ def test_blocks_outside_their_tree_are_refused() -> None:
         decoder.tree_blocks([(first, last - 1, blocks)])
 
 
-@needs_products
-@pytest.mark.parametrize(("rows", "inner", "width"), [(1, 2, 1), (7, 64, 50), (21, 576, 192), (50, 96, 97)])
-def test_products(isa: str, rows: int, inner: int, width: int) -> None:
-    x, weight = leaf(rows, inner, dtype=torch.bfloat16), leaf(width, inner, dtype=torch.bfloat16, seed=1)
+@every_product
+@pytest.mark.parametrize(("rows", "inner", "width"), [(1, 2, 1), (7, 64, 50), (21, 576, 192), (50, 96, 97), (9, 33, 7)])
+def test_products(isa: str, dtype: torch.dtype, rows: int, inner: int, width: int) -> None:
+    if inner % products.unit(dtype):
+        inner += 1
+    x, weight = leaf(rows, inner, dtype=dtype), leaf(width, inner, dtype=dtype, seed=1)
     exact = x.double() @ weight.double().t()
-    near(decoder.linear(x, decoder.pack(weight, transposed=True)), exact, torch.bfloat16)
-    near(decoder.linear(x, decoder.pack(weight.t().contiguous())), exact, torch.bfloat16)
-    grad = leaf(rows, width, dtype=torch.bfloat16, seed=2)
+    near(products.linear(x, products.pack(weight, transposed=True)), exact, dtype)
+    near(products.linear(x, products.pack(weight.t().contiguous())), exact, dtype)
+    grad = leaf(rows, width, dtype=dtype, seed=2)
     exact = grad.double().t() @ x.double()
-    packed = decoder.pack(x)
-    sums = decoder.weight_gradient(grad, packed, torch.full((width, inner), torch.nan), add=False)
+    packed = products.pack(x)
+    sums = products.weight_gradient(grad, packed, torch.full((width, inner), torch.nan), add=False)
     near(sums, exact, torch.float32)
-    near(decoder.weight_gradient(grad, packed, sums, add=True), 2 * exact, torch.float32)
-    near(decoder.weight_gradient(grad, packed, sums, add=True, scale=-0.5), 1.5 * exact, torch.float32)
-    rounded = decoder.weight_gradient(grad, packed, torch.empty(width, inner, dtype=torch.bfloat16), add=False)
-    near(rounded, exact, torch.bfloat16)
+    near(products.weight_gradient(grad, packed, sums, add=True), 2 * exact, torch.float32)
+    near(products.weight_gradient(grad, packed, sums, add=True, scale=-0.5), 1.5 * exact, torch.float32)
+    near(products.weight_gradient(grad, packed, torch.empty(width, inner, dtype=dtype), add=False), exact, dtype)
 
 
-@needs_products
+@every_product
 @pytest.mark.parametrize(("rows", "inner", "width"), [(1, 2, 1), (140, 64, 50), (21, 576, 192), (50, 2054, 97)])
-def test_products_pack_a_matrix_on_the_way(isa: str, rows: int, inner: int, width: int) -> None:
-    x, weight = leaf(rows, inner, dtype=torch.bfloat16), leaf(width, inner, dtype=torch.bfloat16, seed=1)
+def test_products_pack_a_matrix_on_the_way(isa: str, dtype: torch.dtype, rows: int, inner: int, width: int) -> None:
+    x, weight = leaf(rows, inner, dtype=dtype), leaf(width, inner, dtype=dtype, seed=1)
     exact = x.double() @ weight.double().t()
-    out = torch.empty(rows, width + 3, dtype=torch.bfloat16)[:, :width]
-    near(decoder.linear(x, weight, out, transposed=True), exact, torch.bfloat16)
-    assert torch.equal(out, decoder.linear(x, decoder.pack(weight, transposed=True)))
-    near(decoder.linear(x, weight.t().contiguous(), out), exact, torch.bfloat16)
-    some = decoder.linear(x[rows // 2 :], weight.t().contiguous())
+    out = torch.empty(rows, width + 3, dtype=dtype)[:, :width]
+    near(products.linear(x, weight, out, transposed=True), exact, dtype)
+    assert torch.equal(out, products.linear(x, products.pack(weight, transposed=True)))
+    near(products.linear(x, weight.t().contiguous(), out), exact, dtype)
+    some = products.linear(x[rows // 2 :], weight.t().contiguous())
     assert torch.equal(some, out[rows // 2 :])  # a row's bits do not depend on the others
 
 
-@needs_products
-def test_threads_change_no_bit_of_a_product() -> None:
-    x, weight = leaf(50, 2054, dtype=torch.bfloat16), leaf(2054, 200, dtype=torch.bfloat16)
+@every_product
+def test_threads_change_no_bit_of_a_product(dtype: torch.dtype) -> None:
+    x, weight = leaf(50, 2054, dtype=dtype), leaf(2054, 200, dtype=dtype)
     found, before = [], torch.get_num_threads()
     for threads in (1, 2, 7):
         torch.set_num_threads(threads)
-        packed = decoder.pack(x)
-        out = decoder.linear(x, weight)
-        wide = decoder.weight_gradient(out, packed, torch.empty(200, 2054), add=False)
-        found.append((out, wide, decoder.linear(x, weight.t().contiguous(), transposed=True)))
+        packed = products.pack(x)
+        out = products.linear(x, weight)
+        wide = products.weight_gradient(out, packed, torch.empty(200, 2054), add=False)
+        found.append((out, wide, products.linear(x, weight.t().contiguous(), transposed=True)))
     torch.set_num_threads(before)
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
 
 
-@needs_products
+@needs_bf16
 def test_halves_are_the_sum_in_fp32(isa: str) -> None:
     parts = [(leaf(rows, 40, dtype=torch.bfloat16), leaf(rows, 99, dtype=torch.bfloat16)) for rows in (33, 8, 50)]
     wide, high = torch.empty(40, 99), torch.empty(40, 99, dtype=torch.bfloat16)
     low = torch.empty(40, 99, dtype=torch.uint16)
     for k, (grad, x) in enumerate(parts):
-        packed = decoder.pack(x)
-        decoder.weight_gradient(grad, packed, wide, add=k > 0)
-        decoder.weight_gradient(grad, packed, high, add=k > 0, low=low, last=k == 2)
+        packed = products.pack(x)
+        products.weight_gradient(grad, packed, wide, add=k > 0)
+        products.weight_gradient(grad, packed, high, add=k > 0, low=low, last=k == 2)
         if k < 2:
             bits = high.view(torch.int16).int() << 16 | low.view(torch.int16).int() & 0xFFFF
             assert torch.equal(bits, wide.view(torch.int32))
     assert torch.equal(high, wide.bfloat16())
 
 
-@needs_products
+@every_product
 @pytest.mark.parametrize("widths", [(96, 48, 20), (32, 64, 6)])
-def test_products_of_several_weights_are_one(widths: tuple[int, ...]) -> None:
-    x = leaf(19, 64, dtype=torch.bfloat16)
-    weights = [leaf(width, 64, dtype=torch.bfloat16) for width in widths]
+def test_products_of_several_weights_are_one(dtype: torch.dtype, widths: tuple[int, ...]) -> None:
+    x = leaf(19, 64, dtype=dtype)
+    weights = [leaf(width, 64, dtype=dtype) for width in widths]
     together = torch.cat(weights)
-    out = decoder.linear(x, decoder.pack(*weights, transposed=True))
-    assert torch.equal(out, decoder.linear(x, decoder.pack(together, transposed=True)))
-    near(decoder.linear(out, decoder.pack(*weights)), out.double() @ together.double(), torch.bfloat16)
+    out = products.linear(x, products.pack(*weights, transposed=True))
+    assert torch.equal(out, products.linear(x, products.pack(together, transposed=True)))
+    near(products.linear(out, products.pack(*weights)), out.double() @ together.double(), dtype)
     inside = torch.cat((out, out), dim=1)[:, 5 : 5 + sum(widths)]  # rows apart
-    near(decoder.linear(inside, decoder.pack(*weights)), inside.double() @ together.double(), torch.bfloat16)
+    near(products.linear(inside, products.pack(*weights)), inside.double() @ together.double(), dtype)
 
 
-@needs_products
+@needs_bf16
 def test_products_that_do_not_fit_are_refused() -> None:
     weight = leaf(6, 7, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="even"):
-        decoder.pack(weight, transposed=True)
-    with pytest.raises(TypeError, match="float32"):
-        decoder.pack(weight.float())
-    packed = decoder.pack(weight)
+        products.pack(weight, transposed=True)
+    with pytest.raises(TypeError, match="float64"):
+        products.pack(weight.double())
+    with pytest.raises(ValueError, match="below the other"):
+        products.pack(weight, weight.float())
+    with pytest.raises(ValueError, match="one dtype"):
+        products.linear(leaf(3, 6, dtype=torch.bfloat16), weight.float())
+    packed = products.pack(weight)
     with pytest.raises(ValueError, match="columns"):
-        decoder.linear(leaf(3, 8, dtype=torch.bfloat16), packed)
+        products.linear(leaf(3, 8, dtype=torch.bfloat16), packed)
     with pytest.raises(ValueError, match="fit"):
-        decoder.weight_gradient(leaf(9, 8, dtype=torch.bfloat16), packed, torch.empty(8, 7), add=False)
+        products.weight_gradient(leaf(9, 8, dtype=torch.bfloat16), packed, torch.empty(8, 7), add=False)
     with pytest.raises(TypeError, match="added in float32"):
-        decoder.weight_gradient(weight, packed, torch.empty(7, 7, dtype=torch.bfloat16), add=True)
+        products.weight_gradient(weight, packed, torch.empty(7, 7, dtype=torch.bfloat16), add=True)
     with pytest.raises(ValueError, match="scaled"):
-        decoder.weight_gradient(weight, packed, torch.empty(7, 7), add=False, scale=2.0)
+        products.weight_gradient(weight, packed, torch.empty(7, 7), add=False, scale=2.0)
     with pytest.raises(ValueError, match="even"):
-        decoder.linear(leaf(3, 7, dtype=torch.bfloat16), weight, transposed=True)
+        products.linear(leaf(3, 7, dtype=torch.bfloat16), weight, transposed=True)
     with pytest.raises(ValueError, match="unit stride"):
-        decoder.linear(leaf(3, 6, dtype=torch.bfloat16), leaf(1, 7, dtype=torch.bfloat16).expand(6, 7))
+        products.linear(leaf(3, 6, dtype=torch.bfloat16), leaf(1, 7, dtype=torch.bfloat16).expand(6, 7))
     with pytest.raises(ValueError, match="out is"):
-        decoder.linear(leaf(3, 6, dtype=torch.bfloat16), weight, torch.empty(3, 6, dtype=torch.bfloat16))
+        products.linear(leaf(3, 6, dtype=torch.bfloat16), weight, torch.empty(3, 6, dtype=torch.bfloat16))
 
 
 @every_dtype
@@ -275,7 +288,7 @@ def test_without_the_module_the_formulas_are_the_same(dtype: torch.dtype, monkey
         return [s, y, inverse, dx, dw, decoder.gate(both), *decoder.gate_backward(grad, both), *turned]
 
     compiled = everything()
-    monkeypatch.setattr(decoder, "_best", lambda: "")
+    monkeypatch.setattr(cpu, "best", lambda: "")
     assert not decoder.native(x) and decoder.tree_blocks([]) is None
     for mine, theirs in zip(compiled, everything(), strict=True):
         near(mine, theirs.double(), dtype, 2.0)

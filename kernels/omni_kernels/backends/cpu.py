@@ -13,8 +13,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from omni_kernels.backends.rows import NativeRows
+from omni_kernels.backends.rows import DTYPES, NativeRows
 
 if TYPE_CHECKING:
     from omni_kernels._native_cpu import How
@@ -25,13 +26,25 @@ except ImportError as error:
     native = None  # type: ignore[assignment]
     _reason = f"omni_kernels._native_cpu is not importable ({error}); reinstall with a C++17 compiler"
 
-OWN_PRODUCTS = True  # the GEMMs of a head too, where `decoder.multiplies`
+OWN_PRODUCTS = True  # the GEMMs of a head too, where `products.multiplies`
 ISA = "auto"  # or one of `native.instruction_sets()`
 
 
 def reason_unavailable() -> str | None:
     """Why this backend cannot be used here, or None."""
     return _reason if native is None else None
+
+
+@lru_cache(maxsize=1)
+def best() -> str:
+    """The best instruction set here; empty without the module."""
+    return native.instruction_sets()[0] if reason_unavailable() is None else ""
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the C++ kernels are built and take these tensors: on the CPU, all fp32 or all bf16."""
+    kind = tensors[0].dtype
+    return bool(best()) and kind in DTYPES and all(t.dtype == kind and t.device.type == "cpu" for t in tensors)
 
 
 @lru_cache(maxsize=8)

@@ -39,7 +39,8 @@ class Rows:
             raise ValueError(f"{given}; pass [tokens, vocabulary] with at least one column")
         self.logits, self.targets, self.device = logits, targets, logits.device
         self.count, self.vocab = logits.shape
-        self.stride = logits.stride(0) if self.count > 1 else self.vocab  # that of a single row means nothing
+        # That of a single row may mean nothing; where it does, kernels are compiled for it as for several.
+        self.stride = logits.stride(0) if self.count > 1 else max(logits.stride(0), self.vocab)
         if self.count and (logits.stride(1) != 1 and self.vocab > 1 or self.stride < self.vocab):
             raise ValueError(
                 f"logits have strides {logits.stride()}; pass rows with unit column stride: logits.contiguous()"
