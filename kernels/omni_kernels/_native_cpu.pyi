@@ -9,7 +9,6 @@ PANEL: int
 DEPTH: int
 MATRIX_UNIT: bool
 INTEL: bool
-INTEL: bool
 Attended = tuple[int, int, int, int, int, int, int, int, int, int, int, float, int]
 
 def instruction_sets() -> list[str]: ...

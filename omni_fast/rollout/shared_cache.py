@@ -5,7 +5,7 @@ for all rows that go on from it. The prefill is one tree: the prompts' common be
 of another size than the kernels' multiples of 32 are filled up with zeros for attention.
 
 Weights are packed once a weight version: layers of one input as one product, an adapter merged into its layer. omni_kernels
-lays them out where the processor multiplies bf16 in AVX-512, else oneDNN. They take as much memory as the weights.
+lays them out where its products are faster than torch's, else oneDNN. They take as much memory as the weights.
 
 Limits: the layer classes in `KINDS` with linear layers (or LoRA, merged) and SiLU, full attention, bf16 or fp32; everything
 else runs through its modules (decode.py).
@@ -111,8 +111,8 @@ class PackedModel:
     @torch.no_grad()
     def read(self) -> None:
         """Take over the weights as they are now."""
-        for layer, products in zip(self.body.layers, self.products, strict=True):
-            for product, sources in zip(products, _products(layer), strict=True):
+        for layer, own in zip(self.body.layers, self.products, strict=True):
+            for product, sources in zip(own, _products(layer), strict=True):
                 product.read(*sources)
         self.head.read(self.model.get_output_embeddings())
 
