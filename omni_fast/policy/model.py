@@ -53,6 +53,8 @@ def load(
     if not tokenizer.chat_template:
         raise UserError(NO_TEMPLATE.format(name=name_or_path))
     torch.nn.Module.to(model, device=torch.device(device)).eval()
+    if model.device.type == "cuda":  # cuDNN's attention plans for half a second at each new shape
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return model, tokenizer
 
 

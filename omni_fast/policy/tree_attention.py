@@ -174,16 +174,21 @@ def _turn(
 
 
 def _fused(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, tree: TreeLayout, scale: float) -> Tensor:
-    """One fused kernel of PyTorch per bucket."""
+    """One fused kernel of PyTorch per bucket. Heads that share keys go as more rows of those: PyTorch 2.11's kernel with a mask
+    on GPUs knows no grouped heads, and the next best would keep all scores."""
     outputs = []
+    kv_heads = k_TKD.shape[1]
+    groups = q_THD.shape[1] // kv_heads
     for bucket in tree.buckets:
-        blocks = bucket.shape[0]
-        q, k, v = (
-            states.index_select(0, index).unflatten(0, (blocks, -1)).transpose(1, 2)
-            for states, index in ((q_THD, bucket.rows), (k_TKD, bucket.columns), (v_TKD, bucket.columns))
+        blocks, rows, _ = bucket.shape
+        q = q_THD.index_select(0, bucket.rows).unflatten(1, (kv_heads, groups)).unflatten(0, (blocks, rows))
+        q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        k, v = (
+            states.index_select(0, bucket.columns).unflatten(0, (blocks, -1)).transpose(1, 2)
+            for states in (k_TKD, v_TKD)
         )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.mask, scale=scale, enable_gqa=True)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.mask.repeat(1, 1, groups, 1), scale=scale)
+        outputs.append(out.unflatten(2, (groups, rows)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1))
     return torch.cat(outputs).index_select(0, tree.place)
 
 
