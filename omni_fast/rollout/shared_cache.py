@@ -67,9 +67,11 @@ class PackedLinear:
         self.bias = torch.cat(biases).detach() if biases else None
         if products.multiplies(*weights) and weights[0].shape[1] % products.unit(weights[0].dtype) == 0:
             self.weight = None
+            if self.packed is not None and self.packed.panels.dtype != weights[0].dtype:
+                self.packed = None  # given back before there is another
             self.packed = products.pack(*weights, transposed=True, into=self.packed)
         else:
-            self.packed = self.weight = None  # given back before there is another
+            self.packed = self.weight = None
             weight = weights[0] if len(weights) == 1 else torch.cat(weights)
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
 
