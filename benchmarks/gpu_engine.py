@@ -14,22 +14,24 @@ no time is left are named. SGLang is taken from `omni-fast engine install`, or f
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import scoreboard  # noqa: E402
 from benchmarks.train.random_model import SHAPES  # noqa: E402
+from benchmarks.train.worker import message  # noqa: E402
 from omni_fast import serving  # noqa: E402
 from omni_fast.rollout.engine import Prompt, Sample, Sampling  # noqa: E402
 from omni_fast.rollout.fleet import Fleet  # noqa: E402
@@ -73,17 +75,29 @@ class Served:
 
 @contextmanager
 def server(model: Path, dtype: str, *flags: str, memory: str = "0.4", timeout_s: float = 200) -> Iterator[str]:
-    """The URL of a server of the model in a folder, without its weights. memory: its share of a GPU's."""
+    """The URL of a server of the model in a folder, without its weights. memory: its share of a GPU's.
+
+    The end of its log is printed where it did not start or does not answer in the end.
+    """
     device = DEVICE if DEVICE == "cuda" else serving.install.default_device()
     flags = ("--load-format", "dummy", "--skip-tokenizer-init", "--log-level", "warning", *flags)
     if device == "cuda":
         flags += ("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none",
                   "--mem-fraction-static", memory)  # fmt: skip
     launch = serving.Launch("policy-0", str(model), device, dtype, flags)
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        stack.callback(serving.down, Path(folder))
-        (started,) = serving.start([launch], Path(folder), timeout_s=timeout_s, say=print)
-        yield started.url
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        try:
+            (started,) = serving.start([launch], folder, timeout_s=timeout_s, say=print)
+            yield started.url
+        except SystemExit:  # this program is told to end, and has seconds
+            serving.kill(folder)
+            raise
+        finally:
+            if [status.state for status in serving.status(folder)] != ["ready"]:
+                for log in folder.glob("*.log"):
+                    print(f"the end of {log.name}:\n{log.read_text(errors='replace')[-4000:]}", flush=True)
+            serving.down(folder)
 
 
 @contextmanager
@@ -98,7 +112,8 @@ def served(size: str, *flags: str) -> Iterator[Served]:
         config.save_pretrained(folder)
         torch.manual_seed(0)
         with torch.device(DEVICE):
-            model = LlamaForCausalLM(config).to(dtype).eval()
+            # Not by `to`, which rounds the frequencies of RoPE too.
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         started = time.perf_counter()
         with server(folder, name, *flags) as url:
             yield Served(url, model, folder, time.perf_counter() - started)
@@ -198,7 +213,7 @@ class Record:
             try:
                 found = work()
             except Exception as error:  # whatever it is, the other parts are still worth measuring
-                found = {"error": f"{type(error).__name__}: {error}"[:1500]}
+                found = {"error": message(error)}
         print(f"{name}: {json.dumps(found)}", flush=True)
         self.content[name] = found
         if self.output is not None:
@@ -226,7 +241,9 @@ def measure(record: Record, size: str, case: Case, label: str, flags: tuple[str,
             )  # NCCL takes a GPU once: not for trainer and server
             transports: tuple[Transport, ...] = ("tensor", "disk") if alone else ("tensor", "disk", "distributed")
             for transport in transports:
-                worked = record.part(f"{label} sync {transport}", lambda by=transport: sync(place[0], case, by))  # type: ignore[misc]
+                # By disk each round writes all weights, and waits until they are there.
+                of = replace(case, rounds=2) if transport == "disk" else case
+                worked = record.part(f"{label} sync {transport}", lambda by=transport, of=of: sync(place[0], of, by))  # type: ignore[misc]
                 if transport == "tensor" and not worked:
                     record.by = "disk"
             record.part(f"{label} parity", lambda: parity(place[0], case, record.by))
@@ -243,6 +260,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.small and DEVICE == "cpu":
         raise SystemExit("gpu_engine.py measures a GPU, and PyTorch sees none here: --small runs a tiny model anywhere")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server is left
     record = Record(options.output, options.budget_s)
     eager = ("--disable-cuda-graph",) if DEVICE == "cuda" else ()  # first what is least likely to fail
     if options.small:

@@ -18,6 +18,8 @@ MFU is arithmetic (6 per weight and row, attention by what a row sees) over time
 measured in the same run: by the rows that are computed, and by those that a trainer without shared prompts computes. Clocks wait
 for the GPU at each phase. A contender that fails gets a row with the reason, TRL too where it is not installed; questions for which
 no time is left are named. The file is written after each question; rows of questions that are not asked stay.
+cuDNN's attention is PyTorch's last choice here, for all of them: in 2.11 it plans for about half a second at each new shape, so at
+each token that TRL's `generate` samples.
 
 Needs of Python packages: torch, triton, transformers, numpy, safetensors, tokenizers, jinja2, and omni_kernels built (scripts/gpu.sh).
 For TRL besides: trl, datasets, accelerate, pandas, pyarrow, dill, multiprocess, xxhash, requests, httpx; liger-kernel and flash-attn
@@ -27,6 +29,7 @@ are used where they are installed. For the server besides: httpx, pydantic.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -45,15 +48,16 @@ from benchmarks.train import gpu_levers, levers, ours, random_model, trl_peer  #
 from benchmarks.train.case import Case  # noqa: E402
 from benchmarks.train.race import Row, contender, head, race, show  # noqa: E402
 from benchmarks.train.trl_peer import Setting  # noqa: E402
-from benchmarks.train.worker import Worker  # noqa: E402
+from benchmarks.train.worker import Worker, message  # noqa: E402
 
 SHORT, LONG, SERVED = "TRL gpu short", "TRL gpu long", "TRL gpu served"
 LEVERS = {"TRL gpu levers": levers.savings, "TRL gpu kernels": gpu_levers.levers}
 # In order of asking, with what share of the budget each has.
-WEIGHTS = {SHORT: 5, "TRL gpu levers": 3, "TRL gpu kernels": 4, LONG: 4, SERVED: 3}
+WEIGHTS = {SHORT: 5, "TRL gpu levers": 4, "TRL gpu kernels": 4, LONG: 4, SERVED: 7}
 SHAPE = {False: "0.5B", True: "tiny"}
 ANSWER_S = 150.0  # of a contender's start, and of each of its steps, which may compile
 GRACE_S = 30.0  # for what is under way when a question's time is over
+LEAST_S = {SERVED: 120.0}  # without which a question is not begun; a server takes a minute to start
 
 
 def cases(small: bool) -> dict[str, Case]:
@@ -70,7 +74,7 @@ def cases(small: bool) -> dict[str, Case]:
 def peers(case: Case) -> list[Setting]:
     """TRL's settings to race against: about as many rows a pass as ours, so that it has as much to do at once."""
     assert case.prompt_tokens is not None
-    rows = 2 * (case.rows_per_pass or 0)
+    rows = case.rows_per_pass or 0
     samples = max(size for size in (1, 2, 4, 8, 16, 32, 64) if size * (case.prompt_tokens + case.new_tokens) <= rows)
     plain = Setting("bfloat16", min(samples, case.batch))
     if case.device == "cpu":
@@ -86,13 +90,13 @@ def answer(question: str, small: bool, model: str, end: float) -> list[Row]:
         return measured(case, model, end)
     except Exception as error:  # whatever it is, the other questions are still worth measuring
         traceback.print_exc()
-        return [head(case, "all") | {"error": f"{type(error).__name__}: {error}"[:1500]}]
+        return [head(case, "all") | {"error": message(error)}]
 
 
 def measured(case: Case, model: str, end: float) -> list[Row]:
     left = end - time.monotonic()
     if case.question in LEVERS:
-        rows = Worker("levers", _levers, case, model, end, answer_s=left + GRACE_S).receive()
+        rows = Worker("levers", _levers, case, model, end, answer_s=left + 2 * GRACE_S).receive()
         assert isinstance(rows, list)
         return rows
     patience = min(ANSWER_S, left + GRACE_S)
@@ -100,7 +104,9 @@ def measured(case: Case, model: str, end: float) -> list[Row]:
     if case.question == SERVED:
         from benchmarks.gpu_engine import server  # needs more packages than the rest does
 
-        with server(Path(model), "bfloat16", memory="0.2", timeout_s=ANSWER_S) as url:
+        graphs = ("--cuda-graph-backend-prefill=disabled", "--cuda-graph-max-bs-decode", str(case.batch))
+        flags = graphs if case.device == "cuda" else ()
+        with server(Path(model), "bfloat16", *flags, memory="0.2", timeout_s=left - 45) as url:
             other = contender(f"{ours.NAME}, SGLang rollouts", ours.run, case, model, url, answer_s=patience)
             return race(case, [own, other], model, [0], end=end)
     others = [contender(peer.name, trl_peer.run, case, model, peer, answer_s=patience) for peer in peers(case)]
@@ -118,7 +124,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server is left
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not options.small and device == "cpu":
         raise SystemExit(
@@ -133,7 +140,7 @@ def main() -> None:
         model = random_model.write(SHAPE[options.small], Path(folder), device)
         for place, question in enumerate(questions):
             left = stop - time.monotonic()
-            if left < 30:
+            if left < LEAST_S.get(question, 30.0):
                 print(f"{question}: left out, no time", flush=True)
                 continue
             share = WEIGHTS[question] / sum(WEIGHTS[name] for name in questions[place:])

@@ -7,7 +7,7 @@
 #   PARTS="tests kernels train engine"   which of them. Each ends within 9 minutes, the build counted to the first; what fails or
 #                    hangs is ended and named, and the others run all the same. The exit status is 1 then.
 #   SGLANG_ARCHIVE=FILE   what benchmarks/pack_sglang.sh made (default: build/sglang-0.5.17-cu130.tar.xz); without it no engine;
-#                    with it the machine's Python needs httpx and pydantic too
+#                    with it the machine's Python needs httpx too
 # Unpacked, it also serves the rollouts of one question of the training part.
 # Peers (liger-kernel, trl, verl, cut-cross-entropy) are measured where they are importable; name their folder in PYTHONPATH.
 set -euo pipefail
@@ -87,18 +87,30 @@ if part kernels; then
   done
 fi
 
-# Servers see the archive's packages alone, of which the trainer sees none; kernels are compiled at first use.
+# Servers see the archive's packages alone, of which the trainer sees none but pydantic, and that where it has none. Kernels are
+# compiled at first use, by the toolkit and not by what stands for its nvcc; the memory saver is loaded ahead of torch, and links
+# to its CUDA runtime.
 unpack() {
   [[ -f $archive && -z ${OMNI_FAST_ENGINE_PYTHON:-} ]] || return 0
   echo "== unpacking $archive"
-  rm -rf build/sglang-site
-  mkdir -p build/sglang-site
-  printf '#!/bin/sh\nPYTHONPATH=%s CUDA_HOME=%s SGLANG_ENABLE_JIT_DEEPGEMM=0 SGLANG_IS_FLASHINFER_AVAILABLE=false exec %s "$@"\n' \
-    "$PWD/build/sglang-site" "${CUDA_HOME:-$(dirname "$(dirname "$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)")")}" \
-    "$(command -v "$python")" > build/sglang-python
+  rm -rf build/sglang-site build/pydantic-site
+  mkdir -p build/sglang-site build/pydantic-site
+  local cuda=${CUDA_HOME:-/usr/local/cuda} nvcc libraries
+  [ -x "$cuda/bin/nvcc" ] || ! nvcc=$(command -v nvcc) || cuda=$(dirname "$(dirname "$(readlink -f "$nvcc")")")
+  libraries=$("$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1] / "nvidia/cu13/lib")')
+  cat > build/sglang-python << END
+#!/bin/sh
+export PYTHONPATH=$PWD/build/sglang-site CUDA_HOME=$cuda LD_LIBRARY_PATH=$libraries\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}
+export SGLANG_ENABLE_JIT_DEEPGEMM=0 SGLANG_IS_FLASHINFER_AVAILABLE=false
+exec $(command -v "$python") "\$@"
+END
   chmod +x build/sglang-python
   if within 200 tar -xJf "$archive" -C build/sglang-site; then
     export OMNI_FAST_ENGINE_PYTHON=$PWD/build/sglang-python
+    if ! "$python" -c 'import pydantic' 2> /dev/null; then
+      cp -r build/sglang-site/{pydantic,annotated_types,typing_inspection}* build/pydantic-site
+      export PYTHONPATH=$PYTHONPATH:$PWD/build/pydantic-site
+    fi
   else
     status=1
   fi

@@ -98,6 +98,12 @@ class Reporter:
         return call
 
 
+def message(error: Exception) -> str:
+    """Its kind, how its words begin, and their end: there a compiler or a server's log says why."""
+    words = f"{type(error).__name__}: {error}"
+    return words if len(words) <= 1500 else f"{words[:300]} ... {words[-1200:]}"
+
+
 class Failed(Exception):
     """A contender that ended, or did not answer in time."""
 
@@ -157,4 +163,4 @@ def _run(target: Callable[..., None], connection: Connection, *args: object) -> 
     except Exception as error:  # whatever it is, the other contenders are still worth measuring
         traceback.print_exc()
         with suppress(BrokenPipeError):
-            connection.send(Failed(f"{type(error).__name__}: {error}"[:1500]))
+            connection.send(Failed(message(error)))

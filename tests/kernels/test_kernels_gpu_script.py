@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tarfile
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu.sh"
 
 
-def run(folder: Path, cases: str, parts: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """cases: of a shell's `case` over the arguments. Returns what happened, and the calls of Python."""
+def run(folder: Path, cases: str, parts: str, **settings: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """cases: of a shell's `case` over the arguments. settings: of the environment.
+
+    Returns what happened, and the calls of Python.
+    """
     python, calls = folder / "python", folder / "calls"
     python.write_text(
         f'#!/bin/bash\necho "$*" | tr "\\n" " " >> {calls}\necho >> {calls}\ncase "$*" in\n{cases}\nesac\n'
     )
     python.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(python), "RESULTS": "results", "PARTS": parts, "SGLANG_ARCHIVE": "none"}
+    environment |= settings
     environment.pop("OMNI_FAST_ENGINE_PYTHON", None)
     done = subprocess.run(["bash", SCRIPT], cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
     return done, calls.read_text().splitlines()
@@ -53,3 +58,31 @@ def test_only_what_is_asked_for_runs(tmp_path: Path) -> None:
     done, calls = run(tmp_path, '*get_device_name*) echo "NVIDIA H200";;', "kernels")
     assert done.returncode == 0, done.stdout + done.stderr
     assert not any("-m pytest" in call or "gpu_train" in call for call in calls)
+
+
+def test_servers_see_the_archive_and_the_trainer_the_pydantic_it_lacks(tmp_path: Path) -> None:
+    names = ("sglang", "pydantic", "pydantic_core", "annotated_types", "typing_inspection")
+    for name in names:
+        (tmp_path / "site" / name).mkdir(parents=True)
+    with tarfile.open(tmp_path / "archive.tar.xz", "w:xz") as archive:
+        for name in names:
+            archive.add(tmp_path / "site" / name, name)
+    toolkit, wrapped = tmp_path / "toolkit" / "bin", tmp_path / "bin"
+    for folder in (toolkit, wrapped):
+        folder.mkdir(parents=True)
+    (toolkit / "nvcc").touch(0o755)
+    (wrapped / "nvcc").symlink_to(toolkit / "nvcc")
+    cases = """
+        *get_device_name*) echo "NVIDIA H200";;
+        *nvidia/cu13/lib*) echo /torch/lib;;
+        *"import pydantic"*) exit 1;;
+        *gpu_train*) echo "trainer: $PYTHONPATH"; LD_LIBRARY_PATH=/mine "$OMNI_FAST_ENGINE_PYTHON" -m "a server";;
+        *"a server"*) echo "server: $PYTHONPATH $CUDA_HOME $LD_LIBRARY_PATH";;
+    """
+    path = f"{wrapped}:{os.environ['PATH']}"
+    done, _ = run(tmp_path, cases, "train", SGLANG_ARCHIVE="archive.tar.xz", PATH=path, CUDA_HOME="/nothing/here")
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = dict(line.split(": ", 1) for line in done.stdout.splitlines() if line.startswith(("trainer:", "server:")))
+    own = tmp_path / "build" / "pydantic-site"
+    assert told["trainer"].split(":")[-1] == str(own) and {entry.name for entry in own.iterdir()} == {*names[1:]}
+    assert told["server"] == f"{tmp_path}/build/sglang-site {tmp_path}/toolkit /torch/lib:/mine"
