@@ -36,6 +36,7 @@ mkdir -p "$site" "$(dirname "$archive")"
 cd "$site"
 # With it RMSNorm would be FlashInfer's, which nvcc compiles at the first forward; SGLang's own is compiled already.
 sed -i 's/^    _has_flashinfer = True$/    _has_flashinfer = False/' sgl_kernel/elementwise.py
+grep -q '_has_flashinfer = False$' sgl_kernel/elementwise.py || { echo "sgl_kernel/elementwise.py has no such line" >&2; exit 1; }
 rm -rf bin sglang/multimodal_gen xgrammar/lib/libxgrammar.a flashinfer/data jedi/third_party
 find sgl_kernel -name 'flash_ops*.so' -delete -o -name 'infllm_ops*.so' -delete -o -name 'flashmla_ops*.so' -delete
 rm -rf sgl_kernel/sm100

@@ -40,7 +40,8 @@ class Matrices:
         self.dx = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if self.need_dx else None
         self.dw: Tensor | None = into
         self.low: Tensor | None = None
-        self.dw_dtype = torch.bfloat16 if self.own and weight.dtype == torch.bfloat16 else wide_of(hidden.dtype)
+        rounded = self.own and hidden.dtype == weight.dtype == torch.bfloat16
+        self.dw_dtype = torch.bfloat16 if rounded else wide_of(hidden.dtype)
         self.keeps_dw = self.need_dw and into is None
         self.db: Tensor | None = None
 

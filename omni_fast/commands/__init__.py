@@ -24,7 +24,8 @@ stderr = Console(stderr=True, highlight=False)
 
 def run_folder(given: Path | None, config: str) -> Path:
     """runs/NAME of the config where none is given; a shell leaves the ~ of --run=~/x alone."""
-    return (given or Path("runs") / Path(config).name.removesuffix(".toml")).expanduser()
+    source = Path(config)
+    return (given or Path("runs") / (source.stem if source.is_file() else source.name)).expanduser()
 
 
 def say(*lines: str, to: Console = console) -> None:

@@ -308,7 +308,7 @@ class Policy:
         self._decoder = Decoder(self.model)
         slots = []
         for name, parameter in self.model.named_parameters():
-            master = parameter.data.float()
+            master = parameter.data.float().contiguous()  # as products and gradients have it
             parameter.data = master.to(dtype)  # the same tensor where dtype is fp32
             if parameter.requires_grad:
                 slots.append(Slot(name, parameter, master))

@@ -62,7 +62,7 @@ class PackedLinear:
 
     def read(self, *sources: nn.Module) -> None:
         """The layers' weights as they are now; over those of the last call, never beside them."""
-        weights = [weight_of(source) for source in sources]
+        weights = [weight_of(source).contiguous() for source in sources]
         biases = [bias for source in sources if isinstance(bias := source.bias, Tensor)]
         self.bias = torch.cat(biases).detach() if biases else None
         if products.multiplies(*weights) and weights[0].shape[1] % products.unit(weights[0].dtype) == 0:

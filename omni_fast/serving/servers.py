@@ -108,7 +108,12 @@ def start(
     check: Callable[[], None] = lambda: None,
 ) -> list[Server]:  # fmt: skip
     """As `up`, for given launches of one role, whose names begin with it."""
-    with _locked(folder, timeout_s, say):
+
+    def waiting(line: str) -> None:
+        check()
+        say(line)
+
+    with _locked(folder, timeout_s, waiting):
         known, role = {server.launch.name: server for server in _read(folder)}, wanted[0].name.rpartition("-")[0]
         others = [server for name, server in known.items() if name.rpartition("-")[0] != role]
         running = {launch.name: server for launch in wanted if (server := _same(known.get(launch.name), launch))}
@@ -280,9 +285,8 @@ def _death(server: Server) -> UserError | RunError:
     """What a server that died while starting died of."""
     name, log = server.launch.name, _log(server)
     for pattern, kind, remedy in CAUSES:
-        if found := re.search(f".*({pattern}).*", log):
-            line = found[0].strip()[:LOG_COLUMNS]
-            return kind(f"{name} did not start, {remedy} ({line}); log: {server.log}")
+        for line in filter(re.compile(pattern).search, log.splitlines()):
+            return kind(f"{name} did not start, {remedy} ({line.strip()[:LOG_COLUMNS]}); log: {server.log}")
     how = "died while starting" if "Traceback" in log else "ended while starting, perhaps killed for lack of memory"
     return RunError(f"{name} {how}; {_last_words(server)}")
 

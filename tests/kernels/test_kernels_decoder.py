@@ -247,6 +247,7 @@ def test_products_of_several_weights_are_one(dtype: torch.dtype, widths: tuple[i
 
 
 @needs_bf16
+@needs_fp32
 def test_products_that_do_not_fit_are_refused() -> None:
     weight = leaf(6, 7, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="even"):

@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from omni_fast.policy import layer
 from omni_fast.policy.pack import Share, Trajectory
 from omni_fast.policy.update import Policy
+from omni_fast.rollout.engine import Prompt, Sampling
+from omni_fast.rollout.local import LocalEngine
 from omni_kernels import LossSpec, backends
 from omni_kernels.backends import cpu
 
@@ -93,6 +95,16 @@ def test_a_bias_or_another_head_size_stays_with_transformers() -> None:
     assert not layer._fits(model.model.layers[0], hidden.double())
     model.model.layers[0].self_attn.q_proj = torch.nn.Linear(64, 128)
     assert not layer._fits(model.model.layers[0], hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_that_lie_by_columns(dtype: torch.dtype) -> None:
+    model, turned = make_model(), make_model()
+    for weight in (turned.model.layers[0].mlp.down_proj.weight, turned.model.embed_tokens.weight):
+        weight.data = weight.data.t().contiguous().t()
+    asked = ([Prompt([1, 2, 3], 0)], 2, Sampling(4, 1.0, (), 0))
+    assert LocalEngine(turned).generate(*asked) == LocalEngine(model).generate(*asked)
+    assert distance(gradients(turned, dtype), gradients(model, dtype)) == 0
 
 
 def test_checkpointing_gives_the_same() -> None:
