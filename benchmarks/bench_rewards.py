@@ -43,29 +43,26 @@ def main() -> None:
             boxes[name] = Sandbox(backends=(name,)).start()
         except UserError as error:
             print(f"without {name}: {error}")
-    exact = MathVerifier()
-    pool = MathVerifier()
-    pool.score(["\\boxed{x}"] * 2, ["y", "z"])  # starts the workers
     numbers = [f"we add and get #### {n}" for n in range(20_000)]
     golds = [str(n if n % 3 else n + 1) for n in range(20_000)]
 
     job = Job(SOURCE, "total", [case.args for case in TESTS.cases])
 
-    for turn in range(options.rounds):
-        for name, box in boxes.items():
-            verifier = CodeVerifier(box)
-            sources = [f"{SOURCE}# {turn}.{number}\n" for number in range(400)]  # equal ones would run once
-            figures.rate(f"{name} jobs/s", 400, verifier.score, sources, [TESTS] * 400)
-            alone = scoreboard.median_seconds(partial(box.run, [job]), 200)
-            figures.note(f"{name} median ms", 1e3 * alone)
-        figures.rate("bare process jobs/s", 40, bare_processes, 40)
-        figures.rate("exact checks/s", 20_000, exact.score, numbers, golds)
-        for kind, answers, golds_of_kind in ordinary_formulas(turn):
-            figures.rate(f"pool checks/s, {kind}", 300, pool.score, answers, golds_of_kind)
+    with MathVerifier() as exact, MathVerifier() as pool:
+        pool.score(["\\boxed{x}"] * 2, ["y", "z"])  # starts the workers
+        for turn in range(options.rounds):
+            for name, box in boxes.items():
+                verifier = CodeVerifier(box)
+                sources = [f"{SOURCE}# {turn}.{number}\n" for number in range(400)]  # equal ones would run once
+                figures.rate(f"{name} jobs/s", 400, verifier.score, sources, [TESTS] * 400)
+                alone = scoreboard.median_seconds(partial(box.run, [job]), 200)
+                figures.note(f"{name} median ms", 1e3 * alone)
+            figures.rate("bare process jobs/s", 40, bare_processes, 40)
+            figures.rate("exact checks/s", 20_000, exact.score, numbers, golds)
+            for kind, answers, golds_of_kind in ordinary_formulas(turn):
+                figures.rate(f"pool checks/s, {kind}", 300, pool.score, answers, golds_of_kind)
     for box in boxes.values():
         box.close()
-    exact.close()
-    pool.close()
 
     figures.show({name: f"target {target:,}" for name, target in TARGETS.items()})
     figures.save(options.output)
