@@ -10,7 +10,7 @@ Where the gold answer is a number, the answer has to be one number, worked out: 
 question said again, and `41=42`, two guesses.
 What the sample causes (no answer, too long, too complex, time limit) scores 0; a lost worker is invalid.
 Units are compared by name where both sides have a known one: 42 km is neither 42 cm nor, without conversion, 42,000 m.
-Limits: a `$` and a degree sign mean nothing, and a percentage equals its number with and without the sign.
+Limits: a `$` alone and a degree sign mean nothing, and a percentage equals its number with and without the sign.
 """
 
 from __future__ import annotations
@@ -51,21 +51,36 @@ _POWER = r"\s*(?:\^|\*\*)[\s{(+-]*"
 _COSTLY = re.compile(
     rf"!|[0-9][)}}]*{_POWER}[0-9]+\}}?{_POWER}|(?:\^\s*\{{[^{{}}^]{{0,20}}){{2}}\^|{_POWER}[0-9]{{5,}}|\){_POWER}[0-9]{{3,}}"
 )
-_RELATION = re.compile(r":?=|\\(?:to|rightarrow|Rightarrow|implies|equiv)(?![a-z])|[→⇒≡]")
-# a side of an equation that is not the answer itself: a variable or f(3), or the sum that was asked
+# not within brackets: "P(X=2)"
+_RELATION = re.compile(r"(?::?=|\\(?:to|rightarrow|Rightarrow|implies|equiv)(?![a-z])|[→⇒≡])(?![^()]*\))")
+_MODULUS = re.compile(r"\\pmod\s*(?:[0-9]|\{[0-9]+\})")
+# what a number may be set equal to: a variable or f(3), or the sum that was asked
 _SIDE = re.compile(
-    r"[A-Za-z](?:_?\{?[0-9A-Za-z]\}?)?(?:\([^()=,]*\))?|(?:[-+*/^(){}.0-9×÷]|\\times|\\cdot|\\div|\\frac)+"
+    r"[A-Za-z](?:_\{[0-9A-Za-z]{1,3}\}|_?\{?[0-9A-Za-z]\}?)?(?:\([^()=]*\))?"
+    r"|(?:[-+*/^(){}.0-9×÷]|\\times|\\cdot|\\div|\\frac)+"
 )
-# what may stand beside a number: a text without another one, a power of ten, degrees, "base ten"
-_UNIT = re.compile(
-    r"\\(?:text|mathrm|textbf|operatorname)\{[^{}0-9]*[23]?\}(?:\^\{?-?[0-9]\}?)?|\^\{?\\circ\}?|_\{?10\}?(?![0-9])"
-    r"|(?:^-?|\\times|\\cdot|×|\*)10\^\{?[-+]?[0-9]+\}?"
+# what may stand beside a number: a text without another one, degrees, "base ten"; and a power of ten
+_TEXT = (
+    r"\\(?:text|mathrm|textbf|operatorname)\{(?!(?:or|and)\})"
+    r"(?:[^{}0-9^]|\^\{?-?[0-9]\}?|(?:(?<=m)|(?<=ft))[23]|(?:(?<=mod)|(?<=outof))[0-9]+)*\}(?:\^\{?-?[0-9]\}?)?"
 )
+_UNIT = re.compile(rf"{_TEXT}|\^\{{?\\circ\}}?|_\{{?10\}}?(?![0-9])")
+_BESIDE = re.compile(rf"{_UNIT.pattern}|(?:^-?|\\times|\\cdot|×|\*)10\^\{{?[-+]?[0-9]+\}}?")
 _BASE = re.compile(r"[0-9]_\{?([0-9]+)\}?$")
 _OPERATION = re.compile(r"[0-9)}%](?:[-+*/^×÷]|\\times|\\cdot|\\div|\\pm|\\bmod|\\mod)[-+(.{\\0-9]")
-_FUNCTION = re.compile(r"\\(?:sqrt|log|ln|exp|sin|cos|tan|gcd|lcm|max|min|lfloor|lceil|pi)(?![a-z])|\|")
-_FORMULA_OF_ONE = re.compile(rf"(?:[-+*/^(){{}}0-9.×÷u ]|\\(?:frac|cdot|times|div)(?![a-z])|{_FUNCTION.pattern})+")
-_FRACTION = re.compile(r"\\frac(?:\{[^{}]*\}|[0-9]){2}")
+_FUNCTIONS = r"\\(?:sqrt|log|ln|exp|sin|cos|tan|gcd|lcm|max|min|[lr]floor|[lr]ceil|pi)"
+_FUNCTION = re.compile(rf"{_FUNCTIONS}(?![a-z])|\|")
+_FORMULA_OF_ONE = re.compile(
+    rf"(?:[-+*/^(){{}}0-9.×÷u ]|\\sqrt\[[0-9]\]|(?:\\(?:frac|cdot|times|div)|{_FUNCTIONS})(?![a-z]))+"
+)
+_FRACTION = r"\\frac(?:\{[^{}]*\}|[0-9]){2}"
+# numbers that only name or count: an index, an exponent, an argument; a number by itself; a formula around numbers
+_NAMING = re.compile(r"(?:[_^]|\\angle)(?:\{[^{}]*\}|\\[a-z]+|[0-9A-Za-z])|(?<=[A-Za-z}'])\([^()]*\)")
+_ALONE = re.compile(rf"[-+({{]*(?:{_NUMBER})[)}}]*[A-Za-z]*")
+_EXPRESSION = re.compile(
+    r"(?:(?!or|and)[A-Za-z]|[-+*/^(){}\[\]0-9.×÷!|%']|,(?=[0-9]{3})|(?<=[-+*/(])\$|\\%"
+    rf"|\\(?:frac|binom|cdot|times|div)|{_FUNCTIONS} ?)+"
+)
 _PIECE = re.compile(r"[0-9\\]|\b[A-Zb-z]\b")
 _UNFINISHED = re.compile(r"\\(?:i?int|oint|sum|prod|lim|[dt]?binom)(?![a-z])")
 
@@ -88,11 +103,18 @@ _WRAP = re.compile(r"\\(?:text|mathrm|textbf|operatorname|rm|left|right)(?![a-z]
 # up to the first letter of an answer that belongs to no command of LaTeX's but a wrapper
 _VALUE = re.compile(r"(?:[^A-Za-z\\]|\\(?!(?:text|mathrm|textbf|operatorname|rm)(?![a-z]))(?:[A-Za-z]++|.))*+")
 _SQUARED = re.compile(r"\b(?:(?:sq|square|(cubic))\s+([A-Za-z]+)|([A-Za-z]+)\s+(?:squared|(cubed)))\b")
-_PER = re.compile(r"\\[dt]?frac" + 2 * r"\{((?=[A-Za-z\\])(?:[A-Za-z\\ ^23]|\{[A-Za-z23 ]*\})+)\}")
+# of letters over letters, which are variables, only m/s
+_PER = re.compile(
+    r"\\[dt]?frac(?!(?!\{m\}\{s)\{[A-Za-z]\}\{[A-Za-z])"
+    + 2 * r"\{((?=[A-Za-z\\])(?:[A-Za-z\\ ^23]|\{[A-Za-z23 ]*\})+)\}"
+)
 _SENTENCE = re.compile(r"[.,;:!?\n]")
 _IN = re.compile(r"\s*in\s+(?!per\b)(?=[A-Za-z])")  # "42 (in meters)"
-# one letter right behind its number, to a power, or before another one: "-16t^2", "2C", "3 s^2", "6 s t", but "42 m^2"
-_VARIABLE = re.compile(r"(?<=[0-9)}])[A-Za-z](?![A-Za-z/])|(?!m)[A-Za-z]\s*\^|[A-Za-z]\s+[A-Za-z](?![A-Za-z])")
+# one letter right behind its number, to a power, or before another one: "-16t^2", "2C", "3 s^2", "6 s t"; but "42 m^2" and
+# "12 N m" have units
+_VARIABLE = re.compile(
+    r"(?<=[0-9)}])[A-Za-z](?![A-Za-z/])|(?!m)[A-Za-z]\s*\^|(?![NJW]\s+[msh](?![A-Za-z]))[A-Za-z]\s+[A-Za-z](?![A-Za-z])"
+)
 _MARKS = ("\\boxed", "\\fbox", "####", "<answer>")
 
 
@@ -149,14 +171,15 @@ def unit(answer: str) -> tuple[str, str]:
     text = _WRAP.sub(" ", unicodedata.normalize("NFKC", side[match.end() :]).replace("^", "").replace("}", ""))
     text = _IN.sub("", text, count=1) if _IN.match(text) else text
     text = _SQUARED.sub(lambda found: (found[2] or found[3]) + ("3" if found[1] or found[4] else "2"), text)
-    names: list[str] = []
+    names = ["dollar"] if side.lstrip().startswith("\\$") else []
     for word, power in re.findall(r"([A-Za-z]+|\S)([23]?)", text if match[0].strip() else ""):
         forms = (word, word.removesuffix("s"), word.lower(), word.lower().removesuffix("s"))
         name = next((UNITS[form] for form in forms if form in UNITS), None)
         if name is None:
             last = names[-1:] in (["in"], ["/"])  # "42 m in total"
             return answer, "".join(names[:-1] if last else names) if word.isalpha() else ""
-        names.append(name + power)
+        if names[-1:] != [name + power]:  # "\\$5 dollars"
+            names.append(name + power)
     return left + equals + match[0], "".join(names)
 
 
@@ -226,29 +249,58 @@ def one_number(gold: str, answer: str) -> str:
     unfinished: what was asked, left to be worked out: a sum, a product, a power, a quotient of integers for an integer;
     for a gold answer without decimals also a root or another function. Units, powers of ten and mixed numbers may stand.
     """
-    wanted, given = number(_UNIT.sub("", last_side(gold) or "").rstrip("\\%")), number(answer)
+    wanted, given = gold_number(gold), number(answer)
     if wanted is None:
         return ""
     if given is not None:
         whole = wanted[0].denominator == 1 and "%" not in gold
         return "unfinished" if whole and re.search(r"/(?!1$)|frac(?!.*\{1\}$)", answer) else ""
-    body = _UNIT.sub("u", answer)
+    body = _BESIDE.sub("u", answer)
     if _FUNCTION.search(body) and (not wanted[1] or _FORMULA_OF_ONE.fullmatch(body)):
         return "" if wanted[1] else "unfinished"
     if _OPERATION.search(body):
         return "unfinished"
-    return "several" if len(re.findall(_NUMBER, _FRACTION.sub("", body))) > 1 else ""
+    body = re.sub(_FRACTION, " 1 ", re.sub(rf"(?<=[0-9]){_FRACTION}", "", body))
+    return "several" if len(re.findall(_NUMBER, body)) > 1 else ""
+
+
+def gold_number(gold: str) -> tuple[Fraction, bool] | None:
+    """The number that a normalised gold answer is, with its unit or behind `x=`; None when it is none."""
+    *others, last = gold.split("=")
+    if not all(map(_SIDE.fullmatch, others)):
+        return None
+    return number(_BESIDE.sub("", last).rstrip("\\%"))
 
 
 def last_side(answer: str) -> str | None:
-    """The number that an equation like `x=42` or `17+25=42` gives; None when it gives two, `answer` when none is seen."""
-    sides = _RELATION.split(answer)
-    numbers = [side for side in sides if number(side)]
-    if len(sides) == 1 or not all(number(side) or _SIDE.fullmatch(side) for side in sides):
-        return answer
-    if len({number(side) for side in numbers}) > 1:
-        return None
-    return numbers[-1] if numbers else sides[-1]
+    r"""The side of an equation like `x = 42`, `42 = 6 \cdot 7` or `A = s^2 = 42` that is the answer: the last number if
+    only a name or a sum follows it, else the last side. None when a side before it is, or may hold, another answer.
+    """
+    sides = _RELATION.split(_MODULUS.sub("", answer))
+    texts = [bare(side) for side in sides]
+    place = max((place for place, side in enumerate(texts) if number(_plain(side))), default=-1)
+    if not all(map(_SIDE.fullmatch, texts[place + 1 :])):
+        place = -1
+    *others, last = texts[: place + 1 or None]
+    return None if any(_second_answer(side, last) for side in others) else sides[place]
+
+
+def _plain(side: str) -> str:
+    """A normalised answer without its unit, a percentage as a number."""
+    return re.sub(r"\\?%$", "e-2", _UNIT.sub("", side))
+
+
+def _second_answer(side: str, last: str) -> bool:
+    """Whether a side of an equation says another answer than the last one: a number, or one beside something else than
+    arithmetic ("12 or x"). Indices, exponents and arguments are no answers.
+    """
+    plain = _plain(side)
+    if number(plain):
+        return not compare_fast(_plain(last), plain)
+    rest = _UNIT.sub("", _NAMING.sub("", side))
+    if not re.search("[0-9]", rest):
+        return False
+    return _ALONE.fullmatch(plain) is not None or not _EXPRESSION.fullmatch(rest)
 
 
 def too_complex(answer: str, gold: str = "") -> bool:
@@ -307,11 +359,11 @@ def _decide(completion: str, gold: str) -> str | tuple[str, str]:
         return "ok" if wanted else "wrong"
     if "$" in given and sum(_PIECE.search(piece) is not None for piece in re.split(r"(?<!\\)\$", answer)) > 1:
         return "several"  # math-verify would take the last formula
-    if number(wanted) and not number(given):
-        side = last_side(given)
+    if gold_number(wanted) and not number(given):
+        side = last_side(answer)
         if side is None:
             return "several"
-        given = side
+        answer, given = side, bare(side)
     equal = compare_fast(wanted, given)
     if equal is None and len(gold) > MAX_CHARS:
         return "too_long"
