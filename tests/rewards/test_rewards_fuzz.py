@@ -20,7 +20,7 @@ from omni_fast.config import RewardConfig, TaskConfig
 from omni_fast.rewards.code import extract_code
 from omni_fast.rewards.compose import group_advantages
 from omni_fast.rewards.judge.base import Judge, Reply
-from omni_fast.rewards.judge.client import Failure
+from omni_fast.rewards.judge.client import Failure, Keep
 from omni_fast.rewards.judge.embedded import EmbeddedJudge, fit_head
 from omni_fast.rewards.judge.pairwise import Question, Verdict
 from omni_fast.rewards.judge.rubric import RubricJudge
@@ -65,7 +65,7 @@ class Agreeable:
 
     name = "agreeable"
 
-    def ask(self, questions: Sequence[Question]) -> list[Verdict | Failure]:
+    def ask(self, questions: Sequence[Question], keep: Keep) -> list[Verdict | Failure]:
         assert all(message["content"].encode() for question in questions for message in question.messages("salt"))
         return ["A" if place % 2 == 0 else "B" for place in range(len(questions))]
 

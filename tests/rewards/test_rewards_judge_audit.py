@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from omni_fast.rewards.judge.audit import Audit, audit, shipped_pairs
 from omni_fast.rewards.judge.base import Reply
-from omni_fast.rewards.judge.client import Failure
+from omni_fast.rewards.judge.client import Failure, Keep
 from omni_fast.rewards.judge.pairwise import Question, Verdict
 from omni_fast.rewards.judge.rubric import RubricJudge
 from omni_fast.rewards.judge.server import PairwiseJudge
@@ -22,7 +22,7 @@ class Fixed:
     def __init__(self, rule) -> None:
         self.rule = rule
 
-    def ask(self, questions: Sequence[Question]) -> list[Verdict | Failure]:
+    def ask(self, questions: Sequence[Question], keep: Keep) -> list[Verdict | Failure]:
         return [self.rule(question) for question in questions]
 
 

@@ -7,6 +7,8 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import pytest
 from hypothesis import given, settings
@@ -135,8 +137,11 @@ def test_dies_in_the_middle_of_a_batch_and_comes_back():
     assert any("waiting for it" in line for line in said) and any("answers again" in line for line in said)
 
 
-@pytest.mark.parametrize("value", ["1", "soon"])
-def test_retry_after_is_honoured(value):
+NONSENSE = {"words": "soon", "far": "Mon, 23 Nov 9999999999999 14:30:00 GMT", "past": "Mon, 23 Nov 1998 14:30:00 GMT"}
+
+
+@pytest.mark.parametrize("form", ["number", "date", *NONSENSE])
+def test_retry_after_is_honoured(form):
     first: list[float] = []
     again: list[float] = []
 
@@ -144,14 +149,54 @@ def test_retry_after_is_honoured(value):
         (again if first else first).append(time.monotonic())
         if len(first) + len(again) > 1:
             handler.honest(body)
-        else:
-            handler.reply(429, b"", {"Retry-After": value})
+            return
+        date = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
+        handler.reply(429, b"", {"Retry-After": ({"number": "1", "date": date} | NONSENSE)[form]})
 
     with serving(behave) as server:
         limits = ClientLimits(concurrency=1, backoff_s=0.01)
         parts = judge_of(server.url, limits).judge(replies(2))
     assert [part.value for part in parts] == expected(2)
-    assert (min(again) - first[0] >= 0.9) == (value == "1")
+    assert (min(again) - first[0] >= 0.9) == (form not in NONSENSE)
+
+
+def test_a_success_in_flight_does_not_forget_a_retry_after():
+    times: list[float] = []
+
+    def behave(handler, body, number):
+        times.append(time.monotonic())
+        if number < 3:
+            handler.reply(429, b"", {"Retry-After": "1"})
+        else:
+            time.sleep(0.3 * (number == 3))
+            handler.honest(body)
+
+    with serving(behave) as server:
+        limits = ClientLimits(concurrency=3, backoff_s=0.01, breaker_failures=2, pause_s=10.0)
+        parts = judge_of(server.url, limits).judge(replies(4))
+    assert [part.value for part in parts] == expected(4)
+    assert times[3] - times[0] >= 0.9
+
+
+def test_late_failures_do_not_put_the_probe_off():
+    """The answers to a batch fail one by one; the first probe goes out in the midst of them."""
+    asked: list[float] = []
+    failed: list[float] = []
+
+    def behave(handler, body, number):
+        asked.append(time.monotonic())
+        if number > 12:
+            handler.honest(body)
+            return
+        time.sleep(0.1 * number)
+        failed.append(time.monotonic())
+        handler.reply(500, b"")
+
+    with serving(behave) as server:
+        limits = ClientLimits(attempts=12, backoff_s=0.01, backoff_max_s=0.2, breaker_failures=1, pause_s=10.0)
+        parts = judge_of(server.url, limits).judge(replies(6))
+    assert [part.value for part in parts] == expected(6)
+    assert asked[12] < failed[-1]
 
 
 def test_a_server_without_json_schema_is_asked_for_free_text():
@@ -199,6 +244,28 @@ def test_cache_saves_requests_and_is_shared(tmp_path):
         assert server.count == 12
 
 
+def test_verdicts_given_before_an_interrupt_are_kept(tmp_path):
+    go_on = threading.Event()
+
+    def behave(handler, body, number):
+        if number > 10:
+            go_on.wait(30)
+        handler.honest(body)
+
+    with serving(behave) as server, ThreadPoolExecutor(1) as thread:
+        judge = judge_of(server.url, ClientLimits(concurrency=4), VerdictCache(tmp_path / "v.sqlite"))
+        job = thread.submit(judge.judge, replies(8))
+        while server.count < 14:
+            time.sleep(0.01)
+        judge.backend.client.close()
+        with pytest.raises(asyncio.CancelledError):
+            job.result(timeout=10)
+        go_on.set()
+        again = judge_of(server.url, cache=VerdictCache(tmp_path / "v.sqlite"))
+        assert [part.value for part in again.judge(replies(8))] == expected(8)
+        assert server.count == 14 + 16 - 10
+
+
 def test_failures_are_never_cached(tmp_path):
     cache = VerdictCache(tmp_path / "v.sqlite")
     limits = ClientLimits(timeout_s=0.3, backoff_s=0.01, pause_s=0.2)
@@ -211,14 +278,22 @@ def test_failures_are_never_cached(tmp_path):
 
 def test_damaged_and_unwritable_caches_do_not_stop_the_run(tmp_path):
     said: list[str] = []
-    damaged = tmp_path / "v.sqlite"
-    damaged.write_bytes(b"this is not a database, " * 500)
-    for path in (damaged, damaged / "x" / "v.sqlite"):
+    path, aside = tmp_path / "v.sqlite", tmp_path / "v.sqlite.damaged"
+    whole = VerdictCache(path)
+    whole.put({f"key {k}": "A" for k in range(1000)})
+    whole.close()
+    page = bytearray(path.read_bytes())
+    page[8192:12288] = bytes(4096)
+    for damage in (b"this is not a database, " * 500, bytes(page)):
+        path.write_bytes(damage)
         cache = VerdictCache(path, said.append)
+        assert "damaged" in said.pop() and not said and aside.read_bytes() == damage
         cache.put({"k": "A"})
-        assert cache.get(["k"]) == {} and "cannot be used" in said[-1] and "deleted" in said[-1]
         cache.close()
-    assert len(said) == 2
+        assert cache.get(["k"]) == {} and VerdictCache(path, said.append).get(["k"]) == {"k": "A"} and not said
+    lost = VerdictCache(aside / "x" / "v.sqlite", said.append)
+    lost.put({"k": "A"})
+    assert lost.get(["k"]) == {} and len(said) == 1 and "cannot be used" in said[0]
 
 
 def test_marks_cannot_be_forged_and_depend_on_the_salt():

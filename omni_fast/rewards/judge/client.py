@@ -1,6 +1,6 @@
 """Many JSON requests to one HTTP server that may be slow, down, or lying, without losing one of them.
 
-Each request has a time limit over everything, some attempts with growing, jittered pauses, and honours Retry-After (seconds).
+Each request has a time limit over everything, some attempts with growing, jittered pauses, and honours Retry-After.
 After `breaker_failures` failures in a row the circuit opens: everything waits, single probes go out, a line says so,
 and work goes on where it was when the server is back. After `pause_s` without an answer the rest fails with a reason;
 the next call tries again. No failure is ever a verdict, and nothing here raises for what a server does.
@@ -13,11 +13,12 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 
 import httpx
 
@@ -27,6 +28,7 @@ from omni_fast.rewards.judge.pairwise import Json, Verdict
 MAX_BODY = 1 << 20
 
 Read = Callable[[Json], Verdict]  # of an answered JSON; ValueError when it is none
+Keep = Callable[[int, Verdict], None]  # place of the payload, its verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +78,16 @@ class JsonClient:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._failures = 0  # in a row
         self._down_since: float | None = None
-        self._hold_until = 0.0  # nothing goes out before
+        self._hold_until = 0.0  # as the server asked: nothing goes out before
+        self._probe_at = 0.0  # of an open circuit: one request goes out then
         self._probe_gap_s = min(self.limits.backoff_max_s, self.limits.pause_s / 8)
         self._calls: dict[asyncio.Task[object], asyncio.AbstractEventLoop] = {}
         self._jitter = random.Random(0)
 
-    def ask(self, path: str, payloads: Iterable[Json], read: Read) -> list[Verdict | Failure]:
-        """A verdict or a failure for every payload, in order."""
+    def ask(self, path: str, payloads: Iterable[Json], read: Read, keep: Keep) -> list[Verdict | Failure]:
+        """A verdict or a failure for every payload, in order; keep: called with each verdict as it comes."""
         asked = list(payloads)
-        return asyncio.run(self._ask(path, asked, read)) if asked else []
+        return asyncio.run(self._ask(path, asked, read, keep)) if asked else []
 
     def close(self) -> None:
         """End the calls that are under way in other threads; each raises CancelledError there."""
@@ -96,7 +99,7 @@ class JsonClient:
     def _broken(self) -> bool:
         return self._failures >= self.limits.breaker_failures
 
-    async def _ask(self, path: str, payloads: Sequence[Json], read: Read) -> list[Verdict | Failure]:
+    async def _ask(self, path: str, payloads: Sequence[Json], read: Read, keep: Keep) -> list[Verdict | Failure]:
         task = asyncio.current_task()
         assert task is not None
         self._calls[task] = asyncio.get_running_loop()
@@ -105,11 +108,14 @@ class JsonClient:
         slots = asyncio.Semaphore(self.limits.concurrency)
         async with httpx.AsyncClient(headers=self._headers, timeout=None) as http:
 
-            async def one(payload: Json) -> Verdict | Failure:
+            async def one(index: int, payload: Json) -> Verdict | Failure:
                 async with slots:
-                    return await self._with_retries(http, path, payload, read)
+                    answer = await self._with_retries(http, path, payload, read)
+                if not isinstance(answer, Failure):
+                    keep(index, answer)
+                return answer
 
-            return await asyncio.gather(*map(one, payloads))
+            return await asyncio.gather(*map(one, range(len(payloads)), payloads))
 
     async def _with_retries(self, http: httpx.AsyncClient, path: str, payload: Json, read: Read) -> Verdict | Failure:
         limits, attempt = self.limits, 0
@@ -134,22 +140,20 @@ class JsonClient:
             now = time.monotonic()
             if self._broken and self._down_since is not None and now - self._down_since > self.limits.pause_s:
                 return False
-            if now >= self._hold_until:
-                self._hold_until = now + self._probe_gap_s * self._broken
+            if now >= self._hold_until and (not self._broken or now >= self._probe_at):
+                self._probe_at = now + self._probe_gap_s
                 return True
             await asyncio.sleep(min(0.1, self.limits.backoff_s))
 
     def _succeeded(self) -> None:
         if self._broken and self._down_since is not None:
             self.say(f"the judge at {self.url} answers again after {time.monotonic() - self._down_since:.0f} s")
-            self._hold_until = 0.0
         self._failures, self._down_since = 0, None
 
     def _failed(self, failure: Failure) -> None:
         now = time.monotonic()
         self._failures += failure.outage
-        wait = max(self._probe_gap_s * self._broken, min(failure.retry_after_s, self.limits.pause_s))
-        self._hold_until = max(self._hold_until, now + wait)
+        self._hold_until = max(self._hold_until, now + min(failure.retry_after_s, self.limits.pause_s))
         self._down_since = self._down_since or (now if failure.outage else None)
         if failure.outage and self._failures == self.limits.breaker_failures:
             self.say(
@@ -188,6 +192,15 @@ def _refusal(response: httpx.Response) -> Failure:
     """429 and 5xx pass; any other status will be the same next time. 400-like ones may be one request's own fault."""
     status = response.status_code
     again = status in (408, 409, 425, 429) or status >= 500
-    wait = response.headers.get("retry-after", "").strip()
-    seconds = float(wait) if again and re.fullmatch(r"[0-9]{1,7}", wait) else 0.0
-    return Failure(f"http_{status}", again, again or status in (401, 403, 404), seconds)
+    wait = _retry_after(response.headers.get("retry-after", "").strip()) if again else 0.0
+    return Failure(f"http_{status}", again, again or status in (401, 403, 404), wait)
+
+
+def _retry_after(text: str) -> float:
+    """Seconds, of a header that gives seconds or a date; 0 for one in the past and for nonsense."""
+    if text.isdecimal() and len(text) < 8:
+        return float(text)
+    with suppress(ValueError, OverflowError):
+        when = parsedate_to_datetime(text)
+        return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    return 0.0

@@ -13,7 +13,7 @@ from typing import Protocol
 from omni_fast.errors import UserError
 from omni_fast.rewards.judge.base import Reply, gated
 from omni_fast.rewards.judge.cache import VerdictCache
-from omni_fast.rewards.judge.client import Failure, JsonClient, Unclear
+from omni_fast.rewards.judge.client import Failure, JsonClient, Keep, Unclear
 from omni_fast.rewards.judge.pairwise import SCHEMA, Json, Question, Verdict, combine, label_verdict, parse_verdict
 from omni_fast.rewards.score import Part
 
@@ -29,8 +29,8 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def ask(self, questions: Sequence[Question]) -> list[Verdict | Failure]:
-        """One answer per question, in order. Never raises."""
+    def ask(self, questions: Sequence[Question], keep: Keep) -> list[Verdict | Failure]:
+        """One answer per question, in order; `keep` is called with each verdict as it comes. Never raises."""
         ...
 
 
@@ -50,12 +50,12 @@ class OpenAIBackend:
     def name(self) -> str:
         return f"openai {self.model} at {self.client.url}"
 
-    def ask(self, questions: Sequence[Question]) -> list[Verdict | Failure]:
-        answers = self.client.ask("/chat/completions", map(self._payload, questions), _read_chat)
+    def ask(self, questions: Sequence[Question], keep: Keep) -> list[Verdict | Failure]:
+        answers = self.client.ask("/chat/completions", map(self._payload, questions), _read_chat, keep)
         refused = [isinstance(a, Failure) and a.reason in ("http_400", "http_422") for a in answers]
         if self.structured and refused and all(refused):
             self.structured = False
-            return self.ask(questions)
+            return self.ask(questions, keep)
         return answers
 
     def _payload(self, question: Question) -> Json:
@@ -89,8 +89,8 @@ class ScoreBackend:
     def name(self) -> str:
         return f"score {self.model} at {self.client.url}"
 
-    def ask(self, questions: Sequence[Question]) -> list[Verdict | Failure]:
-        return self.client.ask("/score", map(self._payload, questions), _read_scores)
+    def ask(self, questions: Sequence[Question], keep: Keep) -> list[Verdict | Failure]:
+        return self.client.ask("/score", map(self._payload, questions), _read_scores, keep)
 
     def _payload(self, question: Question) -> Json:
         return {
@@ -107,7 +107,7 @@ def check(backend: Backend) -> None:
     """Ask one question before anything depends on the server. Raises UserError saying what is wrong and where to look."""
     text = "A cat sat by the river and watched the moon."
     question = Question("Write one sentence about a cat.", text, "the the cat cat and")
-    answer = backend.ask([question])[0]
+    answer = backend.ask([question], lambda index, verdict: None)[0]
     if isinstance(answer, Failure):
         hint = _HINTS.get(answer.reason, "look into the server's log, or correct judge.url and judge.model")
         raise UserError(f"the judge ({backend.name}) does not give a verdict: {answer.reason}; {hint}")
@@ -165,10 +165,13 @@ class PairwiseJudge:
         keys = [question.key(self.backend.name) for question in questions]
         known: dict[str, Verdict | Failure] = {**self.cache.get(keys)} if self.cache is not None else {}
         open_ = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
-        given = dict(zip(open_, self.backend.ask(list(open_.values())), strict=True))
-        if self.cache is not None:
-            self.cache.put({key: answer for key, answer in given.items() if not isinstance(answer, Failure)})
-        known |= given
+        names = list(open_)
+
+        def keep(index: int, verdict: Verdict) -> None:
+            if self.cache is not None:
+                self.cache.put({names[index]: verdict})
+
+        known |= dict(zip(names, self.backend.ask(list(open_.values()), keep), strict=True))
         return [(known[keys[place]], known[keys[place + 1]]) for place in range(0, len(keys), 2)]
 
 
