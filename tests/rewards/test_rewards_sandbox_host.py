@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni_fast.errors import UserError
-from omni_fast.rewards.sandbox import OUTCOMES, Job, Limits, Sandbox, cgroup, seccomp
+from omni_fast.rewards import sandbox
+from omni_fast.rewards.sandbox import OUTCOMES, PLAIN, Call, Job, Limits, Sandbox, cgroup, probe, seccomp
+from omni_fast.rewards.sandbox.attacks import ATTACKS
 from omni_fast.rewards.sandbox.process import Exit, Jail, JailError, outcomes
 
 LIMITS = Limits(wall_s=0.3, cpu_s=1)
@@ -89,6 +91,37 @@ def test_the_host_survives_a_lying_jail(name, monkeypatch):
 def test_without_a_backend_it_refuses_and_says_what_to_do():
     with pytest.raises(UserError, match=r"bubblewrap.*--unsafe"):
         Sandbox(backends=()).start()
+
+
+class Answers(Jail):
+    """Runs nothing; answers every attack alike."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+    def run(self, job: Job) -> list[Call]:
+        return [Call("ok", [42]) if job is PLAIN else self.call]
+
+
+def test_the_probe_takes_nothing_but_a_refusal_for_one():
+    assert set(sandbox.PROBES) <= {attack.name for attack in ATTACKS}
+    probe(Answers(Call("ok", "denied")), isolated=True)
+    probe(Answers(Call("error", detail="NotImplementedError")), isolated=True)
+    for call in (Call("ok", "done"), *(Call(outcome) for outcome in OUTCOMES if outcome not in ("ok", "error"))):
+        with pytest.raises(JailError, match=f"not stopped.*{call.outcome}"):
+            probe(Answers(call), isolated=True)
+
+
+def test_a_jail_without_isolation_fails_the_probe(monkeypatch):
+    monkeypatch.setattr(sandbox, "PROBES", ("read the host's files",))  # another one leaves a file behind
+    jail = Jail(Limits(), isolate=False)
+    jail.start()
+    try:
+        probe(jail, isolated=False)
+        with pytest.raises(JailError, match="read the host's files"):
+            probe(jail, isolated=True)
+    finally:
+        jail.stop()
 
 
 def test_run_before_start_is_a_mistake_of_the_caller():
