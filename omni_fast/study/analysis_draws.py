@@ -120,12 +120,12 @@ class Draws:
 
 
 def joint_draws(arms: Mapping[str, Runs], tasks: Sequence[str], *, draws: int = DRAWS) -> Draws | None:
-    """Scores and draws of all arms (one or more) on the seeds that they have in common; None when there is no such seed.
+    """Scores and draws of all arms on the seeds that they have in common; None when there is no such seed.
 
     An item without a score in any of the arms and seeds leaves them all; a task that keeps no item is NaN. Items of a
     task have to be the same, in the same order, in every arm and seed.
     """
-    seeds = tuple(sorted(set.intersection(*(set(runs) for runs in arms.values()))))
+    seeds = tuple(sorted(set.intersection(*(set(runs) for runs in arms.values())))) if arms else ()
     if not seeds:
         return None
     rng, count = np.random.default_rng(0), len(seeds)

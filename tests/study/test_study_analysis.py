@@ -89,6 +89,7 @@ def test_failed_items_leave_all_arms_and_a_failed_task_is_not_known():
     assert math.isnan(broken.gain("1", "0").value) and broken.gain("1", "0").n == 0
     assert math.isfinite(broken.gain("1", "0", "a").value)
     assert joint_draws({"x": {0: {}}, "y": {1: {}}}, ("a",)) is None, "no seed in common"
+    assert joint_draws({}, ("a",)) is None, "seeds that share no order"
 
 
 def test_the_table_finds_what_was_planted(effect):
