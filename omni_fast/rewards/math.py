@@ -274,15 +274,15 @@ def gold_number(gold: str) -> tuple[Fraction, bool] | None:
 
 def last_side(answer: str) -> str | None:
     r"""The side of an equation like `x = 42`, `42 = 6 \cdot 7` or `A = s^2 = 42` that is the answer: the last number if
-    only a name or a sum follows it, else the last side. None when a side before it is, or may hold, another answer.
+    only a name or a sum follows it, else the last side. None when another side is, or may hold, another answer.
     """
     sides = _RELATION.split(_MODULUS.sub("", answer))
     texts = [bare(side) for side in sides]
     place = max((place for place, side in enumerate(texts) if number(_plain(side))), default=-1)
     if not all(map(_SIDE.fullmatch, texts[place + 1 :])):
         place = -1
-    *others, last = texts[: place + 1 or None]
-    return None if any(_second_answer(side, last) for side in others) else sides[place]
+    others = [side for side in texts if side != texts[place]]
+    return None if any(_second_answer(side, texts[place]) for side in others) else sides[place]
 
 
 def _plain(side: str) -> str:
