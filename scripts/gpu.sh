@@ -73,9 +73,9 @@ if part tests; then
   : > "$log"
   rows=tests/kernels/test_kernels_gpu.py
   tests 240 -k "triton and not against_triton" $rows
-  tests 150 tests/policy/test_policy_gpu.py tests/rollout/test_rollout_local.py
   tests 150 -k "not triton and not cuda_exp and not linear_kernel and not exponentials" $rows
   tests 150 -k "cuda_exp or linear_kernel or exponentials" $rows
+  tests 150 tests/policy/test_policy_gpu.py tests/rollout/test_rollout_local.py
   if command -v compute-sanitizer > /dev/null; then  # illegal accesses that hit memory; its word is in the log alone
     within 120 compute-sanitizer "$python" -m pytest -vv -m gpu -p no:cacheprovider -k hopeless_rows $rows >> "$log" 2>&1 || true
   fi
