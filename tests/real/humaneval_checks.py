@@ -1,4 +1,4 @@
-"""HumanEval against a sandbox: the checks run here, the function under test in the jail. Needs no package; not a test module."""
+"""HumanEval against a sandbox: its checks run here, the function under test in the jail. Standard library only; no tests."""
 
 import gzip
 import json

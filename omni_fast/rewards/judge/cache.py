@@ -17,7 +17,7 @@ from omni_fast.rewards.judge.pairwise import VERDICTS, Verdict
 
 
 class VerdictCache:
-    """`Question.key` -> verdict. Safe for several threads and processes. say: gets a line when it begins anew or gives up."""
+    """`Question.key` -> verdict. Safe for several threads and processes. say: told when it begins anew or gives up."""
 
     def __init__(self, path: Path, say: Callable[[str], None] = lambda line: None) -> None:
         self.path, self.say = path, say
