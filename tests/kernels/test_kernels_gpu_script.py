@@ -46,7 +46,7 @@ def test_a_failing_part_leaves_the_others(tmp_path: Path) -> None:
     log = (tmp_path / "results" / "gpu-tests.log").read_text()
     assert "1 passed" in log and "1 failed" in log and "exit status 1" in log
     tests = [call for call in calls if "-m pytest" in call]
-    assert "triton" in tests[0] and "cuda_exp or linear" in tests[2] and "policy" in tests[3]  # the surest kernels first
+    assert "triton" in tests[0] and "cuda_exp or linear" in tests[2] and "policy" in tests[3]  # the surest first
     asked = [call.split("--questions ")[1].split()[0] for call in calls if "bench_kernels" in call]
     assert asked == ["T1", "T2", "T2", "T4", "T3", "T5", "T6", "T7"] and "T2 after all" in done.stdout
     (train,) = (call for call in calls if "gpu_train" in call)
