@@ -262,3 +262,23 @@ def test_importing_is_light() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert "omni_kernels" in found and "omni_fast" not in found and "triton" not in found
+
+
+@every_backend
+@pytest.mark.parametrize("workspace", [None, 307 * 4 * 16])
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_hidden_and_weight_of_different_dtypes(
+    backend: str, kinds: tuple[torch.dtype, torch.dtype], workspace: int | None
+) -> None:
+    """As if both had the dtype of hidden; dW comes in the weight's own."""
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 24, generator=g).to(kind) for n, kind in zip((50, 307), kinds, strict=True))
+    tokens = Tokens(torch.randint(0, 307, (50,), generator=g), torch.randn(50, generator=g))
+    found = []
+    for weight in (w, w.to(kinds[0])):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        out = linear_policy_loss(*leaves, tokens, LossSpec(), backend=backend, workspace_bytes=workspace)
+        found.append(torch.autograd.grad(out.loss, leaves))
+    (dx, dw), (same_dx, same_dw) = found
+    assert torch.equal(dx, same_dx) and dw.dtype == kinds[1]
+    assert float((dw.double() - same_dw.double()).norm()) < 8e-3 * float(same_dw.double().norm())
