@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from omni_fast.rewards.math import MathVerifier, normalise, number
 
-REASONS = {"ok", "wrong", "no_answer", "several", "unfinished", "too_long", "too_complex", "timeout", "memory", "crash"}
+REASONS = {"ok", "wrong", "unit", "no_answer", "several", "unfinished", "too_long", "too_complex"}
+REASONS |= {"timeout", "memory", "crash"}
 
 
 def hostile(rng: random.Random) -> str:
