@@ -103,9 +103,10 @@ def line_panel(title: str, lines: Sequence[Line], *, y_range: tuple[float, float
         return _panel(width, title, nothing, height)
     xs, ys = zip(*known, strict=True)
     y_marks = ticks(*(y_range or _padded(min(ys), max(ys))))
-    low, high = min(xs), max(max(xs), min(xs) + 1)
+    low, high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
     px, py = scale(low, high, left, width - right), scale(y_marks[0], y_marks[-1], height - bottom, top)
-    x_marks = [mark for mark in ticks(low, high, 5) if low <= mark <= high and mark == int(mark)]
+    counted = all(x == int(x) for x in xs)  # steps, stages; temperatures are marked each
+    x_marks = [x for x in ticks(low, high, 5) if low <= x <= high and x == int(x)] if counted else sorted({*xs})
     parts = [_axes(px, x_marks, py, y_marks, (left, width - right), height, x_label)]
     for line in lines:
         drawn = [(px(x), py(y)) for x, y in zip(line.xs, line.ys, strict=True)]

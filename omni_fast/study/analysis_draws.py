@@ -99,7 +99,9 @@ class Draws:
         """The score of an arm on a task, or its average over the tasks, with an interval inside 0..1."""
         a, columns = self.arms.index(arm), self._columns(task)
         found = self.contrast(lambda x: x[..., a, columns].mean(axis=-1))
-        if found.n and found.low == found.high:  # every item agrees: a bootstrap sees no noise where there is some
+        if not found.n:
+            return found
+        if found.low == found.high:  # every item agrees: a bootstrap sees no noise where there is some
             return Estimate(found.value, found.n, *wilson(found.value, found.n))
         return Estimate(found.value, found.n, max(0.0, found.low), min(1.0, found.high))
 

@@ -182,7 +182,7 @@ def _panels(
     tasks: Names, by_arm: dict[str, Floats], what: str, x_label: str, xs: Sequence[float] = ()
 ) -> Iterator[str]:
     """A panel per task, a line per arm. by_arm: arm -> values [X, K].   xs: 0, 1, 2 ... without it."""
-    shown = [(k, name, table) for k, (name, table) in enumerate(by_arm.items()) if name in (BASE, JOINT, *STAGED)]
+    shown = [(style, name, by_arm[name]) for style, name in enumerate((BASE, JOINT, *STAGED)) if name in by_arm]
     for k, task in enumerate(tasks if shown else ()):
         lines = [Line(name, xs or range(len(table)), list(table[:, k]), style) for style, name, table in shown]
         yield charts.line_panel(f"{task}: {what}", lines, y_range=None, x_label=x_label)

@@ -81,6 +81,31 @@ def test_the_page_is_self_contained_and_whole(made):
     assert "nan" not in re.sub(r"<style>.*?</style>", "", page, flags=re.S).lower().replace("finance", "")
 
 
+def test_each_arm_has_one_look_of_its_own_in_every_panel(made):
+    looks: dict[str, set[str]] = {}
+    for legend in re.findall(r"<figcaption class=legend>(.*?)</figcaption>", made[0]):
+        for drawn, name in re.findall(r"<span>(<svg.*?</svg>)([^<]+)</span>", legend):
+            looks.setdefault(name, set()).add(drawn)
+    assert {"base", "joint", "solved", "reversed", "refresh"} <= set(looks)
+    assert all(len(found) == 1 for found in looks.values()) and len(set.union(*looks.values())) == len(looks)
+
+
+def test_temperatures_stand_on_their_axis(made):
+    panel = re.search(r"<figure class=panel><svg[^>]*aria-label=.math: score by temperature.*?</svg>", made[0])
+    xs = re.findall(r"class=mid>([\d.]+)</text>", panel[0])
+    assert xs == ["0.5", "0.75", "1", "1.25", "1.5"]  # to the last of them and no further
+
+
+def test_a_task_that_nothing_scored_has_no_interval(tmp_path):
+    whole = Builder(NULL).whole()
+    for node in whole["nodes"]:
+        for found in (node["evaluated"], *node["sweep"].values()):
+            for tasks in found["splits"].values():
+                tasks["code"]["values"] = [None] * NULL.items
+    _, summary = _report(tmp_path, whole)
+    assert "| joint | 5 | 0.7" in summary and " | – | 0.7" in summary and "– (" not in summary
+
+
 def test_colours_come_from_the_theme(made):
     body = made[0].split("</style>")[1]
     assert not re.search(r"(fill|stroke|color)\s*[:=]\s*[\"']?#[0-9a-fA-F]{3}", body), (
