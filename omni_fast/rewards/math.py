@@ -22,10 +22,14 @@ from contextlib import AbstractContextManager
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
+from typing import Literal
 
-from omni_fast.rewards.math_pool import MathWorker
+from omni_fast.rewards.math_pool import MathWorker, Verdict
 from omni_fast.rewards.score import Part
 from omni_fast.rewards.workers import Workers
+
+# unit: another one than the gold answer's. Of the worker's verdicts "worker_lost" is invalid
+Reason = Verdict | Literal["unit", "no_answer", "several", "unfinished", "too_long", "too_complex"]
 
 MAX_CHARS = 200  # an honest final answer is shorter
 MAX_DEPTH = 12  # brackets within brackets; the grammar's time grows exponentially with empty ones
@@ -33,12 +37,13 @@ DECIMALS = 6  # how many decimals count when one side is a decimal number; what 
 TAIL_CHARS = 1000  # where a last number is looked for
 
 _NUMBER = r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+"
-_PLAIN = re.compile(
-    rf"([-+]?)(?:((?:{_NUMBER})(?:[eE][-+]?[0-9]{{1,2}})?)(?:/({_NUMBER}))?|\\frac\{{({_NUMBER})\}}\{{({_NUMBER})\}})"
+_PLAIN = re.compile(  # perhaps with a whole number before its fraction: "2 1/2"
+    rf"([-+]?)(?:([0-9]+)(?: (?=[0-9]+/)|(?=\\)))?"
+    rf"(?:((?:{_NUMBER})(?:[eE][-+]?[0-9]{{1,2}})?)(?:/({_NUMBER}))?|\\frac\{{({_NUMBER})\}}\{{({_NUMBER})\}})"
 )
 _LAST = re.compile(
-    rf"(?:(?<![0-9A-Za-z_.)\]}}])[-+])?(?:\\[dt]?frac\{{-?(?:{_NUMBER})\}}\{{(?:{_NUMBER})\}}"
-    rf"|(?<![0-9.])(?:{_NUMBER})(?:/(?:{_NUMBER}))?(?:\s*\\?%)?)"
+    rf"(?:(?<![0-9A-Za-z_.)\]}}])[-+])?(?:(?:(?<![0-9.])[0-9]+ ?)?\\[dt]?frac\{{-?(?:{_NUMBER})\}}\{{(?:{_NUMBER})\}}"
+    rf"|(?<![0-9.])(?:[0-9]+ (?=[0-9]+/))?(?:{_NUMBER})(?:/(?:{_NUMBER}))?(?:\s*\\?%)?)"
 )
 _FORMULA = re.compile(
     r"(?i:answer)(?:\s+is)?\s*:?\s*(?:\$|\\\()((?:[^$\n\\]|\\.){1,200}?)(?:\$|\\\))"
@@ -52,7 +57,7 @@ _COSTLY = re.compile(
     rf"!|[0-9][)}}]*{_POWER}[0-9]+\}}?{_POWER}|(?:\^\s*\{{[^{{}}^]{{0,20}}){{2}}\^|{_POWER}[0-9]{{5,}}|\){_POWER}[0-9]{{3,}}"
 )
 # not within brackets: "P(X=2)"
-_RELATION = re.compile(r"(?::?=|\\(?:to|rightarrow|Rightarrow|implies|equiv)(?![a-z])|[→⇒≡])(?![^()]*\))")
+_RELATION = re.compile(r"(?::?=|\\(?:to|rightarrow|Rightarrow|implies|equiv|approx|simeq)(?![a-z])|[→⇒≡≈])(?![^()]*\))")
 _MODULUS = re.compile(r"\\pmod\s*(?:[0-9]|\{[0-9]+\})")
 # what a number may be set equal to: a variable or f(3), or the sum that was asked
 _SIDE = re.compile(
@@ -65,6 +70,7 @@ _TEXT = (
     r"(?:[^{}0-9^]|\^\{?-?[0-9]\}?|(?:(?<=m)|(?<=ft))[23]|(?:(?<=mod)|(?<=outof))[0-9]+)*\}(?:\^\{?-?[0-9]\}?)?"
 )
 _UNIT = re.compile(rf"{_TEXT}|\^\{{?\\circ\}}?|_\{{?10\}}?(?![0-9])")
+_BEHIND = re.compile(rf"(?<=[0-9}}]){_TEXT}|^\\text(?:bf|rm)?\{{\([A-E]\)\}}")  # or a letter of a choice before it
 _BESIDE = re.compile(rf"{_UNIT.pattern}|(?:^-?|\\times|\\cdot|×|\*)10\^\{{?[-+]?[0-9]+\}}?")
 _BASE = re.compile(r"[0-9]_\{?([0-9]+)\}?$")
 _OPERATION = re.compile(r"[0-9)}%](?:[-+*/^×÷]|\\times|\\cdot|\\div|\\pm|\\bmod|\\mod)[-+(.{\\0-9]")
@@ -108,13 +114,23 @@ _PER = re.compile(
     r"\\[dt]?frac(?!(?!\{m\}\{s)\{[A-Za-z]\}\{[A-Za-z])"
     + 2 * r"\{((?=[A-Za-z\\])(?:[A-Za-z\\ ^23]|\{[A-Za-z23 ]*\})+)\}"
 )
-_SENTENCE = re.compile(r"[.,;:!?\n]")
+_SENTENCE = re.compile(r"[,;:!?\n]|\.(?![A-Za-z])")
 _IN = re.compile(r"\s*in\s+(?!per\b)(?=[A-Za-z])")  # "42 (in meters)"
 # one letter right behind its number, to a power, or before another one: "-16t^2", "2C", "3 s^2", "6 s t"; but "42 m^2" and
 # "12 N m" have units
 _VARIABLE = re.compile(
     r"(?<=[0-9)}])[A-Za-z](?![A-Za-z/])|(?!m)[A-Za-z]\s*\^|(?![NJW]\s+[msh](?![A-Za-z]))[A-Za-z]\s+[A-Za-z](?![A-Za-z])"
 )
+_MINUS = str.maketrans("\u2212\u2013", "--")
+_SAME = (("\\$", "$"), ("€", "$"), ("£", "$"), ("{,}", ","), ("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"))
+# words behind a number, perhaps of several: "18 eggs", "3/4 of the cake"
+_WORDS = re.compile(  # the first of them three letters long with a vowel, or "of", none of them a variable or a count
+    r"(?<=[0-9}])\s+(?=of |(?=[A-Za-z]{3})[A-Za-z]*[aeiou])"
+    r"(?:(?!(?:[b-zA-Z]|or|and|to|plus|minus|over|mod|pi|percent|squared|cubed|factorial|half|dozen|hundred|thousand"
+    r"|[mbtr]+illion)\b)[A-Za-z]++[ '/-]*+)++(?=\.?$)"
+)
+# instead of an answer, what it is compared with
+_COMPARED = re.compile(r"[<>≤≥≠¬]|!=|\\(?:n?[lg](?:t|eq?q?(?:slant)?)|neq?|not|neg|lnot|in|sim|propto)(?![a-z])")
 _MARKS = ("\\boxed", "\\fbox", "####", "<answer>")
 
 
@@ -130,7 +146,7 @@ def extract_answer(text: str, lenient: bool = True) -> str | None:
         return (_braced(text, text.find("{", start, start + 10)) or "").strip() or None
     if not lenient:
         return None
-    tail = text[-TAIL_CHARS:].replace("\u2212", "-")
+    tail = text[-TAIL_CHARS:].translate(_MINUS)
     formulas = _FORMULA.findall(tail) if "$" in tail or "\\(" in tail else ()
     numbers = formulas or _LAST.findall(tail)
     return numbers[-1].strip() if numbers else None
@@ -149,10 +165,10 @@ def _braced(text: str, start: int) -> str | None:
 @lru_cache(maxsize=16384)
 def normalise(answer: str) -> str:
     """The same answer without mathematical spacing, dollar signs and other things that carry no meaning."""
-    text = _DROP.sub("", _SPACE.sub(" ", answer[: 2 * MAX_CHARS]))
-    for form, plain in (("\u2212", "-"), ("\\$", "$"), ("{,}", ","), ("\\dfrac", "\\frac"), ("\\tfrac", "\\frac")):
+    text = _DROP.sub("", _SPACE.sub(" ", answer[: 2 * MAX_CHARS])).translate(_MINUS)
+    for form, plain in _SAME:
         text = text.replace(form, plain)
-    text = text.rstrip(".").strip("$")
+    text = re.sub(r"^-\$", "-", text.rstrip(".").strip("$"))
     return text[2:-2] if text.startswith("\\(") and text.endswith("\\)") else text
 
 
@@ -169,7 +185,7 @@ def unit(answer: str) -> tuple[str, str]:
     if _VARIABLE.match(side, match.end()):
         return answer, ""
     text = _WRAP.sub(" ", unicodedata.normalize("NFKC", side[match.end() :]).replace("^", "").replace("}", ""))
-    text = _IN.sub("", text, count=1) if _IN.match(text) else text
+    text = re.sub(r"(?<=[A-Za-z])\.", "", _IN.sub("", text, count=1) if _IN.match(text) else text)  # "a.m.", "sq. ft."
     text = _SQUARED.sub(lambda found: (found[2] or found[3]) + ("3" if found[1] or found[4] else "2"), text)
     names = ["dollar"] if side.lstrip().startswith("\\$") else []
     for word, power in re.findall(r"([A-Za-z]+|\S)([23]?)", text if match[0].strip() else ""):
@@ -184,11 +200,10 @@ def unit(answer: str) -> tuple[str, str]:
 
 
 def bare(answer: str) -> str:
-    """A normalised answer; where it is a number with a known unit, the number."""
+    """A normalised answer; where it is a number with a known unit or a text, the number."""
     text = normalise(answer)
-    if number(text) is None and number(value := normalise(unit(answer)[0])):
-        return value
-    return text
+    values = (text, normalise(unit(answer)[0]), _BEHIND.sub("", text))
+    return next((value for value in values if number(value)), text)
 
 
 def same_unit(gold: str, given: str) -> bool:
@@ -199,7 +214,7 @@ def same_unit(gold: str, given: str) -> bool:
 
 def in_place(text: str, answer: str) -> str:
     """An answer with what follows it in its sentence, where its unit may stand: "\\boxed{42} km"."""
-    text, answer = text.replace("\u2212", "-"), answer.replace("\u2212", "-")
+    text, answer = text.translate(_MINUS), answer.translate(_MINUS)
     start = max(map(text.rfind, _MARKS))
     _, found, after = text[start:].partition(answer) if start >= 0 else text.rpartition(answer)
     return answer + _SENTENCE.split(after[:40], maxsplit=1)[0] if found else answer
@@ -211,12 +226,12 @@ def number(text: str) -> tuple[Fraction, bool] | None:
     match = _PLAIN.fullmatch(text) if len(text) <= MAX_CHARS else None
     if match is None:
         return None
-    sign, top, bottom, top2, bottom2 = match.groups()
+    sign, whole, top, bottom, top2, bottom2 = match.groups()
     top, bottom = (top or top2).replace(",", ""), (bottom or bottom2 or "1").replace(",", "")
     denominator = Fraction(bottom)
     if denominator == 0:
         return None
-    value = Fraction(top) / denominator
+    value = Fraction(whole or 0) + Fraction(top) / denominator
     return -value if sign == "-" else value, not top.isdigit()
 
 
@@ -232,6 +247,10 @@ def compare_fast(gold: str, answer: str) -> bool | None:
     bases = [found[1] for found in map(_BASE.search, (gold, answer)) if found]
     if len({*bases}) > 1:
         return False
+    shares = [text.endswith("%") for text in (gold, answer)]
+    if any(shares):  # equal to their numbers with and without the sign
+        found = compare_fast(gold.rstrip("\\%"), answer.rstrip("\\%"))
+        return found if found or all(shares) else compare_fast(_plain(gold), _plain(answer))
     left, right = number(gold), number(answer)
     if left is None or right is None:
         return None
@@ -242,7 +261,7 @@ def compare_fast(gold: str, answer: str) -> bool | None:
     return round(left[0], DECIMALS) == round(right[0], DECIMALS)
 
 
-def one_number(gold: str, answer: str) -> str:
+def one_number(gold: str, answer: str) -> Literal["several", "unfinished", ""]:
     """What is wrong with an answer where the gold answer is a number, perhaps with a unit, both normalised: "several",
     "unfinished" or "".
 
@@ -325,14 +344,13 @@ class MathVerifier(AbstractContextManager["MathVerifier"]):
         """One part per completion. Never raises for any text.
 
         A gold answer may be bare ("72") or a solution that ends in a marked answer ("... #### 72").
-        Reasons: "ok", "wrong", "unit" (another one than the gold answer's), "no_answer", "several", "unfinished",
-        "too_long", "too_complex", "timeout", "memory", "crash"; "worker_lost" is invalid.
+        The reasons are those of `Reason`.
         """
         found = [_decide(completion, gold) for completion, gold in zip(completions, golds, strict=True)]
         pairs = list(dict.fromkeys(one for one in found if isinstance(one, tuple)))
         verdicts = dict(zip(pairs, self._workers.run(MathWorker.check, pairs), strict=True))
-        reasons = [verdicts[one] if isinstance(one, tuple) else one for one in found]
-        values = {"ok": 1.0, "worker_lost": None}  # else 0
+        reasons: list[Reason] = [verdicts[one] if isinstance(one, tuple) else one for one in found]
+        values: dict[Reason, float | None] = {"ok": 1.0, "worker_lost": None}  # else 0
         return [Part(values.get(reason, 0.0), reason) for reason in reasons]
 
     def __exit__(self, *error: object) -> None:
@@ -341,22 +359,25 @@ class MathVerifier(AbstractContextManager["MathVerifier"]):
             worker.stop()
 
 
-def _decide(completion: str, gold: str) -> str | tuple[str, str]:
+def _decide(completion: str, gold: str) -> Reason | tuple[str, str]:
     """A verdict, or the gold answer and the answer that math-verify has to compare."""
     answer, (gold, measure) = extract_answer(completion), _bare_gold(gold)
     if answer is None:
         return "no_answer"
     if len(answer) > MAX_CHARS:
         return "too_long"
+    stated, answer = in_place(completion, answer), _worded(answer)
     sides = answer.split("=")
     units = [unit(side)[1] for side in sides]
     if all(units) and units.count(measure) == 1:  # of "5 m = 500 cm" the one that was asked for
         answer = sides[units.index(measure)]
-    elif not same_unit(measure, unit(in_place(completion, answer))[1]):
+    elif not same_unit(measure, unit(stated)[1]):
         return "unit"
     wanted, given = bare(gold), bare(answer)
     if wanted == given:
         return "ok" if wanted else "wrong"
+    if _COMPARED.match(given) and not _COMPARED.match(wanted):
+        return "wrong"  # math-verify would take "\\geq 18" for 18
     if "$" in given and sum(_PIECE.search(piece) is not None for piece in re.split(r"(?<!\\)\$", answer)) > 1:
         return "several"  # math-verify would take the last formula
     if gold_number(wanted) and not number(given):
@@ -378,4 +399,9 @@ def _decide(completion: str, gold: str) -> str | tuple[str, str]:
 def _bare_gold(gold: str) -> tuple[str, str]:
     """The gold answer alone, and its unit."""
     answer = extract_answer(gold, lenient=False) or gold.strip()
-    return answer, unit(in_place(gold, answer))[1] if answer else ""
+    return _worded(answer), unit(in_place(gold, answer))[1] if answer else ""
+
+
+def _worded(answer: str) -> str:
+    """Plain words behind a number as text, which math-verify would multiply: "18 eggs"."""
+    return _WORDS.sub(lambda found: rf"\text{{{found[0]}}}", answer)

@@ -35,6 +35,11 @@ SECOND_NUMBERS = (
     r"\therefore 13", r"\circ 13", r"\underset{13}{}", ",13", ";13",
 )  # fmt: skip
 
+COMPARISONS = (
+    r"\leq", r"\geq", r"\geqslant", r"\lt", r"\gt", r"\ne", r"\neq", r"\not=", r"\neg", r"\in", r"\sim", "<", ">", "≥", "≠",
+    "<=", "!=",
+)  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def verifier():
@@ -68,6 +73,8 @@ def verifier():
         ("about 50%", "50%"),
         ("x1", "1"),
         ("1/2 of it", "1/2"),
+        ("we need 3 1/2 cups", "3 1/2"),
+        (r"so 3\frac{1}{2}", r"3\frac{1}{2}"),
         (r"gives -\frac{3}{4}", r"-\frac{3}{4}"),
         ("between 5 and 1,000,000 people", "1,000,000"),
         ("nothing here", None),
@@ -189,6 +196,55 @@ def test_strict_extraction_needs_a_mark():
         ("2C", r"\boxed{2}", Part(0.0, "wrong")),
         ("5", r"\boxed{5K}", Part(0.0, "wrong")),
         ("6 s t", r"\boxed{6 t s}", Part(1.0)),
+        # words behind a number, without a command around them
+        ("18", "#### 18 eggs", Part(1.0)),
+        ("18", "#### 18 bolts of fabric.", Part(1.0)),
+        ("18", "<answer>18 years old</answer>", Part(1.0)),
+        ("18", "#### 60 eggs/day", Part(0.0, "wrong")),
+        ("18 eggs", r"\boxed{18\text{ eggs}}", Part(1.0)),
+        ("18 eggs", "#### 19 eggs", Part(0.0, "wrong")),
+        ("3/4", "#### 3/4 of the cake", Part(1.0)),
+        ("3/4", r"\boxed{3/4\text{ cups}}", Part(1.0)),
+        ("2 m", r"\boxed{2 meters long}", Part(1.0)),
+        ("18", "#### 18 thousand", Part(0.0, "wrong")),
+        ("18", "#### 18 squared", Part(0.0, "wrong")),
+        ("18", r"\boxed{18 \sin x}", Part(0.0, "wrong")),
+        ("3xyz", r"\boxed{3 xyz}", Part(1.0)),
+        ("18", r"\boxed{\text{not }18}", Part(0.0, "wrong")),
+        # a percentage with decimals, like one without, equals its number with and without the sign
+        (r"12.5\%", r"\boxed{12.5}", Part(1.0)),
+        (r"12.5\%", r"\boxed{0.125}", Part(1.0)),
+        ("12.5", "#### 12.5%", Part(1.0)),
+        ("12.5", r"\boxed{0.125}", Part(0.0, "wrong")),
+        (r"25\%", r"\boxed{2.5\%}", Part(0.0, "wrong")),
+        (r"25\%", r"\boxed{\frac{1}{4}}", Part(1.0)),
+        # spelled with points
+        ("3 p.m.", "#### 3 a.m.", Part(0.0, "unit")),
+        ("3 PM", "#### 3 p.m.", Part(1.0)),
+        (r"10:30\text{ a.m.}", r"\boxed{10:30} p.m.", Part(0.0, "unit")),
+        (r"24\text{ sq. ft.}", r"\boxed{24\text{ sq. in.}}", Part(0.0, "unit")),
+        (r"24\text{ sq. ft.}", r"\boxed{24\text{ square feet}}", Part(1.0)),
+        # not equal to it, but compared with it
+        *(("18", rf"\boxed{{{sign} 18}}", Part(0.0, "wrong")) for sign in COMPARISONS),
+        (r"2\sqrt3", r"\boxed{\neq 2\sqrt3}", Part(0.0, "wrong")),
+        (r"\geq 2", r"\boxed{\ge 2}", Part(1.0)),
+        ("0.5", r"\boxed{P(X \geq 2) = 0.5}", Part(1.0)),
+        # rounded, and what was rounded
+        ("2.24", r"\boxed{\sqrt{5} \approx 2.24}", Part(1.0)),
+        ("3.14", r"\boxed{\pi ≈ 3.14}", Part(1.0)),
+        ("41", r"\boxed{41 \approx 42}", Part(0.0, "several")),
+        # mixed numbers in plain text
+        ("3.5", "The answer is 3 1/2.", Part(1.0)),
+        ("0.5", "The answer is 3 1/2.", Part(0.0, "wrong")),
+        ("3 1/2 cups", "#### 3.5 cups", Part(1.0)),
+        ("-2.5", r"\boxed{-3\frac{1}{2}}", Part(0.0, "wrong")),
+        # money and signs
+        ("-18", "#### -$18", Part(1.0)),
+        ("-18", "#### \u201318", Part(1.0)),
+        ("18", "#### €18", Part(1.0)),
+        ("1819", "#### 18€19", Part(0.0, "several")),
+        # the letter of a choice
+        ("18", r"\boxed{\textbf{(A)}\ 18}", Part(1.0)),
         # two answers at once
         ("42", "<answer>41$ $42</answer>", Part(0.0, "several")),
         ("B", "<answer>A$ $B</answer>", Part(0.0, "several")),
