@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
+from asyncio import CancelledError
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -83,7 +84,10 @@ class Scorer:
             job, group = taken
             try:
                 job.set_result(self._score(group))
-            except Exception as error:  # told to whoever waits for the result
+            except (
+                Exception,
+                CancelledError,
+            ) as error:  # told to whoever waits; cancelled: the judge's client was closed
                 job.set_exception(error)
 
     def _score(self, group: Group) -> float:

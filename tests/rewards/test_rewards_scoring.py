@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import threading
 import time
@@ -219,3 +220,19 @@ def test_a_bug_in_a_task_is_not_swallowed(scorer_of: Callable[..., Scorer]) -> N
     scorer.submit(one)
     with pytest.raises(ZeroDivisionError):
         scorer.finish([one])
+
+
+def test_a_judge_that_is_closed_ends_what_is_asked_and_not_the_thread(scorer_of: Callable[..., Scorer]) -> None:
+    """`JsonClient.close` cancels its calls, which is no `Exception`."""
+
+    def cancelled(text: str) -> None:
+        raise asyncio.CancelledError
+
+    task = Letters("a", cancelled)
+    scorer = scorer_of(task)
+    first, second = group("a", ["a", "b"]), group("a", ["a", "b"])
+    scorer.submit(first)
+    assert first.scoring is not None and isinstance(first.scoring.exception(timeout=5), asyncio.CancelledError)
+    task.before = lambda text: None
+    scorer.submit(second)
+    scorer.finish([second])
