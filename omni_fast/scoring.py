@@ -84,10 +84,7 @@ class Scorer:
             job, group = taken
             try:
                 job.set_result(self._score(group))
-            except (
-                Exception,
-                CancelledError,
-            ) as error:  # told to whoever waits; cancelled: the judge's client was closed
+            except (Exception, CancelledError) as error:  # of a closed judge, or any; told to whoever waits
                 job.set_exception(error)
 
     def _score(self, group: Group) -> float:
