@@ -9,11 +9,13 @@ package's metadata, not tried on a GPU. `OMNI_FAST_ENGINE_PYTHON` names another 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +34,7 @@ PYTHON_VARIABLE = "OMNI_FAST_ENGINE_PYTHON"
 INSTALL_TIMEOUT_S = {"cpu": 1200.0, "cuda": 3600.0}
 LOCK_TIMEOUT_S = 3600.0
 STAMP = "stamp.json"
+PR_SET_PDEATHSIG = 1  # of Linux
 
 
 class Installed(NamedTuple):
@@ -106,13 +109,20 @@ def _check_cpu_torch(pip: list[str], pins: Path, deadline: float) -> None:
 def _run(command: list[str], deadline: float, what: str) -> str:
     limit = max(1.0, deadline - time.monotonic())
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL, preexec_fn=_end_with_us
+        )
     except subprocess.TimeoutExpired as error:
         raise RunError(f"{what} took more than its {limit:.0f} s: look at the package index, try again.") from error
     if done.returncode != 0:
         lines = [line for line in done.stderr.strip().splitlines() if not line.startswith("WARNING")]
         raise RunError(f"{what} failed: " + ("\n".join(lines[-6:]) or f"exit code {done.returncode}"))
     return done.stdout
+
+
+def _end_with_us() -> None:
+    """In a child before it runs: the pip of an installation that is killed must not write on into the next one's folder."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _folder(device: Device) -> Path:

@@ -49,6 +49,11 @@ CAUSES = (
         "out of memory: stop what else runs there, change --mem-fraction-static or --max-total-tokens in engine.flags as said, or serve a smaller model",
     ),
     ("[aA]ddress already in use", RunError, "its port was taken meanwhile: give another, or none for a free one"),
+    (
+        r"^\w+Error: .*(Repo id must|couldn't connect|valid model identifier|Unrecognized model|have a file named)",
+        UserError,
+        "its model cannot be loaded: give a folder as transformers saves it, or a Hugging Face id that this machine reaches",
+    ),
     ("error: (unrecognized|argument|ambiguous) ", UserError, f"SGLang {VERSION} does not take a flag of engine.flags"),
     (
         "ModuleNotFoundError",
@@ -243,7 +248,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _spawn(launch: Launch, folder: Path, port: int) -> Server:
-    log = folder / f"{launch.name}.log"
+    log = folder.absolute() / f"{launch.name}.log"  # `status` and `down` may be asked in another folder
     log.unlink(missing_ok=True)
     arguments, env = (
         command(launch, python(launch.device), port, write_key(folder, launch)),
@@ -252,7 +257,7 @@ def _spawn(launch: Launch, folder: Path, port: int) -> Server:
     with os.fdopen(os.open(log, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as sink:
         child = Popen(arguments, stdin=DEVNULL, stdout=sink, stderr=sink, env=env, start_new_session=True)
     child.returncode = 0  # collected by pid, perhaps by another process: the object must not warn about it
-    reachable = "127.0.0.1" if launch.host in ("0.0.0.0", "::") else launch.host
+    reachable = "127.0.0.1" if launch.host == "0.0.0.0" else launch.host
     return Server(launch, f"http://{reachable}:{port}", child.pid, process.born(child.pid), str(log))
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -45,6 +46,8 @@ if kind == "taken":
     sys.exit("ERROR: [Errno 98] error while attempting to bind on address: address already in use")
 if kind == "lacks":
     sys.exit("Traceback\\nModuleNotFoundError: No module named 'sgl_kernel'")
+if kind == "nowhere":
+    sys.exit("Traceback\\nOSError: Repo id must use alphanumeric chars, '-', '_' or '.': '/nowhere'.")
 if kind == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if kind == "flag":
@@ -143,6 +146,7 @@ def test_a_role_leaves_the_servers_of_another_alone(place: Place) -> None:
         ("flag", UserError, "SGLang 0.5.17 does not take a flag of engine.flags .*--nonsense"),
         ("taken", RunError, r"its port was taken meanwhile.*\[Errno 98\]"),
         ("lacks", RunError, "the environment lacks a package: .*install.* again .*No module named 'sgl_kernel'"),
+        ("nowhere", UserError, "its model cannot be loaded: give a folder .*'/nowhere'"),
         ("killed", RunError, "perhaps killed for lack of memory"),
     ],
 )
@@ -225,6 +229,19 @@ def test_a_port_that_is_taken_is_told_and_nothing_starts(place: Place) -> None:
             place.start("good", port=port)
     (server,) = place.start("good", port=port)
     assert server.url == f"http://127.0.0.1:{port}"
+
+
+def test_a_folder_that_was_given_relatively_is_the_same_from_everywhere(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere the log and the key's file of its servers were looked for below the wrong folder."""
+    monkeypatch.setenv(KEY_VARIABLE, "k")
+    monkeypatch.chdir(tmp_path)
+    serving.start([Launch("policy-0", "/good")], Path("servers"), timeout_s=20, say=place.said.append)
+    monkeypatch.chdir("/")
+    write_key(place.folder, Launch("policy-0", "/good"))  # as a start that was killed leaves it
+    assert Path(serving.status(place.folder)[0].server.log).is_file()
+    assert serving.down(place.folder) == 1 and not list(place.folder.glob(".*.yaml"))
 
 
 def test_what_ran_before_is_stopped_too_when_the_rest_cannot_start(place: Place) -> None:
@@ -359,6 +376,25 @@ def refusing(run):  # type: ignore[no-untyped-def]
         return run(fails if "pip" in command else command, deadline, what)  # type: ignore[no-any-return]
 
     return instead
+
+
+def test_the_pip_of_a_killed_installation_ends_with_it(tmp_path: Path) -> None:
+    """It went on writing into the folder that the next installation had emptied."""
+    told = tmp_path / "pid"
+    pip = ["sh", "-c", f"echo $$ > {told}.now; mv {told}.now {told}; exec sleep 60"]
+    lines = f"from omni_fast.serving import install; install._run({pip}, 1e5, 'installing')"
+    installing = subprocess.Popen([sys.executable, "-c", lines])
+    until = time.monotonic() + 30
+    while not told.exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    child = int(told.read_text())
+    born = process.born(child)
+    assert process.alive(child, born)
+    installing.kill()
+    installing.wait()
+    while process.alive(child, born) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not process.alive(child, born)
 
 
 texts = st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), min_size=1, max_size=12)
