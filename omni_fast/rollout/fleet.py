@@ -88,11 +88,11 @@ class Fleet:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         """in_flight: bound on a server's groups at a time. say: gets one line when a server goes or comes back."""
-        if not urls or len({url.rstrip("/") for url in urls}) < len(urls):
+        self.servers = [Server(url) for url in map(_checked, urls)]
+        if not urls or len({server.url for server in self.servers}) < len(urls):
             raise UserError(f"engine.urls must name at least one server and each once, got {list(urls)}")
         if not (api_key.isascii() and api_key.isprintable()):  # or it would end the header, or could not stand in it
             raise UserError("the engine's key (OMNI_FAST_ENGINE_KEY) holds a line break or is not ASCII: set it again")
-        self.servers = [Server(_checked(url)) for url in urls]
         self.bound = in_flight
         self.say = say
         self._queue: list[Waiting] = []  # a heap
@@ -257,12 +257,12 @@ def _checked(url: str) -> str:
 
 def _told(status: int, answer: bytes) -> str:
     """Status and, cut short, what the server says about it."""
-    text = answer.decode("utf-8", "replace").strip()
+    text = " ".join(answer.decode("utf-8", "replace").split())
     try:
         data: Json = json.loads(text)
     except ValueError:
         data = None
-    for key in ("error", "message", "detail"):
+    for key in ("error", "message", "error_message", "detail"):
         inner = member(data, key)
         data = inner if inner is not None else data
     said = data if isinstance(data, str) else text

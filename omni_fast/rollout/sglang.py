@@ -88,7 +88,11 @@ class SGLangEngine(Engine):
         self._connect()
         self.sync(0)
         if any(server.known and not server.ready for server in fleet.servers):
-            raise UserError(f"the engine's servers did not take the policy's weights: {fleet.reasons()}")
+            remedy = " (they need --enable-lora, --max-lora-rank and --lora-target-modules)" if adapter else ""
+            raise UserError(
+                f"the engine's servers did not take the policy's weights: {fleet.reasons()}: look into their logs, start "
+                f"them as the policy needs{remedy}"
+            )
 
     def _connect(self) -> None:
         end, missing = time.monotonic() + self.wait_s, self.fleet.servers

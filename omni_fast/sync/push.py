@@ -143,8 +143,8 @@ class WeightSync:
         for name in [*(name for name in shapes if ".layers." not in name), *last]:
             rows = await self._rows(server, name, 1)
             if rows is None or list(rows.shape[1:]) != shapes[name][1:]:
-                has = "nothing" if rows is None else f"rows of {list(rows.shape[1:])}"
-                return f"{has}, the policy {name} {shapes[name]}"
+                has = "no" if rows is None else f"rows of {list(rows.shape[1:])} in"
+                return f"{has} {name}, the policy one of {shapes[name]}"
         deeper = last[0].replace(f".layers.{layers - 1}.", f".layers.{layers}.")
         shown = await self._rows(server, deeper, 1)
         return "" if shown is None else f"a layer {layers}, the policy {layers} layers"

@@ -383,9 +383,9 @@ def half(handler: Handler, body: dict) -> bool:
     return True
 
 
-def saying(text: bytes, cut: int | None = None) -> Fault:
+def saying(text: bytes, cut: int | None = None, status: int = 200) -> Fault:
     def answer(handler: Handler, body: dict) -> bool:
-        handler.reply(200, text, cut)
+        handler.reply(status, text, cut)
         return True
 
     return answer

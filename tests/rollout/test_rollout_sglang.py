@@ -161,6 +161,7 @@ FAULTS = {
     "half": (half, "the connection broke: cut off"),
     "silent": (silent, "no answer within 0.5 s"),
     "nonsense": (saying(b"<html>"), "the answer is not JSON"),
+    "a page": (saying(b"<h1>\n  Bad\n</h1>\n", status=502), "HTTP 502 (<h1> Bad </h1>)"),
 }
 
 

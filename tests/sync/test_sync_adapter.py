@@ -130,7 +130,9 @@ def test_an_adapter_that_is_loaded_again_takes_no_place_of_an_older_one(tmp_path
         assert [tag.rpartition(".")[2] for tag in server.adapters] == ["1", "2", "3"]
 
 
-@pytest.mark.parametrize(("rank", "told"), [(0, "LoRA is not enabled"), (2, "max-lora-rank")])
+@pytest.mark.parametrize(
+    ("rank", "told"), [(0, r"HTTP 400 \(LoRA is not enabled.*start them .*--enable-lora"), (2, "max-lora-rank")]
+)
 def test_a_server_that_cannot_take_the_adapter_is_told_before_the_first_step(
     tmp_path: Path, rank: int, told: str
 ) -> None:
