@@ -79,6 +79,10 @@ class Progress:
         """A finished step: a row of metrics.jsonl with per-task columns under `tasks`."""
         seconds = row["seconds"]["total"]
         self._done("step", seconds, 1)
+        if bad := row["update"].get("bad_steps"):
+            self.warn(
+                f"step {row['step']}: the gradient was not finite, it is skipped ({bad:.0f} since the last good one)"
+            )
         for name, values in row["tasks"].items():
             if row["step"] == 1 and values["mixed_groups"] < FEW_MIXED:
                 self.warn(_few_mixed(name, values))

@@ -133,7 +133,7 @@ def test_no_run_folder(omni: Omni, tmp_path: Path, command: str) -> None:
         (("--prompts", "1000000"), "32,000,000 samples to simulate"),
         (("--staleness", "5000"), "--staleness"),
         (("--hours-between-failures", "1e-9"), "samples hardly ever end"),
-        (("--plot", "/no/such/folder/splits.png"), "there is no folder /no/such/folder"),
+        (("--gpus", "3", "--plot", "/no/such/folder/splits.png"), "splits.png cannot be written (No such file"),
     ],
 )
 def test_a_prediction_that_would_never_end(omni: Omni, arguments: tuple[str, ...], words: str) -> None:
@@ -372,10 +372,11 @@ def test_a_terminal_sees_what_plain_lines_tell() -> None:
     said, values = [], {"reward": 0.5, "entropy": None, "mixed_groups": 1.0, "signs": {}}
     seconds = {"generate": 1.0, "reward": 0.0, "update": 2.0, "sync": 0.1, "total": 3.1}
     row = {"stage": "a", "step": 1, "tasks": {"sums": values}, "tokens_per_s": 1240.0, "seconds": seconds,
-           "waited_for": "update", "max_staleness": 1, "update": {"staleness_mean": 1.0}}  # fmt: skip
+           "waited_for": "update", "max_staleness": 1, "update": {"staleness_mean": 1.0, "bad_steps": 2.0}}  # fmt: skip
     for terminal in (True, False):
         progress = Progress(Console(file=io.StringIO(), force_terminal=terminal, width=400))
         progress.step(row, 3)  # type: ignore[arg-type]
+        assert "gradient was not finite, it is skipped (2 since" in progress.console.file.getvalue()  # type: ignore[attr-defined]
         said.append(progress._panel().plain if terminal else progress.console.file.getvalue())  # type: ignore[attr-defined]
     for shown in said:
         for part in (

@@ -79,8 +79,6 @@ def predict(
     work = Work(prompts, samples, prompt_tokens, new_tokens, max_new_tokens, spread, mixed=mixed)
     if plot and (trainer_gpus or gpus == 1):
         raise UserError("--plot shows all splits: leave out --trainer-gpus, and give two GPUs or more")
-    if plot and not plot.parent.is_dir():
-        raise UserError(f"--plot {plot}: there is no folder {plot.parent}; make it, or name another file")
     found = [plan(fleet, work, trainer_gpus)] if trainer_gpus else splits(fleet, work)
     best = min(found, key=lambda one: one.timing.step)
     if as_json:

@@ -14,17 +14,24 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-QUIET = partial(
-    warnings.catch_warnings, action="ignore"
-)  # DCP warns that it runs in one process, which is no mistake here
+from omni_fast.checkpoint import writing
+
+QUIET = partial(warnings.catch_warnings, action="ignore")  # DCP warns of one process, which is no mistake here
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One file of this rank's parts (of DTensors) in a folder that all ranks see; all ranks call it."""
-    with QUIET():
-        dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    """One file of this rank's parts (of DTensors) in a folder that all ranks see; all ranks call it.
+
+    RunError on all of them where the disk of one is full or read-only.
+    """
+    with QUIET(), writing(folder):
+        try:
+            dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        except CheckpointException as error:
+            raise next(failure for failure, _ in error.failures.values()) from None
 
 
 def shapes(folder: Path) -> dict[str, torch.Size]:

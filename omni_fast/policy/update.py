@@ -140,7 +140,8 @@ class Policy:
         loss, grad_norm (before clipping), entropy and kl in nats, ratios, clip fractions, tokens (trained completion
         tokens), rows (rows the model computed), sample_tokens (what they stand for, prompts included), skipped (1: no
         step was made, because no sample had an advantage, every token was masked, or the gradient was not finite),
-        entropy/TASK, seconds/PART.
+        bad_steps (skipped for a gradient that is not finite, in a row), entropy/TASK, seconds/PART. What is not finite
+        is left out.
         Raises UserError where a sample exceeds the token budget, RunError after `max_bad_steps` non-finite gradients.
         """
         clock = Clock()
@@ -185,7 +186,7 @@ class Policy:
             metrics["loss"] /= scale or 1.0
         metrics |= self._step(scale, bool(micro_batches) and scale > 0, clock)
         metrics |= clock.seconds()
-        return metrics
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
     def measure(self, batch: Sequence[Trajectory]) -> list[tuple[list[float], list[float]]]:
         """Log-prob and entropy (nats, at the sampling temperature) of each completion token, for each sample in order."""
@@ -387,8 +388,8 @@ class Policy:
             )
 
     def reset_optimizer(self) -> None:
-        """Forgets AdamW's moments and starts the warm-up again."""
-        self.steps = 0
+        """Forgets AdamW's moments and skipped steps, and starts the warm-up again."""
+        self.steps = self.bad_steps = 0
         for slot in self.slots:
             slot.mean = slot.square = None
 

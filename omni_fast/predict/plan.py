@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,14 +96,15 @@ def plan(fleet: Fleet, work: Work, trainer_gpus: int) -> Plan:
     failures = 1 / (3600 * fleet.hours_between_failures) if fleet.hours_between_failures else 0.0
     staleness = 0 if turns else fleet.staleness
     timing = Simulation(server, servers, work, sum(update.values()), sync, staleness, failures, steps).run()
-    limit = _limit(server, work, update, timing, (fleet.staleness + 1) * work.batch / servers)
+    limit = _limit(server, work, update, timing, (staleness + 1) * work.batch / servers)
     return Plan(trainer_gpus, servers, server.gpus, update, timing, trainer.memory, slots, limit)
 
 
 def smallest_trainer(trainer: Trainer) -> int:
-    """GPUs of the smallest such trainer (a power of two) whose state and activations fit; 0: none of up to 65,536."""
-    sizes = (replace(trainer, gpus=1 << power) for power in range(17))
-    return next((one.gpus for one in sizes if one.memory <= USABLE * one.machine.memory), 0)
+    """GPUs of the smallest such trainer whose state and activations fit; 0: none of up to 65,536."""
+    room, sizes = USABLE * trainer.machine.memory, range(1, 65_537)
+    place = bisect_left(sizes, True, key=lambda gpus: replace(trainer, gpus=gpus).memory <= room)
+    return sizes[place] if place < len(sizes) else 0
 
 
 def splits(fleet: Fleet, work: Work) -> list[Plan]:
@@ -147,12 +149,15 @@ def draw(plans: Mapping[str, Sequence[Plan]], title: str, path: Path) -> None:
     for name, found in plans.items():
         *apart, turns = found
         points = [(one.trainer_gpus, one.timing.step) for one in apart]
-        (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=name)
-        best = min(points, key=lambda point: point[1])
-        axes.annotate(
-            f"{best[1]:.0f} s", best, xytext=(0, 7), textcoords="offset points", ha="center", color=line.get_color()
-        )
+        for best in sorted(points, key=lambda point: point[1])[:1]:  # none where only turns fit
+            (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=name)
+            axes.annotate(
+                f"{best[1]:.0f} s", best, xytext=(0, 7), textcoords="offset points", ha="center", color=line.get_color()
+            )
     axes.axhline(turns.timing.step, linestyle="--", color="grey", label="all GPUs in turns")
     axes.set(xlabel="GPUs that train", ylabel="seconds a step (predicted)", title=title, ylim=(0, None))
     axes.legend()
-    figure.savefig(path, dpi=130)
+    try:
+        figure.savefig(path, dpi=130, format="png")
+    except OSError as error:
+        raise UserError(f"--plot {path} cannot be written ({error.strerror}): name another file") from error

@@ -146,7 +146,7 @@ class Simulation:
         counted = self.done[self.uncounted :]
         span = counted[-1][0] - self.done[self.uncounted - 1][0]
         waiting, generate, tail, staleness = (fmean(column) for column in list(zip(*counted, strict=True))[1:])
-        idle = 1 - sum(replica.busy_s for replica in self.fleet) / (self.servers * self.now)
+        idle = max(0.0, 1 - sum(replica.busy_s for replica in self.fleet) / (self.servers * self.now))
         lost = self.lost / len(self.done)
         return Timing(span / len(counted), waiting, self.update_s, self.sync_s, generate, tail, idle, staleness, lost)
 

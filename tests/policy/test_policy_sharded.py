@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import resource
 import socket
 import tempfile
 import time
@@ -181,6 +182,20 @@ def mistakes_reach_rank_0(build: Callable[[], LlamaForCausalLM], batches: list[l
     policy.close()
 
 
+def a_disk_that_is_full_on_one_rank(
+    folder: Path, build: Callable[[], LlamaForCausalLM], batches: list[list[Trajectory]], rank: int
+) -> None:
+    """One message instead of DCP's tracebacks, and the ranks stay together."""
+    policy = ShardedPolicy(build(), **settings("dapo"))
+    if rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        return policy.follow()
+    with pytest.raises(RunError, match="could not be written .*run the same command again"):
+        policy.save(folder)
+    assert policy.update(batches[0])["skipped"] == 0
+    policy.close()
+
+
 def a_gradient_that_is_not_finite_on_one_rank(
     build: Callable[[], LlamaForCausalLM], batches: list[list[Trajectory]], rank: int
 ) -> None:
@@ -242,15 +257,16 @@ def test_ranks_on_compiled_layers_step_as_one_process(batches: list[list[Traject
     on_ranks(2, partial(compiled_layers_step_as_one, batches))
 
 
-def mistakes(build: Callable[[], LlamaForCausalLM], batches: list[list[Trajectory]], rank: int) -> None:
+def mistakes(folder: Path, build: Callable[[], LlamaForCausalLM], batches: list[list[Trajectory]], rank: int) -> None:
     mistakes_reach_rank_0(build, batches, rank)
     a_gradient_that_is_not_finite_on_one_rank(build, batches, rank)
+    a_disk_that_is_full_on_one_rank(folder, build, batches, rank)
 
 
 def test_a_mistake_is_raised_on_rank_0_and_leaves_the_ranks_together(
-    build_model: Callable[..., LlamaForCausalLM], batches: list[list[Trajectory]]
+    build_model: Callable[..., LlamaForCausalLM], batches: list[list[Trajectory]], tmp_path: Path
 ) -> None:
-    on_ranks(2, partial(mistakes, build_model, batches))
+    on_ranks(2, partial(mistakes, tmp_path, build_model, batches))
 
 
 def test_a_rank_that_fails_alone_is_not_waited_for_longer_than_a_step(

@@ -192,12 +192,15 @@ def test_gradients_that_are_not_finite_are_skipped_then_stop_the_run(
     for count in (1, 2):
         metrics = policy.update(bad)
         assert metrics["skipped"] == 1 and metrics["bad_steps"] == count
+        assert "loss" not in metrics and all(map(math.isfinite, metrics.values())), "JSON knows no other"
     assert all(torch.equal(before[name], master) for name, master in policy.weights().items())
     assert policy.update(build_batch(2))["skipped"] == 0  # a good step in between starts the count again
     policy.update(bad)
     policy.update(bad)
     with pytest.raises(RunError, match="not finite in 3 steps"):
         policy.update(bad)
+    policy.reset_optimizer()  # another stage, from other weights
+    assert policy.numbers()["bad_steps"] == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"loss": LOSSES["grpo with KL"]}, {"dtype": torch.bfloat16}, {"lora_rank": 2}])
