@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 from pydantic_core import ErrorDetails
@@ -25,7 +25,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class ModelConfig(Section):
@@ -187,7 +187,7 @@ class LoggingConfig(Section):
 
 
 class Config(Section):
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: the cores this process may use
     model: ModelConfig = ModelConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -255,6 +255,9 @@ class Config(Section):
         return cls.model_validate(data, context=True)
 
 
+C = TypeVar("C", bound=Config)
+
+
 def load(source: str, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file, or a recipe that ships with the package by its name, and apply `key.sub=value` overrides.
 
@@ -263,7 +266,7 @@ def load(source: str, overrides: Sequence[str] = ()) -> Config:
     data = read(source, overrides)
     if "study" in data:
         raise UserError(f"{source} is a study; run it with: omni-fast study {source}")
-    return validated(source, data)
+    return validated(source, data, Config)
 
 
 def read(source: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -282,12 +285,12 @@ def read(source: str, overrides: Sequence[str]) -> dict[str, Any]:
     return data
 
 
-def validated(source: str, data: dict[str, Any]) -> Config:
+def validated(source: str, data: dict[str, Any], model: type[C]) -> C:
     """UserError for each key that is unknown, missing or wrong."""
     try:
-        return Config.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_explain(item, data) for item in error.errors())) from None
+        raise UserError(f"{source}: " + "; ".join(_explain(item, data, model) for item in error.errors())) from None
 
 
 def recipes() -> list[str]:
@@ -320,13 +323,13 @@ def _apply_override(data: dict, override: str) -> None:
     node[last] = value
 
 
-def _explain(item: ErrorDetails, data: dict[str, Any]) -> str:  # one line per pydantic error
+def _explain(item: ErrorDetails, data: dict[str, Any], model: type[Config]) -> str:  # one line per pydantic error
     parts = list(map(str, item["loc"]))
     if parts[:1] == ["tasks"] and len(parts) > 1 and isinstance(entry := data["tasks"][int(parts[1])], dict):
         parts[1] = str(entry.get("name", parts[1]))  # as an override has it
     where = ".".join(parts) or "config"
     if item["type"] == "extra_forbidden":
-        known = _keys_at(item["loc"][:-1])
+        known = _keys_at(item["loc"][:-1], model)
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
         return f"unknown key '{where}'" + (f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}")
     if item["type"] == "missing":
@@ -336,8 +339,7 @@ def _explain(item: ErrorDetails, data: dict[str, Any]) -> str:  # one line per p
     return f"'{where}': {item['msg'].removeprefix('Value error, ')}{shown}"
 
 
-def _keys_at(location: tuple) -> list[str]:
-    model: type[BaseModel] = Config
+def _keys_at(location: tuple, model: type[BaseModel]) -> list[str]:
     for part in location:
         if isinstance(part, str):
             annotation = model.model_fields[part].annotation

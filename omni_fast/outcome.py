@@ -151,8 +151,6 @@ def result(run: Run) -> Json:
     rows = [BASE, *(stage.name for stage in done)] if started else []
     out = assemble(
         names,
-        base_select=item_scores(run, BASE, "select") if started else None,
-        single_select={name: item_scores(run, f"single:{name}", "select") for name in measured},
         single_test={name: item_scores(run, f"single:{name}", "test") for name in measured},
         rows_test=[item_scores(run, name, "test") for name in rows],
         trained=stages,
@@ -186,9 +184,9 @@ def setting() -> Json:
 
 
 def _samples(run: Run) -> list[Json]:
-    """Completions of the first and of the last evaluated policy on the same test items."""
-    names = list(run.state["evaluated"])
-    if not names:
+    """Completions of the initial policy and of that after the last stage so far on the same test items."""
+    names = [name for name in run.state["evaluated"] if not name.startswith("single:")]
+    if len(names) < 2:
         return []
     first, last = (run.scores_of(name)["splits"]["test"] for name in (names[0], names[-1]))
     found: list[Json] = []

@@ -91,6 +91,10 @@ def test_an_unknown_key_like_no_other_lists_what_there_is(plain: str) -> None:
         ("curriculum.order=sums", "'curriculum.order'", "'sums'"),
         ("tasks.facts.kind=riddles", "'tasks.facts.kind'", "'riddles'"),
         ("seed=-1", "'seed'", "-1"),
+        ("seed=18446744073709551616", "'seed'", "18446744073709551616"),  # more than a generator takes
+        ("rollout.prompts_per_step=true", "'rollout.prompts_per_step'", "True"),
+        ("evaluation.test_items=2.0", "'evaluation.test_items'", "2.0"),
+        ('sandbox.unsafe="true"', "'sandbox.unsafe'", "'true'"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_it_was(plain: str, override: str, where: str, got: str) -> None:

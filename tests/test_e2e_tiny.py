@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from omni_fast import outcome
 from omni_fast.checkpoint import load_tensors
 from omni_fast.cli import app
+from omni_fast.run import Run
 
 pytestmark = pytest.mark.timeout(600)  # the fixture trains; the rest takes seconds
 
@@ -158,6 +161,16 @@ def test_report_writes_the_same_result_again(cli, tiny: Tiny) -> None:
     assert done.returncode == 0, done.stderr
     assert (tiny.folder / "report.html").is_file()
     assert json.loads((tiny.folder / "result.json").read_text()) == tiny.result
+
+
+def test_a_single_task_run_is_not_shown_as_the_final_policy(tiny: Tiny, tmp_path: Path) -> None:
+    state = json.loads((tiny.folder / "state.json").read_text())
+    state["evaluated"] = {name: row for name, row in state["evaluated"].items() if not name.startswith("curriculum")}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    for name in ("fingerprint.json", "metrics.jsonl"):
+        shutil.copy(tiny.folder / name, tmp_path)
+    page = outcome.finish(Run.read(tmp_path)).read_text()
+    assert "Completions before and after" in page.split("Nothing was recorded for")[1] and "Final policy" not in page
 
 
 def test_plan_says_what_the_run_solved(cli, tiny: Tiny) -> None:

@@ -3,8 +3,7 @@
 `assemble` computes every section that follows from item-level scores; the caller adds what only it knows (seconds,
 throughput, peak_bytes, sandbox, judge, versions, config). A partial run (interrupted, or a task failed) leaves out what
 it does not know yet. Splits: `base`, `stages`, `final`, `bwt`, `intervals` and `single` come from
-`test`; `base_select`, `single_select`, `transfer`, the order and the forecast from `select`, which decides and is never
-the result.
+`test`; `transfer`, the order and the forecast from `select`, which decides and is never the result.
 """
 
 from __future__ import annotations
@@ -28,8 +27,6 @@ Json = dict[str, JsonValue]
 def assemble(
     tasks: Sequence[str],
     *,
-    base_select: ItemScores | None = None,
-    single_select: Mapping[str, ItemScores] | None = None,
     single_test: Mapping[str, ItemScores] | None = None,
     rows_test: Sequence[ItemScores] = (),
     trained: Sequence[Stage] = (),
@@ -38,16 +35,11 @@ def assemble(
 ) -> Json:
     """All sections of `result.json` that follow from item scores; what is not there yet is left out.
 
-    base_select, single_select: item scores on `select` of the initial policy and of the single-task runs (trained task
-    -> task).   single_test: of the latter on `test`.
+    single_test: item scores on `test` of the single-task runs (trained task -> task).
     rows_test: item scores on `test`, row 0 the initial policy, row s after stage s.   trained: all stages, done or not.
     plan: once it is solved.   mode: "curriculum" where the order that was run is the solved one.
     """
     out: Json = {"tasks": list(tasks)}
-    if base_select is not None:
-        out["base_select"] = _scores(base_select)
-    if single_select:
-        out["single_select"] = {task: _scores(row) for task, row in single_select.items()}
     if single_test:
         out["single"] = {task: _scores(row) for task, row in single_test.items()}
     if plan is not None and plan.transfer is not None and plan.decision is not None:

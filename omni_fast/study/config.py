@@ -6,14 +6,13 @@ Of `curriculum` a study reads `steps_per_stage` (of every stage of one task), `o
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from omni_fast import config as configs
-from omni_fast.config import Config, NonNegative, Positive, Section
+from omni_fast.config import Config, NonNegative, Section
 from omni_fast.curriculum.online import Method as Online
 from omni_fast.curriculum.order import EXACT_LIMIT
 from omni_fast.errors import UserError
@@ -24,15 +23,16 @@ Family = Literal[
 ]  # fmt: skip
 Method = Literal["linear", "task_arithmetic", "ties", "dare", "dare_ties"]
 Arms = Annotated[list[Family], Field(min_length=1)]
-Above0 = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Seeds = Annotated[int, Field(gt=0, le=1000)]
+Above0 = Annotated[float, Field(gt=0.0)]
 RESERVED = ("base", "joint", "sft", "merge", "online")  # as names of tasks: they name stages
 
 
 class StudyConfig(Section):
     arms: Arms = ["base", "single", "joint", "solved", "reversed", "random", "merge", "sft", "online"]
     primary: list[str] = ["solved", "joint"]  # the one contrast declared beforehand, first minus second
-    seeds: Positive = 5  # of base, single, joint, solved, reversed, merge
-    other_seeds: Positive = 2  # of all other arms
+    seeds: Seeds = 5  # of base, single, joint, solved, reversed, merge
+    other_seeds: Seeds = 2  # of all other arms
     merges: list[Method] = ["linear", "task_arithmetic", "ties", "dare"]
     merge_scales: list[Above0] = [1.0, 2.0, 3.0, 4.0]  # of the merged task vector, the best one on `select` is taken
     merge_density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5  # ties, dare: share of a task vector that is kept
@@ -52,24 +52,17 @@ class StudyConfig(Section):
         return self
 
 
+class StudyFile(Config):
+    study: StudyConfig
+
+
 def load(source: str, overrides: Sequence[str] = ()) -> tuple[Config, StudyConfig]:
     """As `omni_fast.config.load`, with a section `study`. UserError names the file, the key and the remedy."""
     data = configs.read(source, overrides)
     if "study" not in data:
         raise UserError(f"{source} has no section [study]: add one, or use `omni-fast train` for a single run")
-    own = data.pop("study")
-    config = configs.validated(source, data)
-    try:
-        study = StudyConfig.model_validate(own)
-    except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            where, said = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
-            if item["type"] == "extra_forbidden":
-                close = difflib.get_close_matches(where, StudyConfig.model_fields, n=1)
-                said = "unknown key" + (f"; did you mean '{close[0]}'?" if close else "")
-            problems.append(f"'study{'.' if where else ''}{where}': {said}")
-        raise UserError(f"{source}: " + "; ".join(problems)) from None
+    study = configs.validated(source, data, StudyFile).study
+    config = configs.validated(source, {key: value for key, value in data.items() if key != "study"}, Config)
     if problem := check(config, study):
         raise UserError(f"{source}: {problem}")
     return config, study

@@ -211,6 +211,7 @@ def _side_by_side(design: Design, folder: Path, shares: Sequence[Sequence[int]],
             if worker.is_alive():
                 worker.terminate()
 
+    given = dict(os.environ)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read when the processes start
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -223,6 +224,7 @@ def _side_by_side(design: Design, folder: Path, shares: Sequence[Sequence[int]],
         for number, handler in previous.items():
             signal.signal(number, handler)
         del os.environ["OMP_NUM_THREADS"]
+        os.environ |= given
     if stopping:
         raise Interrupted(f"stopped; {AGAIN}")
     if UserError.exit_code in {worker.exitcode for worker in workers}:

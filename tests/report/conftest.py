@@ -116,8 +116,6 @@ def fake_run() -> FakeRun:
         rows.append({t: _moved(rows[-1][t], float(np.clip(level[t], 0.02, 1)), rng) for t in TASKS})
     result = assemble(
         TASKS,
-        base_select=base_select,
-        single_select=single_select,
         single_test=single_test,
         rows_test=rows,
         trained=plan.stages,

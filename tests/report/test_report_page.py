@@ -218,8 +218,6 @@ def test_other_numbers_of_tasks(fake_run, planned, count):
     base, single = items(), {t: items() for t in names}
     result = assemble(
         names,
-        base_select=base,
-        single_select=single,
         plan=planned(base, single, 3),
         rows_test=[items() for _ in range(count + 1)],
         trained=[_stage(t) for t in names],
@@ -271,12 +269,12 @@ def test_assemble_grows_with_what_is_known(planned):
     x, y = np.zeros(10), np.ones(10)
     base = {"a": x, "b": x}
     own = {"a": {"a": y, "b": x}}
-    first = assemble(names, base_select=base, single_select=own, single_test=own, rows_test=[base])
+    first = assemble(names, single_test=own, rows_test=[base])
     assert "transfer" not in first and "final" not in first and first["single"]["a"]["a"]["value"] == 1.0
     single = {"a": {"a": y, "b": x}, "b": {"a": x, "b": y}}
     rows = [base, {"a": y, "b": x}]
     plan = planned(base, single, 5)
-    known = {"base_select": base, "single_select": single, "plan": plan, "trained": [_stage("a"), _stage("b")]}
+    known = {"plan": plan, "trained": [_stage("a"), _stage("b")]}
     half = assemble(names, **known, rows_test=rows)
     assert "final" not in half and len(half["stages"]) == 1 and half["forecast"]["a"]["value"] == 1.0
     done = assemble(names, **known, rows_test=[*rows, {"a": y, "b": y}])

@@ -81,7 +81,7 @@ def test_a_stage_is_what_the_trainer_runs() -> None:
     ("override", "words"),
     [
         ("study.sedes=3", "did you mean 'seeds'"),
-        ('study.arms=["base", "refreshed"]', "'online', 'refresh', 'repeat'"),
+        ('study.arms=["base", "refreshed"]', "or 'every_order', got 'refreshed'"),
         ('study.merges=["tie"]', "'task_arithmetic', 'ties', 'dare'"),
         ('study.primary=["solved"]', "primary names two arms"),
         ("study.probe_steps=0", "the arm probe needs probe_steps"),
@@ -90,7 +90,8 @@ def test_a_stage_is_what_the_trainer_runs() -> None:
         ("study.merge_scales=[]", "at least one of merges"),
         ("study.merge_scales=[nan]", "finite number"),
         ("study.arms=[]", "at least 1 item"),
-        ("study.seeds=0", "greater than 0"),
+        ("study.seeds=0", "greater than 0, got 0"),
+        ("study.seeds=1000000000", "less than or equal to 1000"),
         ("rolout.prompts_per_step=3", "did you mean 'rollout'"),
         ("curriculum.refresh_steps=6", "multiple of the number of tasks (4)"),
         ("curriculum.refresh_steps=0", "multiple of the number of tasks"),

@@ -180,13 +180,17 @@ def stopped(config: Path, folder: Path, number: signal.Signals, reached: Callabl
     return process.returncode, output
 
 
-def test_seeds_side_by_side_end_as_one_after_the_other(model: Path, tmp_path: Path) -> None:
+def test_seeds_side_by_side_end_as_one_after_the_other(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     design = Design("small", *configs.load(str(written(tmp_path, model, ["base", "joint"])), ["study.seeds=2"]))
     alone, together = (
         driver.run(design, tmp_path / f"jobs-{jobs}", jobs, Console(file=io.StringIO(), width=200)) for jobs in (1, 2)
     )
     weights = [[cell.final.weights for cell in study.of("joint") if cell.final] for study in (alone, together)]
     assert weights[0] == weights[1] and len(set(weights[0])) == 2
+    assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
 def test_an_arm_that_diverges_is_reported_and_the_others_go_on(model: Path, tmp_path: Path) -> None:
