@@ -81,16 +81,19 @@ def _number(token: str) -> str:
 
 def tokens(text: str) -> list[str]:
     """The normalised tokens of a text; equal answers have equal lists."""
-    folded = re.sub(r"\b((?:\w\.){2,})", lambda match: match.group().replace(".", ""), _fold(text[: 4 * MAX_CHARS]))
+    folded = re.sub(  # initials, with or without blanks between them
+        r"\b(?:[^\W\d_]\. ?)+[^\W\d_]\.", lambda match: re.sub("[. ]", "", match[0]), _fold(text[: 4 * MAX_CHARS])
+    )
     folded = folded.replace("&", " and ").replace("'", "").replace("’", "").replace("ʻ", "").replace("`", "")
+    found = _TOKEN.findall(folded)
     result: list[str] = []
-    for token in _TOKEN.findall(folded):
+    for token in found:
         value = _NUMBER.get(token)
         if value is not None and 0 < value < 10 and result and result[-1] in _TENS_TEXT:
             result[-1] = str(int(result[-1]) + value)  # twenty one -> 21
         elif token not in _ARTICLES:
             result.append(_number(token) if value is None else str(value))
-    return result
+    return ["a"] if found == ["a"] else result  # alone it is no article: the letter of a choice
 
 
 _TENS_TEXT = frozenset(str(_NUMBER[word]) for word in _TENS)
@@ -102,7 +105,7 @@ def normalise(text: str) -> str:
 
 
 def _first_sentence(text: str) -> str:
-    return re.split(r"(?<!\b[A-Za-z])(?<!\bSt)[.!?;](?:\s|$)", text, maxsplit=1)[0]
+    return re.split(r"(?<!\b[A-Za-z])(?<!\b(?:St|Mr|Ms|Dr|Mt))(?<!\bMrs)[.!?;](?:\s|$)", text, maxsplit=1)[0]
 
 
 def extract_answers(completion: str) -> list[str]:
@@ -168,7 +171,11 @@ class QaMatcher:
             return Part(0.0, "no_answer")
         if not self.accepted.intersection(given):
             return Part(0.0, "too_long" if len(given[-1].split()) > MAX_ANSWER_WORDS else "wrong")
-        if not self._rivals and any(_bare(side) for side in answers[1:] if normalise(side) not in self.accepted):
+        if (
+            not self._rivals
+            and given[0] not in self.accepted
+            and any(_bare(side) for side in answers[1:] if normalise(side) not in self.accepted)
+        ):
             return Part(0.0, "too_many")
         if _NEGATION.search(_without(completion[:MAX_CHARS], self.accepted)):
             return Part(0.0, "negated")

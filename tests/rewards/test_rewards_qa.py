@@ -107,10 +107,24 @@ def test_aliases_are_accepted_and_collisions_refused():
         ("21", "20 is 21", "too_many"),
         ("Paris", "The capital is Paris", "ok"),
         ("Paris", "France's capital is Paris", "ok"),
+        ("What Is Love", "What is love", "ok"),
+        ("What Is Love", "What is Rome", "wrong"),
+        ("A", "The answer is A.", "ok"),
+        ("A", "B", "wrong"),
+        ("J. K. Rowling", "J.K. Rowling", "ok"),
+        ("J.K. Rowling", "The answer is J. K. Rowling.", "ok"),
+        ("J.K. Rowling", "K.J. Rowling", "wrong"),
+        ("Dr. Seuss", "It is Dr. Seuss.", "ok"),
+        ("56", "The answer is 5. 6.", "wrong"),
     ],
 )
 def test_without_known_candidates(gold, reply, reason):
     assert QaMatcher(gold).score(reply) == Part(float(reason == "ok"), reason)
+
+
+def test_the_letter_of_a_choice_is_an_answer():
+    letters = QaMatcher("A", candidates="ABCD")
+    assert [letters.score(text).value for text in ("A", "(A)", "B", "A or B", "B, not A")] == [1.0, 1.0, 0.0, 0.0, 0.0]
 
 
 def test_reasoning_is_not_read():
