@@ -38,7 +38,7 @@ class ServerError(Exception):
 
     def __init__(self, url: str, path: str, reason: str, status: int = 0) -> None:
         super().__init__(f"{url}{path}: {reason}")
-        self.url, self.path, self.reason, self.status = url, path, reason, status
+        self.path, self.reason, self.status = path, reason, status
 
 
 @dataclass(eq=False, slots=True)
@@ -247,7 +247,8 @@ def _checked(url: str) -> str:
         )
     try:
         parsed = urlsplit(url)
-        usable = parsed.scheme in ("http", "https") and bool(parsed.hostname) and parsed.port != 0  # or raises
+        name = (parsed.hostname or "").encode("idna")  # or raises, as the port does
+        usable = parsed.scheme in ("http", "https") and bool(name) and parsed.port != 0
     except ValueError:
         usable = False
     if not usable or not url.isascii() or any(one.isspace() for one in url):

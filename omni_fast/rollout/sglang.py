@@ -140,7 +140,10 @@ class SGLangEngine(Engine):
         server.version = parse_version(str(member(info, "version")))
         if server.version < OLDEST:
             told, oldest = (".".join(map(str, version)) or "unknown" for version in (server.version, OLDEST))
-            raise UserError(f"the engine server {server.url} runs SGLang {told}; {oldest} is the oldest supported")
+            raise UserError(
+                f"the engine server {server.url} runs SGLang {told}; {oldest} is the oldest supported: start a newer one, "
+                "for example by `omni-fast engine up`"
+            )
         size, replicas = member(info, "tp_size"), member(info, "dp_size")
         server.tensor_parallel = size if isinstance(size, int) else 1
         server.dtype = str(member(info, "dtype") or "auto")
@@ -307,7 +310,8 @@ class SGLangEngine(Engine):
             except ServerError as error:
                 if error.status in REFUSED and NO_ADAPTER not in error.reason:
                     raise UserError(
-                        f"an engine server refuses prompt {place} of {len(tokens)} tokens: {error}"
+                        f"an engine server refuses prompt {place} of {len(tokens)} tokens: {error}. Is it too long for the "
+                        "server? Raise --context-length there, or lower rollout.max_prompt_tokens or max_new_tokens"
                     ) from error
                 told.append(str(error))
                 failed.append(server)

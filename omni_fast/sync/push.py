@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 import shutil
 import time
@@ -134,11 +135,12 @@ class WeightSync:
         if (size := await self._vocabulary(server)) not in (config.vocab_size, None):
             return f"a vocabulary of {size}, the policy one of {config.vocab_size}"
         shapes = {name: list(value.shape) for name, value in tensors(self.model)}
+        layers = config.num_hidden_layers
         server.shows_weights = await self._rows(server, next(iter(shapes)), 1) is not None
         if not server.shows_weights:
             self.fleet.say(f"{server.url} does not show its weights ({own}): they are checked by log-probs alone")
-            return ""
-        layers = config.num_hidden_layers
+            count = await self._layers(server)
+            return "" if count in (layers, None) else f"{count} layers, the policy {layers}"
         last = [name for name in shapes if f".layers.{layers - 1}." in name]
         for name in [*(name for name in shapes if ".layers." not in name), *last]:
             rows = await self._rows(server, name, 1)
@@ -161,6 +163,16 @@ class WeightSync:
             found = re.search(r"valid range is \[0, (\d+)\)", error.reason)
             return int(found[1]) if found else None
         return None
+
+    async def _layers(self, server: Server) -> int | None:
+        """By the names in a server's own checksums; None where it makes none."""
+        try:
+            told = await self.fleet.ask(server, "/weights_checker", {"action": "checksum"}, self.load_s)
+        except ServerError as error:
+            if error.status not in (400, 404):
+                raise
+            return None
+        return len({*re.findall(r"\.layers\.(\d+)\.", json.dumps(told))}) or None
 
     async def _rows(self, server: Server, name: str, count: int) -> Tensor | None:
         """The first rows of a server's tensor in fp32; None where it has no such tensor. Raises ServerError."""

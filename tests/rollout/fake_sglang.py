@@ -283,6 +283,10 @@ class FakeSGLang(ThreadingHTTPServer):
             return 400, {"error": {"message": "Get parameter by name failed"}}
         return 200, self.weights[body["name"]].float()[: body["truncate_size"]].tolist()
 
+    def weights_checker(self, body: dict) -> tuple[int, object]:
+        assert body == {"action": "checksum"}
+        return 200, {"success": True, "ranks": [{"checksums": dict.fromkeys(self.weights, "5eed")}]}
+
     def generate(self, body: dict) -> tuple[int, object]:
         if any(token >= self.vocabulary for token in body.get("token_ids_logprob", [])):
             message = f"token_ids_logprob contains out-of-vocabulary token id; valid range is [0, {self.vocabulary})."

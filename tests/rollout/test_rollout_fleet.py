@@ -190,7 +190,16 @@ def test_a_url_with_a_password_is_refused_without_printing_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "urls", [[], ["127.0.0.1:1"], ["ftp://a"], ["http://"], ["http://a", "http://a/"], ["http://a", "http://a/v1"]]
+    "urls",
+    [
+        [],
+        ["http://a..b:1"],
+        ["127.0.0.1:1"],
+        ["ftp://a"],
+        ["http://"],
+        ["http://a", "http://a/"],
+        ["http://a", "http://a/v1"],
+    ],
 )
 def test_urls_that_are_none_are_refused(urls: list[str]) -> None:
     with pytest.raises(UserError, match="engine.urls"):

@@ -143,8 +143,25 @@ def test_shared_memory_needs_servers_of_this_host(tmp_path: Path) -> None:
     fleet.close()
 
 
+def qwen3(**changes: object) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(Qwen3Config(**SHAPE | {"head_dim": 16} | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_model_of_other_layers_is_refused_where_no_weights_are_shown(tmp_path: Path, layers: int) -> None:
+    """A deeper server would take all weights and keep its last layer; SGLang leaves out what it has no layer for."""
+    server = fake(qwen3(num_hidden_layers=layers), architecture="Qwen3ForCausalLM")
+    with pytest.raises(UserError, match=f"it has {layers} layers, the policy 2"), engine(qwen3(), tmp_path, server):  # type: ignore[arg-type]
+        pass
+    assert server.weight_version == "default"
+    server = fake(qwen3(), architecture="Qwen3ForCausalLM")
+    server.weights_checker = server.missing  # type: ignore[method-assign]
+    with engine(qwen3(), tmp_path, server) as made:  # type: ignore[arg-type]
+        assert made.fleet.ready
+
+
 def test_a_model_whose_weights_sglang_does_not_show_is_told_once_and_works(tmp_path: Path) -> None:
-    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE | {"head_dim": 16}))  # type: ignore[arg-type]
+    model = qwen3()
     server = fake(model, architecture="Qwen3ForCausalLM")
     with engine(model, tmp_path, server) as made:
         move(model)

@@ -3,7 +3,7 @@
 A torchvision wheel built for CUDA registers fakes for two operators that only its compiled CUDA library defines, and fails
 where they are not known. Declaring both is enough: nothing calls them. A stub torchvision would not do, because
 transformers imports real names from it. SGLang's LoRA keeps small tables in pinned memory, which only a CUDA driver can
-give; on a CPU plain memory is the same.
+give; on a CPU plain memory is the same. Its checksums of weights wait for a GPU, of which there is none.
 """
 
 from __future__ import annotations
@@ -36,9 +36,16 @@ def pin_nothing() -> None:
     torch.Tensor.pin_memory = lambda self, device=None: self  # type: ignore[method-assign,assignment,return-value]
 
 
+def wait_for_nothing() -> None:
+    import torch
+
+    torch.cuda.synchronize = lambda device=None: None
+
+
 BEFORE: dict[str, Callable[[], None]] = {
     "torchvision": declare_operators,
     "sglang.srt.lora.lora_manager": pin_nothing,
+    "sglang.srt.utils.weight_checker": wait_for_nothing,
 }
 
 
