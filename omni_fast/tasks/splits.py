@@ -34,17 +34,6 @@ def partition(things: Sequence[T], shares: Mapping[Split, float], rng: random.Ra
     return {"test": order[:test], "select": order[test : test + select], "train": order[test + select :]}
 
 
-def take(task: str, pools: Mapping[Split, Sequence[Item]], sizes: Sizes) -> dict[Split, tuple[Item, ...]]:
-    """The first items of each pool. Raises UserError when a pool is smaller than its size."""
-    for split in SPLITS:
-        found, wanted = len(pools[split]), getattr(sizes, split)
-        if found < wanted:
-            raise UserError(
-                f"task '{task}' has {found} items for split '{split}', {wanted} were asked for; ask for fewer"
-            )
-    return {split: tuple(pools[split][: getattr(sizes, split)]) for split in SPLITS}
-
-
 @dataclass(frozen=True, slots=True)
 class Level:
     """system: message of the chat template. pools: seed -> the items of each split, as many as `sizes` or more."""
@@ -69,7 +58,8 @@ class BuiltIn:
         own = self.levels[self.level]
         self.system = own.system if block.system is None else block.system
         self.composition = Composition("additive", {self.part: 1.0})
-        self._items = take(self.name, own.pools(seed), own.sizes)
+        pools = own.pools(seed)
+        self._items = {split: tuple(pools[split][: getattr(own.sizes, split)]) for split in SPLITS}
 
     def items(self, split: Split) -> Sequence[Item]:
         return self._items[split]

@@ -1,4 +1,4 @@
-"""Judges for real: SmolLM2's hidden states, a server process that is killed, two processes on one cache, the large fuzz."""
+"""Judges for real: SmolLM2's hidden states, a server process that is killed, two processes on one cache."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from omni_fast.config import load as load_config
 from omni_fast.grading import Grading
@@ -32,23 +30,9 @@ from omni_fast.rewards.judge.cache import VerdictCache
 from omni_fast.rewards.judge.client import ClientLimits, JsonClient
 from omni_fast.rewards.judge.embedded import EmbeddedJudge, fit_head
 from omni_fast.rewards.judge.encode import pooled_encoder
-from omni_fast.rewards.judge.pairwise import Question, parse_verdict
-from omni_fast.rewards.judge.rubric import RubricJudge
 from omni_fast.rewards.judge.sentences import prompt_text, random_prompt, reference_sentence
 from omni_fast.rewards.judge.server import OpenAIBackend, PairwiseJudge
-from omni_fast.rewards.monitors import Monitor, WatchedGroup
-from omni_fast.rewards.qa import QaMatcher
 from omni_fast.rewards.score import Score
-from omni_fast.rewards.text_checks import MAX_CHARS, clean
-
-any_text = st.one_of(
-    st.text(max_size=200),
-    st.binary(max_size=200).map(lambda data: data.decode("utf-8", "surrogateescape")),
-    st.lists(
-        st.sampled_from(["<think>", "</think>", "the", "moon", "score:", "<|", "|>", "A", '{"verdict":', "\\boxed{", "is", "1,", "﷽", "\ud800"]),
-        max_size=60,
-    ).map(" ".join),
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -239,16 +223,3 @@ def test_two_processes_share_a_cache_and_a_killed_one_harms_nothing(tmp_path):
     found = cache.get(f"key{i}" for i in range(600))
     assert len(found) == 600 and all(verdict == ("A" if int(key[3:]) % 2 else "B") for key, verdict in found.items())
     assert cache.get(["key10000"]) and not said
-
-
-@settings(deadline=None, max_examples=10_000)
-@given(any_text, any_text)
-def test_fuzz_every_text_reward(prompt, text):
-    """Nothing raises, every value is in range and valid: what a sample writes is the sample's own doing."""
-    part = RubricJudge().judge([Reply(prompt, text, "A reference.", ("moon",))])[0]
-    assert part.value is not None and 0.0 <= part.value <= 1.0
-    assert QaMatcher("Guatemala City", candidates=["Lima", "Oslo"]).score(text).value == 0.0
-    assert parse_verdict(text) in ("A", "B", "tie", None)
-    json.dumps(Question(prompt, text, prompt).messages("s")).encode()
-    assert len(clean(text)) <= MAX_CHARS
-    Monitor().update("t", [WatchedGroup([text, prompt], [0.0, None], [prompt], [0.5, 0.5])])

@@ -5,10 +5,12 @@ The maths verifier's worker processes and the programs in the jail are fuzzed as
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -22,14 +24,15 @@ from omni_fast.rewards.compose import group_advantages
 from omni_fast.rewards.judge.base import Judge, Reply
 from omni_fast.rewards.judge.client import Failure, Keep
 from omni_fast.rewards.judge.embedded import EmbeddedJudge, fit_head
-from omni_fast.rewards.judge.pairwise import Question, Verdict
+from omni_fast.rewards.judge.pairwise import VERDICTS, Question, Verdict, parse_verdict
 from omni_fast.rewards.judge.rubric import RubricJudge
 from omni_fast.rewards.judge.server import PairwiseJudge
 from omni_fast.rewards.math import compare_fast, extract_answer, normalise
+from omni_fast.rewards.monitors import Monitor, WatchedGroup
 from omni_fast.rewards.parts import EXTRA
 from omni_fast.rewards.qa import QaMatcher
 from omni_fast.rewards.score import Part
-from omni_fast.rewards.text_checks import words
+from omni_fast.rewards.text_checks import MAX_CHARS, clean, words
 from omni_fast.tasks import build_tasks
 from omni_fast.tasks.base import Resources, Task
 from omni_fast.tasks.code import program
@@ -107,6 +110,18 @@ def programs(texts: Sequence[str]) -> list[Part]:
     return [Part(float(program(text) is not None)) for text in texts]
 
 
+def around_judges(texts: Sequence[str]) -> list[Part]:
+    """Arbitrary prompts too, what a judge is asked, what is read in its answer, what the monitors see."""
+    for prompt, text in pairwise(texts):
+        assert parse_verdict(text) in (*VERDICTS, None)
+        assert all(message["content"].encode() for message in Question(prompt, text, prompt).messages("salt"))
+        assert len(clean(text).encode()) <= 4 * MAX_CHARS
+    groups = [WatchedGroup(texts, [0.0] * len(texts), texts[:2], [0.5] * len(texts)), WatchedGroup(texts, [None] * 2)]
+    signals, _ = Monitor().update("t", groups)
+    assert all(value is None or math.isfinite(value) for value in signals.record().values())
+    return RubricJudge().judge([Reply(prompt, text, "", ("moon",)) for prompt, text in pairwise([*texts, ""])])
+
+
 def never() -> Any:
     raise AssertionError("nothing is verified here")
 
@@ -123,6 +138,7 @@ def rewards() -> dict[str, Reward]:
         "qa": lambda texts: [matcher.score(text) for text in texts],
         "maths, exact": exact,
         "programs": programs,
+        "around judges": around_judges,
         "rubric": judged(rubric),
         "embedded": judged(EmbeddedJudge(bigrams, fit_head(bigrams))),
         "pairwise": judged(PairwiseJudge(Agreeable())),

@@ -3,8 +3,6 @@
 import random
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from omni_fast.rewards.judge.base import Reply
 from omni_fast.rewards.judge.hacks import hack_replies
@@ -24,9 +22,6 @@ from omni_fast.rewards.text_checks import (
 
 PROMPT = "Write one sentence about a cat that uses the words moon and river."
 REQUIRED = ("moon", "river")
-any_text = st.one_of(
-    st.text(max_size=400), st.binary(max_size=400).map(lambda data: data.decode("utf-8", "surrogateescape"))
-)
 
 
 @pytest.mark.parametrize(
@@ -131,15 +126,6 @@ def test_small_facts():
     assert repeated_ngram_share(["a", "b", "a", "b", "a", "b"], 2) == pytest.approx(0.6)
     assert grammar_faults("The cat sat on the mat.") == 0
     assert grammar_faults("The of cat is was a the mat and the") >= 4
-
-
-@settings(deadline=None, max_examples=3000)
-@given(any_text, any_text)
-def test_no_text_raises(prompt, text):
-    reply = Reply(prompt, text, "A reference.", ("moon",))
-    part = RubricJudge().judge([reply])[0]
-    assert part.value is not None and 0.0 <= part.value <= 1.0
-    clean(text).encode("utf-8")
 
 
 def test_long_texts_are_bounded():

@@ -1,8 +1,5 @@
 """Monitors: each signal fires on its hack and stays silent on ordinary text."""
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from omni_fast.rewards.monitors import Monitor, WatchedGroup
 
 GOOD = [
@@ -50,10 +47,3 @@ def test_each_hack_has_its_signal():
 def test_equal_short_answers_are_no_hack_when_they_are_right():
     assert steps(group(["12"] * 8, rewards=[1.0] * 8))[1] == {}
     assert "temperature" in steps(group(["12"] * 8, rewards=[0.0] * 8))[1]["identical"]
-
-
-@settings(deadline=None, max_examples=500)
-@given(st.lists(st.text(max_size=80), max_size=6), st.lists(st.text(max_size=8), max_size=3))
-def test_no_text_raises(texts, gold):
-    signals, _ = Monitor().update("t", [WatchedGroup(texts, [None] * len(texts), gold, [0.5] * len(texts))])
-    assert all(value is None or value == value for value in signals.record().values())
