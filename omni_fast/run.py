@@ -110,10 +110,6 @@ class Run:
     def _check(self) -> list[str]:
         """Tasks behind those that the folder has, which may be added; UserError for any other difference."""
         before, now = _read_json(self.folder / FINGERPRINT), self.config.fingerprint()
-        if changed := checkpoint.differences(before, now | {"tasks": before.get("tasks", [])}):
-            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-            old = f"The run folder {self.folder} belongs to another configuration"
-            raise UserError(f"{old} ({'; '.join(changed[:5])}{more}): give another folder, or the old settings.")
         added = added_tasks(self.folder, before, now)
         if added and (stage := self._begun()):
             begun = f"The run folder {self.folder} has begun its curriculum ({stage}) without {', '.join(added)}"
@@ -254,25 +250,20 @@ class Run:
 
 
 def added_tasks(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names of the tasks that one fingerprint has behind those of another one before it.
-
-    UserError for a task that is removed, moved or changed, and where the model is made for its tasks.
-    """
-    blocks, own = before["tasks"], now["tasks"]
-    old, new = [task["name"] for task in blocks], [task["name"] for task in own]
-    changed = [f"{a['name']}.{key}" for a, b in zip(blocks, own, strict=False) for key in b if a.get(key) != b[key]]
-    problem = ""
-    if removed := [name for name in old if name not in new]:
-        problem = f"without the task {', '.join(removed)}"
-    elif new[: len(old)] != old:
-        problem = f"with its tasks in the order {', '.join(new)}, which was {', '.join(old)} (new ones go behind them)"
-    elif changed:
-        problem = f"with another {', '.join(changed)}"
-    elif len(new) > len(old) and now["model"]["path"] == "tiny":
-        problem = f"with {', '.join(new[len(old) :])} as well, since the model 'tiny' is made for its tasks"
-    if problem:
-        raise UserError(f"{folder} cannot go on {problem}: give another folder, or the old tasks")
-    return new[len(old) :]
+    """Names of the tasks that one fingerprint has behind those of another one before it; UserError for any other difference."""
+    old, new = ({task["name"]: task for task in either["tasks"]} for either in (before, now))
+    kept, added = list(new)[: len(old)], list(new)[len(old) :]
+    sides = {**before, "tasks": old}, {**now, "tasks": {name: new[name] for name in kept}}
+    if kept != list(old):
+        problem = f"has the tasks {', '.join(old)}, behind which new ones may stand, and got {', '.join(new)}"
+    elif changed := checkpoint.differences(*sides):
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        problem = f"belongs to another configuration ({'; '.join(changed[:5])}{more})"
+    elif added and now["model"]["path"] == "tiny":
+        problem = f"cannot take {', '.join(added)} as well, since the model 'tiny' is made for its tasks"
+    else:
+        return added
+    raise UserError(f"The folder {folder} {problem}: give another folder, or the old settings.")
 
 
 def _read_json(path: Path) -> Any:

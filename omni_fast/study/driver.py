@@ -261,16 +261,11 @@ def _check(design: Design, folder: Path, console: Console) -> None:
     before = Config.model_validate({k: v for k, v in found.config.items() if k != "study"}).fingerprint()
     before["tasks"] = max((run.config.fingerprint()["tasks"] for run in runs), key=len)
     now = design.config.fingerprint()
+    for either, primary in ((before, found.primary), (now, design.study.primary)):  # which was declared beforehand
+        either |= {"threads": 0, "study": {"primary": list(primary)}}
+        if len(now["tasks"]) > len(before["tasks"]):  # these two have to fit the number of tasks
+            del either["curriculum"]["order"], either["curriculum"]["refresh_steps"]
     added = added_tasks(folder, before, now)
-    for either in (before, now) if added else ():  # these two have to fit the number of tasks
-        del either["curriculum"]["order"], either["curriculum"]["refresh_steps"]
-    changed = [key for key in now if key not in ("threads", "tasks") and before.get(key) != now[key]]
-    changed += ["study.primary"] if tuple(design.study.primary) != found.primary else []  # it was declared beforehand
-    if changed:
-        raise UserError(
-            f"{folder} holds a study of another configuration ({', '.join(changed)} differ): give another folder with "
-            "--run, or the old settings"
-        )
     if failed := [f"{cell.arm} (seed {cell.seed})" for cell in found.cells if cell.status == "failed"]:
         more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
         console.print(f"tried again, since they failed: {', '.join(failed[:5])}{more}", soft_wrap=True)

@@ -35,7 +35,7 @@ from omni_fast.policy.model import chat_tokens
 from omni_fast.rewards.compose import Composition
 from omni_fast.rewards.score import Part, Score
 from omni_fast.tasks.base import Item, Split
-from omni_fast.tasks.splits import Sizes, partition, take
+from omni_fast.tasks.splits import Sizes, partition
 
 NAME = "study-tiny"  # as model.path
 DIGITS, LENGTH = "0123456789", 5
@@ -60,7 +60,7 @@ class DigitTask:
         self.function = type(self).__name__.lower()
         self.name, self.max_new_tokens, self.system = name, max_new_tokens, ""
         self.composition = Composition("additive", {"correct": 1.0})
-        self._items = _items(self.function, name, seed)
+        self._items = _items(self.function, seed)
 
     def items(self, split: Split) -> Sequence[Item]:
         return self._items[split]
@@ -108,17 +108,17 @@ def answer(function: str, digits: str, rng: random.Random) -> str:
             return drawn
 
 
-def _items(function: str, name: str, seed: int) -> dict[Split, tuple[Item, ...]]:
+def _items(function: str, seed: int) -> dict[Split, tuple[Item, ...]]:
     shares: dict[Split, float] = {"train": 0.5, "select": 0.2, "test": 0.3}
     sets = ["".join(chosen) for chosen in combinations(DIGITS, LENGTH)]
     rng = random.Random(f"digits:{seed}:{function}")
-    pools: dict[Split, list[Item]] = {}
+    pools: dict[Split, tuple[Item, ...]] = {}
     for split, own in partition(sets, shares, random.Random(f"digits:{seed}")).items():
         drawn: dict[str, None] = {}  # in the order of drawing, without repeats
         while len(drawn) < getattr(SIZES, split):
             drawn["".join(rng.sample(rng.choice(own), LENGTH))] = None
-        pools[split] = [Item(digits, MARKS[function] + digits) for digits in drawn]
-    return take(name, pools, SIZES)
+        pools[split] = tuple(Item(digits, MARKS[function] + digits) for digits in drawn)
+    return pools
 
 
 def model_folder(seed: int) -> Path:
@@ -165,7 +165,7 @@ def _warm_up(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> Llama
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     rng = random.Random(f"digits:warm-up:{seed}")
-    items = {function: _items(function, function, seed)["train"] for function in MARKS}
+    items = {function: _items(function, seed)["train"] for function in MARKS}
     tokens = {f: [(item.id, chat_tokens(tokenizer, "", item.prompt, "")) for item in own] for f, own in items.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, weight_decay=0.01, betas=(0.9, 0.98))
     vocabulary = tokenizer.vocab

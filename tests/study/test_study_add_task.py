@@ -100,7 +100,7 @@ def test_killed_while_it_extends_it_goes_on(
         patch.setattr(Trainer, "evaluate", stopped)
         with pytest.raises(Interrupted):
             measured(configs[1], folder)
-    with pytest.raises(UserError, match="without the task reverse"):
+    with pytest.raises(UserError, match="sort, scramble, reverse, behind which new ones may stand, and got"):
         measured(configs[0], folder)
     extended = measured(configs[1], folder)
     steps, scored = work(extended.rows()[count:])
@@ -111,10 +111,14 @@ def test_killed_while_it_extends_it_goes_on(
 @pytest.mark.parametrize(
     ("tasks", "overrides", "words"),
     [
-        (("sort", "reverse"), (), "without the task scramble"),
-        (("scramble", "sort", "reverse"), (), "in the order scramble, sort, reverse, which was sort, scramble"),
-        (("sort", "reverse", "scramble"), (), "new ones go behind them"),
-        (THREE, ("tasks.sort.max_new_tokens=7",), "with another sort.max_new_tokens"),
+        (
+            ("sort", "reverse"),
+            (),
+            "has the tasks sort, scramble, behind which new ones may stand, and got sort, reverse",
+        ),
+        (("scramble", "sort", "reverse"), (), "and got scramble, sort, reverse"),
+        (("sort", "reverse", "scramble"), (), "behind which new ones may stand"),
+        (THREE, ("tasks.sort.max_new_tokens=7",), "another configuration (tasks.sort.max_new_tokens was 6 and is 7"),
         (THREE, ("optimizer.learning_rate=1e-5",), "another configuration (optimizer.learning_rate was 0.001"),
         (THREE, ("curriculum.steps_per_stage=4",), "another configuration (curriculum.steps_per_stage was 3"),
     ],
@@ -204,10 +208,10 @@ def test_a_study_stopped_while_it_extends_reports_what_is_there(
     extended, _ = run(three, tmp_path / "run")
     assert {cell.status for cell in extended.cells} == {"finished"}
     for overrides, words in [
-        (("tasks.sort.max_new_tokens=7",), "with another sort.max_new_tokens"),
-        (("optimizer.learning_rate=1e-5",), r"another configuration \(optimizer differ"),
+        (("tasks.sort.max_new_tokens=7",), "tasks.sort.max_new_tokens was 6 and is 7"),
+        (("optimizer.learning_rate=1e-5",), "another configuration .optimizer.learning_rate was 0.001 and is 1e-05"),
     ]:
         with pytest.raises(UserError, match=words):
             run(three, tmp_path / "run", *overrides)
-    with pytest.raises(UserError, match="without the task reverse"):
+    with pytest.raises(UserError, match="sort, scramble, reverse, behind which new ones may stand, and got"):
         run(two, tmp_path / "run")
