@@ -35,6 +35,18 @@ def group(leader: int, birth: int) -> list[int]:
     return [pid for pid, (state, of, _) in stats.items() if of == leader and state not in ("Z", "")]
 
 
+def listens(leader: int, birth: int, port: int) -> bool:
+    """Whether a process of the group listens on that TCP port, where somebody else may answer."""
+    tables = [Path("/proc/net/tcp"), *Path("/proc/net").glob("tcp6")]  # none where IPv6 is switched off
+    rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
+    there = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
+    for pid in group(leader, birth):
+        with suppress(FileNotFoundError, ProcessLookupError):  # gone by itself just now
+            if any(os.readlink(file) in there for file in Path(f"/proc/{pid}/fd").iterdir()):
+                return True
+    return False
+
+
 def stop(leaders: Iterable[tuple[int, int]], grace_s: float) -> list[tuple[int, int]]:
     """SIGTERM to the groups (leader, birth), SIGKILL to what is left after `grace_s`; those that were running.
 

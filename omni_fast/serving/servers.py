@@ -270,8 +270,8 @@ def _wait(server: Server, timeout_s: float, say: Say, check: Callable[[], None])
         check()
         answer, _ = _ask(server, "/health")
         waited = time.monotonic() - started
-        if answer == 200:
-            break
+        if answer == 200 and process.listens(server.pid, server.born, int(server.url.rpartition(":")[2])):
+            break  # it is ours: whoever looked for a free port in the same minute may have been quicker
         what = f"loading, /health answers {answer}" if answer else "importing, nothing listens yet"
         if waited > timeout_s:
             late = f"{name} was not ready after {timeout_s:.0f} s ({what})"

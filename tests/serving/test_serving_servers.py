@@ -44,6 +44,9 @@ if kind == "oom":
     sys.exit("Traceback\\nRuntimeError: Not enough memory. Please try to increase --mem-fraction-static.")
 if kind == "taken":
     sys.exit("ERROR: [Errno 98] error while attempting to bind on address: address already in use")
+if kind == "slower":
+    time.sleep(1)
+    sys.exit("ERROR: [Errno 98] error while attempting to bind on address: address already in use")
 if kind == "lacks":
     sys.exit("Traceback\\nModuleNotFoundError: No module named 'sgl_kernel'")
 if kind == "nowhere":
@@ -229,6 +232,21 @@ def test_a_port_that_is_taken_is_told_and_nothing_starts(place: Place) -> None:
             place.start("good", port=port)
     (server,) = place.start("good", port=port)
     assert server.url == f"http://127.0.0.1:{port}"
+
+
+def test_a_server_of_somebody_else_on_the_port_is_not_taken_for_ours(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs with the same --port found it free; the server of the one that was quicker answered both."""
+    (other,) = serving.start([Launch("policy-0", "/good")], tmp_path / "other", timeout_s=20, say=place.said.append)
+    port = int(other.url.rpartition(":")[2])
+    try:
+        monkeypatch.setattr(servers, "_free_ports", lambda wanted: {"policy-0": port})
+        with pytest.raises(RunError, match="its port was taken meanwhile"):
+            place.start("slower", port=port)
+        assert other.alive and serving.status(place.folder) == []
+    finally:
+        serving.down(tmp_path / "other")
 
 
 def test_a_folder_that_was_given_relatively_is_the_same_from_everywhere(
