@@ -1,7 +1,7 @@
 """HTTP/1.1 requests over connections that are kept, inside an asyncio loop: as little as JSON to a model server needs.
 
-A general client costs more than the answers it carries: httpx takes 1.7 ms a request, this 0.5 ms with all that is read
-out of 8 samples (benchmarks/bench_client.py). Spoken: GET and POST, http and https, bodies by length, in chunks, or up to the end of the
+A general client costs more than the answers it carries: httpx several times what this takes with all that is read out of 8
+samples (benchmarks/bench_client.py). Spoken: GET and POST, http and https, bodies by length, in chunks, or up to the end of the
 connection. Not spoken: redirects, proxies, compression, cookies. Nothing is ever sent twice: whoever asks decides. So a
 connection that the server may be closing just now is not used again.
 """
