@@ -179,12 +179,6 @@ class Tac(Scheduler):
             chosen = max(self.softmax(self._scores(), self.TEMPERATURE, 1).items(), key=lambda pair: pair[1])[0]
         return {task: prompts if task == chosen else 0 for task in self.tasks}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        for kept in self.memory.values():
-            if "count" in kept:  # it held the turns in run folders of an older version
-                kept.setdefault("turns", kept["count"])
-
     def observe(self, feedback: Mapping[str, Feedback]) -> None:
         super().observe(feedback)
         keep = self.SMOOTHING

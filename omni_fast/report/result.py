@@ -9,11 +9,9 @@ it does not know yet. Splits: `base`, `stages`, `final`, `bwt`, `intervals` and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
-from pydantic import JsonValue
 
 from omni_fast.curriculum import predict, scores
 from omni_fast.curriculum.decide import Decision, Plan
@@ -21,7 +19,7 @@ from omni_fast.curriculum.scores import Estimate, ItemScores
 from omni_fast.curriculum.stages import Stage
 from omni_fast.curriculum.transfer import Transfer
 
-Json = dict[str, JsonValue]
+Json = dict[str, Any]
 
 
 def assemble(
@@ -61,9 +59,6 @@ def _solved(transfer: Transfer, decision: Decision, run: list[str]) -> Json:
         "solved_order": list(decision.order),
         "order_probability": decision.probability,
         "order_settled": decision.settled,
-        "second_order": list(decision.second) if decision.second else None,
-        "order_gap": _dict(decision.gap) if decision.gap else None,
-        "more_items": dict(decision.more_items) if decision.more_items is not None else None,
         "pairs": {a: dict(row) for a, row in decision.pairs.items()},
         "statement": decision.statement,
         "forecast": _dicts(predict.forecast(transfer, run)),
@@ -78,15 +73,14 @@ def _forecast_error(transfer: Transfer, stages: Sequence[Stage], rows: Sequence[
     out: Json = {}
     for form in get_args(predict.Form) if rows else ():
         predicted = np.clip(predict.walk(transfer.scores_MK, transfer.n_K, index, form)[1:], 0.0, 1.0)
-        error = predict.forecast_error(predicted, realised)
-        out[form] = {name: _number(value) for name, value in error._asdict().items()}
+        out[form] = _numbers(predict.forecast_error(predicted, realised)._asdict())
     return out
 
 
 def _realised(rows: Sequence[ItemScores], trained: Sequence[Stage]) -> Json:
     done, own = rows[1:], [stage.own for stage in trained]
     names = ["joint" if stage.joint else stage.own[0] for stage in trained]
-    stages: list[JsonValue] = [
+    stages = [
         {"task": name, "steps": stage.steps, "scores": _scores(row)}
         for name, stage, row in zip(names, trained, done, strict=False)
     ]
@@ -97,28 +91,25 @@ def _realised(rows: Sequence[ItemScores], trained: Sequence[Stage]) -> Json:
     flips = {task: scores.flips(first[task], last[task]) for task in first}
     return out | {
         "final": _scores(last),
-        "bwt": _dict(scores.backward_transfer(rows, own)),
-        "forward_transfer": _dict(scores.forward_transfer(rows, own)),
-        "forgetting": {task: _number(x) for task, x in scores.forgetting(rows, own).items()},
+        "bwt": scores.backward_transfer(rows, own).as_dict(),
+        "forward_transfer": scores.forward_transfer(rows, own).as_dict(),
+        "forgetting": _numbers(scores.forgetting(rows, own)),
         "intervals": {
             "method": "95 %: Wilson for single scores of 0/1 items, paired percentile bootstrap over items for differences",
             "gain": _dicts({task: scores.mean_difference({task: first[task]}, last) for task in first}),
-            "gain_average": _dict(scores.mean_difference(first, last)),
+            "gain_average": scores.mean_difference(first, last).as_dict(),
         },
         "flips": {task: {"lost": lost, "gained": gained} for task, (lost, gained) in flips.items()},
     }
 
 
-def _number(x: float | int) -> float | int | None:
-    return x if np.isfinite(x) else None
-
-
-def _dict(estimate: Estimate) -> Json:
-    return {name: _number(x) for name, x in asdict(estimate).items()}
+def _numbers(found: Mapping[str, float]) -> Json:
+    """null for what is not finite."""
+    return {name: x if np.isfinite(x) else None for name, x in found.items()}
 
 
 def _dicts(estimates: Mapping[str, Estimate]) -> Json:
-    return {task: _dict(estimate) for task, estimate in estimates.items()}
+    return {task: estimate.as_dict() for task, estimate in estimates.items()}
 
 
 def _scores(items: ItemScores) -> Json:

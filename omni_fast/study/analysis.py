@@ -90,9 +90,8 @@ class TransferPart(NamedTuple):
 
 
 def runs(study: Study, arm: str, split: str = "test") -> Runs:
-    """Seed -> item scores of the arm's final policy, where it has the split."""
-    finals = {cell.seed: cell.final for cell in study.of(arm)}
-    return {seed: node.scores.values[split] for seed, node in finals.items() if node and split in node.scores.values}
+    """Seed -> item scores of the arm's final policy."""
+    return {cell.seed: cell.final.scores.values[split] for cell in study.of(arm) if cell.final}
 
 
 def competitors(study: Study) -> list[Arm]:
@@ -179,13 +178,11 @@ def measure(policies: Mapping[str, Runs], tasks: Names) -> tuple[Transfer, Draws
 
 def single_runs(study: Study, seeds: Sequence[int]) -> dict[str, Runs]:
     """BASE and each task -> seed -> item scores on `select` after one stage of it from the initial policy."""
-    found: dict[str, dict[int, Mapping[str, Floats]]] = {name: {} for name in (BASE, *study.tasks)}
-    for name, by_seed in found.items():
-        for seed in seeds:
-            node = study.pair(seed, *(() if name == BASE else (name,)))
-            if node is not None and "select" in node.scores.values:
-                by_seed[seed] = node.scores.values["select"]
-    return dict(found)
+    paths = {BASE: (), **{task: (task,) for task in study.tasks}}
+    return {
+        name: {seed: node.scores.values["select"] for seed in seeds if (node := study.pair(seed, *path)) is not None}
+        for name, path in paths.items()
+    }
 
 
 def transfer_part(study: Study) -> TransferPart | None:
@@ -260,9 +257,9 @@ def _cheap(study: Study, seed: int) -> Iterator[tuple[str, float, float, Floats]
 def warnings(study: Study) -> list[str]:
     """What limits the numbers: constant tasks, failed items, few seeds, a failed arm."""
     out = []
-    tests = [node.scores.values.get("test", {}) for by_path in study.nodes.values() for node in by_path.values()]
+    nodes = [node for by_path in study.nodes.values() for node in by_path.values()]
     for task in study.tasks:
-        items = np.concatenate([np.empty(0), *(scores[task] for scores in tests if task in scores)])
+        items = np.concatenate([np.empty(0), *(node.scores.values["test"][task] for node in nodes)])
         valid = items[~np.isnan(items)]
         if items.size and not valid.size:
             out.append(f"Task {task} has no score at all: its verifier or judge failed on every item.")

@@ -69,7 +69,7 @@ class Scores(NamedTuple):
 
     def mean(self, split: str, task: str) -> float:
         """Mean over the valid items; NaN where there is none."""
-        return score(self.values[split][task]).value if split in self.values else float("nan")
+        return score(self.values[split][task]).value
 
 
 class Node(NamedTuple):

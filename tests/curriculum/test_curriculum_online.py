@@ -82,18 +82,6 @@ def test_tac_takes_one_task_a_step_in_turn_first():
     assert aligned["qa"] > aligned["writing"]
 
 
-def test_tac_continues_a_state_that_has_the_turns_under_count():
-    whole, resumed = Tac(TASKS, seed=1), Tac(TASKS, seed=1)
-    for step in range(12):
-        whole.observe(_world(step, whole.allocate(8)))
-    old = json.loads(json.dumps(whole.state_dict()))
-    for kept in old["tasks"].values():
-        kept["count"] = kept.pop("turns")
-    resumed.load_state_dict(old)
-    assert [resumed.value(task, "turns") for task in TASKS] == [whole.value(task, "turns") for task in TASKS]
-    assert resumed.allocate(8) == whole.allocate(8)
-
-
 def test_sketch_estimates_dot_products_without_bias():
     generator = torch.Generator().manual_seed(0)
     x = {"w": torch.randn(300, 70, generator=generator), "b": torch.randn(9, generator=generator)}

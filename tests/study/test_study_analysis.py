@@ -133,7 +133,8 @@ def test_backward_transfer_of_a_refresh_counts_the_tasks_trained_before_the_last
 def test_ten_tasks_are_analysed_without_listing_their_orders(effect):
     """10! orders, of which two were run."""
     tasks = tuple("abcdefghij")
-    node = effect.pair(0)._replace(scores=records.Scores({"test": dict.fromkeys(tasks, np.array([0.0, 1.0]))}, {}))
+    items = dict.fromkeys(tasks, np.array([0.0, 1.0]))
+    node = effect.pair(0)._replace(scores=records.Scores({"select": items, "test": items}, {}))
     ran = {tuple(f"{task}:20" for task in order[:k]): node for order in (tasks, tasks[::-1]) for k in range(11)}
     study = replace(effect, tasks=tasks, nodes={0: ran, 1: ran})
     at = analysis_orders.realised(study)
