@@ -125,13 +125,14 @@ _MINUS = str.maketrans("\u2212\u2013", "--")
 _SAME = (("\\$", "$"), ("€", "$"), ("£", "$"), ("{,}", ","), ("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"))
 # words behind a number, perhaps of several: "18 eggs", "3/4 of the cake"
 _WORDS = re.compile(  # the first of them three letters long with a vowel, or "of", none of them a variable or a count
-    r"(?<=[0-9}])\s+(?=of |(?=[A-Za-z]{3})[A-Za-z]*[aeiou])"
+    r"(?<=[0-9}])(?:\s+|/)(?=of |(?=[A-Za-z]{3})[A-Za-z]*[aeiou])"
     r"(?:(?!(?:[b-zA-Z]|or|and|to|plus|minus|over|mod|pi|percent|squared|cubed|factorial|half|dozen|hundred|thousand"
     r"|[mbtr]+illion)\b)[A-Za-z]++[ '/-]*+)++(?=\.?$)"
 )
 # instead of an answer, what it is compared with
 _COMPARED = re.compile(r"[<>≤≥≠¬]|!=|\\(?:n?[lg](?:t|eq?q?(?:slant)?)|neq?|not|neg|lnot|in|sim|propto)(?![a-z])")
-_MARKS = ("\\boxed", "\\fbox", "####", "<answer>")
+_ENDS = {"####": "\n", "<answer>": "</answer>"}
+_MARKS = ("\\boxed", "\\fbox", *_ENDS)
 
 
 def extract_answer(text: str, lenient: bool = True) -> str | None:
@@ -139,10 +140,8 @@ def extract_answer(text: str, lenient: bool = True) -> str | None:
     start, mark = max((text.rfind(mark), mark) for mark in _MARKS)
     if start >= 0:
         rest = text[start + len(mark) :][: 2 * MAX_CHARS]
-        if mark == "####":
-            return rest.lstrip(" \t").split("\n", 1)[0].strip() or None
-        if mark == "<answer>":
-            return rest.split("</answer>", 1)[0].strip() or None
+        if mark in _ENDS:  # without the marks of bold and code that chat models write
+            return rest.split(_ENDS[mark], 1)[0].strip().strip(" *`") or None
         return (_braced(text, text.find("{", start, start + 10)) or "").strip() or None
     if not lenient:
         return None
@@ -168,7 +167,7 @@ def normalise(answer: str) -> str:
     text = _DROP.sub("", _SPACE.sub(" ", answer[: 2 * MAX_CHARS])).translate(_MINUS)
     for form, plain in _SAME:
         text = text.replace(form, plain)
-    text = re.sub(r"^-\$", "-", text.rstrip(".").strip("$"))
+    text = re.sub(r"(?<=[0-9}])(?:\\text\{)?percent\}?$", r"\%", re.sub(r"^-\$", "-", text.rstrip(".").strip("$")))
     return text[2:-2] if text.startswith("\\(") and text.endswith("\\)") else text
 
 

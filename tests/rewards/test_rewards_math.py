@@ -243,6 +243,13 @@ def test_strict_extraction_needs_a_mark():
         ("-18", "#### \u201318", Part(1.0)),
         ("18", "#### €18", Part(1.0)),
         ("1819", "#### 18€19", Part(0.0, "several")),
+        # bold and code, as chat models write it
+        ("18", "#### **18**", Part(1.0)),
+        ("18", "<answer>`18`</answer>", Part(1.0)),
+        ("18 km", "#### **18** cm", Part(0.0, "unit")),
+        ("18", "#### $18/day", Part(1.0)),
+        ("12.5", "#### 12.5 percent", Part(1.0)),
+        ("0.1", r"\boxed{10\text{ percent}}", Part(1.0)),
         # the letter of a choice
         ("18", r"\boxed{\textbf{(A)}\ 18}", Part(1.0)),
         # two answers at once
