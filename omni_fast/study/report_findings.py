@@ -207,7 +207,8 @@ def _assumptions(part: AssumptionPart) -> Iterator[Table]:
 
 
 def _entropy(part: EntropyPart) -> Iterator[Table]:
-    residuals = [(name, r.before, r.after, r.change, f"{r.at_edge:.0%}") for name, r in part.residuals.items()]
+    known = {name: r for name, r in part.residuals.items() if r.change.seeds}
+    residuals = [(name, r.before, r.after, r.change, f"{r.at_edge:.0%}") for name, r in known.items()]
     title = "What the forecast misses, sampled at temperature 1 and at 1 / the effective temperature"
     yield Table(title, ["task", "at 1", "corrected", "change", "beyond the sweep"], residuals)
     rows = [(f"{w:g}", arrow(order), gain or "the same order") for w, (order, gain) in part.ablation.items()]
