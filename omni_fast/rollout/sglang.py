@@ -98,7 +98,8 @@ class SGLangEngine(Engine):
         end, missing = time.monotonic() + self.wait_s, self.fleet.servers
         while missing:
             self.wait(f"the engine server {missing[0].url} to be ready, up to {self.wait_s:.0f} s")
-            for server, answer in self.fleet.each(missing, lambda server: self._health(server, ASK_S)).result():
+            limit = min(ASK_S, max(1.0, end - time.monotonic()))
+            for server, answer in self.fleet.each(missing, partial(self._health, limit_s=limit)).result():
                 self._meet(server, answer)
             missing = [server for server in missing if not server.known]
             if time.monotonic() > end:

@@ -28,6 +28,7 @@ from fake_sglang import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timed_sglang import NamedWeights
 
 from omni_fast.errors import RunError, UserError
 from omni_fast.rollout import sglang
@@ -36,32 +37,6 @@ from omni_fast.rollout.fleet import Fleet, Server, ServerError
 from omni_fast.rollout.sglang import SGLangEngine, read, request
 
 SAMPLING = Sampling(max_new_tokens=6, temperature=0.7, stop_token_ids=(2,), seed=1)
-
-
-class NamedWeights:
-    """Weights that are only a name: what the engine needs of `WeightSync`."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self.fleet, self.tag = fleet, ""
-        self.caught_up: list[str] = []
-
-    def check(self, server: Server) -> None:
-        pass
-
-    def _set(self, server: Server) -> None:
-        path, body = "/update_weights_from_disk", {"model_path": "", "weight_version": self.tag, "flush_cache": False}
-        self.fleet.run(self.fleet.ask(server, path, body))
-        server.proven = self.tag
-
-    def push(self, version: int) -> dict[str, float]:
-        self.tag = f"named.{version}"
-        for server in self.fleet.ready:
-            self._set(server)
-        return {}
-
-    def catch_up(self, server: Server) -> None:
-        self.caught_up.append(server.url)
-        self._set(server)
 
 
 def fake(**options: object) -> FakeSGLang:
@@ -251,7 +226,7 @@ def test_a_sample_of_other_weights_drains_the_server_until_it_has_the_right_ones
     with engine(server) as made:
         server.weight_version = "someone-else.9"
         check_whole(made.generate(prompts(5), 2, SAMPLING), 5, 2, "named.0")
-        assert made.weights.caught_up == [server.url]
+        assert len(server.paths("/update_weights_from_disk")) == 2
         assert any("someone-else.9" in line for line in made.said)
         salts = [body["extra_key"] for body in server.paths("/generate")]
         assert salts[0] == "0:named.0" and salts[-1] == "1:named.0", "keys and values of the other weights are not read"
@@ -385,6 +360,16 @@ def test_a_server_that_starts_late_is_waited_for() -> None:
     server.faults.append(("/health", times(3, status(503))))
     with engine(server) as made:
         assert made.fleet.ready and len(server.paths("/health")) == 4
+
+
+def test_a_silent_server_is_waited_for_no_longer_than_was_said() -> None:
+    """Each question took its own ten seconds, whatever was left."""
+    server = fake()
+    server.faults += [("/continue_generation", slow(15.0)), ("/health", slow(15.0))]
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"not ready after 0 s \(no answer within 1 s\)"), engine(server, wait_s=0.4):
+        pass
+    assert time.monotonic() - started < 8
 
 
 def test_servers_that_cannot_be_used_are_told_before_the_first_step() -> None:
