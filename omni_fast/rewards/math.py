@@ -121,7 +121,6 @@ _IN = re.compile(r"\s*in\s+(?!per\b)(?=[A-Za-z])")  # "42 (in meters)"
 _VARIABLE = re.compile(
     r"(?<=[0-9)}])[A-Za-z](?![A-Za-z/])|(?!m)[A-Za-z]\s*\^|(?![NJW]\s+[msh](?![A-Za-z]))[A-Za-z]\s+[A-Za-z](?![A-Za-z])"
 )
-_MINUS = str.maketrans("\u2212\u2013", "--")
 _SAME = (("\\$", "$"), ("€", "$"), ("£", "$"), ("{,}", ","), ("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"))
 # words behind a number, perhaps of several: "18 eggs", "3/4 of the cake"
 _WORDS = re.compile(  # the first of them three letters long with a vowel, or "of", none of them a variable or a count
@@ -145,10 +144,15 @@ def extract_answer(text: str, lenient: bool = True) -> str | None:
         return (_braced(text, text.find("{", start, start + 10)) or "").strip() or None
     if not lenient:
         return None
-    tail = text[-TAIL_CHARS:].translate(_MINUS)
+    tail = _hyphens(text[-TAIL_CHARS:])
     formulas = _FORMULA.findall(tail) if "$" in tail or "\\(" in tail else ()
     numbers = formulas or _LAST.findall(tail)
     return numbers[-1].strip() if numbers else None
+
+
+def _hyphens(text: str) -> str:
+    """Minus signs and dashes as hyphens. Not `translate`, which looks at every character."""
+    return text.replace("\u2212", "-").replace("\u2013", "-")
 
 
 def _braced(text: str, start: int) -> str | None:
@@ -164,10 +168,12 @@ def _braced(text: str, start: int) -> str | None:
 @lru_cache(maxsize=16384)
 def normalise(answer: str) -> str:
     """The same answer without mathematical spacing, dollar signs and other things that carry no meaning."""
-    text = _DROP.sub("", _SPACE.sub(" ", answer[: 2 * MAX_CHARS])).translate(_MINUS)
+    text = _hyphens(_DROP.sub("", _SPACE.sub(" ", answer[: 2 * MAX_CHARS])))
     for form, plain in _SAME:
         text = text.replace(form, plain)
-    text = re.sub(r"(?<=[0-9}])(?:\\text\{)?percent\}?$", r"\%", re.sub(r"^-\$", "-", text.rstrip(".").strip("$")))
+    text = text.rstrip(".").strip("$")
+    text = "-" + text[2:] if text.startswith("-$") else text
+    text = re.sub(r"(?<=[0-9}])(?:\\text\{)?percent\}?$", r"\%", text) if "percent" in text else text
     return text[2:-2] if text.startswith("\\(") and text.endswith("\\)") else text
 
 
@@ -201,7 +207,9 @@ def unit(answer: str) -> tuple[str, str]:
 def bare(answer: str) -> str:
     """A normalised answer; where it is a number with a known unit or a text, the number."""
     text = normalise(answer)
-    values = (text, normalise(unit(answer)[0]), _BEHIND.sub("", text))
+    if number(text):
+        return text
+    values = (normalise(unit(answer)[0]), _BEHIND.sub("", text))
     return next((value for value in values if number(value)), text)
 
 
@@ -213,7 +221,7 @@ def same_unit(gold: str, given: str) -> bool:
 
 def in_place(text: str, answer: str) -> str:
     """An answer with what follows it in its sentence, where its unit may stand: "\\boxed{42} km"."""
-    text, answer = text.translate(_MINUS), answer.translate(_MINUS)
+    text, answer = _hyphens(text), _hyphens(answer)
     start = max(map(text.rfind, _MARKS))
     _, found, after = text[start:].partition(answer) if start >= 0 else text.rpartition(answer)
     return answer + _SENTENCE.split(after[:40], maxsplit=1)[0] if found else answer
@@ -230,7 +238,9 @@ def number(text: str) -> tuple[Fraction, bool] | None:
     denominator = Fraction(bottom)
     if denominator == 0:
         return None
-    value = Fraction(whole or 0) + Fraction(top) / denominator
+    value = Fraction(top) / denominator
+    if whole:
+        value += int(whole)
     return -value if sign == "-" else value, not top.isdigit()
 
 
@@ -365,13 +375,14 @@ def _decide(completion: str, gold: str) -> Reason | tuple[str, str]:
         return "no_answer"
     if len(answer) > MAX_CHARS:
         return "too_long"
-    stated, answer = in_place(completion, answer), _worded(answer)
-    sides = answer.split("=")
-    units = [unit(side)[1] for side in sides]
-    if all(units) and units.count(measure) == 1:  # of "5 m = 500 cm" the one that was asked for
-        answer = sides[units.index(measure)]
-    elif not same_unit(measure, unit(stated)[1]):
-        return "unit"
+    stated, answer = answer, _worded(answer)
+    if measure:
+        sides = answer.split("=")
+        units = [unit(side)[1] for side in sides]
+        if all(units) and units.count(measure) == 1:  # of "5 m = 500 cm" the one that was asked for
+            answer = sides[units.index(measure)]
+        elif not same_unit(measure, unit(in_place(completion, stated))[1]):
+            return "unit"
     wanted, given = bare(gold), bare(answer)
     if wanted == given:
         return "ok" if wanted else "wrong"
