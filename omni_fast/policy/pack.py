@@ -98,7 +98,7 @@ def _grow(trajectories: Sequence[Trajectory], members: Sequence[int], share: Sha
         if len(sample.prompt) + len(inner) > budget:
             raise UserError(
                 f"A sample has {len(sample.prompt) + len(inner)} tokens and a micro-batch may hold {budget}: raise "
-                "tokens_per_microbatch, or shorten the prompts or the completions."
+                "optimizer.tokens_per_microbatch, or shorten the prompts or the completions."
             )
         fits = len(tree.tokens) + len(inner) - common <= budget
         if not trees or share == "none" or not fits:

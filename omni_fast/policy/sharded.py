@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -85,7 +86,8 @@ class ShardedPolicy(Policy):
     def close(self) -> None:
         """Let the other ranks go; after a failure in the middle of something torchrun has to end them."""
         if not self._failed:
-            self._send("close", ())
+            with suppress(RuntimeError):  # one of them is gone, and torchrun ends the others
+                self._send("close", ())
 
     def _together(self, name: str, *given: Any) -> Any:
         """Do `Policy.name` on all ranks at once."""

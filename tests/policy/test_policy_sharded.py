@@ -241,6 +241,15 @@ def rank_0_fails_alone(build: Callable[[], LlamaForCausalLM], batches: list[list
     time.sleep(9)  # gloo's threads may abort where a rank leaves while another waits for it
 
 
+def a_rank_that_is_gone(build: Callable[[], LlamaForCausalLM], batches: list[list[Trajectory]], rank: int) -> None:
+    """As where it is killed while rank 0 generates, and torchrun stops the others: no traceback hides why."""
+    policy = ShardedPolicy(build(), **settings("dapo"))
+    if rank:
+        os._exit(0)
+    time.sleep(1.0)
+    policy.close()
+
+
 @pytest.fixture
 def batches(build_batch: Batches) -> list[list[Trajectory]]:
     return [build_batch(seed, zero_groups=1) for seed in (1, 2, 3)]
@@ -273,3 +282,9 @@ def test_a_rank_that_fails_alone_is_not_waited_for_longer_than_a_step(
     build_model: Callable[..., LlamaForCausalLM], batches: list[list[Trajectory]]
 ) -> None:
     on_ranks(2, partial(rank_0_fails_alone, build_model, batches), step_s=3.0, ends_well=False)
+
+
+def test_a_rank_that_is_gone_is_let_go(
+    build_model: Callable[..., LlamaForCausalLM], batches: list[list[Trajectory]]
+) -> None:
+    on_ranks(2, partial(a_rank_that_is_gone, build_model, batches), ends_well=False)
