@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -104,11 +105,13 @@ def _typed(key: Data) -> object:
     )
 
 
-def extract_code(text: str) -> str:
-    """The program in a completion: its last fenced block that defines something, else its last block, else all of it.
+def extract_code(text: str, entry: str) -> str:
+    """The program in a completion: its last fenced block that defines `entry`, else its last block, else all of it.
 
-    A block that the token limit cut off counts to the end of the text.
+    Tests and examples in blocks of their own are left out. A block that the token limit cut off counts to the end of the
+    text, and one in a list item loses its margin.
     """
     blocks = [body for language, body in _FENCE.findall(text) if language.lower() in ("", "python", "py", "python3")]
-    defining = [body for body in blocks if "def " in body or "lambda" in body]
-    return (defining or blocks or [text])[-1]
+    defines = re.compile(rf"^[ \t]*(?:def {re.escape(entry)}\b|{re.escape(entry)} *[=:])", re.MULTILINE)
+    defining = [body for body in blocks if defines.search(body)]
+    return textwrap.dedent((defining or blocks or [text])[-1])

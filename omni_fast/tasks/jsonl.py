@@ -134,8 +134,9 @@ class FileTask:
         if self.verifier == "math":
             return self.resources.math().score(completions, [str(item.answer["gold"]) for item in items])
         if self.verifier == "code":
-            sources = [extract_code(text) for text in completions]
-            return self.resources.code().score(sources, [_tests(item.answer) for item in items])
+            tests = [_tests(item.answer) for item in items]
+            sources = [extract_code(text, test.entry) for text, test in zip(completions, tests, strict=True)]
+            return self.resources.code().score(sources, tests)
         pairs = zip(items, completions, strict=True)
         if self.verifier == "judge":
             judge = (self.resources.metric_judge if metric else self.resources.reward_judge)()

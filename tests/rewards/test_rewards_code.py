@@ -179,15 +179,18 @@ def test_same(expected, got, verdict):
         ("Sure:\n```python\ndef f(): pass\n```\nDone.", "def f(): pass\n"),
         ("```\ndef f(): pass\n```\nUsage:\n```python\nprint(f())\n```", "def f(): pass\n"),
         ("```python\ndef f():\n    return 1", "def f():\n    return 1"),
+        ("```py\ndef f(): pass\n```\n```py\ndef test():\n    assert f()\n```", "def f(): pass\n"),
+        ("```py\ndef ff(): pass\n```\n```py\nf = ff\n```", "f = ff\n"),
+        ("1. So:\n   ```python\n   def f():\n       return 1\n   ```", "def f():\n    return 1\n"),
         ("```bash\nls\n```", "```bash\nls\n```"),
         ("```py\nx = 1\n```", "x = 1\n"),
     ],
 )
 def test_extract_code(text, code):
-    assert extract_code(text) == code
+    assert extract_code(text, "f") == code
 
 
 def test_extract_code_is_linear():
     """Each doubled its time when the text grew by a half: 57 s for 200,000 blanks."""
     for text in ("```" + " " * 400_000, "```" + "\t" * 400_000, "``` " * 100_000, "```py " * 80_000):
-        assert extract_code(text) == text
+        assert extract_code(text, "f") == text

@@ -106,7 +106,7 @@ def exact(texts: Sequence[str]) -> list[Part]:
 
 def programs(texts: Sequence[str]) -> list[Part]:
     """What is taken for the program in a reply; running it is the jail's."""
-    assert all(isinstance(extract_code(text), str) for text in texts)
+    assert all(isinstance(extract_code(text, text[:5]), str) for text in texts)
     return [Part(float(program(text) is not None)) for text in texts]
 
 
