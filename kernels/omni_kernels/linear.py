@@ -8,8 +8,9 @@ A backend may own the first GEMM and leave exponentials instead of logits; a fac
 Rows that are not trained on never enter. On the CPU, rows whose coefficients turn out 0 (clipped, dropped) leave before
 dX and dW; on a GPU counting them would cost a host sync.
 
-dW is accumulated in fp32 over chunks and rounded once, to the dtype of the weight. GEMMs run in the dtype of hidden: a
-weight of another dtype (an fp32 master copy under bf16 activations) is cast for them and gets its gradient unrounded.
+dW is accumulated in fp32 over chunks and rounded once, to the dtype of the weight. GEMMs run in the dtype of hidden, under
+autocast too: a weight of another dtype (an fp32 master copy under bf16 activations) is cast for them and gets its gradient
+unrounded.
 All sums have a fixed order, so results repeat bit by bit. A row's bits may depend on how many rows there are, as BLAS
 picks its kernels by shape; `tile_rows` fixes the shape of what it sees, and with it log-probs, entropies and dX.
 """
@@ -18,7 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 from types import ModuleType
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,8 +31,11 @@ from omni_kernels.gemms import Matrices, takes, wide_of
 from omni_kernels.losses import Coefficients, Prepared, coefficients, prepare, row_wise
 from omni_kernels.metrics import METRICS
 from omni_kernels.plan import Plan, plan
-from omni_kernels.spec import IGNORE, LossSpec, Tokens
+from omni_kernels.spec import IGNORE, LossSpec, Tokens, check
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+LEAST_LOG_P = -1024.0  # nats: p is 0 long before, and p log p with it
 _COMPACT_BELOW = 0.9  # share of rows with a gradient below which gathering them pays
 
 
@@ -64,8 +70,11 @@ class Head:
         return plan(*size, self.workspace_bytes, row_wise, hidden.device.type)
 
     def check_targets(self, targets: Tensor, weight: Tensor) -> None:
-        """Raises ValueError for tokens outside the vocabulary (on the CPU: looking would cost a GPU a host sync)."""
-        check_range(targets, len(weight))
+        """Raises ValueError for tokens outside the vocabulary and temperatures that are none.
+
+        On the CPU: looking would cost a GPU a host sync.
+        """
+        check_range(targets, len(weight), self.inv_temperature)
 
     def forward(self, logits: Tensor, targets: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """(logp, entropy, lse) [C] of logits [C, V]."""
@@ -123,7 +132,7 @@ class Head:
         )
         hit = -a * torch.expm1(stats.logp)
         if b is not None and stats.entropy is not None:
-            hit = hit - b * stats.logp.exp() * (stats.logp + stats.entropy)
+            hit = hit - b * stats.logp.exp() * (stats.logp.clamp(min=LEAST_LOG_P) + stats.entropy)
         if z is not None:
             hit = hit + 2 * z * stats.lse * stats.logp.exp()
         hit = torch.where(gradient.live() & (targets != IGNORE), hit * scale, 0)
@@ -180,19 +189,29 @@ class PolicyResult:
     db: Tensor | None
 
 
+def _without_autocast(run: Callable[Concatenate[Tensor, _P], _R]) -> Callable[Concatenate[Tensor, _P], _R]:
+    @wraps(run)
+    def call(hidden: Tensor, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return run(hidden, *args, **kwargs)
+
+    return call
+
+
+@_without_autocast
 def policy_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tokens, spec: LossSpec, head: Head, want_entropy: bool,
     needs: tuple[bool, bool, bool], into: Tensor | None = None, scale: float = 1.0,
 ) -> PolicyResult:  # fmt: skip
     """Loss, metrics and the wanted ones of (dX, dW, dbias)."""
+    check(tokens, spec)
     n, dtype = len(hidden), wide_of(hidden.dtype)
     trained = tokens.trained()
     rows = _subset(trained) if tokens.rows is None and not trained.is_cuda else tokens.rows
     targets = torch.where(trained, tokens.targets, IGNORE)
-    targets = targets if rows is None else targets[rows]
-    head.check_targets(targets, weight)
     if rows is not None:
-        hidden, head = hidden[rows], head.at(rows)
+        hidden, targets, head = hidden[rows], targets[rows], head.at(rows)
+    head.check_targets(targets, weight)
     by_row = row_wise(tokens, spec)
     chunks = _chunks(hidden, weight, head, by_row, needs[1] and into is None)
     m = Matrices(hidden, weight, bias, _most(chunks), needs, head.tile_rows, into, scale, head.own_products)
@@ -237,6 +256,7 @@ class Extras:
     sum_p_squared: Tensor
 
 
+@_without_autocast
 def logprob_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, want_entropy: bool,
     top_k: int | None,
@@ -262,6 +282,7 @@ def logprob_forward(
     return _scattered(stats, rows, n), extra
 
 
+@_without_autocast
 def logprob_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, stats: Stats, gradient: Gradient, head: Head,
     needs: tuple[bool, bool, bool],
@@ -413,11 +434,15 @@ def _most(chunks: list[slice]) -> int:
     return max(c.stop - c.start for c in chunks)
 
 
-def check_range(targets: Tensor, vocab: int) -> None:
-    """Raises ValueError for a target outside [0, vocab) other than IGNORE; on the CPU only."""
+def check_range(targets: Tensor, vocab: int, inv_temperature: float | Tensor) -> None:
+    """Raises ValueError for a target outside [0, vocab) other than IGNORE, or its inverse temperature; on the CPU only."""
     if targets.is_cuda or targets.numel() == 0:
         return  # looking would cost a host sync
     low, high = (int(v) for v in targets.aminmax())
     if high >= vocab or (low < 0 and bool(((targets < 0) & (targets != IGNORE)).any())):
         wrong = high if high >= vocab else low
         raise ValueError(f"targets holds {wrong}; give tokens in [0, {vocab}), or {IGNORE} for rows to leave out")
+    if isinstance(inv_temperature, Tensor):
+        off = (targets != IGNORE) & ~((inv_temperature > 0) & inv_temperature.isfinite())
+        if bool(off.any()):
+            raise ValueError(f"inv_temperature holds {float(inv_temperature[off][0])}; give finite numbers > 0")

@@ -79,6 +79,7 @@ def policy_loss(
     for name, value in (("logp", logp), ("entropy", entropy), ("lse", lse)):
         if value is not None and value.shape != tokens.targets.shape:
             raise ValueError(f"policy_loss: {name} is {list(value.shape)}; give {list(tokens.targets.shape)}")
+    check(tokens, spec)
     with torch.no_grad():
         wide = logp.dtype if logp.dtype == torch.float64 else torch.float32
         seen = [None if v is None else v.detach().to(wide) for v in (logp, entropy, lse)]
@@ -128,9 +129,8 @@ def prepare(
 ) -> Prepared:
     """All that is known before the rows are looked at or, given current `logp` and `entropy`, after.
 
-    dtype: float32 or float64, of the arithmetic. Raises ValueError for missing or misshapen inputs.
+    tokens: checked. dtype: float32 or float64, of the arithmetic.
     """
-    check(tokens, spec)
     trained = tokens.trained()
 
     def clean(values: Tensor | None) -> Tensor | None:
@@ -156,7 +156,7 @@ def prepare(
         share = share / segment_sum(share, sequences).clamp(min=1)
     n = tokens.denominator
     share = share / (_count(counted, sequences, spec).clamp(min=1) if n is None else n)
-    share = share.to(dtype)
+    share = torch.where(counted, share, 0).to(dtype)  # nothing counts: n is 0 too
     deferred = spec.rollout is not None and old is None and logp is None  # w comes with the current log-prob
     if kept is not trained and not deferred:
         weight = kept.to(dtype) if weight is None else torch.where(kept, weight, 0)
@@ -271,7 +271,7 @@ def rollout_weight(
 def _ratio(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
     """exp of the clamped log-ratio, and its derivative."""
     ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
-    return ratio, torch.where(log_ratio.abs() <= LOG_RATIO_BOUND, ratio, 0)
+    return ratio, torch.where(log_ratio.abs() > LOG_RATIO_BOUND, 0, ratio)  # NaN stays, here and below
 
 
 def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
@@ -297,10 +297,10 @@ def _policy(logp: Tensor, log_ratio: Tensor, batch: Prepared, spec: LossSpec) ->
     elif spec.policy == "gmpo":
         assert length is not None
         ratio, _ = _ratio(log_ratio)
-        within = torch.where(advantages > 0, ratio <= high, ratio >= low)
-        bounded = torch.where(within, ratio, _choose(advantages > 0, high, low, ratio))
+        beyond = torch.where(advantages > 0, ratio > high, ratio < low)
+        bounded = torch.where(beyond, _choose(advantages > 0, high, low, ratio), ratio)
         value = slope = -advantages * (segment_sum(bounded.log(), sequences) / length).exp()
-        passes = passes & within & (log_ratio.abs() <= LOG_RATIO_BOUND)
+        passes = passes & ~(beyond | (log_ratio.abs() > LOG_RATIO_BOUND))
     else:
         if coupled:
             assert length is not None
@@ -335,7 +335,7 @@ def _kl(logp: Tensor, log_ratio: Tensor, batch: Prepared, spec: LossSpec) -> tup
     """(KL estimate, share dKL/dlogp), [N] each."""
     assert batch.reference is not None
     gap = batch.reference - logp
-    within = gap.abs() <= LOG_RATIO_BOUND
+    beyond = gap.abs() > LOG_RATIO_BOUND
     gap = gap.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     if spec.kl == "k1":
         value, slope = -gap, torch.ones_like(gap)
@@ -343,7 +343,7 @@ def _kl(logp: Tensor, log_ratio: Tensor, batch: Prepared, spec: LossSpec) -> tup
         value, slope = gap.square() / 2, -gap
     else:
         value, slope = torch.expm1(gap) - gap, -torch.expm1(gap)
-    slope = torch.where(within, slope, 0) * batch.share
+    slope = torch.where(beyond, 0, slope) * batch.share
     if not spec.kl_correction:
         return value, slope
     if spec.level == "token":
@@ -379,7 +379,7 @@ def _undisturbed(
 def _rank(values: Tensor, trained: Tensor) -> Tensor:
     """Rank [N] of each trained value, 0 = the largest; ties by position."""
     order = torch.where(trained, values, -torch.inf).argsort(descending=True, stable=True)
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
 
 
 def _count(counted: Tensor, sequences: Tensor | None, spec: LossSpec) -> Tensor:

@@ -66,8 +66,8 @@ def linear_policy_loss(
     The loss is differentiable in hidden, weight and bias; what does not require a gradient costs no GEMM.
     Raises ValueError on input that does not fit.
     """
-    _check_head(hidden, weight, bias, main_grad)
-    _check_rows(hidden, tokens.targets, inv_temperature, softcap, "hidden")
+    check_head(hidden, weight, bias, main_grad)
+    check_rows(hidden, tokens.targets, inv_temperature, softcap, "hidden")
     if grad_scale is not None and main_grad is None:
         raise ValueError(f"grad_scale is {grad_scale} but main_grad is None; give the fp32 [V, H] tensor to add dW to")
     want_entropy = want_entropy or spec.needs_entropy
@@ -78,7 +78,7 @@ def linear_policy_loss(
         tokens.rows, n if isinstance(n, Tensor) else None, scale if isinstance(scale, Tensor) else None,
     )  # fmt: skip
     how = (
-        0.0 if n is None or isinstance(n, Tensor) else float(n), 1.0 if isinstance(scale, Tensor) else float(scale),
+        None if n is None or isinstance(n, Tensor) else float(n), 1.0 if isinstance(scale, Tensor) else float(scale),
         softcap or 0.0, spec.encoded, want_entropy, *needs, _tile(hidden, batch_invariant), workspace_bytes or 0,
         backend or "",
     )  # fmt: skip
@@ -169,14 +169,14 @@ def logits_logprob(
     Rows may be strided, columns not. Differentiable in the logits under any upstream gradients. in_place: the backward
     pass overwrites the logits with their gradient, so it can run once, and nothing else may use them afterwards.
     """
-    _check_rows(logits, targets, inv_temperature, softcap, "logits")
+    check_rows(logits, targets, inv_temperature, softcap, "logits")
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         raise ValueError(f"logits has strides {logits.stride()}; give contiguous rows: logits.contiguous()")
     if not logits.is_floating_point() or logits.shape[1] == 0:
         raise ValueError(f"logits is {logits.dtype} {list(logits.shape)}; give floats [N, V], V >= 1")
     row_scale, scale = _split(inv_temperature)
     logp, entropy, _ = _logits_op(
-        logits, targets, row_scale, scale, softcap or 0.0, want_entropy, in_place, backend or ""
+        logits, targets.contiguous(), row_scale, scale, softcap or 0.0, want_entropy, in_place, backend or ""
     )
     return logp, entropy if want_entropy else None
 
@@ -188,11 +188,12 @@ def logits_logprob(
 def _policy_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None, targets: Tensor, advantages: Tensor,
     mask: Tensor | None, sequences: Tensor | None, old: Tensor | None, reference: Tensor | None, rollout: Tensor | None,
-    rows: Tensor | None, denominator: Tensor | None, row_scale: Tensor | None, n: float, scale: float, softcap: float,
-    spec: str, want_entropy: bool, need_dx: bool, need_dw: bool, need_db: bool, tile_rows: int, workspace_bytes: int,
+    rows: Tensor | None, denominator: Tensor | None, row_scale: Tensor | None, n: float | None, scale: float,
+    softcap: float, spec: str, want_entropy: bool, need_dx: bool, need_dw: bool, need_db: bool, tile_rows: int, workspace_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    tokens = Tokens(targets, advantages, mask, sequences, old, reference, rollout, _or_none(denominator, n), rows)
+    total = n if denominator is None else denominator
+    tokens = Tokens(targets, advantages, mask, sequences, old, reference, rollout, total, rows)
     head = _head(hidden, row_scale, scale, softcap, tile_rows, workspace_bytes, backend)
     needs = (need_dx, need_dw, need_db)
     result = linear.policy_head(hidden, weight, bias, tokens, LossSpec.decode(spec), head, want_entropy, needs)
@@ -204,7 +205,7 @@ def _policy_op(
 @_policy_op.register_fake
 def _(hidden, weight, bias, main_grad, targets, *rest):
     *_, want_entropy, need_dx, need_dw, need_db, _tile_rows, _workspace_bytes, _backend = rest
-    dtype, n = wide_of(hidden.dtype), len(hidden)
+    dtype, n = wide_of(hidden.dtype), hidden.shape[0]  # len() would fix N in the graph
     rows = hidden.new_empty(n, dtype=dtype)
     return (
         hidden.new_empty((), dtype=dtype),
@@ -258,11 +259,11 @@ def _linear_logprob(
     softcap: float | None, want_entropy: bool, main_grad: Tensor | None, batch_invariant: bool,
     workspace_bytes: int | None, backend: str | None, top_k: int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_head(hidden, weight, bias, main_grad)
-    _check_rows(hidden, targets, inv_temperature, softcap, "hidden")
+    check_head(hidden, weight, bias, main_grad)
+    check_rows(hidden, targets, inv_temperature, softcap, "hidden")
     row_scale, scale = _split(inv_temperature)
     logp, entropy, _, *extra = _logprob_op(
-        hidden, weight, bias, main_grad, targets, row_scale, scale, softcap or 0.0, want_entropy,
+        hidden, weight, bias, main_grad, targets.contiguous(), row_scale, scale, softcap or 0.0, want_entropy,
         -1 if top_k is None else top_k, _tile(hidden, batch_invariant), workspace_bytes or 0, backend or "",
     )  # fmt: skip
     top_logp, top_tokens, squares = (v.detach() for v in extra)
@@ -285,7 +286,7 @@ def _logprob_op(
 
 @_logprob_op.register_fake
 def _(hidden, weight, bias, main_grad, targets, row_scale, scale, softcap, want_entropy, top_k, *how):
-    n, dtype, nothing = len(hidden), wide_of(hidden.dtype), lambda: hidden.new_empty(0)
+    n, dtype, nothing = hidden.shape[0], wide_of(hidden.dtype), lambda: hidden.new_empty(0)
     return (
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty(n, dtype=dtype) if want_entropy else nothing(),
@@ -303,7 +304,7 @@ def _logprob_backward_op(
     need_dx: bool, need_dw: bool, need_db: bool, tile_rows: int, workspace_bytes: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     head = _head(hidden, row_scale, scale, softcap, tile_rows, workspace_bytes, backend)
-    stats = Stats(logp, entropy if len(entropy) == len(lse) else None, lse)
+    stats = Stats(logp, entropy if entropy.shape == lse.shape else None, lse)
     gradient = _upstream(grad_logp, grad_entropy, lse)
     needs = (need_dx, need_dw, need_db)
     grads = linear.logprob_backward(hidden, weight, bias, targets, stats, gradient, head, needs)
@@ -360,15 +361,15 @@ def _logits_op(
     logits: Tensor, targets: Tensor, row_scale: Tensor | None, scale: float, softcap: float, want_entropy: bool,
     in_place: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    linear.check_range(targets, logits.shape[1])
     head = _head(logits, row_scale, scale, softcap, 0, 0, backend)
+    linear.check_range(targets, logits.shape[1], head.inv_temperature)
     logp, entropy, lse = head.forward(logits, targets, want_entropy)
     return logp, _present(entropy, logits), lse
 
 
 @_logits_op.register_fake
 def _(logits, targets, row_scale, scale, softcap, want_entropy, in_place, backend):
-    rows = logits.new_empty(len(logits), dtype=wide_of(logits.dtype))
+    rows = logits.new_empty(logits.shape[0], dtype=wide_of(logits.dtype))
     return rows, torch.empty_like(rows) if want_entropy else logits.new_empty(0), torch.empty_like(rows)
 
 
@@ -378,7 +379,7 @@ def _logits_backward_op(
     entropy: Tensor, row_scale: Tensor | None, scale: float, softcap: float, backend: str,
 ) -> None:  # fmt: skip
     head = _head(logits, row_scale, scale, softcap, 0, 0, backend)
-    stats = Stats(logp, entropy if len(entropy) == len(lse) else None, lse)
+    stats = Stats(logp, entropy if entropy.shape == lse.shape else None, lse)
     head.backward_(logits, targets, stats, _upstream(grad_logp, grad_entropy, lse))
 
 
@@ -426,10 +427,6 @@ def _head(
     return Head(module, inv_temperature, softcap or None, workspace_bytes or None, tile_rows)
 
 
-def _or_none(tensor: Tensor | None, number: float) -> Tensor | float | None:
-    return tensor if tensor is not None else (number or None)
-
-
 def _present(value: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if value is None else value
 
@@ -447,7 +444,7 @@ def _needs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, b
     return on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad
 
 
-def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None) -> None:
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None) -> None:
     if hasattr(weight, "placements"):
         raise ValueError(
             "weight is a DTensor; use omni_kernels.parallel: vocab_parallel_policy_loss(*vocab_shard(weight)) for a "
@@ -456,20 +453,24 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, main_grad: 
     for name, value in (("hidden", hidden), ("weight", weight)):
         if value.ndim != 2 or not value.is_floating_point():
             raise ValueError(f"{name} is {value.dtype} {list(value.shape)}; give a float matrix")
-    if hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
+    if hidden.shape[1] != weight.shape[1] or 0 in weight.shape:
         given = f"hidden {list(hidden.shape)} and weight {list(weight.shape)}"
-        raise ValueError(f"{given} do not fit; give [N, H] and [V, H], V >= 1")
+        raise ValueError(f"{given} do not fit; give [N, H] and [V, H], V and H >= 1")
     if hidden.device != weight.device:
         raise ValueError(f"hidden is on {hidden.device}, weight on {weight.device}; move them to one device")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.device != hidden.device):
         raise ValueError(f"bias is {list(bias.shape)} on {bias.device}; give [V] = {[len(weight)]} on {hidden.device}")
-    if main_grad is not None and (main_grad.shape != weight.shape or main_grad.dtype != torch.float32):
-        raise ValueError(f"main_grad is {main_grad.dtype} {list(main_grad.shape)}; give float32 {list(weight.shape)}")
+    wanted = torch.float32, weight.shape, weight.device
+    if main_grad is not None and (main_grad.dtype, main_grad.shape, main_grad.device) != wanted:
+        given = f"{main_grad.dtype} {list(main_grad.shape)} on {main_grad.device}"
+        raise ValueError(f"main_grad is {given}; give float32 {list(weight.shape)} on {weight.device}")
 
 
-def _check_rows(
+def check_rows(
     rows: Tensor, targets: Tensor, inv_temperature: float | Tensor, softcap: float | None, name: str
 ) -> None:
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise RuntimeError("omni_kernels has no forward-mode derivatives (jvp); use backward()")
     if rows.ndim != 2:
         raise ValueError(f"{name} has shape {list(rows.shape)}; give flat rows [N, ...], for example x.flatten(0, -2)")
     if targets.shape != rows.shape[:1] or targets.dtype != torch.int64 or targets.device != rows.device:

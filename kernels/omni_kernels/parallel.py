@@ -28,8 +28,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from omni_kernels import backends, linear
 from omni_kernels.gemms import wide_of
-from omni_kernels.linear import Gradient, Head, Stats, check_range
-from omni_kernels.ops import linear_policy_loss
+from omni_kernels.linear import LEAST_LOG_P, Gradient, Head, Stats, check_range
+from omni_kernels.ops import check_head, check_rows, linear_policy_loss
 from omni_kernels.plan import Plan, plan
 from omni_kernels.spec import IGNORE, LossOutput, LossSpec, Tokens
 
@@ -62,8 +62,8 @@ def vocab_parallel_logprob(
     reduce_dx: bool = True, workspace_bytes: int | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`linear_logprob` of a sharded head: weight [V_k, H] and bias [V_k] are this rank's, targets the global tokens."""
-    head = _head(hidden, weight, shard, inv_temperature, softcap, workspace_bytes, backend)
-    return _Logprob.apply(hidden, weight, bias, targets, head, want_entropy, reduce_dx)
+    head = _head(hidden, weight, bias, targets, shard, inv_temperature, softcap, workspace_bytes, backend)
+    return _Logprob.apply(hidden, weight, bias, targets.contiguous(), head, want_entropy, reduce_dx)
 
 
 def vocab_parallel_policy_loss(
@@ -72,7 +72,7 @@ def vocab_parallel_policy_loss(
     return_tokens: bool = False, reduce_dx: bool = True, workspace_bytes: int | None = None, backend: str | None = None,
 ) -> LossOutput:  # fmt: skip
     """`linear_policy_loss` of a sharded head. Loss and metrics are the same on every rank: count them once."""
-    head = _head(hidden, weight, shard, inv_temperature, softcap, workspace_bytes, backend)
+    head = _head(hidden, weight, bias, tokens.targets, shard, inv_temperature, softcap, workspace_bytes, backend)
     want_entropy = want_entropy or spec.needs_entropy
     loss, metrics, logp, entropy = _PolicyLoss.apply(hidden, weight, bias, tokens, spec, head, want_entropy, reduce_dx)
     return LossOutput(loss, metrics, logp, entropy) if return_tokens else LossOutput(loss, metrics)
@@ -112,7 +112,7 @@ class _ShardedHead(Head):
 
     def check_targets(self, targets: Tensor, weight: Tensor) -> None:
         assert self.shard is not None
-        check_range(targets, self.shard.vocab)
+        check_range(targets, self.shard.vocab, self.inv_temperature)
 
     def policy_loss_(self, *_: object) -> None:
         return None  # the loss needs the other ranks' statistics in between
@@ -147,7 +147,7 @@ class _ShardedHead(Head):
         u = logits[:, 0].to(stats.lse.dtype)
         bent = None if self.softcap is None else torch.tanh(u / self.softcap)
         scaled = u if bent is None or self.softcap is None else self.softcap * bent
-        log_p = scaled * self.inv_temperature - stats.lse
+        log_p = (scaled * self.inv_temperature - stats.lse).clamp(min=LEAST_LOG_P)
         super().backward_(logits, local, stats, gradient)
         slope = -gradient.a
         if gradient.b is not None and stats.entropy is not None:
@@ -212,13 +212,15 @@ def _reduced(dx: Tensor | None, head: _ShardedHead, reduce_dx: bool) -> Tensor |
 
 
 def _head(
-    hidden: Tensor, weight: Tensor, shard: VocabShard, inv_temperature: float | Tensor, softcap: float | None,
-    workspace_bytes: int | None, backend: str | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shard: VocabShard,
+    inv_temperature: float | Tensor, softcap: float | None, workspace_bytes: int | None, backend: str | None,
 ) -> _ShardedHead:  # fmt: skip
-    if shard.start < 0 or shard.start + len(weight) > shard.vocab or len(weight) == 0:
+    check_head(hidden, weight, bias, None)
+    check_rows(hidden, targets, inv_temperature, softcap, "hidden")
+    if shard.start < 0 or shard.start + len(weight) > shard.vocab:
         rows = f"[{shard.start}, {shard.start + len(weight)})"
         raise ValueError(f"the shard holds rows {rows} of a vocabulary of {shard.vocab}; give each rank rows of it")
     if isinstance(inv_temperature, Tensor):
-        inv_temperature = inv_temperature.to(wide_of(hidden.dtype))
+        inv_temperature = inv_temperature.to(wide_of(hidden.dtype)).contiguous()
     module = backends.select(hidden.device, hidden.dtype, backend)
     return _ShardedHead(module, inv_temperature, softcap, workspace_bytes, 0, shard)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from numbers import Real
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +82,16 @@ class LossSpec:
             if getattr(self, name) not in allowed:
                 options = ", ".join(map(repr, allowed))
                 raise ValueError(f"LossSpec.{name} is {getattr(self, name)!r}; use one of {options}")
+        for f in fields(self):
+            value, kind = getattr(self, f.name), str(f.type)
+            if "float" not in kind or (value is None and "None" in kind):
+                continue
+            pair = "tuple" in kind
+            numbers = value if pair and isinstance(value, tuple | list) else (value,)
+            if len(numbers) != 1 + pair or not all(isinstance(v, Real) and v == v for v in numbers):
+                raise ValueError(f"LossSpec.{f.name} is {value!r}; use {'two numbers' if pair else 'a number'}")
+            plain = tuple(float(v) for v in numbers)
+            object.__setattr__(self, f.name, plain if pair else plain[0])
         if self.dual_clip is not None and self.dual_clip < 1 + self.eps_high:
             raise ValueError(f"LossSpec.dual_clip is {self.dual_clip}; use at least 1 + eps_high = {1 + self.eps_high}")
         if self.kl_correction and self.kl != "k3":
@@ -101,9 +112,7 @@ class LossSpec:
     @lru_cache(maxsize=64)
     def decode(encoded: str) -> LossSpec:
         """The spec of `LossSpec.encoded`: how a spec passes through a torch operator, which takes no objects."""
-        values: dict[str, Any] = json.loads(encoded)
-        values |= {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
-        return LossSpec(**values)
+        return LossSpec(**json.loads(encoded))
 
     @classmethod
     def preset(cls, name: str, **changes: object) -> LossSpec:
@@ -167,7 +176,8 @@ class Tokens:
     old: log-prob before this update, nats; None means on-policy: old is the current log-prob.
     reference: log-prob of the frozen reference, nats; needed when beta != 0, else only measured.
     rollout: log-prob that the sampler reported, nats; needed by `LossSpec.rollout`, else only measured.
-    denominator: the global normaliser n, `normaliser_count` summed over all micro-batches and ranks; None: this call's.
+    denominator: the global normaliser n, `normaliser_count` summed over all micro-batches and ranks, a number or a tensor
+        of one; None: this call's. 0 is right where no token counts.
     rows: int64 [R], the tokens that enter the head, from `head_rows`; the others are as if absent. Saves a GPU the host
         sync of counting them; None: all trained tokens.
     """
@@ -210,12 +220,28 @@ def check(tokens: Tokens, spec: LossSpec) -> None:
             raise ValueError(f"Tokens.{name} is {given}; give {wanted} like targets")
     if tokens.mask is not None and tokens.mask.dtype != torch.bool:
         raise ValueError(f"Tokens.mask is {tokens.mask.dtype}; give bool")
-    ids = tokens.sequences
-    if ids is not None and not ids.is_cuda and len(ids) and not torch.compiler.is_compiling():
-        low, high = (int(v) for v in ids.aminmax())
-        if low < 0 or high >= len(ids):
-            raise ValueError(f"Tokens.sequences holds {low if low < 0 else high}; give ids in [0, N) = [0, {len(ids)})")
+    _check_places(tokens.sequences, "sequences", n[0])
+    if tokens.rows is not None and (tokens.rows.ndim != 1 or tokens.rows.device != tokens.targets.device):
+        given = f"{list(tokens.rows.shape)} on {tokens.rows.device}"
+        raise ValueError(f"Tokens.rows is {given}; give places of tokens [R] on {tokens.targets.device}")
+    _check_places(tokens.rows, "rows", n[0])
+    total = tokens.denominator
+    if total is not None and (total.numel() != 1 if isinstance(total, Tensor) else not total >= 0):
+        shown = list(total.shape) if isinstance(total, Tensor) else total
+        raise ValueError(f"Tokens.denominator is {shown}; give one number >= 0, or None for this call's own count")
     if spec.beta != 0 and tokens.reference is None:
         raise ValueError(f"LossSpec.beta is {spec.beta} but Tokens.reference is None; give its log-probs, or beta=0")
     if spec.rollout is not None and tokens.rollout is None:
         raise ValueError(f"LossSpec.rollout is {spec.rollout!r} but Tokens.rollout is None; give sampler log-probs")
+
+
+def _check_places(ids: Tensor | None, name: str, n: int) -> None:
+    if ids is None:
+        return
+    if ids.dtype != torch.int64:
+        raise ValueError(f"Tokens.{name} is {ids.dtype}; give int64")
+    # A GPU is not waited for, and where shapes alone are traced there is nothing to look at.
+    if type(ids) is Tensor and ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in ids.aminmax())
+        if low < 0 or high >= n:
+            raise ValueError(f"Tokens.{name} holds {low if low < 0 else high}; give numbers in [0, N) = [0, {n})")

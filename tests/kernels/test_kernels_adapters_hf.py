@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import runpy
 import subprocess
 import sys
@@ -122,6 +123,29 @@ def test_without_labels_it_is_the_old_model_and_undo_brings_it_back() -> None:
     assert "forward" not in vars(model)
     assert torch.equal(model(ids, labels=labels).logits, logits)
     patch.undo()
+
+
+def test_a_copy_is_scored_by_its_own_weights() -> None:
+    """As references are made: what a copy of a patched model computes is the copy's."""
+    model, (ids, labels) = build("llama"), tokens()
+    patch_lm_head(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in copied.parameters():
+            weight.mul_(1.5)
+    plain = build("llama")
+    plain.load_state_dict(copied.state_dict())
+    assert torch.equal(copied(ids).logits, plain(ids).logits)
+    close(copied(ids, labels=labels).logp, expected(plain, ids, labels, 1.0)[0])
+    close(model(ids, labels=labels).logp, expected(build("llama"), ids, labels, 1.0)[0])
+
+
+def test_what_does_not_fit_is_named() -> None:
+    model, (ids, labels) = build("llama"), tokens()
+    patch_lm_head(model)
+    with pytest.raises(ValueError, match=r"inv_temperature is \[9\]; give a number, or \[2, 9\]"):
+        model(ids, labels=labels, inv_temperature=torch.ones(9))
+    assert torch.equal(model(ids, labels=labels, return_dict=False).loss, model(ids, labels=labels).loss)
 
 
 def test_no_logits_are_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from omni_kernels import (
     IGNORE,
@@ -371,11 +372,18 @@ def test_second_order_is_a_clear_error(which: str) -> None:
         torch.autograd.grad(loss, p["hidden"], create_graph=True)
 
 
+def test_forward_mode_is_a_clear_error() -> None:
+    """torch gives an operator without a rule a derivative of 0."""
+    p = problem()
+    with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+        torch.func.jvp(lambda x: linear_logprob(x, p["weight"], p["targets"])[0], (p["hidden"],), (p["hidden"],))
+
+
 def test_opcheck() -> None:
     p = problem(n=9, v=31)
     ops = torch.ops.omni_kernels
     tokens = tokens_of(p, torch.full((9,), -3.0))
-    how = (0.0, 1.0, 0.0, LossSpec(entropy_coef=0.1).encoded, True, True, True, True, 0, 0, "torch")
+    how = (None, 1.0, 0.0, LossSpec(entropy_coef=0.1).encoded, True, True, True, True, 0, 0, "torch")
     vectors = (
         tokens.targets, tokens.advantages, tokens.mask, tokens.sequences, tokens.old, tokens.reference, tokens.rollout,
         None, None, p["row_scale"],
@@ -410,6 +418,50 @@ def test_compiles_as_one_graph(which: str) -> None:
     torch.testing.assert_close(eager, traced, rtol=1e-5, atol=1e-6)
     for a, b in zip(*(torch.autograd.grad(v, (p["hidden"], p["weight"])) for v in (eager, traced)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("which", ["fused", "linear", "logits", "loss"])
+def test_one_graph_serves_every_number_of_tokens(which: str) -> None:
+    spec = LossSpec(beta=0.1, entropy_coef=0.1)
+
+    def run(hidden: Tensor, weight: Tensor, tokens: Tokens) -> Tensor:
+        if which == "fused":
+            return linear_policy_loss(hidden, weight, tokens, spec).loss
+        if which == "linear":
+            logp, entropy = linear_logprob(hidden, weight, tokens.targets)
+        else:
+            logp, entropy = logits_logprob(hidden @ weight.T, tokens.targets)
+        return policy_loss(logp, entropy, tokens, spec).loss if which == "loss" else (logp + entropy).sum()
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    for n in (50, 41, 63):
+        p = problem(n, 6, 31)
+        tokens = tokens_of(p, torch.full((n,), -3.0))
+        if n == 50:
+            for tensor in (p["hidden"], *(t for t in vars(tokens).values() if isinstance(t, Tensor))):
+                torch._dynamo.mark_dynamic(tensor, 0)
+        inputs = p["hidden"], p["weight"]
+        grads = [torch.autograd.grad(call(*inputs, tokens), inputs) for call in (run, compiled)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count == 1
+
+
+@every_backend
+def test_gemms_keep_their_dtype_under_autocast(backend: str) -> None:
+    p = problem(200, 24, 307)
+    tokens, leaves = tokens_of(p, torch.full((200,), -5.0)), (p["hidden"], p["weight"])
+
+    def run(**options: object) -> list[Tensor]:
+        out = linear_policy_loss(*leaves, tokens, LossSpec(), backend=backend, workspace_bytes=60 * 307 * 4, **options)
+        logp, _ = linear_logprob(*leaves, tokens.targets, backend=backend)
+        return [out.loss.detach(), *torch.autograd.grad(out.loss + (logp * p["ga"]).sum(), leaves)]
+
+    for options in ({}, {"batch_invariant": True}):
+        alone = run(**options)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(map(torch.equal, run(**options), alone))
 
 
 @settings(deadline=None, max_examples=60)

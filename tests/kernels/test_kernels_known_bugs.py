@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from omni_kernels import (
     IGNORE,
+    PRESETS,
     LossSpec,
     Tokens,
     backends,
@@ -161,6 +163,30 @@ def test_a_poisoned_row_poisons_only_itself(backend: str, dtype: torch.dtype, po
 
 
 @every_backend
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_trained_row_that_is_nan_is_nan_in_loss_and_gradient(backend: str, name: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 3, generator=g).requires_grad_() for n in (6, 5))
+    hidden.data[2, 0] = torch.nan
+    tokens = Tokens(torch.arange(6) % 5, torch.ones(6), sequences=torch.arange(6) // 3, old=torch.full((6,), -1.6))
+    loss = linear_policy_loss(hidden, weight, tokens, LossSpec.preset(name), backend=backend).loss
+    (dx,) = torch.autograd.grad(loss, hidden)
+    assert loss.isnan() and dx[2].isnan().all() and dx[3:].isfinite().all()
+
+
+@every_backend
+def test_an_impossible_target_does_not_make_the_entropy_bonus_nan(backend: str) -> None:
+    hidden, weight = torch.eye(3)[:1].requires_grad_(), torch.tensor([[1.0, 0, 0], [2, 0, 0], [-torch.inf, 0, 0]])
+    (dx,) = torch.autograd.grad(linear_logprob(hidden, weight[:2], torch.tensor([0]), backend=backend)[1], hidden)
+    logits = (hidden.detach() @ weight.T).requires_grad_()
+    logits.data[0, 2] = -torch.inf
+    logp, entropy = logits_logprob(logits, torch.tensor([2]), backend=backend)
+    (du,) = torch.autograd.grad(entropy, logits)
+    assert logp == -torch.inf and du[0, 2] == 0
+    torch.testing.assert_close(du[:, :2] @ weight[:2], dx)
+
+
+@every_backend
 def test_a_row_of_minus_infinity_is_nan_and_an_impossible_target_minus_infinity(backend: str) -> None:
     logits = torch.randn(3, 20)
     logits[0] = -torch.inf
@@ -244,7 +270,45 @@ def test_bad_input_is_named_with_its_remedy() -> None:
     assert "give contiguous rows" in message(logits_logprob, torch.randn(7, 4).T, y)
     assert "top_k is 8; give a number in [0, V] = [0, 7]" in message(linear_logprob_extras, x, w, y, top_k=8)
     assert "grad_scale is 1.0 but main_grad is None" in message(linear_policy_loss, x, w, t, LossSpec(), grad_scale=1.0)
-    assert "backend 'abacus' is not available" in message(linear_logprob, x, w, y, backend="abacus")
+    for name in ("abacus", "rows", "../torch"):  # rows: a module there, but no backend
+        assert f"backend {name!r} is not available" in message(linear_logprob, x, w, y, backend=name)
+    for backend in BACKENDS:
+        wrong = message(linear_logprob, x, w, y, inv_temperature=torch.tensor([1, 2, 0.0, 1]), backend=backend)
+        assert "inv_temperature holds 0.0; give finite numbers > 0" in wrong
+    eights = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+    assert "tensors are torch.float8_e4m3fn; give float32" in message(linear_logprob, *eights, y)
+    assert "V and H >= 1" in message(linear_logprob, x[:, :0], w[:, :0], y)
+    assert "main_grad is torch.float32 [7, 3] on meta" in message(
+        linear_logprob, x, w, y, main_grad=torch.ones(7, 3, device="meta")
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"mask": torch.ones(3, dtype=torch.bool)}, "Tokens.mask is [3] on cpu; give [4]"),
+        ({"mask": torch.ones(4)}, "Tokens.mask is torch.float32; give bool"),
+        ({"sequences": torch.zeros(4)}, "Tokens.sequences is torch.float32; give int64"),
+        ({"rows": torch.tensor([0, 4])}, "Tokens.rows holds 4; give numbers in [0, N) = [0, 4)"),
+        ({"rows": torch.ones(4, dtype=torch.bool)}, "Tokens.rows is torch.bool; give int64"),
+        ({"rows": torch.tensor([[0]])}, "Tokens.rows is [1, 1] on cpu; give places of tokens [R]"),
+        ({"denominator": -1.0}, "Tokens.denominator is -1.0; give one number >= 0"),
+        ({"denominator": torch.ones(4)}, "Tokens.denominator is [4]; give one number >= 0"),
+    ],
+    ids=str,
+)
+def test_tokens_that_do_not_fit_are_named_by_the_fused_loss_too(change: dict[str, Tensor], sentence: str) -> None:
+    tokens = replace(Tokens(torch.tensor([0, 1, 2, 3]), torch.ones(4)), **change)  # type: ignore[arg-type]
+    assert sentence in message(linear_policy_loss, torch.randn(4, 3), torch.randn(7, 3), tokens, LossSpec())
+
+
+@every_backend
+def test_strided_targets_are_targets(backend: str) -> None:
+    x, w, y = torch.randn(4, 3), torch.randn(7, 3), torch.tensor([[0, 9], [1, 9], [2, 9], [3, 9]])[:, 0]
+    same = y.contiguous()
+    assert torch.equal(linear_logprob(x, w, y, backend=backend)[0], linear_logprob(x, w, same, backend=backend)[0])
+    logits = x @ w.T
+    assert torch.equal(logits_logprob(logits, y, backend=backend)[0], logits_logprob(logits, same, backend=backend)[0])
 
 
 def test_operands_of_any_stride_are_exact() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -200,6 +202,16 @@ def test_fully_masked_batch_is_exactly_zero() -> None:
         assert finalise(out.metrics) == {"loss": 0.0, "tokens": 0.0}
 
 
+def test_a_step_of_which_nothing_counts_has_a_normaliser_of_zero() -> None:
+    logp, entropy, _, tokens = ragged(0)
+    spec = LossSpec(beta=0.1, entropy_coef=0.1)
+    tokens = replace(tokens, mask=torch.zeros(len(logp), dtype=torch.bool))
+    count = normaliser_count(tokens, spec)
+    for n in (count, count.item(), 0):
+        out = policy_loss(logp, entropy, replace(tokens, denominator=n), spec)
+        assert out.loss == 0 and torch.autograd.grad(out.loss, logp)[0].abs().max() == 0
+
+
 def test_empty_batch() -> None:
     none = torch.zeros(0)
     out = policy_loss(none, none, Tokens(none.long(), none), LossSpec())
@@ -239,8 +251,15 @@ def test_specs_are_checked_and_travel_as_strings() -> None:
         LossSpec(kl="k1", kl_correction=True)
     with pytest.raises(ValueError, match="preset"):
         LossSpec.preset("gpro")
-    with pytest.raises(ValueError, match="eps_low is nan"):
-        LossSpec(eps_low=float("nan"))
+    for field, value in {"eps_low": math.nan, "beta": math.nan, "beta ": "0.1", "vespo_negative": (1.0,)}.items():
+        with pytest.raises(ValueError, match=f"LossSpec.{field.strip()} is .*; use (a|two) number"):
+            LossSpec(**{field.strip(): value})  # type: ignore[arg-type]
+
+
+def test_numbers_of_all_kinds_make_the_same_spec() -> None:
+    spec = LossSpec(beta=np.float32(0.5), eps_low=0, vespo_positive=[2, 3])  # type: ignore[arg-type]
+    assert spec == LossSpec(beta=0.5, eps_low=0.0) and hash(spec) and LossSpec.decode(spec.encoded) == spec
+    assert spec.encoded == LossSpec(beta=0.5, eps_low=0.0).encoded
 
 
 def test_bad_tokens_are_named() -> None:
@@ -249,7 +268,7 @@ def test_bad_tokens_are_named() -> None:
         policy_loss(logp, entropy, replace(tokens, old=torch.zeros(3)), LossSpec())
     with pytest.raises(ValueError, match="Tokens.mask is torch.float32; give bool"):
         policy_loss(logp, entropy, replace(tokens, mask=torch.ones(len(logp))), LossSpec())
-    with pytest.raises(ValueError, match="sequences holds 99; give ids in"):
+    with pytest.raises(ValueError, match="sequences holds 99; give numbers in"):
         policy_loss(logp, entropy, replace(tokens, sequences=torch.full((len(logp),), 99)), LossSpec())
     with pytest.raises(ValueError, match="reference is None"):
         policy_loss(logp, entropy, replace(tokens, reference=None), LossSpec(beta=0.1))

@@ -85,6 +85,13 @@ def vocab_parallel(rank: int, world: int) -> None:
             everywhere = [torch.empty_like(out.logp) for _ in range(world)]
             dist.all_gather(everywhere, out.logp)
             assert all(torch.equal(other, out.logp) for other in everywhere)
+    cut = bias.clone()
+    cut[BOUNDS[world][-2] :] = -torch.inf  # the last shard has no probability, as padding of a vocabulary has none
+    used = torch.where(tokens.targets < BOUNDS[world][-2], tokens.targets, IGNORE)
+    x, w, x1, w1 = *leaves(hidden, weight), *leaves(hidden, weight[low:high])
+    linear_logprob(x, w, used, bias=cut)[1].sum().backward()
+    vocab_parallel_logprob(x1, w1, used, shard, bias=cut[low:high])[1].sum().backward()
+    close(x1.grad, x.grad), close(w1.grad, w.grad[low:high])
     x2, w2 = leaves(hidden, weight[low:high])
     vocab_parallel_logprob(x2, w2, tokens.targets, shard, reduce_dx=False)[0].sum().backward()
     dist.all_reduce(x2.grad)
@@ -164,3 +171,11 @@ def test_a_shard_outside_the_vocabulary_is_named() -> None:
     hidden, weight, _, tokens, _ = problem()
     with pytest.raises(ValueError, match=r"rows \[50, 151\) of a vocabulary of 101"):
         vocab_parallel_logprob(hidden, weight, tokens.targets, VocabShard(None, 50, V))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"bias is \[3\] on cpu; give \[V\] = \[101\]"):
+        vocab_parallel_logprob(
+            hidden,
+            weight,
+            tokens.targets,
+            VocabShard(None, 0, V),
+            bias=torch.ones(3),  # type: ignore[arg-type]
+        )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+import torch
 from torch import Tensor
 
 
@@ -23,3 +24,9 @@ def head_options(inv_temperature: float | Tensor, scale: float, softcap: float |
     The operators have no such factor, and need none: cap tanh(s u / cap) = s c tanh(u / c) with c = cap / s.
     """
     return {"inv_temperature": inv_temperature * scale, "softcap": None if softcap is None else softcap / scale}
+
+
+def as_autocast(hidden: Tensor) -> Tensor:
+    """hidden in the dtype that GEMMs would have under the current autocast."""
+    kind = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden

@@ -18,7 +18,6 @@ Limits: decoder-only models with their weights in memory: patch before `fully_sh
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omni_kernels.adapters import head_options
+from omni_kernels.adapters import as_autocast, head_options
 from omni_kernels.ops import linear_logprob
 from omni_kernels.spec import IGNORE
 
@@ -59,10 +58,11 @@ class ScoredTokens(ModelOutput):
 class Patch:
     """A patched model; `undo()`, or leaving it as a context, brings its own forward back."""
 
-    def __init__(self, model: PreTrainedModel, forward: Callable[..., Any]) -> None:
+    def __init__(self, model: PreTrainedModel, forward: functools.partial[Any]) -> None:
         self._model = model
         self._before = model.__dict__.get("forward")
-        model.forward = types.MethodType(forward, model)
+        # a partial, whose arguments follow a deepcopy of the model; generate() validates its own against the signature
+        model.forward = functools.update_wrapper(forward, model.forward)
 
     def undo(self) -> None:
         """Idempotent. Patches of one model are undone in reverse order."""
@@ -92,36 +92,37 @@ def patch_lm_head(model: PreTrainedModel) -> Patch:
     """
     read = _Reader(model)
     read.check()
-    original = model.forward
+    return Patch(model, functools.partial(_forward, read, model.forward))
 
-    @functools.wraps(original)  # generate() validates its arguments against the signature
-    def forward(
-        self: PreTrainedModel, *args: Any, labels: Tensor | None = None, targets: Tensor | None = None,
-        inv_temperature: float | Tensor = 1.0, num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        if labels is None and targets is None:
-            return original(*args, **kwargs)
-        if labels is not None and targets is not None:
-            raise ValueError("labels and targets are both given; give one of them")
-        kwargs.setdefault("use_cache", False)
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
-        wanted = labels if targets is None else targets
-        assert wanted is not None
-        if wanted.shape != hidden.shape[:-1]:
-            name = "labels" if targets is None else "targets"
-            raise ValueError(f"{name} is {list(wanted.shape)}; give {list(hidden.shape[:-1])} like the positions")
-        if targets is None:  # position t - 1 speaks of token t; the last one of none
-            wanted = torch.cat([wanted[:, 1:], torch.full_like(wanted[:, :1], IGNORE)], 1)
-            if isinstance(inv_temperature, Tensor) and inv_temperature.ndim:
-                inv_temperature = inv_temperature.roll(-1, 1)
-        logp, entropy = read.score(hidden, wanted, inv_temperature)
-        count = (wanted != IGNORE).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        loss = -logp.sum() / count
-        if targets is None:
-            logp, entropy = (torch.cat([v.new_zeros(len(v), 1), v[:, :-1]], 1) for v in (logp, entropy))
-        return ScoredTokens(loss, logp, entropy)
 
-    return Patch(model, forward)
+def _forward(
+    read: _Reader, original: Callable[..., Any], *args: Any, labels: Tensor | None = None,
+    targets: Tensor | None = None, inv_temperature: float | Tensor = 1.0,
+    num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
+) -> Any:  # fmt: skip
+    if labels is None and targets is None:
+        return original(*args, **kwargs)
+    if labels is not None and targets is not None:
+        raise ValueError("labels and targets are both given; give one of them")
+    hidden = read.model.base_model(*args, **{"use_cache": False, **kwargs, "return_dict": True}).last_hidden_state
+    wanted = labels if targets is None else targets
+    assert wanted is not None
+    if wanted.shape != hidden.shape[:-1]:
+        name = "labels" if targets is None else "targets"
+        raise ValueError(f"{name} is {list(wanted.shape)}; give {list(hidden.shape[:-1])} like the positions")
+    if isinstance(inv_temperature, Tensor) and inv_temperature.shape not in ((), wanted.shape):
+        given = list(inv_temperature.shape)
+        raise ValueError(f"inv_temperature is {given}; give a number, or {list(wanted.shape)} like the positions")
+    if targets is None:  # position t - 1 speaks of token t; the last one of none
+        wanted = torch.cat([wanted[:, 1:], torch.full_like(wanted[:, :1], IGNORE)], 1)
+        if isinstance(inv_temperature, Tensor) and inv_temperature.ndim:
+            inv_temperature = inv_temperature.roll(-1, 1)
+    logp, entropy = read.score(hidden, wanted, inv_temperature)
+    count = (wanted != IGNORE).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    loss = -logp.sum() / count
+    if targets is None:
+        logp, entropy = (torch.cat([v.new_zeros(len(v), 1), v[:, :-1]], 1) for v in (logp, entropy))
+    return ScoredTokens(loss, logp, entropy)
 
 
 @dataclass(frozen=True)
@@ -157,12 +158,8 @@ class _Reader:
         if x.is_cuda and not torch.compiler.is_compiling():
             rows = (y != IGNORE).nonzero()[:, 0]
             x, y, t = x[rows], y[rows], t[rows] if isinstance(t, Tensor) else t
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        with torch.autocast(kind, enabled=False):
-            values = linear_logprob(x, head.weight, y, bias=head.bias, **head_options(t, self.scale, self.softcap))
-        logp, entropy = values
+        options = head_options(t, self.scale, self.softcap)
+        logp, entropy = linear_logprob(as_autocast(x), head.weight, y, bias=head.bias, **options)
         assert entropy is not None
         if rows is not None:
             logp, entropy = (v.new_zeros(targets.numel()).index_copy(0, rows, v) for v in (logp, entropy))
@@ -184,7 +181,7 @@ class _Reader:
         tokens = torch.arange(_PROBE, device=head.weight.device)[None] % len(head.weight)
         try:
             with torch.no_grad():
-                logits = self.model(tokens, use_cache=False).logits.float()
+                logits = self.model(tokens, use_cache=False, return_dict=True).logits.float()
                 mine, _ = self.score(seen[0], tokens, 1.0)
         finally:
             hook.remove()

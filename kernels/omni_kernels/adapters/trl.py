@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from omni_kernels.adapters import head_options
+from omni_kernels.adapters import as_autocast, head_options
 from omni_kernels.ops import linear_logprob, linear_policy_loss
 from omni_kernels.spec import LossSpec, Tokens
 
@@ -204,12 +204,10 @@ class _Problem:
     ) -> tuple[Tensor, Tensor | None, None, None, None]:  # fmt: skip
         """The loss, carried by the log-probs that the model returns: its gradient arrives where theirs is expected,
         through whatever wraps the model."""
-        hidden, plain = _as_autocast(hidden)
-        with plain:
-            out = linear_policy_loss(
-                hidden, weight, self.tokens, self.spec, bias=bias, return_tokens=True,
-                **head_options(1 / temperature, scale, softcap),
-            )  # fmt: skip
+        out = linear_policy_loss(
+            as_autocast(hidden), weight, self.tokens, self.spec, bias=bias, return_tokens=True,
+            **head_options(1 / temperature, scale, softcap),
+        )  # fmt: skip
         assert out.logp is not None
         return out.logp + (out.loss - out.loss.detach()), out.entropy, None, None, None
 
@@ -218,21 +216,11 @@ def _logprob(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk_size: int,
     softcap: float | None, scale: float, outputs: tuple[str, ...],
 ) -> tuple[Tensor, Tensor | None, None, None, None]:  # fmt: skip
-    hidden, plain = _as_autocast(hidden)
-    with plain:
-        logp, entropy = linear_logprob(
-            hidden, weight, targets, bias=bias, want_entropy="entropy" in outputs,
-            **head_options(1 / temperature, scale, softcap),
-        )  # fmt: skip
+    logp, entropy = linear_logprob(
+        as_autocast(hidden), weight, targets, bias=bias, want_entropy="entropy" in outputs,
+        **head_options(1 / temperature, scale, softcap),
+    )  # fmt: skip
     return logp, entropy, None, None, None
-
-
-def _as_autocast(hidden: Tensor) -> tuple[Tensor, torch.autocast]:
-    """hidden in the dtype that GEMMs would have here, and a context in which that is settled."""
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        hidden = hidden.to(torch.get_autocast_dtype(kind))
-    return hidden, torch.autocast(kind, enabled=False)
 
 
 @contextmanager

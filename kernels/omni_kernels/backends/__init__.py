@@ -13,7 +13,7 @@ Rows whose target is -100 are never read: their outputs and gradients are 0.
 from __future__ import annotations
 
 import importlib
-import importlib.util
+from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
 
@@ -21,13 +21,16 @@ from torch import bfloat16, device, dtype, float16, float32, float64  # `torch` 
 
 # The CUDA ones: on the cards of `cuda.VALIDATED` only, or by name.
 _PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("cuda_exp", "cuda", "triton", "torch")}
-_DTYPES = {"torch": (float32, bfloat16, float16, float64)}  # the others: float32 and bfloat16
+_COMPILED = (float32, bfloat16)
+_DTYPES: Mapping[str, tuple[dtype, ...]] = {
+    "torch": (*_COMPILED, float16, float64), "cpu": _COMPILED, "triton": _COMPILED, "cuda": _COMPILED, "cuda_exp": _COMPILED,
+}  # fmt: skip
 
 
 @cache
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
     """(module, None) or (None, why not)."""
-    if importlib.util.find_spec(f"{__name__}.{name}") is None:
+    if name not in _DTYPES:
         return None, "there is no such backend"
     module = importlib.import_module(f"{__name__}.{name}")
     reason = module.reason_unavailable()
@@ -42,7 +45,7 @@ def reason_unavailable(name: str) -> str | None:
 def select(place: device, kind: dtype, name: str | None = None) -> ModuleType:
     """The row backend for tensors of this place and kind: the fastest one available, or the one named.
 
-    Raises ValueError when the named one is absent, with the reason.
+    Raises ValueError when the named one is absent, with the reason, and for a dtype that none takes.
     """
     if name is not None:
         module, reason = _load(name)
@@ -51,8 +54,8 @@ def select(place: device, kind: dtype, name: str | None = None) -> ModuleType:
         return module
     for candidate in _PREFERENCE.get(place.type, ("torch",)):
         module, _ = _load(candidate)
-        if module is None or kind not in _DTYPES.get(candidate, (float32, bfloat16)):
+        if module is None or kind not in _DTYPES[candidate]:
             continue
         if not candidate.startswith("cuda") or module.is_validated(place):
             return module
-    raise RuntimeError("unreachable: the torch backend is always available")
+    raise ValueError(f"tensors are {kind}; give float32, bfloat16, float16 or float64")
