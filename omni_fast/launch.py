@@ -11,6 +11,7 @@ Keys are never rendered: they come from the environment, on Kubernetes from a Se
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -59,7 +60,7 @@ def render(kind: Kind, source: str, overrides: Sequence[str], place: Place) -> s
     width = _server_gpus(config, place)
     # The first node's first GPUs train.
     servers = (gpus - place.trainer_gpus) // width + gpus // width * (place.nodes - 1) if width else 0
-    run = place.run or f"{MOUNT}/runs/{name}" * (kind == "k8s") or f"runs/{name}"
+    run = os.path.expanduser(place.run) or f"{MOUNT}/runs/{name}" * (kind == "k8s") or f"runs/{name}"
     _refuse(kind, config, replace(place, run=run), width, servers)
     # torchrun starts a killed rank again and ends a stopped one after 30 s.
     ranks = f"torchrun --standalone --nproc-per-node={place.trainer_gpus} --max-restarts=3 -m -- omni_fast".split()

@@ -87,7 +87,7 @@ def test_hostile_words_stay_words(value: str, run: str) -> None:
         ["bash", "-c", script.replace("exec omni-fast", "printf '%s\\0'")], capture_output=True, check=True, timeout=20
     )
     words = done.stdout.decode().split("\0")
-    assert words == ["train", "--run", run or "runs/quickstart", "--", "quickstart", override, ""]
+    assert words == ["train", "--run", os.path.expanduser(run) or "runs/quickstart", "--", "quickstart", override, ""]
 
 
 @settings(deadline=None, max_examples=100)
@@ -161,6 +161,11 @@ def test_no_key_is_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_run_is_refused(kind: Kind, overrides: list[str], place: Place, message: str) -> None:
     with pytest.raises(UserError, match=message):
         render(kind, "quickstart", overrides, place)
+
+
+def test_a_home_that_the_shell_left_alone_is_one_folder() -> None:
+    """Servers wrote into a folder named ~, the trainer into the home."""
+    assert f"run={Path.home()}/x" in render("local", "quickstart", [SGLANG], Place(run="~/x")).splitlines()
 
 
 def test_pods_of_a_file(tmp_path: Path) -> None:
