@@ -67,7 +67,7 @@ class Run:
         folder = folder.expanduser()
         with checkpoint.run_lock(folder):
             path = folder / "state.json"
-            state: State = _read_json(path) if path.is_file() else empty_state()
+            state: State = read_json(path) if path.is_file() else empty_state()
             run = cls(folder, config, state)
             if (folder / FINGERPRINT).is_file():
                 run.added = run._check()
@@ -90,10 +90,10 @@ class Run:
         if not settings.is_file() or not state.is_file():
             raise UserError(f"{folder} is not a run folder with anything finished in it; give the folder of a run")
         try:
-            config = Config.of_fingerprint(_read_json(settings))
+            config = Config.of_fingerprint(read_json(settings))
         except ValidationError as error:
             raise UserError(f"{settings} is of another version of omni-fast; use the one that made the run") from error
-        return cls(folder, config, _read_json(state))
+        return cls(folder, config, read_json(state))
 
     def same_items(self, digests: Mapping[str, str]) -> None:
         """UserError where a task has other items than when the run began: scores are compared, and prompts counted, by place."""
@@ -109,7 +109,7 @@ class Run:
 
     def _check(self) -> list[str]:
         """Tasks behind those that the folder has, which may be added; UserError for any other difference."""
-        before, now = _read_json(self.folder / FINGERPRINT), self.config.fingerprint()
+        before, now = read_json(self.folder / FINGERPRINT), self.config.fingerprint()
         added = added_tasks(self.folder, before, now)
         if added and (stage := self._begun()):
             begun = f"The run folder {self.folder} has begun its curriculum ({stage}) without {', '.join(added)}"
@@ -266,11 +266,12 @@ def added_tasks(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any])
     raise UserError(f"The folder {folder} {problem}: give another folder, or the old settings.")
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path, remedy: str = "restore it, or give another folder") -> Any:
+    """One JSON file of a run or a study. UserError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is damaged, not valid JSON ({error}): restore it, or give another folder") from error
+        raise UserError(f"{path} is damaged, not valid JSON ({error}): {remedy}") from error
 
 
 def _add(totals: dict[str, float], parts: Mapping[str, float]) -> None:

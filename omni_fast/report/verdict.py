@@ -39,6 +39,7 @@ def points(x: float, signed: bool = True) -> str:
     """A score or a difference of scores with three decimals; an en dash when it is not known."""
     if not math.isfinite(x):
         return "–"
+    x = round(x, 9)  # means of the same items in another order are told alike, halves of the last digit as well
     return f"{x:+.3f}".replace("-", "−") if signed else f"{x:.3f}"
 
 

@@ -21,20 +21,11 @@ from omni_fast.curriculum.scores import Estimate, Floats, flips, holm, own_stage
 from omni_fast.curriculum.sequential import settle_order
 from omni_fast.curriculum.transfer import Transfer
 from omni_fast.study.analysis_draws import UNKNOWN, Contrast, Draws, Names, Runs, joint_draws
-from omni_fast.study.records import COSTS, Arm, Cell, Study
+from omni_fast.study.records import Arm, Cell, Cost, Study
 
 JOINT, MERGE, BASE = "joint", "merge:linear", "base"
 FEW_SEEDS = 5
 ITEMS = {"the full measurement, one seed": 1, "half of the items": 2, "a quarter of the items": 4}  # every n-th of them
-
-
-class Cost(NamedTuple):
-    """Means over the finished seeds of an arm. completions_transfer: on `select`, to measure transfer."""
-
-    samples_train: float
-    samples_transfer: float
-    completions_transfer: float
-    seconds: float
 
 
 class ArmRow(NamedTuple):
@@ -127,7 +118,6 @@ def _row(study: Study, arm: Arm, finished: Mapping[str, Runs]) -> ArmRow:
         joint_draws({each: finished.get(each, {}) for each in (name, other)}, tasks) if name != other else None
         for other in (JOINT, MERGE)
     )
-    costs = np.mean([[getattr(cell, part) for part in COSTS] for cell in cells], axis=0)
     return ArmRow(
         arm,
         own.seeds,
@@ -139,7 +129,7 @@ def _row(study: Study, arm: Arm, finished: Mapping[str, Runs]) -> ArmRow:
         merge.relative(name, MERGE) if merge else UNKNOWN,
         _backward_transfer(cells, tasks),
         {task: _flips(cells, task) for task in tasks},
-        Cost(*costs.tolist()),
+        Cost(*np.mean([cell.cost for cell in cells], axis=0).tolist()),
         dict(Counter(cell.order for cell in cells if cell.order)),
     )
 

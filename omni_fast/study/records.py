@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,11 +29,11 @@ from omni_fast.checkpoint import write_json
 from omni_fast.curriculum.scores import Floats, score
 from omni_fast.errors import UserError
 from omni_fast.records import Evaluated
+from omni_fast.run import read_json
 
 Kind = Literal["base", "single", "sft", "merge", "joint", "order", "refresh", "online", "repeat", "probe"]
 Status = Literal["finished", "failed", "pending"]
 PACKED = "study.json.gz"
-COSTS = ("samples_train", "samples_transfer", "completions_transfer", "seconds")  # of a cell
 
 
 class Arm(NamedTuple):
@@ -89,6 +90,21 @@ class Node(NamedTuple):
     sketch: Floats | None
 
 
+class Cost(NamedTuple):
+    """Of an arm with one seed, or means over its seeds.
+
+    samples_train: completions generated to train this arm (merges: those of the runs merged).
+    samples_transfer: further completions that training had to generate to measure transfer (runs that the arm does not
+    itself pass through). completions_transfer: evaluation completions on `select` for it.
+    seconds: of training, all stages, whichever arm ran them first.
+    """
+
+    samples_train: float
+    samples_transfer: float
+    completions_transfer: float
+    seconds: float
+
+
 class Cell(NamedTuple):
     """One arm with one seed.
 
@@ -96,10 +112,6 @@ class Cell(NamedTuple):
     was solved from this seed's own single-task runs on `select`.
     stages: the nodes after the initial policy, in order; those reached so far where the cell is not finished.
     base: the initial policy in this seed's run. final: the last node (the base itself for arm "base").
-    samples_train: completions generated to train this arm (merges: those of the runs merged).
-    samples_transfer: further completions that training had to generate to measure transfer (runs that the arm does not
-    itself pass through). completions_transfer: evaluation completions on `select` for it.
-    seconds: of training, all stages, whichever arm ran them first.
     reason: why it failed ("" otherwise).
     """
 
@@ -111,10 +123,7 @@ class Cell(NamedTuple):
     order: tuple[str, ...]
     base: Node | None
     stages: tuple[Node, ...]
-    samples_train: int
-    samples_transfer: int
-    completions_transfer: int
-    seconds: float
+    cost: Cost
 
     @property
     def final(self) -> Node | None:
@@ -169,12 +178,8 @@ def write_cell(folder: Path, cell: Mapping[str, Any]) -> None:
     write_json(path, cell)
 
 
-def stored(path: Path) -> Any:
-    """One JSON file of a study. UserError if it is damaged: what is finished is found by its files, so none is needed."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): remove it, and the same command makes it again") from error
+# What is finished is found by its files, so none is needed.
+stored = partial(read_json, remedy="remove it, and the same command makes it again")
 
 
 def read(place: Path) -> Study:
@@ -232,9 +237,10 @@ def _study(whole: dict[str, Any]) -> Study:
         base = nodes[seed].get(())
         if status == "finished" and (base is None or len(stages) < len(data["stages"])):
             status = "pending"  # its files are gone, or a task was added
-        costs = {key: data[key] for key in COSTS}
-        cells.append(Cell(arm, kind, seed, status, data["reason"], tuple(data["order"]), base, stages, **costs))
-    cells += [Cell(arm, kind, seed, "pending", "", (), None, (), 0, 0, 0, 0.0) for (arm, seed), kind in pending.items()]
+        cost = Cost(*(data[key] for key in Cost._fields))
+        cells.append(Cell(arm, kind, seed, status, data["reason"], tuple(data["order"]), base, stages, cost))
+    none = Cost(0, 0, 0, 0.0)
+    cells += [Cell(arm, kind, seed, "pending", "", (), None, (), none) for (arm, seed), kind in pending.items()]
     rest: dict[str, Any] = {key: tuple(whole[key]) for key in ("tasks", "primary", "temperatures")}
     rest |= {"arms": arms, "cells": tuple(cells), "nodes": {seed: found for seed, found in nodes.items() if found}}
     return Study(name=whole["name"], config=whole["config"], facts=whole["facts"], **rest)

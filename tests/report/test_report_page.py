@@ -20,7 +20,7 @@ from omni_fast.report.charts import write_page
 from omni_fast.report.page import render
 from omni_fast.report.result import assemble
 from omni_fast.report.training import PARTS, by_task
-from omni_fast.report.verdict import headline, sentences
+from omni_fast.report.verdict import headline, points, sentences
 
 VOID = {"meta"}
 
@@ -239,6 +239,10 @@ def test_long_names_leave_room_for_the_points(length):
     left, right = (float(x) for x in re.findall(r"<circle cx=([\d.]+)", drawn))
     width = int(re.search(r'viewBox="0 0 (\d+)', drawn).group(1))
     assert 7 * length < left < right - 50 < width - 7 * 20
+
+
+def test_one_score_is_told_alike_however_its_mean_was_summed():
+    assert points(0.3375, False) == points(0.33749999999999997, False) == "0.338" and points(-0.0125) == "−0.013"
 
 
 def test_axis_marks_cover_the_range():

@@ -175,15 +175,19 @@ def test_a_study_takes_a_task_and_trains_anew_only_what_has_all_tasks(model: Pat
         **{name: list(THREE) for name in ("reverse3", "joint9", "sort3+scramble3+reverse3")},
     }
     for a, b in zip(extended.cells, whole.cells, strict=True):
-        assert (a.arm, a.order, a.samples_train) == (b.arm, b.order, b.samples_train) and a.status == "finished"
+        assert (a.arm, a.order, a.cost.samples_train) == (
+            b.arm,
+            b.order,
+            b.cost.samples_train,
+        ) and a.status == "finished"
         assert [node.weights for node in a.stages] == [node.weights for node in b.stages], a.arm
         assert a.final is not None and b.final is not None
         for task in THREE:
             assert a.final.scores.values["test"][task].tolist() == b.final.scores.values["test"][task].tolist()
             assert a.final.sweep[1.0].values["test"][task].tolist() == b.final.sweep[1.0].values["test"][task].tolist()
     old = records.read(tmp_path / "run/before-reverse")
-    assert old.tasks == ("sort", "scramble") and [c.samples_train for c in old.cells] == [
-        c.samples_train for c in before.cells
+    assert old.tasks == ("sort", "scramble") and [c.cost.samples_train for c in old.cells] == [
+        c.cost.samples_train for c in before.cells
     ]
 
 

@@ -86,12 +86,12 @@ def test_full_arms_have_equal_budgets_and_transfer_is_charged_apart(whole: tuple
         "online:tac",
     ):
         (cell,) = study.of(arm)
-        assert cell.samples_train == budget, arm
+        assert cell.cost.samples_train == budget, arm
         charged = {"solved": single, "reversed": single, "refresh": 2 * single}.get(arm, 0)  # the other single-task run
-        assert cell.samples_transfer == charged, arm
-        assert cell.completions_transfer == (3 * 24 if charged else 0)
+        assert cell.cost.samples_transfer == charged, arm
+        assert cell.cost.completions_transfer == (3 * 24 if charged else 0)
     (base,) = study.of("base")
-    assert base.samples_train == 0 and base.final is base.base
+    assert base.cost.samples_train == 0 and base.final is base.base
 
 
 def test_arms_that_begin_alike_share_their_policies(whole: tuple[Path, Path, Study]) -> None:
@@ -127,7 +127,9 @@ def test_a_packed_study_reads_the_same(whole: tuple[Path, Path, Study], tmp_path
     assert packed.arms == study.arms and len(packed.cells) == len(study.cells)
     for a, b in zip(packed.cells, study.cells, strict=True):
         assert (
-            a.final is not None and b.final is not None and (a.arm, a.order, a.seconds) == (b.arm, b.order, b.seconds)
+            a.final is not None
+            and b.final is not None
+            and (a.arm, a.order, a.cost.seconds) == (b.arm, b.order, b.cost.seconds)
         )
         np.testing.assert_array_equal(a.final.scores.values["test"]["sort"], b.final.scores.values["test"]["sort"])
 
@@ -159,7 +161,7 @@ def test_a_study_that_is_stopped_and_killed_ends_as_one_left_alone(
     assert first and all(path.read_bytes() == text for path, text in first.items())
     assert {cell.status for cell in resumed.cells} == {"finished"}
     for a, b in zip(resumed.cells, study.cells, strict=True):
-        assert (a.arm, a.order, a.samples_train) == (b.arm, b.order, b.samples_train)
+        assert (a.arm, a.order, a.cost.samples_train) == (b.arm, b.order, b.cost.samples_train)
         assert [node.weights for node in a.stages] == [node.weights for node in b.stages], a.arm
 
 
@@ -231,7 +233,7 @@ def test_what_scores_a_task_is_repaired_and_the_same_command_goes_on(
 def told_alike(study: Study, other: Study) -> bool:
     """Whether arms, stages and scores are equal to the bit."""
     for a, b in zip(study.cells, other.cells, strict=True):
-        assert (a.arm, a.status, a.order, a.samples_train) == (b.arm, b.status, b.order, b.samples_train)
+        assert (a.arm, a.status, a.order, a.cost.samples_train) == (b.arm, b.status, b.order, b.cost.samples_train)
         assert [node.weights for node in a.stages] == [node.weights for node in b.stages], a.arm
         for own, same in zip(a.stages, b.stages, strict=True):
             for split in ("select", "test"):
@@ -333,7 +335,7 @@ def test_a_damaged_file_is_named_and_made_again(whole: tuple[Path, Path, Study],
         path = next(part.glob(pattern))
         path.write_text("")
         with pytest.raises(
-            UserError, match=f"{path.name} is damaged .*: remove it, and the same command makes it again"
+            UserError, match=f"{path.name} is damaged.*: remove it, and the same command makes it again"
         ):
             run(config, part)
         path.unlink()
