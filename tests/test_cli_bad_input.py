@@ -293,6 +293,14 @@ def test_two_processes_on_one_run_folder(omni: Omni, job: Job) -> None:
         refused(omni(*job.command), str(job.run), "Another process (pid ")
 
 
+def test_a_finished_run_needs_no_other_ranks(omni: Omni, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They waited ten minutes for rank 0, which had nothing to do and was gone."""
+    job.run.mkdir()
+    (job.run / "state.json").write_text('{"finished": true}')
+    monkeypatch.setenv("RANK", "1")
+    assert omni(*job.command) == Done(0, "", "")
+
+
 @contextmanager
 def small_files(size: int) -> Iterator[None]:
     """Writing beyond `size` fails, as on a full disk."""

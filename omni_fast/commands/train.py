@@ -133,7 +133,9 @@ def _driven(how: Literal["train", "measure"], config: configs.Config, folder: Pa
     if os.environ.get("RANK", "0") != "0":
         from omni_fast.build import follow
 
-        follow(config)
+        state = folder / "state.json"
+        if how == "measure" or not state.is_file() or not json.loads(state.read_text(encoding="utf-8"))["finished"]:
+            follow(config)  # rank 0 of a finished run would never call
         return False
     from omni_fast import train as driver
     from omni_fast.progress import Progress

@@ -120,6 +120,11 @@ def test_a_run_of_two_ranks_goes_on_in_one_process(tmp_path: Path) -> None:
     assert [row["step"] for row in steps(folder)] == list(range(1, 17))
 
 
+def test_a_finished_run_is_said_to_be_finished(whole: Path) -> None:
+    code, output = end(start(whole))
+    assert code == 0 and "this run is finished already" in output, output
+
+
 def test_ranks_with_different_configs_are_refused(tmp_path: Path) -> None:
     script = (
         "import os, sys\n"
