@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from omni_fast.checkpoint import differences
 from omni_fast.errors import UserError
 
 STEP_S = 600.0  # limit on one exchange between ranks within a step
@@ -60,8 +61,8 @@ def together(fingerprint: dict[str, Any]) -> Iterator[None]:
         parts: list[Any] = [None] * world()
         dist.all_gather_object(parts, fingerprint)
         for other, part in enumerate(parts):
-            if odd := sorted(key for key in parts[0] if part.get(key) != parts[0][key]):
-                told = f"rank {other} has another config than rank 0 (in {', '.join(odd)})"
+            if odd := differences(parts[0], part):
+                told = f"rank {other} has another config than rank 0 ({'; '.join(odd[:5])})"
                 raise UserError(f"{told}: start all hosts with the same file and overrides")
         yield
     finally:

@@ -139,4 +139,4 @@ def test_ranks_with_different_configs_are_refused(tmp_path: Path) -> None:
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert found.returncode != 0
-    assert "rank 1 has another config than rank 0 (in seed)" in found.stdout, found.stdout
+    assert "rank 1 has another config than rank 0 (seed was 0 and is 1)" in found.stdout, found.stdout
