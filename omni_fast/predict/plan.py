@@ -60,7 +60,6 @@ class Plan:
     update: dict[str, float]
     timing: Timing
     trainer_memory: float
-    slots: int
     limit: str
 
 
@@ -70,8 +69,7 @@ def plan(fleet: Fleet, work: Work, trainer_gpus: int) -> Plan:
     turns = trainer_gpus == fleet.gpus
     trainer = replace(fleet.trainer, gpus=trainer_gpus)
     servers = (fleet.gpus if turns else fleet.gpus - trainer_gpus) // server.gpus
-    slots = server.slots(work)
-    if slots < 1:
+    if server.slots(work) < 1:
         weights = f"{WEIGHT * fleet.shape.parameters / 1e9:.0f} GB of weights"
         raise UserError(f"a server of {server.gpus} GPUs has no room for a sample beside {weights}: more --server-gpus")
     if trainer.memory > USABLE * machine.memory:
@@ -97,7 +95,7 @@ def plan(fleet: Fleet, work: Work, trainer_gpus: int) -> Plan:
     staleness = 0 if turns else fleet.staleness
     timing = Simulation(server, servers, work, sum(update.values()), sync, staleness, failures, steps).run()
     limit = _limit(server, work, update, timing, (staleness + 1) * work.batch / servers)
-    return Plan(trainer_gpus, servers, server.gpus, update, timing, trainer.memory, slots, limit)
+    return Plan(trainer_gpus, servers, server.gpus, update, timing, trainer.memory, limit)
 
 
 def smallest_trainer(trainer: Trainer) -> int:
