@@ -150,6 +150,13 @@ def test_after_each_sync_the_engine_samples_from_the_policy(url: str, tmp_path: 
 
 
 @pytest.mark.usefixtures("original")
+def test_the_server_tells_how_many_layers_it_has(url: str, tmp_path: Path) -> None:
+    """Where a model's weights are not shown this is what tells a deeper one from the policy's."""
+    with engine(url, tiny_llama(0), tmp_path) as made:
+        assert made.fleet.run(made.weights._layers(made.fleet.servers[0])) == 2
+
+
+@pytest.mark.usefixtures("original")
 def test_a_kill_in_mid_rollout_loses_and_doubles_nothing(url: str, engine_folder: Path, tmp_path: Path) -> None:
     policy, prompts = tiny_llama(0), some_prompts(40)
     long = Sampling(max_new_tokens=100, temperature=SAMPLING.temperature, stop_token_ids=(1,))
@@ -252,8 +259,7 @@ def test_a_run_ahead_is_one_version_behind_and_weighted_for_it(
     url: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, original: None
 ) -> None:
     """max_staleness 1: what reaches the loss is the sampler's log-probs, and its weight is min(exp(own - sampler's), 2)."""
-    (tmp_path / "letters_task.py").write_text(LETTERS)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "rollout"))
     wanted: list[dict[str, float]] = []
     update = Policy.update
 
@@ -271,7 +277,7 @@ def test_a_run_ahead_is_one_version_behind_and_weighted_for_it(
 
     monkeypatch.setattr(Policy, "update", watched)
     ahead = ("judge.backend=rubric", "rollout.max_staleness=1", "curriculum.steps_per_stage=5", "threads=1")
-    letters = ("tasks.writing.kind=python", "tasks.writing.cls=letters_task:Letters", "optimizer.learning_rate=1e-4")
+    letters = ("tasks.writing.kind=python", "tasks.writing.cls=timed_sglang:Letters", "optimizer.learning_rate=1e-4")
     made = configs.load(str(write_grpo(tmp_path, url, model_folder)), (*ahead, *letters))
     with Progress(Console(quiet=True)) as progress:
         train.train(made, tmp_path / "run", progress)
@@ -288,33 +294,6 @@ def test_a_run_ahead_is_one_version_behind_and_weighted_for_it(
     assert min(behind[1:]) > 100 * fresh, (
         "of the version before, which the warm-up of the step size hardly moved at first"
     )
-
-
-LETTERS = """
-import zlib
-from omni_fast.rewards.compose import Composition
-from omni_fast.rewards.score import Part, Score
-from omni_fast.tasks.base import Item
-
-
-class Letters:
-    '''The reward follows from the text alone, so that groups are mixed.'''
-
-    system = ""
-    composition = Composition("additive", {"correct": 1.0})
-
-    def __init__(self, name, seed, max_new_tokens):
-        self.name, self.max_new_tokens = name, max_new_tokens
-
-    def items(self, split):
-        return [Item(f"{split} {number}", f"{number}?", {}) for number in range(24)]
-
-    def metric(self, items, completions):
-        return [zlib.crc32(text.encode()) % 5 / 4 for text in completions]
-
-    def score(self, items, completions):
-        return [Score({"correct": Part(value)}) for value in self.metric(items, completions)]
-"""
 
 
 @torch.no_grad()
