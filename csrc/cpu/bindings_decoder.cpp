@@ -172,7 +172,8 @@ class TreeBlocks {
   void check(std::int64_t index, std::int64_t first, std::int64_t last) const {
     const std::int64_t* b = blocks_.data() + 5 * index;
     const auto inside = [](std::int64_t start, std::int64_t length, std::size_t size) {
-      return start >= 0 && length >= 1 && start + length <= static_cast<std::int64_t>(size);
+      const std::int64_t all = static_cast<std::int64_t>(size);
+      return start >= 0 && length >= 1 && length <= all && start <= all - length;
     };
     if (!inside(b[0], b[1], rows_.size()) || !inside(b[2], b[3], columns_.size()) ||
         !inside(b[4], b[1] * padded(b[3]), bias_.size()))
@@ -240,7 +241,7 @@ class Wave {
       at_least(static_cast<std::int64_t>(own.size()), 1, "columns of a prompt");
       for (const std::int32_t column : own) {
         at_least(column, 0, "a column");
-        tokens_ = column >= tokens_ ? column + 1 : tokens_;
+        tokens_ = column >= tokens_ ? std::int64_t{column} + 1 : tokens_;
       }
       columns_.insert(columns_.end(), own.begin(), own.end());
       start_.push_back(static_cast<std::int64_t>(columns_.size()));

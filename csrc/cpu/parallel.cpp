@@ -2,6 +2,8 @@
 
 #include <atomic>
 #include <cstring>
+#include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -47,15 +49,33 @@ struct Loop {
   std::int64_t count, grain;
   const std::function<void(std::int64_t, std::int64_t)>* body;
   std::atomic<std::int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // of the first body that threw
 };
 
 void work(void* data) {
   Loop& loop = *static_cast<Loop*>(data);
-  for (;;) {
-    const std::int64_t begin = loop.next.fetch_add(loop.grain);
-    if (begin >= loop.count) return;
-    (*loop.body)(begin, begin + loop.grain < loop.count ? begin + loop.grain : loop.count);
+  try {
+    while (!loop.failed) {
+      const std::int64_t begin = loop.next.fetch_add(loop.grain);
+      if (begin >= loop.count) return;
+      (*loop.body)(begin, begin + loop.grain < loop.count ? begin + loop.grain : loop.count);
+    }
+  } catch (...) {  // out of memory: one that left a thread would end the process
+    if (!loop.failed.exchange(true)) loop.error = std::current_exception();
   }
+}
+
+void run(Loop& loop, int threads) {
+  if (threads <= 1) return work(&loop);
+  if (const GompParallel parallel = gomp_parallel()) return parallel(&work, &loop, static_cast<unsigned>(threads), 0);
+  std::vector<std::thread> pool;
+  try {
+    for (int i = 1; i < threads; ++i) pool.emplace_back(&work, &loop);
+  } catch (const std::system_error&) {  // fewer threads do the same work
+  }
+  work(&loop);
+  for (std::thread& thread : pool) thread.join();
 }
 
 }  // namespace
@@ -69,13 +89,8 @@ void parallel_for(std::int64_t count, std::int64_t grain, int threads,
   loop.grain = grain;
   loop.body = &body;
   const std::int64_t ranges = (count + grain - 1) / grain;
-  if (ranges < threads) threads = static_cast<int>(ranges);
-  if (threads <= 1) return work(&loop);
-  if (const GompParallel parallel = gomp_parallel()) return parallel(&work, &loop, static_cast<unsigned>(threads), 0);
-  std::vector<std::thread> pool;
-  for (int i = 1; i < threads; ++i) pool.emplace_back(&work, &loop);
-  work(&loop);
-  for (std::thread& thread : pool) thread.join();
+  run(loop, ranges < threads ? static_cast<int>(ranges) : threads);
+  if (loop.error) std::rethrow_exception(loop.error);
 }
 
 }  // namespace omni

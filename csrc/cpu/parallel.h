@@ -7,7 +7,7 @@
 namespace omni {
 
 // Calls body(begin, end) over disjoint ranges that cover [0, count), at most `grain` long, on up to `threads` threads.
-// Which thread gets which range is not fixed; rows are independent, so results are.
+// Which thread gets which range is not fixed; rows are independent, so results are. What a body throws is thrown here.
 void parallel_for(std::int64_t count, std::int64_t grain, int threads,
                   const std::function<void(std::int64_t, std::int64_t)>& body);
 

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <random>
 #include <vector>
 
@@ -165,6 +166,15 @@ int main() {
   });
   for (const std::int64_t count : seen) sum += count == 1;
   expect(sum == 1000, "parallel_for", "threads", 0, static_cast<double>(sum), 1000);
+  for (const int threads : {1, 4}) {
+    bool caught = false;
+    try {
+      parallel_for(100, 7, threads, [](std::int64_t, std::int64_t) { throw std::bad_alloc(); });
+    } catch (const std::bad_alloc&) {
+      caught = true;
+    }
+    expect(caught, "parallel_for", "an exception", threads, caught, 1);
+  }
   std::printf("%ld cases, no error\n", cases);
   return 0;
 }

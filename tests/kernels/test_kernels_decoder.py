@@ -171,6 +171,19 @@ def test_blocks_outside_their_tree_are_refused() -> None:
         decoder.tree_blocks([(first, last - 1, blocks)])
 
 
+@pytest.mark.skipif(cpu.reason_unavailable() is not None, reason="needs the C++ module")
+def test_places_that_overflow_are_refused() -> None:
+    tree, rows = torch.tensor([0, 1, 0, 1]), torch.zeros(1, dtype=torch.int32)
+    bias, most = torch.zeros(64, dtype=torch.uint16), 2**63 - 1
+    for where in map(torch.tensor, ([most, 1, 0, 1, 0], [0, 1, most, 1, 0], [0, 1, 0, 1, most])):
+        lists = [(t.data_ptr(), t.numel()) for t in (tree, where, rows, rows, bias)]
+        with pytest.raises(ValueError, match="reaches beyond its rows, columns or bias"):
+            cpu.native.TreeBlocks(lists)
+    wave = cpu.native.Wave([[2**31 - 1]], 1, 32)
+    with pytest.raises(ValueError, match="tokens = 1 must be at least 2147483648"):
+        wave.store(0, 1, 64, 64, 32, 64, 64, cpu.how())
+
+
 @every_product
 @pytest.mark.parametrize(("rows", "inner", "width"), [(1, 2, 1), (7, 64, 50), (21, 576, 192), (50, 96, 97), (9, 33, 7)])
 def test_products(isa: str, dtype: torch.dtype, rows: int, inner: int, width: int) -> None:
