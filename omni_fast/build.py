@@ -93,15 +93,25 @@ class Parts:
         return self._prompts[task, item.id]
 
     def check_items(self) -> None:
-        """Look at everything that the run may ask: a prompt above the limit, or another one than before, is told at once."""
+        """Look at everything that the run may ask: a prompt above the limit, or another one than before, is told at once.
+
+        So is a sample that could not be trained on.
+        """
         digests = {}
         for task, splits in self.items.items():
-            digest = hashlib.sha256()
-            for item in (item for items in splits.values() for item in items):
-                self.prompt(task, item)
+            digest, longest = hashlib.sha256(), 0
+            for split, item in ((split, item) for split, items in splits.items() for item in items):
+                prompt = self.prompt(task, item)
+                longest = max(longest, len(prompt)) if split == "train" else longest
                 told = [item.id, item.prompt, item.prefix, dict(item.answer)]
                 digest.update(json.dumps(told, sort_keys=True, default=lambda value: type(value).__name__).encode())
             digests[task] = digest.hexdigest()
+            rows, budget = longest + self.tasks[task].max_new_tokens - 1, self.config.optimizer.tokens_per_microbatch
+            if rows > budget:
+                raise UserError(
+                    f"a sample of {task} may have {rows} tokens and a micro-batch holds {budget}: raise "
+                    f"optimizer.tokens_per_microbatch, or lower tasks.{task}.max_new_tokens"
+                )
         self.run.same_items(digests)
 
     def start(self, groups: Sequence[Group], name: str) -> list[Rollout]:

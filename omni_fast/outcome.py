@@ -30,18 +30,6 @@ from omni_fast.tasks.base import Split
 PACKAGES = ("omni-fast", "torch", "transformers", "numpy")
 
 
-class Clock:
-    """Seconds of each part of a step, from the end of the one before it."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        since, self._since = self._since, time.perf_counter()
-        self.seconds[part] = self._since - since
-
-
 def record_step(
     parts: Parts,
     stage: Stage,

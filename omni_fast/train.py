@@ -17,6 +17,7 @@ from omni_fast.curriculum.stages import PromptStream, Stage
 from omni_fast.dry_run import work
 from omni_fast.errors import RunError, UserError
 from omni_fast.groups import Group, set_advantages, trajectories
+from omni_fast.policy.slots import Clock
 from omni_fast.progress import Progress
 from omni_fast.records import Trained
 from omni_fast.rewards.monitors import Monitor
@@ -117,7 +118,7 @@ class Trainer:
 
     def step(self, stage: Stage, ahead: Ahead) -> list[Group]:
         """One GRPO step: groups from the engine, each scored as soon as it is complete; update, sync, the step's row."""
-        clock = outcome.Clock()
+        clock = Clock()
         try:
             groups = ahead.next()
             clock.lap("generate")
@@ -133,7 +134,7 @@ class Trainer:
         clock.lap("update")
         told |= self.engine.sync(self.engine.version + 1)
         clock.lap("sync")
-        self.row = outcome.record_step(self.parts, stage, ahead.step, groups, told, clock.seconds, self.monitor, busy_s)
+        self.row = outcome.record_step(self.parts, stage, ahead.step, groups, told, clock.parts, self.monitor, busy_s)
         self.progress.step(self.row, stage.steps)
         return groups
 

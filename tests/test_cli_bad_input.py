@@ -182,6 +182,12 @@ def test_a_prompt_above_the_limit_is_named_before_any_training(omni: Omni, job: 
     assert "step" not in done.out
 
 
+def test_a_sample_beyond_the_token_budget_is_named_before_the_folder_is_bound(omni: Omni, job: Job) -> None:
+    for budget in (5, 6):  # the second time it is not a folder of another configuration
+        done = omni(*job.command, f"optimizer.tokens_per_microbatch={budget}")
+        refused(done, f"a micro-batch holds {budget}", "optimizer.tokens_per_microbatch", "max_new_tokens")
+
+
 def test_text_of_the_data_that_looks_like_markup_is_shown_as_it_is(omni: Omni, job: Job) -> None:
     bad = {"question": "[INST] 1+1=? [/INST]", "answer": "[/INST]"}
     job.write(*(json.dumps(row) for row in [*SUMS, bad, bad]))
