@@ -125,8 +125,8 @@ _SAME = (("\\$", "$"), ("€", "$"), ("£", "$"), ("{,}", ","), ("\\dfrac", "\\f
 # words behind a number, perhaps of several: "18 eggs", "3/4 of the cake"
 _WORDS = re.compile(  # the first of them three letters long with a vowel, or "of", none of them a variable or a count
     r"(?<=[0-9}])(?:\s+|/)(?=of |(?=[A-Za-z]{3})[A-Za-z]*[aeiou])"
-    r"(?:(?!(?:[b-zA-Z]|or|and|to|plus|minus|over|mod|pi|percent|squared|cubed|factorial|half|dozen|hundred|thousand"
-    r"|[mbtr]+illion)\b)[A-Za-z]++[ '/-]*+)++(?=\.?$)"
+    r"(?:(?!(?:[b-zA-Z]|or|and|to|plus|minus|over|mod|pi|percent|squared|cubed|factorial|half|halves|dozens?|tenths?"
+    r"|(?:hundred|thousand|[mbtr]+illion)(?:s|ths?)?|divided|multiplied)\b)[A-Za-z]++[ '/-]*+)++(?=\.?$)"
 )
 # instead of an answer, what it is compared with
 _COMPARED = re.compile(r"[<>≤≥≠¬]|!=|\\(?:n?[lg](?:t|eq?q?(?:slant)?)|neq?|not|neg|lnot|in|sim|propto)(?![a-z])")
