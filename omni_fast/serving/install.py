@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -108,9 +109,12 @@ def _check_cpu_torch(pip: list[str], pins: Path, deadline: float) -> None:
 
 def _run(command: list[str], deadline: float, what: str) -> str:
     limit = max(1.0, deadline - time.monotonic())
+    # In the child before it runs: the pip of an installation that is killed must not write on into the next one's folder.
+    # The function is looked up here: between fork and exec another thread's lock of the loader would never be given back.
+    end_with_us = partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL, preexec_fn=_end_with_us
+            command, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL, preexec_fn=end_with_us
         )
     except subprocess.TimeoutExpired as error:
         raise RunError(f"{what} took more than its {limit:.0f} s: look at the package index, try again.") from error
@@ -118,11 +122,6 @@ def _run(command: list[str], deadline: float, what: str) -> str:
         lines = [line for line in done.stderr.strip().splitlines() if not line.startswith("WARNING")]
         raise RunError(f"{what} failed: " + ("\n".join(lines[-6:]) or f"exit code {done.returncode}"))
     return done.stdout
-
-
-def _end_with_us() -> None:
-    """In a child before it runs: the pip of an installation that is killed must not write on into the next one's folder."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _folder(device: Device) -> Path:
