@@ -93,26 +93,31 @@ class Parts:
         return self._prompts[task, item.id]
 
     def check_items(self) -> None:
-        """Look at everything that the run may ask: a prompt above the limit, or another one than before, is told at once.
-
-        So is a sample that could not be trained on.
-        """
+        """Look at everything that the run may ask: a prompt above the limit, or another one than before, is told at once."""
         digests = {}
         for task, splits in self.items.items():
-            digest, longest = hashlib.sha256(), 0
-            for split, item in ((split, item) for split, items in splits.items() for item in items):
-                prompt = self.prompt(task, item)
-                longest = max(longest, len(prompt)) if split == "train" else longest
+            digest = hashlib.sha256()
+            for item in (item for items in splits.values() for item in items):
+                self.prompt(task, item)
                 told = [item.id, item.prompt, item.prefix, dict(item.answer)]
                 digest.update(json.dumps(told, sort_keys=True, default=lambda value: type(value).__name__).encode())
             digests[task] = digest.hexdigest()
-            rows, budget = longest + self.tasks[task].max_new_tokens - 1, self.config.optimizer.tokens_per_microbatch
+        self.run.same_items(digests)
+
+    def check_budget(self) -> None:
+        """UserError where a sample to be trained on, or a probe of the entropy, may be longer than a micro-batch.
+
+        Tasks that the run has begun with may go on: their settings cannot change any more.
+        """
+        budget, probes = self.config.optimizer.tokens_per_microbatch, self.config.evaluation.probe_items
+        for task in (task for task in self.items if task not in self.run.state.get("items", {})):
+            items = [*self.items[task]["train"], *self.items[task]["select"][:probes]]
+            rows = max(len(self.prompt(task, item)) for item in items) + self.tasks[task].max_new_tokens - 1
             if rows > budget:
                 raise UserError(
                     f"a sample of {task} may have {rows} tokens and a micro-batch holds {budget}: raise "
                     f"optimizer.tokens_per_microbatch, or lower tasks.{task}.max_new_tokens"
                 )
-        self.run.same_items(digests)
 
     def start(self, groups: Sequence[Group], name: str) -> list[Rollout]:
         """Ask for the groups' completions; each group goes to the scorer as soon as it is complete. `name` seeds the draws.
@@ -176,8 +181,8 @@ class Parts:
 
 
 @contextmanager
-def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
-    """Set up everything; what has to be stopped is stopped on the way out."""
+def build(config: Config, run: Run, progress: Progress, trains: bool = True) -> Iterator[Parts]:
+    """Set up everything; what has to be stopped is stopped on the way out. trains: not only evaluates."""
     torch.set_num_threads(config.threads or ranks.threads())
     with ExitStack() as stack:
         stack.enter_context(ranks.together(config.fingerprint()))
@@ -205,6 +210,8 @@ def build(config: Config, run: Run, progress: Progress) -> Iterator[Parts]:
         stack.callback(trackers.close)
         parts = Parts(config, run, progress, model, tokenizer, tasks, policy, engine, scorer, trackers)
         progress.wait("the prompts' tokens")
+        if trains:
+            parts.check_budget()  # before the run knows its items
         parts.check_items()
         run.add_seconds(setup=time.perf_counter() - start)
         run.bind()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import resource
 import signal
 import sys
@@ -26,6 +27,8 @@ from omni_fast.config import load
 from omni_fast.policy.tiny import tiny_model
 from omni_fast.progress import Progress
 from omni_fast.run import Run
+from omni_fast.tasks.base import Split
+from omni_fast.tasks.splits import partition
 
 
 class Done(NamedTuple):
@@ -188,6 +191,32 @@ def test_a_sample_beyond_the_token_budget_is_named_before_the_folder_is_bound(om
         refused(done, f"a micro-batch holds {budget}", "optimizer.tokens_per_microbatch", "max_new_tokens")
 
 
+def test_the_token_budget_keeps_nobody_from_scoring_nor_from_going_on(omni: Omni, job: Job) -> None:
+    """Nothing is trained where a model is only scored; a run that has begun can have no other budget any more."""
+    small = "optimizer.tokens_per_microbatch=5"
+    assert omni("eval", job.config, small).code == 0
+    assert omni(*job.command).code == 0
+    for name, section, key, value in (
+        ("fingerprint", "optimizer", "tokens_per_microbatch", 5),  # as an earlier version has begun it
+        ("state", "", "finished", False),
+    ):
+        path = job.run / f"{name}.json"
+        kept = json.loads(path.read_text())
+        (kept[section] if section else kept)[key] = value
+        path.write_text(json.dumps(kept))
+    assert omni(*job.command, small).code == 0
+
+
+def test_a_probe_beyond_the_token_budget_is_named_too(omni: Omni, job: Job) -> None:
+    """Its entropy is read after the first evaluation, when the folder is bound to the budget."""
+    shares: dict[Split, float] = {"train": 0.7, "select": 0.1, "test": 0.2}
+    probe = partition(range(len(SUMS)), shares, random.Random("jsonl:sums:0"))["select"][0]
+    rows = [dict(row) for row in SUMS]
+    rows[probe]["question"] *= 10
+    job.write(*map(json.dumps, rows))
+    refused(omni(*job.command, "optimizer.tokens_per_microbatch=40"), "a micro-batch holds 40")
+
+
 def test_text_of_the_data_that_looks_like_markup_is_shown_as_it_is(omni: Omni, job: Job) -> None:
     bad = {"question": "[INST] 1+1=? [/INST]", "answer": "[/INST]"}
     job.write(*(json.dumps(row) for row in [*SUMS, bad, bad]))
@@ -305,6 +334,8 @@ def test_a_finished_run_needs_no_other_ranks(omni: Omni, job: Job, monkeypatch: 
     (job.run / "state.json").write_text('{"finished": true}')
     monkeypatch.setenv("RANK", "1")
     assert omni(*job.command) == Done(0, "", "")
+    (job.run / "state.json").write_text('{"finished": tr')
+    refused(omni(*job.command), "state.json is damaged")
 
 
 @contextmanager

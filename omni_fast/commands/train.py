@@ -105,7 +105,7 @@ def evaluate(
         tempfile.TemporaryDirectory() as folder,
         Progress(stderr) as progress,  # the scores alone go to stdout
         Run.open(Path(folder), resolved) as empty,
-        build(resolved, empty, progress) as parts,
+        build(resolved, empty, progress, trains=False) as parts,
     ):
         found = {task: parts.evaluate(task, items["test"], temperature) for task, items in parts.items.items()}
     scores = {task: score(result.values).as_dict() for task, result in found.items()}
@@ -132,9 +132,10 @@ def _driven(how: Literal["train", "measure"], config: configs.Config, folder: Pa
     """Under torchrun every rank but the first only helps with the optimiser steps, and has nothing to tell."""
     if os.environ.get("RANK", "0") != "0":
         from omni_fast.build import follow
+        from omni_fast.run import read_json
 
         state = folder / "state.json"
-        if how == "measure" or not state.is_file() or not json.loads(state.read_text(encoding="utf-8"))["finished"]:
+        if how == "measure" or not state.is_file() or not read_json(state)["finished"]:
             follow(config)  # rank 0 of a finished run would never call
         return False
     from omni_fast import train as driver
