@@ -282,6 +282,7 @@ C2: list[Contender[LinearData]] = [
     Contender("limit: three GEMMs", "limit", three_gemms),
     Contender("omni_kernels, C++", "ours", ours("cpu")),
     Contender("omni_kernels, C++, dW into main_grad", "ours", ours_into_main_grad("cpu")),
+    Contender("omni_kernels, C++, workspace of 32 MiB", "ours", ours("cpu", workspace_bytes=32 << 20)),
     Contender("omni_kernels, torch", "context", ours("torch")),
     Contender("LigerFusedLinearGRPOLoss, compiled", "peer", liger(True)),
     *_PEERS,

@@ -404,7 +404,7 @@ Inner inner_of(const std::string& name, const char* which) {
 Out out_of(int dtype, int out, bool deep) {
   const bool wide = dtype_of(dtype) == DType::kFloat32;
   const Out first = wide ? Out::kFloat32 : Out::kBFloat16;
-  const Out last = wide ? Out::kAdd : deep ? Out::kBFloat16 : Out::kRound;
+  const Out last = wide || deep ? Out::kAdd : Out::kRound;
   if (out < static_cast<int>(first) || out > static_cast<int>(last))
     fail("out = " + std::to_string(out) + " must be between " + std::to_string(static_cast<int>(first)) + " and " +
          std::to_string(static_cast<int>(last)) + " here");
@@ -440,7 +440,7 @@ void multiply(int dtype, const Side& a, const Side& b, std::int64_t m, std::int6
     o.c = there(c, "c", m);
     o.c_stride = c_stride;
     o.out = out_of(dtype, out, o.b_inner == Inner::kDown);
-    const bool waits = kUnit<T> > 1 && o.b_inner == Inner::kDown && k > kDepth<T>;
+    const bool waits = o.out == Out::kBFloat16 && o.b_inner == Inner::kDown && k > kDepth<T>;
     o.low = there<std::uint16_t>(low, "low", o.out >= Out::kHalves || waits ? m : 0);
     o.scale = scale;
     multiply_matrices(products<T>(how.kernels), o, how.threads,

@@ -110,7 +110,7 @@ void multiply_packing_b(const ProductKernels<T>& kernels, const Operands<T>& o, 
         kernels.pack_transposed(o.b + (panel + j) * kPanel * o.b_stride, o.b_stride, left - j * kPanel, p.k, 0,
                                 packed + j * kPanel * p.k);
     const bool first = start == 0, last = start + deep >= o.k;
-    if (kUnit<T> > 1) {
+    if (o.out == Out::kBFloat16) {
       p.out = first && last ? o.out : first ? Out::kHalves : last ? Out::kRound : Out::kAddHalves;
     } else if (!first && o.out == Out::kFloat32) {
       p.out = Out::kAdd, p.scale = 1;

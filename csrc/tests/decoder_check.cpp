@@ -208,6 +208,9 @@ void product(const RowKernels& kernels, std::int64_t m, std::int64_t n, std::int
     o.b = of(b), o.b_inner = Inner::kDown, o.b_stride = n;
     run(o);
     expect(c, 1, false, false, "product of columns");
+    o.c = wide.data();
+    for (const Out out : {Out::kFloat32, Out::kAdd}) o.out = out, run(o);
+    expect(wide, 2, false, false, "added product of columns");
   }
   products<T>(kernels).pack_panels(of(b), n, n, k, units, 0, panels, of(packed));
   o = {of(a_across), of(packed), Inner::kDown,  Inner::kPacked, m,      0, m, n,

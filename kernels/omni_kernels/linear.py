@@ -3,7 +3,9 @@
 Rows go through in chunks whose logits fit a workspace. Per chunk: logits = x W^T, row kernels, dX = dz W, dW += dz^T x.
 
 `policy_head` needs 3 GEMMs: (a, b) of a token follow from its own log-prob, so dz is made while the chunk's logits are
-there. Losses that couple tokens of different chunks (`losses.row_wise`) cost a fourth, unless one chunk holds all rows.
+there. Losses that couple tokens of different chunks (`losses.row_wise`) cost a fourth, unless one chunk holds all rows; so
+does a workspace of few rows (`plan`). With the log-probs known, dz is made of all rows and some columns at a time: dW of
+these columns is whole at once, and dX the sum.
 A backend may own the first GEMM and leave exponentials instead of logits; a factor a row then goes with the products.
 Rows that are not trained on never enter. On the CPU, rows whose coefficients turn out 0 (clipped, dropped) leave before
 dX and dW; on a GPU counting them would cost a host sync.
@@ -35,19 +37,24 @@ from omni_kernels.spec import IGNORE, LossSpec, Tokens, check
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-LEAST_LOG_P = -1024.0  # nats: p is 0 long before, and p log p with it
+_LEAST_LOG_P = -1024.0  # nats: p is 0 long before, and p log p with it
+_COLUMNS = 16  # parts of the vocabulary begin at multiples
 _COMPACT_BELOW = 0.9  # share of rows with a gradient below which gathering them pays
 
 
 @dataclass(frozen=True)
 class Head:
-    """How rows of hidden become probabilities. tile_rows: GEMMs see exactly so many rows at a time; 0: whole chunks."""
+    """How rows of hidden become probabilities. tile_rows: GEMMs see exactly so many rows at a time; 0: whole chunks.
+
+    first: the token of the first column, where columns are a part of the vocabulary.
+    """
 
     rows: ModuleType
     inv_temperature: float | Tensor = 1.0
     softcap: float | None = None
     workspace_bytes: int | None = None
     tile_rows: int = 0
+    first: int | None = None
 
     @property
     def own_products(self) -> bool:
@@ -64,10 +71,14 @@ class Head:
         t = self.inv_temperature
         return replace(self, inv_temperature=t[index]) if isinstance(t, Tensor) and t.ndim else self
 
-    def plan(self, rows: int, hidden: Tensor, weight: Tensor, row_wise: bool) -> Plan:
-        """How many rows of logits to hold at a time."""
-        size = (rows, hidden.shape[1], len(weight), hidden.element_size())
-        return plan(*size, self.workspace_bytes, row_wise, hidden.device.type)
+    def beginning(self, column: int) -> Head:
+        """The head of the columns from here on."""
+        return replace(self, first=column + (self.first or 0))
+
+    def plan(self, hidden: Tensor, weight: Tensor, row_wise: bool, needs_dw: bool) -> Plan:
+        """How many rows of logits to hold at a time, and whether to compute them again."""
+        size = (len(hidden), hidden.shape[1], len(weight), hidden.element_size())
+        return plan(*size, self.workspace_bytes, row_wise, hidden.device.type, needs_dw and not self.tile_rows)
 
     def check_targets(self, targets: Tensor, weight: Tensor) -> None:
         """Raises ValueError for tokens outside the vocabulary and temperatures that are none.
@@ -114,7 +125,37 @@ class Head:
         return found, exps.values, lambda gradient: exps.gradient_(gradient.a, gradient.b, gradient.z)
 
     def backward_(self, logits: Tensor, targets: Tensor, stats: Stats, gradient: Gradient) -> None:
-        """Overwrites logits [C, V] with their gradient.
+        """Overwrites logits [C, V] with their gradient; V may be a part of the vocabulary, whose statistics `stats` are.
+
+        Where the target is not among the columns, the first one stands in for it and is written again.
+        """
+        if self.first is None:
+            self._backward_(logits, targets, stats, gradient)
+            return
+        local, owned = self.localised(logits, targets)
+        u = logits[:, 0].to(stats.lse.dtype)
+        bent = None if self.softcap is None else torch.tanh(u / self.softcap)
+        scaled = u if bent is None or self.softcap is None else self.softcap * bent
+        log_p = (scaled * self.inv_temperature - stats.lse).clamp(min=_LEAST_LOG_P)
+        self._backward_(logits, local, stats, gradient)
+        slope = -gradient.a
+        if gradient.b is not None and stats.entropy is not None:
+            slope = slope - gradient.b * (log_p + stats.entropy)
+        if gradient.z is not None:
+            slope = slope + 2 * gradient.z * stats.lse
+        first = slope * log_p.exp() * self.inv_temperature * (1 if bent is None else 1 - bent.square())
+        first = torch.where(gradient.live(), first, 0).to(logits.dtype)
+        foreign = (targets != IGNORE) & ~owned
+        logits[:, 0] = torch.where(foreign, first, logits[:, 0])
+
+    def localised(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(targets as columns of logits, 0 for tokens of other columns; whether the token's column is here)."""
+        column = targets - (self.first or 0)
+        owned = (column >= 0) & (column < logits.shape[1]) & (targets != IGNORE)
+        return torch.where(targets == IGNORE, IGNORE, torch.where(owned, column, 0)), owned
+
+    def _backward_(self, logits: Tensor, targets: Tensor, stats: Stats, gradient: Gradient) -> None:
+        """Of rows whose targets are among the columns.
 
         A backend knows the target's log-prob as z - lse, to the last bit of lse. That is too coarse for 1 - p of a
         sure target, so its entry is written again from the forward log-prob, which was formed from shifted logits.
@@ -132,7 +173,7 @@ class Head:
         )
         hit = -a * torch.expm1(stats.logp)
         if b is not None and stats.entropy is not None:
-            hit = hit - b * stats.logp.exp() * (stats.logp.clamp(min=LEAST_LOG_P) + stats.entropy)
+            hit = hit - b * stats.logp.exp() * (stats.logp.clamp(min=_LEAST_LOG_P) + stats.entropy)
         if z is not None:
             hit = hit + 2 * z * stats.lse * stats.logp.exp()
         hit = torch.where(gradient.live() & (targets != IGNORE), hit * scale, 0)
@@ -212,9 +253,11 @@ def policy_head(
     if rows is not None:
         hidden, targets, head = hidden[rows], targets[rows], head.at(rows)
     head.check_targets(targets, weight)
-    by_row = row_wise(tokens, spec)
-    chunks = _chunks(hidden, weight, head, by_row, needs[1] and into is None)
-    m = Matrices(hidden, weight, bias, _most(chunks), needs, head.tile_rows, into, scale, head.own_products)
+    by_row = row_wise(tokens, spec) and head.plan(hidden, weight, True, needs[1]).gemms == 3
+    chunks = _chunks(hidden, weight, head, by_row and needs[1] and into is None)
+    again = not by_row and len(chunks) > 1 and any(needs)  # gradients come when all log-probs are known
+    now = (False, False, False) if again else needs
+    m = Matrices(hidden, weight, bias, _most(chunks), now, head.tile_rows, into, scale, head.own_products)
     stats = _empty_stats(len(hidden), dtype, hidden.device, want_entropy)
 
     if by_row:
@@ -233,17 +276,20 @@ def policy_head(
         logits = None
         for chunk in chunks:
             logits, _ = _forward(m, head, targets, stats, chunk)
-        stash = logits if len(chunks) == 1 else None
-        del logits
         full = _scattered(stats, rows, n)
         known = _coefficients(full, prepare(tokens, spec, dtype, full.logp, full.entropy), spec)
         metrics = known.metrics
         gradient = Gradient(known.a, known.b, known.z)
         gradient = gradient if rows is None else gradient[rows]
-        for chunk in chunks if m.wanted else ():
-            _backward(m, head, stash, targets, stats, gradient[chunk], chunk)
+        if m.wanted:
+            _backward(m, head, logits, targets, stats, gradient, chunks[0])
     loss = metrics[METRICS.index("loss")].to(dtype, copy=True)
-    dx, dw, db = _gradients(m, weight, bias, rows, n)
+    if again:
+        del logits, m
+        grads = logprob_backward(hidden, weight, bias, targets, stats, gradient, head, needs, into, scale)
+        dx, dw, db = None if grads[0] is None else _scatter(grads[0], rows, n), *grads[1:]
+    else:
+        dx, dw, db = _gradients(m, weight, bias, rows, n)
     return PolicyResult(loss, metrics, _scattered(stats, rows, n), dx, dw, db)
 
 
@@ -267,7 +313,7 @@ def logprob_forward(
     rows = None if targets.is_cuda else _subset(targets != IGNORE)
     if rows is not None:
         hidden, targets, head = hidden[rows], targets[rows], head.at(rows)
-    chunks = _chunks(hidden, weight, head, True, False)
+    chunks = _chunks(hidden, weight, head, False)
     m = Matrices(hidden, weight, bias, _most(chunks), tile_rows=head.tile_rows, own=head.own_products)
     stats = _empty_stats(len(hidden), wide_of(hidden.dtype), hidden.device, want_entropy)
     parts = []
@@ -285,17 +331,29 @@ def logprob_forward(
 @_without_autocast
 def logprob_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, stats: Stats, gradient: Gradient, head: Head,
-    needs: tuple[bool, bool, bool],
+    needs: tuple[bool, bool, bool], into: Tensor | None = None, scale: float = 1.0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dX, dW, dbias), the wanted ones, of any upstream gradient; the logits are computed again."""
     n = len(hidden)
     rows = None if targets.is_cuda else _subset((targets != IGNORE) & gradient.live())
     if rows is not None:
         hidden, targets, stats, gradient, head = hidden[rows], targets[rows], stats[rows], gradient[rows], head.at(rows)
-    chunks = _chunks(hidden, weight, head, True, needs[1])
-    m = Matrices(hidden, weight, bias, _most(chunks), needs, head.tile_rows, own=head.own_products)
-    for chunk in chunks:
-        _backward(m, head, None, targets, stats, gradient[chunk], chunk)
+    chunks = _chunks(hidden, weight, head, False)
+    by_columns = needs[1] and len(chunks) > 1 and not head.tile_rows
+    if by_columns and targets.is_cuda:  # rows that are not trained on are still there, and may hold anything
+        hidden = torch.where((gradient.live() & (targets != IGNORE))[:, None], hidden, 0)
+    most = 0 if by_columns else _most(chunks)
+    m = Matrices(hidden, weight, bias, most, needs, head.tile_rows, into, scale, head.own_products)
+    if by_columns:
+        width = max(_COLUMNS, _most(chunks) * len(weight) // len(hidden) // _COLUMNS * _COLUMNS)
+        for start in range(0, len(weight), width):
+            columns = slice(start, min(len(weight), start + width))
+            logits = m.logits(slice(None), columns)
+            head.beginning(start).backward_(logits, targets, stats, gradient)
+            m.add_columns(logits, columns)
+    else:
+        for chunk in chunks:
+            _backward(m, head, None, targets, stats, gradient[chunk], chunk)
     return _gradients(m, weight, bias, rows, n)
 
 
@@ -377,7 +435,7 @@ def _gradients(
     m: Matrices, weight: Tensor, bias: Tensor | None, rows: Tensor | None, n: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     del m.buffer  # before dW is rounded into memory of its own
-    dx = None if m.dx is None else _scatter(m.dx, rows, n)
+    dx = None if m.dx is None else _scatter(m.dx.to(m.hidden.dtype), rows, n)
     dw, db = m.rounded_dw() if m.keeps_dw else None, m.db
     if m.keeps_dw:
         dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if dw is None else dw.to(weight.dtype)
@@ -411,16 +469,16 @@ def _scattered(stats: Stats, rows: Tensor | None, n: int) -> Stats:
     return Stats(_scatter(stats.logp, rows, n), entropy, _scatter(stats.lse, rows, n))
 
 
-def _chunks(hidden: Tensor, weight: Tensor, head: Head, by_row: bool, makes_dw: bool) -> list[slice]:
+def _chunks(hidden: Tensor, weight: Tensor, head: Head, sums_dw: bool) -> list[slice]:
     """Slices of the rows whose logits fit the workspace; at least one, so that 0 rows have a loss too.
 
-    makes_dw: in memory of its own. Where nobody set the workspace and the sum over chunks is kept in halves, whose lower
+    sums_dw: in memory of its own. Where nobody set the workspace and the sum over chunks is kept in halves, whose lower
     ones take as much as the logits of H rows, all rows at once take less if they are not more than H / 2 beyond a chunk:
     half of it, since where rows are without a gradient the others leave by a copy.
     """
     n, width = hidden.shape
-    size = head.plan(n, hidden, weight, by_row).chunk_rows
-    in_halves = makes_dw and weight.dtype == torch.bfloat16 and takes(hidden, weight)
+    size = head.plan(hidden, weight, True, sums_dw).chunk_rows
+    in_halves = sums_dw and weight.dtype == torch.bfloat16 and takes(hidden, weight)
     if in_halves and head.may_take_all and n <= size + width // 2:
         size = max(n, 1)
     if hidden.is_cuda:  # chunks of vectors begin on 64 bytes: Triton compiles for what addresses are multiples of

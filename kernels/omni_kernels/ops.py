@@ -62,7 +62,8 @@ def linear_policy_loss(
         forward pass already, times grad_scale, and no dW is held: call backward once with just that upstream gradient
         (loss * grad_scale), and keep the call out of activation checkpoints, which would run it twice.
     batch_invariant: log-probs, entropies and dX of a token do not depend on the other rows, bit for bit.
-    workspace_bytes: bound on the logits held at a time; more is faster until all rows fit (see `plan`).
+    workspace_bytes: bound on the logits held at a time; more is faster until all rows fit, and for few rows there is no sum of
+        dW (see `plan`).
     The loss is differentiable in hidden, weight and bias; what does not require a gradient costs no GEMM.
     Raises ValueError on input that does not fit.
     """

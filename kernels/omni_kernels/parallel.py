@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from omni_kernels import backends, linear
 from omni_kernels.gemms import wide_of
-from omni_kernels.linear import LEAST_LOG_P, Gradient, Head, Stats, check_range
+from omni_kernels.linear import Gradient, Head, Stats, check_range
 from omni_kernels.ops import check_head, check_rows, linear_policy_loss
 from omni_kernels.plan import Plan, plan
 from omni_kernels.spec import IGNORE, LossOutput, LossSpec, Tokens
@@ -99,12 +99,12 @@ class PolicyHead(nn.Module):
 class _ShardedHead(Head):
     shard: VocabShard | None = None
 
-    def plan(self, rows: int, hidden: Tensor, weight: Tensor, row_wise: bool) -> Plan:
+    def plan(self, hidden: Tensor, weight: Tensor, row_wise: bool, needs_dw: bool) -> Plan:
         # every rank must cut the same chunks, whatever the size of its own shard
         assert self.shard is not None
         vocab = -(-self.shard.vocab // dist.get_world_size(self.shard.group))
-        size = (rows, hidden.shape[1], vocab, hidden.element_size())
-        return plan(*size, self.workspace_bytes, row_wise, hidden.device.type)
+        size = (len(hidden), hidden.shape[1], vocab, hidden.element_size())
+        return plan(*size, self.workspace_bytes, row_wise, hidden.device.type, needs_dw)
 
     @property
     def may_take_all(self) -> bool:
@@ -124,7 +124,7 @@ class _ShardedHead(Head):
         if len(logits) == 0:
             return super().forward(logits, targets, want_entropy)
         assert self.shard is not None
-        local, owned = self._localised(logits, targets)
+        local, owned = self.localised(logits, targets)
         logp, entropy, lse = super().forward(logits, local, want_entropy)
         logp = torch.where(owned, logp, -torch.inf)
         mine = torch.stack([lse, logp, torch.zeros_like(lse) if entropy is None else entropy])
@@ -140,31 +140,6 @@ class _ShardedHead(Head):
             parts = torch.where(log_share == -torch.inf, 0, log_share.exp() * (all_entropy - log_share))
             entropy = torch.where(used, parts.sum(0), 0).to(lse.dtype)
         return logp, entropy, torch.where(used, total, 0).to(lse.dtype)
-
-    def backward_(self, logits: Tensor, targets: Tensor, stats: Stats, gradient: Gradient) -> None:
-        """As for a whole head. Where the target is another rank's, column 0 stood in for it and is rewritten."""
-        local, owned = self._localised(logits, targets)
-        u = logits[:, 0].to(stats.lse.dtype)
-        bent = None if self.softcap is None else torch.tanh(u / self.softcap)
-        scaled = u if bent is None or self.softcap is None else self.softcap * bent
-        log_p = (scaled * self.inv_temperature - stats.lse).clamp(min=LEAST_LOG_P)
-        super().backward_(logits, local, stats, gradient)
-        slope = -gradient.a
-        if gradient.b is not None and stats.entropy is not None:
-            slope = slope - gradient.b * (log_p + stats.entropy)
-        if gradient.z is not None:
-            slope = slope + 2 * gradient.z * stats.lse
-        first = slope * log_p.exp() * self.inv_temperature * (1 if bent is None else 1 - bent.square())
-        first = torch.where(gradient.live(), first, 0).to(logits.dtype)
-        foreign = (targets != IGNORE) & ~owned
-        logits[:, 0] = torch.where(foreign, first, logits[:, 0])
-
-    def _localised(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(targets as columns of this shard, 0 for other ranks' tokens; whether the token is this shard's)."""
-        assert self.shard is not None
-        column = targets - self.shard.start
-        owned = (column >= 0) & (column < logits.shape[1]) & (targets != IGNORE)
-        return torch.where(targets == IGNORE, IGNORE, torch.where(owned, column, 0)), owned
 
 
 class _PolicyLoss(torch.autograd.Function):
@@ -223,4 +198,4 @@ def _head(
     if isinstance(inv_temperature, Tensor):
         inv_temperature = inv_temperature.to(wide_of(hidden.dtype)).contiguous()
     module = backends.select(hidden.device, hidden.dtype, backend)
-    return _ShardedHead(module, inv_temperature, softcap, workspace_bytes, 0, shard)
+    return _ShardedHead(module, inv_temperature, softcap, workspace_bytes, 0, shard.start, shard)

@@ -81,8 +81,12 @@ def pack(*matrices: Tensor, transposed: bool = False, into: Packed | None = None
     return Packed(panels, even, width)
 
 
-def linear(x: Tensor, weight: Packed | Tensor, out: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+def linear(
+    x: Tensor, weight: Packed | Tensor, out: Tensor | None = None, *, transposed: bool = False, add: bool = False
+) -> Tensor:
     """x [..., inner] times a weight, both bf16 (inner even) or fp32: [..., width], into `out` if given.
+
+    out: of x's dtype, or fp32. add: to what an fp32 `out` holds.
 
     weight: packed, or a matrix [inner, width] (transposed: [width, inner]) that is packed by the block on the way.
     """
@@ -102,14 +106,14 @@ def linear(x: Tensor, weight: Packed | Tensor, out: Tensor | None = None, *, tra
         )
     shape = (*x.shape[:-1], width)
     out = x.new_empty(shape) if out is None else out
-    flat = out.flatten(0, -2)
-    _check_matrix(flat, "out")
-    if out.shape != shape or out.dtype != x.dtype or flat.data_ptr() != out.data_ptr():
+    flat, wide = out.flatten(0, -2), out.dtype == torch.float32
+    fits = out.shape == shape and (wide or out.dtype == x.dtype and not add) and out.device == x.device
+    if not fits or not has_rows(flat) or flat.data_ptr() != out.data_ptr():
         given = f"{out.dtype} {tuple(out.shape)}, strides {out.stride()}"
-        raise ValueError(f"out is {given}; pass {x.dtype} {shape}, rows equally far apart")
-    deep = x.dtype == torch.bfloat16 and side[2] == "down" and inner > cpu.native.DEPTH
+        raise ValueError(f"out is {given}; pass {torch.float32 if add else x.dtype} {shape}, rows equally far apart")
+    deep = not wide and side[2] == "down" and inner > cpu.native.DEPTH
     low = torch.empty(len(rows), _pitch(flat), dtype=torch.uint16) if deep else None
-    kind = "rounded" if x.dtype == torch.bfloat16 else "fp32"
+    kind = "add" if add else "fp32" if wide else "rounded"
     _multiply((rows.data_ptr(), _pitch(rows), "along"), side, x.dtype, inner, flat, kind, low)
     return out
 

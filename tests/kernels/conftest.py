@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
@@ -94,6 +95,21 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every call of the C++ kernels runs this instruction set."""
     monkeypatch.setattr(cpu, "ISA", request.param)
     return request.param
+
+
+@pytest.fixture
+def chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dW is a sum over chunks of however few rows."""
+    plan = import_module("omni_kernels.plan")  # where the package has a function of that name
+    monkeypatch.setattr(plan, "_LEAST_ROWS", dict.fromkeys(plan._LEAST_ROWS, 1))
+    monkeypatch.setattr(plan, "_LEAST_DEVICE_ROWS", 1)
+
+
+@pytest.fixture(params=[True, False], ids=["chunks of rows", "columns"])
+def few_rows(request: pytest.FixtureRequest) -> None:
+    """In a small workspace dW is a sum over chunks of rows, or the logits are computed again, some columns at a time."""
+    if request.param:
+        request.getfixturevalue("chunks_of_rows")
 
 
 @pytest.fixture(scope="session")

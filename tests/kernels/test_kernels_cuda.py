@@ -390,6 +390,7 @@ def test_hopeless_rows_of_exponentials_stay_apart(emulator: Emulator) -> None:
     torch.testing.assert_close(gradient[5:], u[5:], rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.usefixtures("chunks_of_rows")
 @pytest.mark.parametrize("change", [{}, {"entropy_coef": 0.01}, {"z_loss": 0.01}, {"beta": 0.1}], ids=str)
 @pytest.mark.parametrize("biased, cap, h", [(False, None, 64), (True, 20.0, 192)])
 def test_the_head_on_exponentials(

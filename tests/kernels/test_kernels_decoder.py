@@ -214,6 +214,10 @@ def test_products_pack_a_matrix_on_the_way(isa: str, dtype: torch.dtype, rows: i
     near(products.linear(x, weight.t().contiguous(), out), exact, dtype)
     some = products.linear(x[rows // 2 :], weight.t().contiguous())
     assert torch.equal(some, out[rows // 2 :])  # a row's bits do not depend on the others
+    for matrix, transposed in ((weight, True), (weight.t().contiguous(), False)):
+        wide = torch.full((rows, width + 3), torch.nan)[:, :width]
+        near(products.linear(x, matrix, wide, transposed=transposed), exact, torch.float32)
+        near(products.linear(x, matrix, wide, transposed=transposed, add=True), 2 * exact, torch.float32)
 
 
 @every_product
@@ -286,6 +290,8 @@ def test_products_that_do_not_fit_are_refused() -> None:
         products.linear(leaf(3, 6, dtype=torch.bfloat16), leaf(1, 7, dtype=torch.bfloat16).expand(6, 7))
     with pytest.raises(ValueError, match="out is"):
         products.linear(leaf(3, 6, dtype=torch.bfloat16), weight, torch.empty(3, 6, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"pass torch.float32 \(3, 7\)"):
+        products.linear(leaf(3, 6, dtype=torch.bfloat16), weight, torch.empty(3, 7, dtype=torch.bfloat16), add=True)
 
 
 @every_dtype

@@ -281,6 +281,7 @@ def matrices(n: int, h: int, v: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x.to(torch.bfloat16), (w * 4 / h**0.5).to(torch.bfloat16)
 
 
+@pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("workspace", [None, 5003 * 2 * 300])
 def test_linear_policy_loss_is_as_exact_as_torch(
@@ -317,6 +318,7 @@ def steps(name: str, hidden: Tensor, weight: Tensor, tokens: Tokens, spec: LossS
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("preset", ["dapo", "gspo", "cispo"])
 def test_nothing_waits_for_the_gpu(name: str, batch_of: Batches, preset: str) -> None:
     hidden, weight = head()
@@ -463,6 +465,7 @@ def test_exponentials_against_the_oracle(
     assert ((mine - truth).norm(dim=1) <= by_row)[targets != IGNORE].all()
 
 
+@pytest.mark.usefixtures("chunks_of_rows")
 @pytest.mark.parametrize("change", [{}, {"entropy_coef": 0.01}, {"beta": 0.05, "z_loss": 1e-3}], ids=str)
 @pytest.mark.parametrize("n, h, v", [(300, 64, 5003), (1000, 896, 20_001), (2100, 1024, 151_936)])
 def test_exponentials_against_triton(

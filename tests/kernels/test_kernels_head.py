@@ -120,6 +120,7 @@ def test_given_logits(backend: str, in_place: bool, dtype: torch.dtype) -> None:
     assert (mine[p["targets"] == IGNORE] == 0).all()
 
 
+@pytest.mark.usefixtures("few_rows")
 @every_backend
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "sapo", "gmpo", "vespo", "reinforce"])
 @pytest.mark.parametrize("on_policy", [False, True])
@@ -152,6 +153,7 @@ def test_fused_loss_equals_loss_of_the_logits(backend: str, name: str, on_policy
     torch.testing.assert_close(out.metrics, plain.metrics, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.usefixtures("few_rows")
 def test_workspace_does_not_change_the_result() -> None:
     p = problem()
     logp, *_ = reference.head(p["hidden"], p["weight"], p["targets"])
@@ -239,6 +241,7 @@ def test_master_weight_gets_an_unrounded_gradient() -> None:
     torch.testing.assert_close(master.grad.bfloat16(), p["weight"].grad)
 
 
+@pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("when", ["backward", "forward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_main_grad_accumulates_in_fp32(when: str, dtype: torch.dtype) -> None:
@@ -514,6 +517,7 @@ def test_a_second_backward_adds_the_same_gradient_again() -> None:
         torch.testing.assert_close(leaf.grad, 4 * gradient)
 
 
+@pytest.mark.usefixtures("few_rows")
 @every_backend
 @pytest.mark.parametrize("chunk_rows", [1, 9, 17, 1000])
 @pytest.mark.parametrize("vocab", [307, 308])  # odd: the product of dX is torch's

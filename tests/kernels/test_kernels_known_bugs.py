@@ -93,6 +93,7 @@ def test_gradient_of_a_sure_target_is_not_cancelled(backend: str, dtype: torch.d
     assert float(mine[0, 3] - exact[0, 3]) == pytest.approx(0, abs=3e-7 + rounding)  # 3e-7: fp32 sum of exponentials
 
 
+@pytest.mark.usefixtures("few_rows")
 @every_backend
 def test_weight_gradient_does_not_decay_over_chunks(backend: str) -> None:
     g = torch.Generator().manual_seed(0)
@@ -103,8 +104,9 @@ def test_weight_gradient_does_not_decay_over_chunks(backend: str) -> None:
     (exact,) = torch.autograd.grad(logp.sum(), weight)
 
     def error(chunks: int) -> float:
-        ours, _ = linear_logprob(hidden, weight, targets, workspace_bytes=512 // chunks * 300 * 2, backend=backend)
-        (dw,) = torch.autograd.grad(ours.sum(), weight)
+        tokens, workspace = Tokens(targets, -torch.ones(512), denominator=1.0), 512 // chunks * 300 * 2
+        out = linear_policy_loss(hidden, weight, tokens, LossSpec(), workspace_bytes=workspace, backend=backend)
+        (dw,) = torch.autograd.grad(out.loss, weight)
         return float((dw.double() - exact.double()).norm() / exact.double().norm())
 
     assert error(32) <= 1.5 * error(1)  # one more rounding, of the parts; a bf16 sum is at 3
@@ -238,7 +240,9 @@ def test_plan_is_the_dial() -> None:
         plan(4096, 576, 49152, 2, 16 << 20, row_wise=False),
         plan(4096, 576, 49152, 2, 1 << 30, row_wise=False),
     )
-    assert (small.gemms, large.gemms) == (4, 3) and plan(4096, 576, 49152, 2, 16 << 20).gemms == 3
+    assert (small.gemms, large.gemms) == (4, 3)
+    assert [plan(4096, 576, 49152, 2, size).gemms for size in (None, 64 << 20, 16 << 20)] == [3, 3, 4]
+    assert plan(4096, 576, 49152, 2, 16 << 20, needs_dw=False).gemms == 3
     assert small.workspace_bytes <= 16 << 20 and large.chunk_rows == 4096
     assert small.seconds(1e12, 1e11) > large.seconds(1e12, 1e11)
     assert plan(0, 8, 8, 4).chunk_rows == 1 and plan(5, 8, 1 << 30, 4, 1).chunk_rows == 1
@@ -328,6 +332,7 @@ def test_importing_is_light() -> None:
     assert "omni_kernels" in found and "omni_fast" not in found and "triton" not in found
 
 
+@pytest.mark.usefixtures("few_rows")
 @every_backend
 @pytest.mark.parametrize("workspace", [None, 307 * 4 * 16])
 @pytest.mark.parametrize("kinds", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)

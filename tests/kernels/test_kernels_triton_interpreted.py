@@ -159,6 +159,7 @@ def test_one_sweep_equals_two(
     torch.testing.assert_close(swept, twice, rtol=3e-6, atol=1e-8)
 
 
+@pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_policy_loss_of_a_head(batch_of: Callable[..., Tokens], preset: str, dtype: torch.dtype) -> None:
