@@ -235,6 +235,22 @@ def test_deferred_normaliser() -> None:
     torch.testing.assert_close(one / kept, two)
 
 
+@every_backend
+def test_parts_of_the_vocabulary_that_begin_with_a_masked_token(backend: str) -> None:
+    """The first column stands in for targets of other parts: 0 times its log-prob of -inf must not be NaN."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 32, generator=g).requires_grad_() for n in (64, 400))
+    bias = torch.zeros(400).index_fill_(0, torch.arange(0, 400, 16), -torch.inf)
+    found = []
+    for workspace in (None, 400 * 16):
+        logp, entropy = linear_logprob(
+            hidden, weight, torch.arange(1, 65) // 16 * 16 + 1, bias=bias, workspace_bytes=workspace, backend=backend
+        )
+        assert entropy is not None
+        found.append(torch.autograd.grad((logp + 0.3 * entropy).sum(), (hidden, weight)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
 def test_plan_is_the_dial() -> None:
     small, large = (
         plan(4096, 576, 49152, 2, 16 << 20, row_wise=False),
