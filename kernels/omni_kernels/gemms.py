@@ -57,8 +57,8 @@ class Matrices:
         # On a GPU rows start at multiples of 32 bytes whatever the vocabulary: kernels and GEMMs take whole vectors then, and
         # a row's bits do not depend on its place.
         pitch = -(-width // 16) * 16 if x.is_cuda else width
-        if not self.buffer.numel():
-            self.buffer = x.new_empty((self.chunk_rows or len(x)) * pitch)
+        if self.buffer.numel() < (size := (self.chunk_rows or len(x)) * pitch):
+            self.buffer = x.new_empty(size)
         logits = self.buffer[: len(x) * pitch].view(len(x), pitch)[:, :width]
         if self.own:
             products.linear(x, weight, logits, transposed=True)

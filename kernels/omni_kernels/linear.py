@@ -285,8 +285,7 @@ def policy_head(
             _backward(m, head, logits, targets, stats, gradient, chunks[0])
     loss = metrics[METRICS.index("loss")].to(dtype, copy=True)
     if again:
-        del logits, m
-        grads = logprob_backward(hidden, weight, bias, targets, stats, gradient, head, needs, into, scale)
+        grads = logprob_backward(hidden, weight, bias, targets, stats, gradient, head, needs, into, scale, m.buffer)
         dx, dw, db = None if grads[0] is None else _scatter(grads[0], rows, n), *grads[1:]
     else:
         dx, dw, db = _gradients(m, weight, bias, rows, n)
@@ -331,9 +330,9 @@ def logprob_forward(
 @_without_autocast
 def logprob_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, stats: Stats, gradient: Gradient, head: Head,
-    needs: tuple[bool, bool, bool], into: Tensor | None = None, scale: float = 1.0,
+    needs: tuple[bool, bool, bool], into: Tensor | None = None, scale: float = 1.0, buffer: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dX, dW, dbias), the wanted ones, of any upstream gradient; the logits are computed again."""
+    """(dX, dW, dbias), the wanted ones, of any upstream gradient; the logits are computed again, in `buffer` if it is there."""
     n = len(hidden)
     rows = None if targets.is_cuda else _subset((targets != IGNORE) & gradient.live())
     if rows is not None:
@@ -344,8 +343,10 @@ def logprob_backward(
         hidden = torch.where((gradient.live() & (targets != IGNORE))[:, None], hidden, 0)
     most = 0 if by_columns else _most(chunks)
     m = Matrices(hidden, weight, bias, most, needs, head.tile_rows, into, scale, head.own_products)
+    m.buffer = m.buffer if buffer is None else buffer
     if by_columns:
-        width = max(_COLUMNS, _most(chunks) * len(weight) // len(hidden) // _COLUMNS * _COLUMNS)
+        room = _most(chunks) * len(weight) if buffer is None else buffer.numel()
+        width = max(_COLUMNS, room // len(hidden) // _COLUMNS * _COLUMNS)
         for start in range(0, len(weight), width):
             columns = slice(start, min(len(weight), start + width))
             logits = m.logits(slice(None), columns)

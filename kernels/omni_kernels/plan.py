@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 WORKSPACE_BYTES = {"cpu": 40 << 20, "cuda": 1 << 30}  # default, of logits
 _DEFAULT_WORKSPACE = 64 << 20
-_LEAST_ROWS = {2: 448, 4: 256, 8: 128}  # by bytes an element: fewer do not pay for a pass over the sum of dW on a CPU
+_LEAST_ROWS = {2: 448, 4: 208, 8: 104}  # by bytes an element: fewer do not pay for a pass over the sum of dW on a CPU
 _LEAST_DEVICE_ROWS = 1024  # on a GPU
 
 
@@ -43,7 +43,7 @@ def plan(
 
     workspace_bytes bounds the logits held at a time; one row is the least it can be. Where it holds so few rows that passes
     over the sum of dW would cost more than a product, the logits are computed again. None: the device's default, or more
-    where that would be so few (448 rows of bf16 on a CPU, 256 of fp32, 1,024 on a GPU); `linear.py` takes all rows at once
+    where that would be so few (448 rows of bf16 on a CPU, 208 of fp32, 1,024 on a GPU); `linear.py` takes all rows at once
     instead where that needs less memory than a sum of dW over chunks.
     """
     row_bytes = vocab * element_bytes
