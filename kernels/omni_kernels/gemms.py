@@ -58,6 +58,7 @@ class Matrices:
         # a row's bits do not depend on its place.
         pitch = -(-width // 16) * 16 if x.is_cuda else width
         if self.buffer.numel() < (size := (self.chunk_rows or len(x)) * pitch):
+            del self.buffer
             self.buffer = x.new_empty(size)
         logits = self.buffer[: len(x) * pitch].view(len(x), pitch)[:, :width]
         if self.own:

@@ -4,13 +4,14 @@ Rows go through in chunks whose logits fit a workspace. Per chunk: logits = x W^
 
 `policy_head` needs 3 GEMMs: (a, b) of a token follow from its own log-prob, so dz is made while the chunk's logits are
 there. Losses that couple tokens of different chunks (`losses.row_wise`) cost a fourth, unless one chunk holds all rows; so
-does a workspace of few rows (`plan`). With the log-probs known, dz is made of all rows and some columns at a time: dW of
-these columns is whole at once, and dX the sum.
+does a workspace of few rows (`plan`). With the log-probs known, dz is made of all rows and some columns at a time where
+the vocabulary is larger than the batch: dW of these columns is whole at once, and dX the sum. Not where a row's bits may
+not depend on the others, nor where the weight gets no gradient.
 A backend may own the first GEMM and leave exponentials instead of logits; a factor a row then goes with the products.
 Rows that are not trained on never enter. On the CPU, rows whose coefficients turn out 0 (clipped, dropped) leave before
 dX and dW; on a GPU counting them would cost a host sync.
 
-dW is accumulated in fp32 over chunks and rounded once, to the dtype of the weight. GEMMs run in the dtype of hidden, under
+Summed over chunks, dW is accumulated in fp32 and rounded once, to the dtype of the weight. GEMMs run in the dtype of hidden, under
 autocast too: a weight of another dtype (an fp32 master copy under bf16 activations) is cast for them and gets its gradient
 unrounded.
 All sums have a fixed order, so results repeat bit by bit. A row's bits may depend on how many rows there are, as BLAS
@@ -254,7 +255,7 @@ def policy_head(
         hidden, targets, head = hidden[rows], targets[rows], head.at(rows)
     head.check_targets(targets, weight)
     by_row = row_wise(tokens, spec) and head.plan(hidden, weight, True, needs[1]).gemms == 3
-    chunks = _chunks(hidden, weight, head, by_row and needs[1] and into is None)
+    chunks = _chunks(hidden, weight, head, needs[1] and into is None)
     again = not by_row and len(chunks) > 1 and any(needs)  # gradients come when all log-probs are known
     now = (False, False, False) if again else needs
     m = Matrices(hidden, weight, bias, _most(chunks), now, head.tile_rows, into, scale, head.own_products)
@@ -285,7 +286,8 @@ def policy_head(
             _backward(m, head, logits, targets, stats, gradient, chunks[0])
     loss = metrics[METRICS.index("loss")].to(dtype, copy=True)
     if again:
-        grads = logprob_backward(hidden, weight, bias, targets, stats, gradient, head, needs, into, scale, m.buffer)
+        del logits
+        grads = logprob_backward(hidden, weight, bias, targets, stats, gradient, head, needs, into, scale, m)
         dx, dw, db = None if grads[0] is None else _scatter(grads[0], rows, n), *grads[1:]
     else:
         dx, dw, db = _gradients(m, weight, bias, rows, n)
@@ -330,28 +332,31 @@ def logprob_forward(
 @_without_autocast
 def logprob_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, stats: Stats, gradient: Gradient, head: Head,
-    needs: tuple[bool, bool, bool], into: Tensor | None = None, scale: float = 1.0, buffer: Tensor | None = None,
+    needs: tuple[bool, bool, bool], into: Tensor | None = None, scale: float = 1.0, scratch: Matrices | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dX, dW, dbias), the wanted ones, of any upstream gradient; the logits are computed again, in `buffer` if it is there."""
+    """(dX, dW, dbias), the wanted ones, of any upstream gradient; the logits are computed again, in the buffer of `scratch`."""
     n = len(hidden)
     rows = None if targets.is_cuda else _subset((targets != IGNORE) & gradient.live())
     if rows is not None:
         hidden, targets, stats, gradient, head = hidden[rows], targets[rows], stats[rows], gradient[rows], head.at(rows)
     chunks = _chunks(hidden, weight, head, False)
-    by_columns = needs[1] and len(chunks) > 1 and not head.tile_rows
+    by_columns = needs[1] and len(chunks) > 1 and len(hidden) <= len(weight) and not head.tile_rows
     if by_columns and targets.is_cuda:  # rows that are not trained on are still there, and may hold anything
         hidden = torch.where((gradient.live() & (targets != IGNORE))[:, None], hidden, 0)
     most = 0 if by_columns else _most(chunks)
     m = Matrices(hidden, weight, bias, most, needs, head.tile_rows, into, scale, head.own_products)
-    m.buffer = m.buffer if buffer is None else buffer
+    if scratch is not None:
+        m.buffer = scratch.buffer
+        del scratch.buffer
     if by_columns:
-        room = _most(chunks) * len(weight) if buffer is None else buffer.numel()
+        room = m.buffer.numel() or _most(chunks) * len(weight)
         width = max(_COLUMNS, room // len(hidden) // _COLUMNS * _COLUMNS)
         for start in range(0, len(weight), width):
             columns = slice(start, min(len(weight), start + width))
             logits = m.logits(slice(None), columns)
             head.beginning(start).backward_(logits, targets, stats, gradient)
             m.add_columns(logits, columns)
+        del logits
     else:
         for chunk in chunks:
             _backward(m, head, None, targets, stats, gradient[chunk], chunk)

@@ -87,7 +87,6 @@ def linear(
     """x [..., inner] times a weight, both bf16 (inner even) or fp32: [..., width], into `out` if given.
 
     out: of x's dtype, or fp32. add: to what an fp32 `out` holds.
-
     weight: packed, or a matrix [inner, width] (transposed: [width, inner]) that is packed by the block on the way.
     """
     rows = _rows(x)

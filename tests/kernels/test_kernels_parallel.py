@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from unittest.mock import patch
 
 import pytest
@@ -53,38 +54,48 @@ def refused(*_: object) -> None:
     raise AssertionError("a shard's exponentials are not those of all logits")
 
 
-def vocab_parallel(rank: int, world: int) -> None:
+def losses_of_a_shard(rank: int, world: int, backend: str | None) -> None:
     hidden, weight, bias, tokens, scale = problem()
     low, high = BOUNDS[world][rank : rank + 2]
     shard = VocabShard(dist.group.WORLD, low, V)
     options = {"inv_temperature": scale, "softcap": 7.0, "workspace_bytes": 9 * V * 4 // world}
-    for backend in ("torch", None):
+    x, w, b = leaves(hidden, weight, bias)
+    logp, entropy = linear_logprob(x, w, tokens.targets, bias=b, **options)
+    (logp * tokens.advantages + 0.3 * entropy).sum().backward()
+    x1, w1, b1 = leaves(hidden, weight[low:high], bias[low:high])
+    mine, mine_entropy = vocab_parallel_logprob(x1, w1, tokens.targets, shard, bias=b1, backend=backend, **options)
+    (mine * tokens.advantages + 0.3 * mine_entropy).sum().backward()
+    close(mine, logp), close(mine_entropy, entropy), close(x1.grad, x.grad)
+    close(w1.grad, w.grad[low:high]), close(b1.grad, b.grad[low:high])
+    for spec in (
+        LossSpec(beta=0.1, entropy_coef=0.1, z_loss=1e-3),
+        LossSpec.preset("gspo", beta=0.1, eps_high=0.3),
+    ):
         x, w, b = leaves(hidden, weight, bias)
-        logp, entropy = linear_logprob(x, w, tokens.targets, bias=b, **options)
-        (logp * tokens.advantages + 0.3 * entropy).sum().backward()
+        whole = linear_policy_loss(x, w, tokens, spec, bias=b, **options)
+        whole.loss.backward()
         x1, w1, b1 = leaves(hidden, weight[low:high], bias[low:high])
-        mine, mine_entropy = vocab_parallel_logprob(x1, w1, tokens.targets, shard, bias=b1, backend=backend, **options)
-        (mine * tokens.advantages + 0.3 * mine_entropy).sum().backward()
-        close(mine, logp), close(mine_entropy, entropy), close(x1.grad, x.grad)
-        close(w1.grad, w.grad[low:high]), close(b1.grad, b.grad[low:high])
-        for spec in (
-            LossSpec(beta=0.1, entropy_coef=0.1, z_loss=1e-3),
-            LossSpec.preset("gspo", beta=0.1, eps_high=0.3),
-        ):
-            x, w, b = leaves(hidden, weight, bias)
-            whole = linear_policy_loss(x, w, tokens, spec, bias=b, **options)
-            whole.loss.backward()
-            x1, w1, b1 = leaves(hidden, weight[low:high], bias[low:high])
-            with patch.object(cpu, "linear_exponentials", refused, create=True):
-                out = vocab_parallel_policy_loss(
-                    x1, w1, tokens, spec, shard, bias=b1, return_tokens=True, backend=backend, **options
-                )
-            out.loss.backward()
-            close(out.loss, whole.loss), torch.testing.assert_close(out.metrics, whole.metrics, rtol=1e-5, atol=1e-4)
-            close(x1.grad, x.grad), close(w1.grad, w.grad[low:high]), close(b1.grad, b.grad[low:high])
-            everywhere = [torch.empty_like(out.logp) for _ in range(world)]
-            dist.all_gather(everywhere, out.logp)
-            assert all(torch.equal(other, out.logp) for other in everywhere)
+        with patch.object(cpu, "linear_exponentials", refused, create=True):
+            out = vocab_parallel_policy_loss(
+                x1, w1, tokens, spec, shard, bias=b1, return_tokens=True, backend=backend, **options
+            )
+        out.loss.backward()
+        close(out.loss, whole.loss), torch.testing.assert_close(out.metrics, whole.metrics, rtol=1e-5, atol=1e-4)
+        close(x1.grad, x.grad), close(w1.grad, w.grad[low:high]), close(b1.grad, b.grad[low:high])
+        everywhere = [torch.empty_like(out.logp) for _ in range(world)]
+        dist.all_gather(everywhere, out.logp)
+        assert all(torch.equal(other, out.logp) for other in everywhere)
+
+
+def vocab_parallel(rank: int, world: int) -> None:
+    hidden, weight, bias, tokens, _ = problem()
+    low, high = BOUNDS[world][rank : rank + 2]
+    shard = VocabShard(dist.group.WORLD, low, V)
+    plan = import_module("omni_kernels.plan")  # where the package has a function of that name
+    few = plan._LEAST_ROWS
+    for backend, least in (("torch", few), (None, few), (None, dict.fromkeys(few, 1))):  # columns, chunks of rows
+        with patch.object(plan, "_LEAST_ROWS", least):
+            losses_of_a_shard(rank, world, backend)
     cut = bias.clone()
     cut[BOUNDS[world][-2] :] = -torch.inf  # the last shard has no probability, as padding of a vocabulary has none
     used = torch.where(tokens.targets < BOUNDS[world][-2], tokens.targets, IGNORE)
