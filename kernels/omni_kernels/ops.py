@@ -16,7 +16,7 @@ from torch import Tensor
 
 from omni_kernels import backends, linear
 from omni_kernels.gemms import wide_of
-from omni_kernels.linear import Gradient, Head, Stats
+from omni_kernels.head import Gradient, Head, Stats, check_range
 from omni_kernels.losses import _Attach
 from omni_kernels.metrics import METRICS
 from omni_kernels.spec import LossOutput, LossSpec, Tokens
@@ -363,7 +363,7 @@ def _logits_op(
     in_place: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     head = _head(logits, row_scale, scale, softcap, 0, 0, backend)
-    linear.check_range(targets, logits.shape[1], head.inv_temperature)
+    check_range(targets, logits.shape[1], head.inv_temperature)
     logp, entropy, lse = head.forward(logits, targets, want_entropy)
     return logp, _present(entropy, logits), lse
 

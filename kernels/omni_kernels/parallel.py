@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from omni_kernels import backends, linear
 from omni_kernels.gemms import wide_of
-from omni_kernels.linear import Gradient, Head, Stats, check_range
+from omni_kernels.head import Gradient, Head, Stats, check_range
 from omni_kernels.ops import check_head, check_rows, linear_policy_loss
 from omni_kernels.plan import Plan, plan
 from omni_kernels.spec import IGNORE, LossOutput, LossSpec, Tokens

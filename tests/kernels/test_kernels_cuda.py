@@ -24,7 +24,8 @@ from omni_kernels import IGNORE, LossSpec, Tokens, backends, reference
 from omni_kernels.backends import cuda, cuda_exp
 from omni_kernels.backends import torch as plain
 from omni_kernels.backends.program import record
-from omni_kernels.linear import Head, policy_head
+from omni_kernels.head import Head
+from omni_kernels.linear import policy_head
 from omni_kernels.losses import Prepared, coefficients, prepare
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
