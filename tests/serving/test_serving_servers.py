@@ -28,8 +28,12 @@ from omni_fast.errors import RunError, UserError
 from omni_fast.serving import Launch, install, process, servers
 from omni_fast.serving.launch import KEY_VARIABLE, SHIM, command, environment, launches, write_key
 
-# Behaves as the model folder's name says; starts a child as SGLang does.
-PROGRAM = """#!{python} -S
+# Behaves as the model folder's name says; starts a child as SGLang does. For the shell it begins with ":" and an exec, as a first
+# line with blanks in the path of Python would be no program; for Python, with a string.
+PROGRAM = """#!/bin/sh
+''':'
+exec '{python}' -S "$0" "$@"
+'''
 import http.server, json, os, signal, subprocess, sys, time
 flags = dict(zip(sys.argv[3::2], sys.argv[4::2]))
 kind = os.path.basename(flags["--model-path"])
