@@ -72,9 +72,9 @@ for step in range(1, 6):
 
 
 def test_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
-    command = f'mount -t tmpfs -o size=2m none {tmp_path} && {sys.executable} -c "$0" {tmp_path}'
+    command = 'mount -t tmpfs -o size=2m none "$1" && "$0" -c "$2" "$1"'
     done = subprocess.run(
-        ["unshare", "--map-root-user", "--mount", "sh", "-c", command, FILLER],
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", command, sys.executable, str(tmp_path), FILLER],
         capture_output=True,
         text=True,
         timeout=120,
