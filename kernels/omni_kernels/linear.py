@@ -106,9 +106,9 @@ def policy_head(
         gradient = gradient if rows is None else gradient[rows]
         if m.wanted:
             _backward(m, head, logits, targets, stats, gradient, chunks[0])
+        del logits
     loss = metrics[METRICS.index("loss")].to(dtype, copy=True)
     if again:
-        del logits
         grads = logprob_backward(hidden, weight, bias, targets, stats, gradient, head, needs, into, scale, m)
         dx, dw, db = None if grads[0] is None else _scatter(grads[0], rows, n), *grads[1:]
     else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from omni_kernels.backends import cpu
 from omni_kernels.backends import torch as plain
 from omni_kernels.losses import row_wise
 from omni_kernels.spec import PRESETS
+
+sys.path.insert(0, str(Path(__file__).parent))  # of `head_problem`
 
 CHANGES: list[dict[str, object]] = [
     {}, {"beta": 0.1, "kl": "k1", "entropy_coef": 0.01}, {"beta": 0.2, "kl": "k2", "z_loss": 0.01},
